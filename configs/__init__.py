@@ -1,0 +1,1 @@
+"""YAML only: the settings of methods, pipelines and benchmarks."""

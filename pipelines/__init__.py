@@ -1,0 +1,1 @@
+"""Assemblies: a checkpoint and a processor made into something one can call."""
