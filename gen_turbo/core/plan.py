@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class _Bags(NamedTuple):
-    """Tokens sorted by slot: flat rows in order, where each slot begins, and its size as a column."""
+    """Tokens sorted by slot: flat rows in order, where each slot begins (and the end), 1 / size of each row's slot."""
 
     order: Tensor
     offsets: Tensor
-    sizes: Tensor
+    share: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class ReductionPlan:
     slot_BN: Tensor
     anchor_BM: Tensor
     _flat_cache: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, repr=False)
-    _bag_cache: dict[int, _Bags] = field(default_factory=dict, init=False, repr=False)
+    _bag_cache: dict[tuple[int, torch.dtype], _Bags] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Checks shapes, types and devices, never values, which would make the device wait."""
@@ -130,12 +130,13 @@ class ReductionPlan:
             return x
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         rows = wide.reshape(x.shape[0] * self.num_tokens, -1)
-        bags = self._bags(repeats)
+        bags = self._bags(repeats, rows.dtype)
         if weight is None:
-            slots = _bag_sum(rows, bags).div_(bags.sizes.to(rows.dtype))
+            slots = _bag_sum(rows, bags, bags.share)
         else:
-            scale = _matching_weight(weight, x).to(rows.dtype).reshape(-1, 1)
-            slots = _bag_sum(rows, bags, scale).div_(_bag_sum(scale, bags))
+            column = _matching_weight(weight, x).to(rows.dtype).reshape(-1, 1)
+            scale = column.reshape(-1).index_select(0, bags.order) * bags.share
+            slots = _bag_sum(rows, bags, scale) / _bag_sum(column, bags, bags.share)
         return slots.to(x.dtype).reshape(x.shape[0], self.num_slots, *x.shape[2:])
 
     def unmerge(self, y: Tensor) -> Tensor:
@@ -180,15 +181,19 @@ class ReductionPlan:
         later_slot, later_anchor = later._tiled(batch)
         return ReductionPlan(later_slot.gather(1, slot), anchor.gather(1, later_anchor))
 
-    def warm(self, batch: int) -> ReductionPlan:
+    def warm(self, batch: int, dtype: torch.dtype = torch.float32) -> ReductionPlan:
         """Makes now what the verbs need for `batch` rows and returns the plan, so that compiled code finds it made.
+
+        Args:
+            batch: Rows of the tensors to come.
+            dtype: What `merge` sums in: float32 for all half types, else the dtype of the tokens.
 
         Raises:
             ValueError: If the batch is no multiple of B.
         """
         repeats = self._repeats((batch, self.num_tokens), self.num_tokens, "tokens")
         if not self.is_identity:
-            self._bags(repeats)
+            self._bags(repeats, dtype)
             self._flat("slot", repeats)
             self._flat("anchor", repeats)
         return self
@@ -213,20 +218,21 @@ class ReductionPlan:
             self._flat_cache[name, repeats] = (index.repeat(repeats, 1) + first_row).reshape(-1)
         return self._flat_cache[name, repeats]
 
-    def _bags(self, repeats: int) -> _Bags:
-        if repeats not in self._bag_cache:
+    def _bags(self, repeats: int, dtype: torch.dtype) -> _Bags:
+        if (repeats, dtype) not in self._bag_cache:
             sizes = self.sizes().repeat(repeats, 1).reshape(-1)
             # A stable sort sums each slot in token order, the same in every process.
-            order = self._flat("slot", repeats).argsort(stable=True)
-            self._bag_cache[repeats] = _Bags(order, sizes.cumsum(0) - sizes, sizes[:, None])
-        return self._bag_cache[repeats]
+            flat, order = self._flat("slot", repeats).sort(stable=True)
+            share = sizes.to(dtype).reciprocal().index_select(0, flat)
+            self._bag_cache[repeats, dtype] = _Bags(order, F.pad(sizes.cumsum(0), (1, 0)), share)
+        return self._bag_cache[repeats, dtype]
 
 
-def _bag_sum(rows: Tensor, bags: _Bags, scale: Tensor | None = None) -> Tensor:
-    # One gather-and-sum kernel without atomics; dividing afterwards is measurably faster than mode "mean".
-    if scale is not None:
-        scale = scale.reshape(-1).index_select(0, bags.order)
-    return F.embedding_bag(bags.order, rows, bags.offsets, mode="sum", per_sample_weights=scale)
+def _bag_sum(rows: Tensor, bags: _Bags, scale: Tensor) -> Tensor:
+    # One kernel that gathers, scales and sums, without atomics: measurably faster than mode "mean" and index_add_.
+    return F.embedding_bag(
+        bags.order, rows, bags.offsets, mode="sum", per_sample_weights=scale, include_last_offset=True
+    )
 
 
 def _take_rows(x: Tensor, index: Tensor, length: int) -> Tensor:

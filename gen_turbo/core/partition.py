@@ -1,0 +1,82 @@
+"""Who may be a destination: one token per grid cell, one per run of a line; never a protected token.
+
+Shape names: D destinations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_SEED_FACTOR = 0x9E3779B1
+_ROUNDS = ((16, 0x7FEB352D), (15, 0x2C1B3C6D))
+
+
+def grid_destinations(
+    grid: tuple[int, int],
+    stride: tuple[int, int] = (2, 2),
+    variant: str | int = "corner",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Picks one destination in every cell of a grid of tokens in raster order.
+
+    After ToMe for Stable Diffusion (Bolya and Hoffman, 2023, arXiv 2303.17604, Section 4), on any rectangle: a
+    cell cut off by the lower or right edge has its destination among the tokens it does have.
+
+    Args:
+        grid: (height, width) in tokens.
+        stride: (height, width) of a cell in tokens.
+        variant: "corner" for the upper left token of each cell, or an integer seed for one picked by a hash of
+            the seed and the cell's place: the same in every process, and no random state is touched.
+        device: Where the result lies.
+
+    Returns:
+        Token indices, (D,) int64, ascending.
+
+    Raises:
+        ValueError: If the grid or the stride is not positive, or the variant is another string.
+
+    Differs from the paper: the random choice is a hash, so one seed always gives one picture.
+    """
+    (height, width), (cell_height, cell_width) = grid, stride
+    if min(height, width, cell_height, cell_width) < 1:
+        raise ValueError(f"grid {grid} and stride {stride} must be positive (height, width) pairs in tokens")
+    top = torch.arange(0, height, cell_height, device=device)[:, None]
+    left = torch.arange(0, width, cell_width, device=device)[None, :]
+    if variant == "corner":
+        return (top * width + left).reshape(-1)
+    if isinstance(variant, str):
+        raise ValueError(f"unknown variant {variant!r}; use 'corner' or an integer seed")
+    rows = (height - top).clamp(max=cell_height)
+    columns = (width - left).clamp(max=cell_width)
+    member = hash_cells(top * width + left, variant) % (rows * columns)
+    tokens = (top + member // columns) * width + left + member % columns
+    return tokens.reshape(-1).sort().values
+
+
+def line_destinations(num_tokens: int, stride: int = 4, device: torch.device | str | None = None) -> Tensor:
+    """Picks every `stride`-th token of a line as a destination: (D,) int64, ascending.
+
+    Raises:
+        ValueError: If the number of tokens or the stride is not positive.
+    """
+    if num_tokens < 1 or stride < 1:
+        raise ValueError(f"num_tokens {num_tokens} and stride {stride} must be positive")
+    return torch.arange(0, num_tokens, stride, device=device)
+
+
+def without_protected(destinations_D: Tensor, num_protected: int) -> Tensor:
+    """Drops the leading protected tokens (text, class token) from the destinations: they neither leave nor receive."""
+    return destinations_D[destinations_D >= num_protected]
+
+
+def hash_cells(cell: Tensor, seed: int) -> Tensor:
+    """Mixes a seed into int64 cell numbers, evenly over [0, 2 ** 32): the same on every device and in every process.
+
+    Two multiply-and-shift rounds on 32 bits kept in int64, so that no product overflows.
+    """
+    state = (cell + (seed * _SEED_FACTOR & _MASK)) & _MASK
+    for shift, factor in _ROUNDS:
+        state = ((state ^ (state >> shift)) * factor) & _MASK
+    return state ^ (state >> 16)
