@@ -1,0 +1,277 @@
+"""Trains the embedded text-to-image model on one CPU core; stop it at any time, run it again to go on.
+
+python examples/train_tiny.py --seconds 300 900 1800 2400 --output runs/tiny
+
+The four budgets are CPU seconds for the autoencoder and for the UNet at 16, 32 and 64 latents. Low resolutions
+see average-pooled latents. Matrices and convolutions take orthogonalised momentum steps (Muon, Jordan et al., 2024),
+everything else AdamW. At 64 latents most steps attend to 2 x 2 pooled keys, the last part to all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gen_turbo.pipelines import tiny
+from gen_turbo.scenes import all_scenes, is_held_out, render
+
+GRIDS = (16, 32, 64)
+BATCH = {16: 48, 32: 24, 64: 12}
+LEARNING_RATE = {16: 2.4e-3, 32: 2.4e-3, 64: 1.6e-3}
+NOISE_SHIFT = {16: 1.0, 32: 1.6, 64: tiny.NOISE_SHIFT}
+EXACT_KEYS_FROM = 0.75
+DECAY_FROM = {16: 1.0, 32: 0.8, 64: 0.35}
+
+
+class PooledKeys(AttnProcessor2_0):
+    """Self-attention of the top level over 2 x 2 pooled keys: a cheap stand-in while training."""
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs):
+        side = math.isqrt(hidden_states.shape[1])
+        if encoder_hidden_states is None and side >= 64:
+            grid = hidden_states.transpose(1, 2).unflatten(2, (side, side))
+            encoder_hidden_states = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+
+
+class Muon:
+    """Momentum steps whose update is orthogonalised by five Newton-Schulz iterations."""
+
+    def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95) -> None:
+        self.parameters, self.momentum, self.lr = parameters, momentum, 0.0
+        self.buffers = [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+            if parameter.grad is None:
+                continue
+            buffer.mul_(self.momentum).add_(parameter.grad)
+            update = (parameter.grad + self.momentum * buffer).reshape(parameter.shape[0], -1)
+            update = orthogonalise(update)
+            scale = 0.2 * math.sqrt(max(update.shape))
+            parameter.mul_(1 - self.lr * 0.01).add_(update.reshape(parameter.shape), alpha=-self.lr * scale)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    x = matrix / (matrix.norm() + 1e-7)
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if is_tall else x
+
+
+def optimisers(*models: nn.Module, keep_plain: tuple[str, ...]) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for matrices and convolutions, AdamW for the rest and for names that begin with `keep_plain`."""
+    named = [pair for model in models for pair in model.named_parameters()]
+    matrices, rest = [], []
+    for name, parameter in named:
+        is_plain = parameter.ndim < 2 or any(part in name for part in keep_plain)
+        (rest if is_plain else matrices).append(parameter)
+    return Muon(matrices), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+
+
+def set_learning_rate(muon: Muon, adam: torch.optim.AdamW, rate: float) -> None:
+    """Muon takes `rate`, AdamW half of it."""
+    muon.lr = rate
+    for group in adam.param_groups:
+        group["lr"] = rate / 2
+
+
+def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Training scenes as uint8 (count, 3, 128, 128) and their captions, one in ten without a position."""
+    rng = random.Random(seed)
+    scenes = [scene for scene in all_scenes() if not is_held_out(scene)]
+    rows, captions = [], []
+    for _ in range(count):
+        scene = rng.choice(scenes)
+        rows.append(np.asarray(render(scene.caption, rng.randrange(2**31))).transpose(2, 0, 1))
+        words = scene.caption
+        captions.append(words.replace(f"the {scene.position} of ", "") if rng.random() < 0.1 else words)
+    return torch.from_numpy(np.stack(rows)), captions
+
+
+def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
+    torch.manual_seed(0)
+    images, _ = pictures(3000, seed=1)
+    model = tiny.make_autoencoder()
+    muon, adam = optimisers(model, keep_plain=("conv_in", "conv_out.", "quant"))
+    start, step = time.process_time(), 0
+    while (spent := time.process_time() - start) < seconds:
+        factor = min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * spent / seconds)) + 0.005
+        set_learning_rate(muon, adam, 4e-3 * factor)
+        y, x = (int(v) for v in torch.randint(0, 65, (2,)))
+        batch = images[torch.randint(0, len(images), (4,)), :, y : y + 64, x : x + 64].float() / 127.5 - 1
+        posterior = model.encode(batch.contiguous(memory_format=torch.channels_last)).latent_dist
+        output = model.decode(posterior.sample()).sample
+        error = F.mse_loss(output, batch)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = F.smooth_l1_loss(output, batch, beta=0.05) + error + 3e-4 * kl
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        muon.step()
+        model.zero_grad()
+        step += 1
+        if step % 100 == 0:
+            print(f"autoencoder {step} {spent:.0f}s {10 * math.log10(4 / error.item()):.1f} dB", flush=True)
+    model.eval()
+    with torch.no_grad():
+        latents = model.encode(images[:64].float() / 127.5 - 1).latent_dist.mean
+    model.register_to_config(scaling_factor=float(1 / latents.std()))
+    model.save_pretrained(folder / "vae")
+    return model
+
+
+@torch.no_grad()
+def training_set(folder: Path, autoencoder: AutoencoderKL, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Scaled latents (count, 4, 64, 64) and token ids (count, 20), kept in the folder."""
+    path = folder / f"latents_{seed}.safetensors"
+    if not path.exists():
+        images, captions = pictures(count, seed)
+        latents = [
+            autoencoder.encode(part.float() / 127.5 - 1).latent_dist.mean * autoencoder.config.scaling_factor
+            for part in images.split(40)
+        ]
+        ids = tiny.make_tokenizer()(captions, padding="max_length", return_tensors="pt").input_ids
+        save_file({"latents": torch.cat(latents).contiguous(), "ids": ids}, path)
+    data = load_file(path)
+    return data["latents"], data["ids"]
+
+
+class Trainer:
+    """UNet, text encoder, their averages and both optimisers, with a checkpoint that holds all of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unet = tiny.make_unet().to(memory_format=torch.channels_last).train()
+        self.text = tiny.make_text_encoder(len(tiny.make_tokenizer())).train()
+        self.parameters = [*self.unet.parameters(), *self.text.parameters()]
+        keep_plain = ("conv_in", "conv_out", "text_model", "embeddings", "encoder.layers", "final_layer_norm")
+        self.muon, self.adam = optimisers(self.unet, self.text, keep_plain=keep_plain)
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.spent = dict.fromkeys(map(str, GRIDS), 0.0)
+        self.steps = 0
+
+    def save(self) -> None:
+        tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(self.parameters)}
+        tensors |= {f"average.{i}": p.contiguous() for i, p in enumerate(self.average)}
+        tensors |= {f"muon.{i}": b.contiguous() for i, b in enumerate(self.muon.buffers)}
+        save_file(tensors, self.folder / "state.tmp", {"json": json.dumps([self.spent, self.steps])})
+        (self.folder / "state.tmp").replace(self.folder / "state.safetensors")
+        self.export()
+
+    def load(self) -> None:
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return
+        tensors = load_file(path)
+        with torch.no_grad():
+            for name, rows in (("parameter", self.parameters), ("average", self.average), ("muon", self.muon.buffers)):
+                for i, row in enumerate(rows):
+                    row.copy_(tensors[f"{name}.{i}"])
+        header = int.from_bytes(path.read_bytes()[:8], "little")
+        metadata = json.loads(path.read_bytes()[8 : 8 + header])["__metadata__"]
+        self.spent, self.steps = json.loads(metadata["json"])
+        print("resumed", self.spent, self.steps, flush=True)
+
+    def export(self) -> None:
+        """Writes the averaged weights as a stock pipeline."""
+        backup = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.average, strict=True):
+                parameter.copy_(value)
+            autoencoder = AutoencoderKL.from_pretrained(self.folder / "vae")
+            tiny.assemble(autoencoder, self.text, self.unet).save_pretrained(self.folder / "pipeline")
+            for parameter, value in zip(self.parameters, backup, strict=True):
+                parameter.copy_(value)
+
+    def run(self, grid: int, seconds: float, latents: Tensor, ids: Tensor, save_every: float = 240.0) -> None:
+        """Trains at one resolution until its CPU budget is spent."""
+        latents = F.avg_pool2d(latents, 64 // grid)
+        empty = tiny.make_tokenizer()([""], padding="max_length", return_tensors="pt").input_ids
+        alphas = tiny.alphas_cumprod(NOISE_SHIFT[grid]).float()
+        start, last_save, running, first = time.process_time() - self.spent[str(grid)], time.process_time(), None, True
+        warm = 0
+        while (spent := time.process_time() - start) < seconds:
+            done = spent / seconds
+            pooled = grid == 64 and done < EXACT_KEYS_FROM
+            if first or (not pooled and grid == 64):
+                self.unet.set_attn_processor(PooledKeys() if pooled else AttnProcessor2_0())
+                first = False
+            tail = max(0.0, done - DECAY_FROM[grid]) / max(1e-6, 1 - DECAY_FROM[grid])
+            warm += 1
+            factor = min(1.0, warm / 40) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * tail)))
+            set_learning_rate(self.muon, self.adam, LEARNING_RATE[grid] * factor)
+            loss = self.step(latents, ids, empty, alphas, BATCH[grid])
+            running = loss if running is None else 0.98 * running + 0.02 * loss
+            self.spent[str(grid)] = spent
+            if self.steps % 25 == 0:
+                print(f"{grid} step {self.steps} {spent:.0f}s loss {running:.4f}", flush=True)
+            if time.process_time() - last_save > save_every:
+                self.save()
+                last_save = time.process_time()
+        self.unet.set_attn_processor(AttnProcessor2_0())
+        self.save()
+
+    def step(self, latents: Tensor, ids: Tensor, empty: Tensor, alphas: Tensor, batch: int) -> float:
+        rows = torch.randint(0, len(latents), (batch,))
+        clean, prompt = latents[rows], ids[rows].clone()
+        prompt[torch.rand(batch) < 0.1] = empty
+        times = ((torch.arange(batch) + torch.rand(1)) / batch * tiny.NUM_TRAIN_STEPS).long()
+        times = times.clamp(0, tiny.NUM_TRAIN_STEPS - 1)[torch.randperm(batch)]
+        signal, noise = alphas[times].sqrt().view(-1, 1, 1, 1), (1 - alphas[times]).sqrt().view(-1, 1, 1, 1)
+        epsilon = torch.randn_like(clean)
+        noisy = (signal * clean + noise * epsilon).contiguous(memory_format=torch.channels_last)
+        output = self.unet(noisy, times, self.text(prompt).last_hidden_state).sample
+        loss = F.mse_loss(output, signal * epsilon - noise * clean)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.adam.step()
+        self.muon.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.steps += 1
+        weight = 1 - min(0.995, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], weight)
+        return loss.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, nargs=4, default=[300, 900, 1800, 2400])
+    parser.add_argument("--output", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--scenes", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder: Path = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "vae" / "config.json").exists():
+        train_autoencoder(folder, arguments.seconds[0])
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    latents, ids = training_set(folder, autoencoder, arguments.scenes, arguments.seed)
+    print("latents", tuple(latents.shape), float(latents.std()), flush=True)
+    torch.manual_seed(arguments.seed)
+    trainer = Trainer(folder)
+    trainer.load()
+    for grid, seconds in zip(GRIDS, arguments.seconds[1:], strict=True):
+        trainer.run(grid, seconds, latents, ids)
+
+
+if __name__ == "__main__":
+    main()

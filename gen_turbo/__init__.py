@@ -1,0 +1,59 @@
+"""Makes diffusers pipelines and transformers vision-language models faster without retraining.
+
+Importing this package loads neither diffusers nor transformers; the names below load what they need on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gen_turbo.core.plan import ReductionPlan
+    from gen_turbo.factory import list_methods, list_pipelines, load_pipeline
+    from gen_turbo.hosts.attach import attach, detach
+    from gen_turbo.hosts.report import report
+    from gen_turbo.methods.identity import IdentityProcessor
+    from gen_turbo.methods.random import RandomProcessor
+    from gen_turbo.methods.tome import ToMeProcessor
+    from gen_turbo.methods.turbo import TurboProcessor
+
+_HOME = {
+    "IdentityProcessor": "methods.identity",
+    "RandomProcessor": "methods.random",
+    "ReductionPlan": "core.plan",
+    "ToMeProcessor": "methods.tome",
+    "TurboProcessor": "methods.turbo",
+    "attach": "hosts.attach",
+    "detach": "hosts.attach",
+    "list_methods": "factory",
+    "list_pipelines": "factory",
+    "load_pipeline": "factory",
+    "report": "hosts.report",
+}
+
+__all__ = [
+    "IdentityProcessor",
+    "RandomProcessor",
+    "ReductionPlan",
+    "ToMeProcessor",
+    "TurboProcessor",
+    "attach",
+    "detach",
+    "list_methods",
+    "list_pipelines",
+    "load_pipeline",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

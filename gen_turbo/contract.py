@@ -1,0 +1,111 @@
+"""All that methods and hosts know of each other: the site, the frame, the reducer and its settings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from gen_turbo.core.plan import ReductionPlan
+
+Grid = tuple[int, int]
+"""(height, width) of the visual tokens, in tokens."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call as a method sees it.
+
+    Attributes:
+        name: The layer's path in the model, `down_blocks.0.attentions.0.transformer_blocks.0.attn1`.
+        ratio: The fraction of visual tokens to remove here, in [0, 1).
+        grid: (height, width) of the visual tokens; None where it is unknown.
+        num_protected: Leading tokens that must survive: text, class token.
+        semantic: Gives the semantic value of each token by kind ("self", "text") as (B, N), or None where the
+            host has none to give. Called only when a method wants it, for it costs a projection.
+    """
+
+    name: str
+    ratio: float
+    grid: Grid | None = None
+    num_protected: int = 0
+    semantic: Callable[[str], Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Facts of the running forward, observed once at the model's root.
+
+    Attributes:
+        step: Calls of the denoiser since the run began; 0 for the first.
+        num_plans: Plans made before in this run at this resolution; varies what alternates, such as tile shift.
+    """
+
+    step: int = 0
+    num_plans: int = 0
+
+
+@dataclass
+class TokenReducer(ABC):
+    """Decides which visual tokens survive, and says where, when and how reduction is applied.
+
+    Attributes:
+        ratio: Fraction of visual tokens removed, in [0, 1). Raising it is faster and further from stock.
+        num_levels: How many of the finest attention resolutions of a UNet are reduced. Raising it reaches deeper,
+            cheaper layers that matter more to the picture.
+        ratios: Ratio by downsample factor (1 is the latent's own grid, 2 half of it); overrides `ratio` and
+            `num_levels` for the levels it names.
+        restore: "correct" adds to the merged layer's output the detail that it missed when the layer last ran in
+            full; "copy" gives every token its slot's output, as published.
+        refresh: With "correct", every how many steps a layer runs in full. Raising it is faster.
+        order: With "correct", 0 holds the remembered detail, 1 continues it linearly in the step.
+        warmup: With "correct", how many first steps run in full. Two give order 1 its slope at once.
+        stagger: With "correct", spreads the full steps of the layers over the steps, which evens out their times.
+        plan_steps: How many steps a plan serves; 0 means the whole run. With "correct" a new plan waits for the
+            layer's next full step.
+        memory_limit_mb: With "correct", the most that may be remembered, in megabytes; layers beyond it run as in
+            the stock model. None sets no limit.
+    """
+
+    ratio: float = 0.5
+    num_levels: int = 1
+    ratios: dict[int, float] = field(default_factory=dict)
+    restore: str = "correct"
+    refresh: int = 3
+    order: int = 1
+    warmup: int = 2
+    stagger: bool = False
+    plan_steps: int = 0
+    memory_limit_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every setting.
+
+        Raises:
+            ValueError: Naming the setting, its value and what it may be.
+        """
+        for name, ratio in (("ratio", self.ratio), *((f"ratios[{key}]", value) for key, value in self.ratios.items())):
+            if not 0 <= ratio <= self.max_ratio or ratio >= 1:
+                bound = f"<= {self.max_ratio:g}" if self.max_ratio < 1 else "< 1"
+                raise ValueError(f"{name} must be the fraction of tokens to remove, 0 <= {name} {bound}; got {ratio}")
+        if self.restore not in ("correct", "copy"):
+            raise ValueError(f"restore must be 'correct' or 'copy'; got {self.restore!r}")
+        if self.order not in (0, 1):
+            raise ValueError(f"order must be 0 (hold) or 1 (linear); got {self.order}")
+        least = {"num_levels": 0, "refresh": 2, "warmup": 1, "plan_steps": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
+        if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
+            raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
+
+    @property
+    def max_ratio(self) -> float:
+        """The largest ratio that the method can reach."""
+        return 1.0
+
+    @abstractmethod
+    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+        """Plans the reduction of tokens (B, N, C) at one site; the same input gives the same plan."""

@@ -1,0 +1,148 @@
+"""The one clock: which run a call of the denoiser belongs to, which step it is, and what the run remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gen_turbo.contract import Grid
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.hosts.base import Observation
+
+_MAX_STREAMS = 4
+
+
+@dataclass
+class PlannedAt:
+    """A plan, the step that made it and how many were made before it."""
+
+    plan: ReductionPlan
+    step: int
+    num_plans: int
+
+
+@dataclass
+class Memory:
+    """What one layer remembers of its last full step: the plan used there and the detail that merging missed."""
+
+    plan: ReductionPlan
+    step: int
+    detail: Tensor
+    slope: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the remembered tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.detail, self.slope) if t is not None)
+
+
+@dataclass
+class Stream:
+    """One sequence of calls: a run, or the conditional or unconditional half of one that calls twice per step."""
+
+    observation: Observation
+    is_guided: bool
+    step: int = 0
+    plans: dict[tuple[Grid, float], PlannedAt] = field(default_factory=dict)
+    memories: dict[str, Memory] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes remembered by all layers."""
+        return sum(memory.num_bytes for memory in self.memories.values())
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a pipeline knows of its run and a bare model does not.
+
+    Attributes:
+        marker: An object that is another one in every run, the scheduler's timestep tensor.
+        last_timestep: The denoising time of the run's last call.
+        is_guided: Whether the batch is [unconditional; conditional].
+    """
+
+    marker: object
+    last_timestep: float
+    is_guided: bool
+
+
+class Clock:
+    """Tells runs, streams and steps apart, and forgets everything when a run ends or another begins.
+
+    Within a run the denoising time falls. A pipeline also shows when a run begins and which call is its last; for
+    a bare model a time that does not fall begins a new run.
+    """
+
+    def __init__(self, run_facts: Callable[[], RunFacts | None]) -> None:
+        self._run_facts = run_facts
+        self._facts: RunFacts | None = None
+        self._streams: list[Stream] = []
+        self.current: Stream | None = None
+        self.most_bytes = 0
+
+    def note_bytes(self) -> None:
+        """Keeps the most that was ever remembered."""
+        self.most_bytes = max(self.most_bytes, self.num_bytes)
+
+    def begin(self, observation: Observation) -> None:
+        """Notes that the root is called."""
+        facts = self._run_facts()
+        if (facts.marker if facts else None) is not (self._facts.marker if self._facts else None):
+            self.forget()
+        self._facts = facts
+        stream = self._find(observation)
+        if stream is not None and self._restarts(observation, stream):
+            self.forget()
+            stream = None
+        if stream is None:
+            stream = self._open(observation)
+        else:
+            stream.step += 1
+            stream.observation = observation
+        self.current = stream
+
+    def end(self) -> None:
+        """Notes that the root has returned; after a run's last call its memory goes."""
+        stream, self.current = self.current, None
+        if stream is None or self._facts is None:
+            return
+        if stream.observation.timestep == self._facts.last_timestep and stream in self._streams:
+            self._streams.remove(stream)
+
+    def forget(self) -> None:
+        """Drops all that is remembered."""
+        self._streams.clear()
+        self.current = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes remembered now."""
+        return sum(stream.num_bytes for stream in self._streams)
+
+    def _restarts(self, observation: Observation, stream: Stream) -> bool:
+        before = stream.observation.timestep
+        # Second-order schedulers call twice at one time; without a pipeline that cannot be told from a new run.
+        return observation.timestep > before or (self._facts is None and observation.timestep == before)
+
+    def _find(self, observation: Observation) -> Stream | None:
+        for stream in self._streams:
+            seen = stream.observation
+            if seen.layout == observation.layout and _is_same(seen.condition, observation.condition):
+                return stream
+        return None
+
+    def _open(self, observation: Observation) -> Stream:
+        stream = Stream(observation, self._facts is not None and self._facts.is_guided)
+        self._streams = [*self._streams[-_MAX_STREAMS + 1 :], stream]
+        return stream
+
+
+def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two conditioning tensors are one; contents are compared only where a pipeline made a new object."""
+    if a is b:
+        return True
+    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

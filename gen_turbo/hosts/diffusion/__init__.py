@@ -1,0 +1,1 @@
+"""Hosts of diffusers; the only importers of it."""

@@ -1,0 +1,73 @@
+"""UNets: the self-attention of every transformer block of UNet2DConditionModel (SD 1.x, 2.x, XL)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from gen_turbo.core.scoring import attention_column_mean
+from gen_turbo.hosts.base import Layer, Observation
+
+_NUM_QUERIES = 256
+
+
+class UNetHost:
+    """Enters UNet2DConditionModel by its `attn1` processors; everything else keeps its object."""
+
+    name = "UNet2DConditionModel"
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Whether the model is a UNet2DConditionModel."""
+        return isinstance(model, UNet2DConditionModel)
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """Every attention layer with its downsample factor, from the block that holds it."""
+        num_levels = len(model.down_blocks)  # type: ignore[arg-type]
+        blocks = {name: block for name, block in model.named_modules() if isinstance(block, BasicTransformerBlock)}
+        found = []
+        for name, module in model.named_modules():
+            if not isinstance(module, Attention):
+                continue
+            owner, _, role = name.rpartition(".")
+            reason = _left_alone(blocks.get(owner), role)
+            found.append(Layer(name, 2 ** _level(name, num_levels), reason))
+        return found
+
+    def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
+        """Reads sample, timestep and encoder_hidden_states."""
+        given = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)), **kwargs}
+        sample, timestep = given["sample"], given["timestep"]
+        time = float(timestep.reshape(-1)[0]) if torch.is_tensor(timestep) else float(timestep)
+        layout = (tuple(sample.shape), sample.dtype, sample.device)
+        return Observation(time, tuple(sample.shape[-2:]), layout, given.get("encoder_hidden_states"))
+
+    def semantic_value(self, attn: nn.Module, tokens: Tensor, kind: str) -> Tensor | None:
+        """The attention column mean over a strided subset of queries for "self"; nothing for other kinds."""
+        if kind != "self" or getattr(attn, "fused_projections", False):
+            return None
+        queries = tokens[:, :: max(1, tokens.shape[1] // _NUM_QUERIES)]
+        heads: int = attn.heads  # type: ignore[assignment]
+        q = attn.to_q(queries).unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[operator]
+        k = attn.to_k(tokens).unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[operator]
+        return attention_column_mean(q, k)
+
+
+def _level(name: str, num_levels: int) -> int:
+    """How often the grid was halved at a layer: blocks go down, the middle stays, blocks come up again."""
+    kind, _, rest = name.partition(".")
+    index = int(rest.split(".")[0]) if kind in ("down_blocks", "up_blocks") else 0
+    return {"down_blocks": index, "up_blocks": num_levels - 1 - index}.get(kind, num_levels - 1)
+
+
+def _left_alone(block: nn.Module | None, role: str) -> str:
+    if block is None:
+        return "not in a transformer block"
+    if role != "attn1":
+        return "cross-attention"
+    return "cross-attention only" if block.only_cross_attention else ""

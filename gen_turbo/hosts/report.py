@@ -1,0 +1,121 @@
+"""What an attached reducer reaches, what it leaves alone and why, and what it has saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gen_turbo.contract import Grid
+from gen_turbo.hosts.attach import ModelAttachment, attachments
+from gen_turbo.hosts.bind import Binding
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention layer.
+
+    Attributes:
+        name: Its path in the model.
+        downsample: How many times coarser than the latent its grid is.
+        status: "reduced", "lost" (a later call replaced the processor) or why it is left alone.
+        grid: (height, width) of its tokens; None before the first call.
+        num_tokens: Tokens that reach it; 0 before the first call.
+        num_kept: Tokens that its attention runs on in a reduced call.
+        num_full: Calls that ran in full.
+        num_reduced: Calls that ran on fewer tokens.
+        flops: Floating point operations of its attention so far, with projections.
+        stock_flops: The same for the stock model.
+    """
+
+    name: str
+    downsample: int
+    status: str
+    grid: Grid | None = None
+    num_tokens: int = 0
+    num_kept: int = 0
+    num_full: int = 0
+    num_reduced: int = 0
+    flops: int = 0
+    stock_flops: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """All attention layers of a model or pipeline, and what is remembered for them.
+
+    Attributes:
+        sites: One row per attention layer.
+        remembered_bytes: Bytes held now for corrected reduction; 0 between the runs of a pipeline.
+        most_remembered_bytes: The most held at once so far.
+    """
+
+    sites: list[SiteReport] = field(default_factory=list)
+    remembered_bytes: int = 0
+    most_remembered_bytes: int = 0
+
+    @property
+    def flops_saved(self) -> float:
+        """Fraction of the reached layers' attention FLOPs that was not spent; 0 before the first call."""
+        stock = sum(site.stock_flops for site in self.sites)
+        return 1 - sum(site.flops for site in self.sites) / stock if stock else 0.0
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return "no gen_turbo processor is attached"
+        reached = [site for site in self.sites if site.status == "reduced"]
+        lines = [f"{len(reached)} of {len(self.sites)} attention layers reduced, {self.flops_saved:.0%} of their FLOPs saved"]
+        for site in self.sites:
+            if site.status in ("reduced", "lost"):
+                grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else "not run yet"
+                calls = f"{site.num_reduced} reduced and {site.num_full} full calls"
+                lines.append(f"  {site.name}: {site.status}, {grid}, {site.num_tokens} -> {site.num_kept} tokens, {calls}")
+        left: dict[str, int] = {}
+        for site in self.sites:
+            if site.status not in ("reduced", "lost"):
+                left[site.status] = left.get(site.status, 0) + 1
+        lines += [f"  left alone, {reason}: {count}" for reason, count in left.items()]
+        lines.append(f"  remembered at most: {self.most_remembered_bytes / 1e6:.1f} MB")
+        return "\n".join(lines)
+
+
+def report(target: Any) -> Report:
+    """Says which layers of a pipeline or model are reached, which are left alone and why, and what was saved.
+
+    Raises:
+        TypeError: If the target is neither a model nor a pipeline with a denoiser.
+    """
+    parts = attachments(target)
+    return Report(
+        [row for part in parts for row in _rows(part)],
+        sum(part.clock.num_bytes for part in parts),
+        sum(part.clock.most_bytes for part in parts),
+    )
+
+
+def _rows(part: ModelAttachment) -> list[SiteReport]:
+    bindings = {binding.layer.name: binding for binding in part.bindings}
+    rows = []
+    for layer in part.layers:
+        binding = bindings.get(layer.name)
+        if binding is None:
+            reason = layer.left_alone or "level not chosen"
+            rows.append(SiteReport(layer.name, layer.downsample, reason))
+        else:
+            rows.append(_bound_row(binding, "lost" if part.is_lost(binding) else "reduced"))
+    return rows
+
+
+def _bound_row(binding: Binding, status: str) -> SiteReport:
+    stats = binding.stats
+    return SiteReport(
+        binding.layer.name,
+        binding.layer.downsample,
+        status,
+        stats.grid,
+        stats.num_tokens,
+        stats.num_kept,
+        stats.num_full,
+        stats.num_reduced,
+        stats.flops,
+        stats.stock_flops,
+    )

@@ -1,0 +1,48 @@
+"""A token reducer that diffusers can call as an attention processor; every method is a subclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Grid, Site, TokenReducer
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.hosts.diffusion import register
+from gen_turbo.hosts.diffusion.bare import bare_call
+
+register.add_pipeline_methods()
+
+
+@dataclass
+class ReductionProcessor(TokenReducer):
+    """A method as users hold it: `pipe.set_attn_processor(TurboProcessor(0.4))`.
+
+    It keeps no state: what a run remembers lives with the model it is attached to, so one object may serve many
+    models. `attach` and `pipe.set_attn_processor` bind it to each layer; set on a bare model by diffusers' own
+    `set_attn_processor` it merges every self-attention afresh, with what a single layer can know.
+    """
+
+    def plan_tokens(self, tokens: Tensor, grid: Grid | None = None) -> ReductionPlan:
+        """Plans the reduction of tokens (B, N, C) on a (height, width) grid; None where there is no grid.
+
+        Raises:
+            ValueError: If the grid does not hold N tokens, or more tokens are to leave than can.
+        """
+        if tokens.ndim != 3:
+            raise ValueError(f"tokens must be (batch, tokens, channels), got {tuple(tokens.shape)}")
+        if grid is not None and grid[0] * grid[1] != tokens.shape[1]:
+            raise ValueError(f"a grid of {grid[0]} x {grid[1]} does not hold {tokens.shape[1]} tokens; pass (h, w)")
+        return self.plan(tokens, Site("tokens", self.ratio, grid), Frame())
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attends as diffusers' default processor does, self-attention on merged tokens."""
+        return bare_call(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)

@@ -1,0 +1,27 @@
+"""The control that keeps every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Site
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.registry import METHODS
+
+
+@METHODS.register("identity")
+@dataclass
+class IdentityProcessor(ReductionProcessor):
+    """Keeps every token whatever the ratio: the output must be bit-identical to the stock model.
+
+    A control. It goes through the same bookkeeping as every method and so shows what that costs.
+    """
+
+    restore: str = "copy"
+
+    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+        """Plans nothing for tokens (B, N, C)."""
+        return ReductionPlan.identity(1, tokens.shape[1], tokens.device)

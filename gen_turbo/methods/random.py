@@ -1,0 +1,42 @@
+"""The control that removes random tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Site
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.registry import METHODS
+
+
+@METHODS.register("random")
+@dataclass
+class RandomProcessor(ReductionProcessor):
+    """Merges random tokens into random others, as many as a real method would.
+
+    A control: whatever it reaches is owed to restoring and remembering, not to choosing. The draw depends on `seed`,
+    the step and the number of tokens alone, never on the global generator.
+
+    Attributes:
+        seed: Another seed draws other tokens.
+    """
+
+    restore: str = "copy"
+    plan_steps: int = 1
+    seed: int = 0
+
+    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+        """Plans a draw for tokens (B, N, C), the same for every row."""
+        num_tokens = tokens.shape[1]
+        first = site.num_protected
+        removed = int(site.ratio * (num_tokens - first))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + frame.step)
+        order = torch.randperm(num_tokens - first, generator=generator) + first
+        leaving, staying = order[:removed], torch.cat([torch.arange(first), order[removed:]])
+        destination = torch.arange(num_tokens)
+        destination[leaving] = staying[torch.randint(len(staying), (removed,), generator=generator)]
+        return ReductionPlan.from_destinations(destination[None].to(tokens.device), num_tokens - removed)

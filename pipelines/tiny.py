@@ -1,0 +1,137 @@
+"""The embedded text-to-image model: stock diffusers classes at a small size, its vocabulary and its scheduler."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from gen_turbo.scenes import SIZE_PX, WORDS
+
+MAX_LENGTH = 20
+LATENT_SIZE = SIZE_PX // 2
+TEXT_WIDTH = 128
+NUM_TRAIN_STEPS = 1000
+NOISE_SHIFT = 2.5
+_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+_LATER_WORDS = ("above", "and", "below", "beside", "in", "left", "right", "two")
+_LEVELS = 4
+
+
+def weights_folder() -> Path:
+    """Where the trained pipeline lies inside the installed package."""
+    return Path(str(resources.files("gen_turbo.pipelines"))) / "weights" / "tiny"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, padded to 20."""
+    words = [*_SPECIAL, *sorted({*WORDS, *_LATER_WORDS})]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=MAX_LENGTH,
+    )
+
+
+def make_text_encoder(vocabulary: int) -> CLIPTextModel:
+    """Two layers of width 128."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def make_autoencoder() -> AutoencoderKL:
+    """Factor 2, four channels: nearly lossless on the scenes."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=SIZE_PX,
+        block_out_channels=(24, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        mid_block_add_attention=False,
+        force_upcast=False,
+        scaling_factor=1.0,
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    """Four levels, each with self- and cross-attention; 4,096 tokens at the top. Heads are 32 wide."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 96, 128),
+        attention_head_dim=(1, 2, 3, 4),
+        norm_num_groups=8,
+        cross_attention_dim=TEXT_WIDTH,
+        down_block_types=("CrossAttnDownBlock2D",) * _LEVELS,
+        up_block_types=("CrossAttnUpBlock2D",) * _LEVELS,
+    )
+
+
+def alphas_cumprod(shift: float = NOISE_SHIFT) -> torch.Tensor:
+    """Signal power at each training step, (1000,): noise-to-signal `shift * t / (1 - t)`, no signal at the last."""
+    t = torch.arange(1, NUM_TRAIN_STEPS + 1, dtype=torch.float64) / NUM_TRAIN_STEPS
+    signal, noise = 1 - t, shift * t
+    return signal**2 / (signal**2 + noise**2)
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Deterministic DDIM with v-prediction and trailing steps."""
+    alphas = alphas_cumprod()
+    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])
+    return DDIMScheduler(
+        num_train_timesteps=NUM_TRAIN_STEPS,
+        trained_betas=betas.tolist(),
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def assemble(
+    autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """Puts the parts into a stock pipeline."""
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=make_tokenizer(),
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe
