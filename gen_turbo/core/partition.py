@@ -61,9 +61,7 @@ def line_destinations(num_tokens: int, stride: int = 4, device: torch.device | s
     Raises:
         ValueError: If the number of tokens or the stride is not positive.
     """
-    if num_tokens < 1 or stride < 1:
-        raise ValueError(f"num_tokens {num_tokens} and stride {stride} must be positive")
-    return torch.arange(0, num_tokens, stride, device=device)
+    return grid_destinations((1, num_tokens), (1, stride), device=device)
 
 
 def without_protected(destinations_D: Tensor, num_protected: int) -> Tensor:

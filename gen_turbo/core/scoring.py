@@ -1,0 +1,61 @@
+"""Semantic value of tokens from attention, and the penalty that it puts on leaving.
+
+Shape names: B batch, H heads, S queries, N tokens (keys), D channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_column_mean(q_BHSD: Tensor, k_BHND: Tensor, log_size_BN: Tensor | None = None) -> Tensor:
+    """Averages over heads and queries the attention that each token receives.
+
+    The semantic value of Turbo (Ju et al., 2023, arXiv 2312.07408) where there is no class token: the column mean
+    of `softmax(q k^T / sqrt(D))`. A strided subset of queries is enough; memory is B * S * N floats.
+
+    Args:
+        q_BHSD: Queries, of all tokens or of a few.
+        k_BHND: Keys of all tokens.
+        log_size_BN: Added to the logits of each key, for tokens that stand for several (proportional attention).
+
+    Returns:
+        (B, N), at least float32, every row summing to one.
+    """
+    dtype = torch.promote_types(q_BHSD.dtype, torch.float32)
+    total = torch.zeros(1, dtype=dtype, device=q_BHSD.device)
+    for q_BSD, k_BND in zip(q_BHSD.unbind(1), k_BHND.unbind(1), strict=True):
+        logits = (q_BSD * q_BSD.shape[-1] ** -0.5) @ k_BND.transpose(-1, -2)
+        logits = logits.to(dtype) if log_size_BN is None else logits.to(dtype) + log_size_BN[:, None, :]
+        total = total + logits.softmax(-1).mean(1)
+    return total / q_BHSD.shape[1]
+
+
+def class_token_value(q_BHND: Tensor, k_BHND: Tensor, log_size_BN: Tensor | None = None) -> Tensor:
+    """Averages over heads the attention that the class token, token 0, pays to each token.
+
+    The semantic value `A` of Turbo (arXiv 2312.07408): (B, N), every row summing to one, own entry included.
+    """
+    return attention_column_mean(q_BHND[:, :, :1], k_BHND, log_size_BN)
+
+
+def mean_one(value_BN: Tensor) -> Tensor:
+    """Scales each row of non-negative values to mean 1, so that weights mean the same at every number of tokens."""
+    total = value_BN.sum(1, keepdim=True).clamp_min(torch.finfo(value_BN.dtype).tiny)
+    return value_BN * (value_BN.shape[1] / total)
+
+
+def information_penalty(value_BN: Tensor, value_weight: float) -> Tensor:
+    """Gives what a token's semantic value takes off its redundancy: `value_weight * N * A`, with `A` summing to one.
+
+    The linear fusion of Turbo (arXiv 2312.07408), `E = R - lambda * N * A`: tokens of high `E`, that is of low
+    information degree, leave first.
+
+    Args:
+        value_BN: Semantic value, non-negative, on any scale.
+        value_weight: `lambda`. Raising it protects attended tokens more; an average token is taken off exactly this.
+
+    Differs from the paper: the released weight `30 * alpha` is divided by N, so it means the same at every size.
+    """
+    return value_weight * mean_one(value_BN)
