@@ -111,7 +111,7 @@ class _FunctionCounter(TorchFunctionMode):
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - the wrapped function's own result
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self._count_attention(*args, **kwargs)
@@ -148,8 +148,8 @@ class _MatmulCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.functions = functions
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401 - the dispatched operation's own result
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if self.functions.depth == 0 and name in _MATRIX_PRODUCTS:

@@ -1,0 +1,83 @@
+"""`gen-turbo bench ...`: the arguments of each benchmark, and the way from its name to its module."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+BENCHES = {
+    "primitives": "merge and unmerge against the package tomesd",
+    "layer": "one attention layer, matching included",
+    "step": "denoising steps of the Stable Diffusion 1.5 UNet, random weights",
+    "quality": "distance to stock against measured and counted cost, on the embedded model",
+    "check": "how many pictures show what their caption says",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds one subcommand for each benchmark."""
+    subparsers = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    children = {name: subparsers.add_parser(name, help=text, description=text) for name, text in BENCHES.items()}
+    for child in children.values():
+        child.add_argument("--records", type=Path, default=Path("runs/bench/records"), help="folder of the records")
+        child.add_argument("--seed", type=int, default=0)
+        child.add_argument("--threads", type=_positive, default=1, help="threads that torch may use")
+    for name in ("primitives", "layer"):
+        children[name].add_argument("--side", type=_positive, default=64, help="tokens along each side of the grid")
+        children[name].add_argument("--width", type=_positive, default=320, help="channels of a token")
+    for name, rounds in (("primitives", 30), ("layer", 7), ("step", 3)):
+        children[name].add_argument("--rounds", type=_positive, default=rounds, help="alternating timed rounds")
+    for name in ("step", "quality", "check"):
+        children[name].add_argument(
+            "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns; all by default"
+        )
+    _add_step_arguments(children["step"])
+    for name, captions in (("quality", 50), ("check", 200)):
+        _add_picture_arguments(children[name], captions)
+    children["quality"].add_argument(
+        "--timed", type=_positive, default=10, help="captions, from the first, that are timed against stock"
+    )
+
+
+def run(namespace: argparse.Namespace) -> None:
+    """Runs the benchmark that the arguments name.
+
+    Raises:
+        ValueError: If an argument does not fit; the message says which.
+        ImportError: If the benchmark needs a package of an extra; the message names it.
+    """
+    import_module(f"gen_turbo.bench.{namespace.bench}").run(namespace)
+
+
+def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--latents", type=_positive, default=64, help="side of the latent image")
+    parser.add_argument("--width-scale", type=float, default=1.0, help="factor on all widths of the UNet")
+    parser.add_argument("--steps", type=_positive, default=5, help="consecutive steps of one run")
+
+
+def _add_picture_arguments(parser: argparse.ArgumentParser, captions: int) -> None:
+    parser.add_argument("--pipeline", default="tiny", help="name, YAML or folder of a text-to-image pipeline")
+    parser.add_argument("--captions", type=_positive, default=captions)
+    parser.add_argument("--steps", type=_positive, default=25, help="denoising steps of stock")
+    parser.add_argument("--guidance", type=float, default=3.0, help="scale of classifier-free guidance")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th setting, from the I-th")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench/work"), help="folder of unfinished settings")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("/")
+    try:
+        part, parts = int(first), int(second)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 1/2") from None
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"part {part} of {parts} does not exist; parts count from 1")
+    return part, parts

@@ -1,0 +1,173 @@
+"""`gen-turbo bench quality`: distance to stock, check rate, measured and counted cost of many settings.
+
+Each caption of each setting leaves one line in the work folder, so a run that was interrupted goes on where it
+stopped; a setting whose captions are complete becomes one record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from gen_turbo import scenes
+from gen_turbo.bench import records
+from gen_turbo.bench.settings import Setting, Stock, quality_catalogue, selected
+from gen_turbo.bench.studio import Studio, open_studio
+from gen_turbo.metrics.cost import Cost, count_cost
+from gen_turbo.metrics.image import psnr, ssim
+
+MOST_DB = 100.0
+"""PSNR of equal pictures in a record; the finest difference that bytes can show lies below it."""
+
+Trial = dict[str, float]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs every selected setting of this process's part that has no record yet."""
+    torch.set_num_threads(options.threads)
+    settings = selected([Stock(), *quality_catalogue(options.steps)], options.settings)
+    run_settings("quality", settings, options, num_timed=options.timed)
+
+
+def run_settings(bench: str, settings: Sequence[Setting], options: argparse.Namespace, num_timed: int) -> None:
+    """Measures settings over all captions and appends a record for each.
+
+    Args:
+        bench: Name of the benchmark that the records belong to.
+        settings: What to measure.
+        options: Of the command line.
+        num_timed: Captions, from the first, whose time is taken together with a stock run just before or after.
+    """
+    studio, weights = open_studio(
+        options.pipeline, options.work, options.captions, options.seed, options.steps, options.guidance
+    )
+    workload = {
+        "pipeline": Path(options.pipeline).name,
+        "weights": weights,
+        "steps": options.steps,
+        "captions": options.captions,
+        "guidance": options.guidance,
+        "timed": num_timed,
+    }
+    part, parts = options.part
+    for setting in list(settings)[part - 1 :: parts]:
+        params = workload | setting.params()
+        if records.is_finished(options.records, bench, setting.name, params):
+            print(f"{setting.name}: finished before")
+            continue
+        trials = _trials(studio, setting, num_timed)
+        counts = _counted(studio, setting) if num_timed else {}
+        records.append(options.records, _record(bench, setting, params, trials, counts, options.seed))
+
+
+def _trials(studio: Studio, setting: Setting, num_timed: int) -> list[Trial]:
+    """Measures the captions that the work folder lacks and returns all, in caption order."""
+    kind = "timed" if num_timed else "untimed"
+    path = studio.folder / f"trials-{studio.steps}-{kind}" / f"seed{studio.seed}-{setting.name}.jsonl"
+    done = _read_trials(path, json.dumps(setting.params(), sort_keys=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [i for i in range(len(studio.captions)) if i not in done or (i < num_timed and "cpu_s" not in done[i])]
+    if missing and num_timed:
+        studio.draw(setting, 0)
+    for index in tqdm(missing, desc=f"{setting.name}, {studio.steps} steps"):
+        done[index] = _measure(studio, setting, index, is_timed=index < num_timed)
+        with path.open("a", encoding="utf-8") as file:
+            line = {"index": index, "key": json.dumps(setting.params(), sort_keys=True), **done[index]}
+            file.write(json.dumps(line) + "\n")
+    return [done[i] for i in range(len(studio.captions))]
+
+
+def _read_trials(path: Path, key: str) -> dict[int, Trial]:
+    if not path.exists():
+        return {}
+    done: dict[int, Trial] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError:
+            # The last line of a run that was killed while writing.
+            continue
+        if line.pop("key") == key:
+            done[line.pop("index")] = line
+    return done
+
+
+def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool) -> Trial:
+    """Draws one picture and, for its time, stock before it on even captions and after it on odd ones."""
+    times: Trial = {}
+    if is_timed:
+        order: list[Setting] = [studio.stock, setting] if index % 2 == 0 else [setting, studio.stock]
+        (first, first_time), (second, second_time) = (studio.draw(each, index) for each in order)
+        if index % 2 == 0:
+            stock, stock_time, image, time = first, first_time, second, second_time
+        else:
+            stock, stock_time, image, time = second, second_time, first, first_time
+        studio.keep_stock(index, stock)
+        times = {
+            "cpu_s": time.cpu_s,
+            "wall_s": time.wall_s,
+            "baseline_cpu_s": stock_time.cpu_s,
+            "baseline_wall_s": stock_time.wall_s,
+        }
+    else:
+        stock = studio.stock_picture(index)
+        image = stock if isinstance(setting, Stock) else studio.draw(setting, index)[0]
+    distance = psnr(stock, image)
+    return {
+        "psnr_db": MOST_DB if math.isinf(distance) else distance,
+        "ssim": ssim(stock, image),
+        "passed": float(scenes.check(image, studio.captions[index]).passed),
+        "stock_passed": float(scenes.check(stock, studio.captions[index]).passed),
+        **times,
+    }
+
+
+def _counted(studio: Studio, setting: Setting) -> dict[str, int]:
+    """Counts one picture of the setting and one of stock; what is counted does not depend on the caption."""
+    with count_cost(studio.pipe.unet) as stock:
+        studio.draw(studio.stock, 0)
+    with count_cost(studio.pipe.unet) as own:
+        studio.draw(setting, 0)
+    top = stock.top_self_attention()
+    return _sums(own, top, "") | _sums(stock, top, "stock_") | {"top_tokens_least": _least_tokens(own, top)}
+
+
+def _sums(cost: Cost, top: list[str], prefix: str) -> dict[str, int]:
+    return {
+        f"{prefix}attention_flops": cost.attention_flops(),
+        f"{prefix}top_attention_flops": cost.attention_flops(top),
+        f"{prefix}projection_flops": sum(cost.projection_flops.values()),
+        f"{prefix}matching_flops": cost.matching_flops,
+    }
+
+
+def _least_tokens(cost: Cost, layers: list[str]) -> int:
+    return min((call.num_queries for call in cost.calls if call.layer in layers), default=0)
+
+
+def _record(
+    bench: str, setting: Setting, params: dict[str, Any], trials: list[Trial], counts: dict[str, int], seed: int
+) -> records.BenchRecord:
+    def column(name: str) -> list[float]:
+        return [trial[name] for trial in trials if name in trial]
+
+    return records.BenchRecord(
+        bench=bench,
+        setting=setting.name,
+        family=setting.family,
+        params=params,
+        cpu_s=column("cpu_s"),
+        baseline_cpu_s=column("baseline_cpu_s"),
+        wall_s=column("wall_s"),
+        baseline_wall_s=column("baseline_wall_s"),
+        values={name: column(name) for name in ("psnr_db", "ssim", "passed", "stock_passed")},
+        counts=counts,
+        seed=seed,
+    )

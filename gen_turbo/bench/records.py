@@ -1,0 +1,171 @@
+"""Records of benchmarks: one JSON line each, with everything needed to judge and to repeat the number."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("gen_turbo", "torch", "diffusers", "transformers", "tomesd")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a number comes from.
+
+    Attributes:
+        hardware: Processor, cores in the machine and threads used.
+        versions: Of Python and of the packages that matter.
+        commit: Of the source, with "-dirty" behind it where files differed; "unknown" outside of a checkout.
+        command: What to type to repeat it.
+        date: In UTC, to the second.
+    """
+
+    hardware: str
+    versions: dict[str, str]
+    commit: str
+    command: str
+    date: str
+
+    @classmethod
+    def here(cls) -> Origin:
+        """Describes this process, with its present number of threads."""
+        return cls(_hardware(), _versions(), _commit(), _command(), datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """One setting of one benchmark, measured.
+
+    Attributes:
+        bench: The benchmark's name, which is its file's name too.
+        setting: What was measured.
+        family: Settings of one family form one curve.
+        params: What defines workload and setting; a setting with equal `params` need not run again.
+        cpu_s: CPU seconds of the setting, by round.
+        baseline_cpu_s: CPU seconds of the baseline in the same rounds.
+        wall_s: As `cpu_s`, in seconds that passed.
+        baseline_wall_s: As `baseline_cpu_s`, in seconds that passed.
+        values: Other measurements, by name and case: `psnr_db`, `passed`.
+        counts: Counted, not measured: `attention_flops`.
+        seed: Of everything drawn.
+        origin: Hardware, versions, commit, command, date.
+    """
+
+    bench: str
+    setting: str
+    family: str
+    params: dict[str, Any]
+    cpu_s: list[float]
+    baseline_cpu_s: list[float]
+    wall_s: list[float]
+    baseline_wall_s: list[float]
+    seed: int
+    values: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin.here)
+
+    def to_line(self) -> str:
+        """The record as one line of JSON; seconds and values keep five significant digits."""
+        return json.dumps(_rounded(dataclasses.asdict(self)), allow_nan=False)
+
+    @classmethod
+    def from_line(cls, line: str) -> BenchRecord:
+        """Reads what `to_line` wrote.
+
+        Raises:
+            ValueError: If the line is not a record.
+        """
+        try:
+            data = json.loads(line)
+            return cls(**{**data, "origin": Origin(**data["origin"])})
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"not a benchmark record: {line[:80]!r} ({error}); delete the line") from error
+
+
+def append(folder: Path, record: BenchRecord) -> Path:
+    """Adds a record to its benchmark's file, which is made if need be, and returns the file's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record.bench}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(record.to_line() + "\n")
+    return path
+
+
+def load(folder: Path, bench: str) -> list[BenchRecord]:
+    """Reads the records of one benchmark in order; of those with equal setting and `params` only the last."""
+    path = folder / f"{bench}.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    latest: dict[str, BenchRecord] = {}
+    for record in (BenchRecord.from_line(line) for line in lines if line.strip()):
+        latest[_key(record.setting, record.params)] = record
+    return list(latest.values())
+
+
+def is_finished(folder: Path, bench: str, setting: str, params: Mapping[str, Any]) -> bool:
+    """Whether a record of this setting with exactly these `params` exists."""
+    return _key(setting, params) in {_key(record.setting, record.params) for record in load(folder, bench)}
+
+
+def _key(setting: str, params: Mapping[str, Any]) -> str:
+    return json.dumps([setting, params], sort_keys=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _hardware() -> str:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", "..", ":!records")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty" if changed else head
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _command() -> str:
+    return shlex.join(["gen-turbo", *sys.argv[1:]])

@@ -1,0 +1,163 @@
+"""What the quality and step benchmarks compare: each setting has a name and knows how to apply itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from gen_turbo.bench.output_cache import cached_outputs
+from gen_turbo.factory import build_processor
+from gen_turbo.hosts.attach import attach
+
+RATIOS = (0.3, 0.5, 0.75)
+REFRESHES = (2, 3, 5)
+ORDERS = (0, 1)
+CACHE_INTERVALS = (2, 5)
+_STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.4)
+
+
+@dataclass(frozen=True)
+class Setting(ABC):
+    """One way to make the same picture in less time.
+
+    Attributes:
+        name: Unique in a catalogue; --settings selects by it.
+        family: Settings of one family form one curve.
+    """
+
+    name: str
+    family: str
+
+    @abstractmethod
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Applies the setting to a pipeline or UNet inside the `with` block, for exactly one run."""
+
+    def num_steps(self, steps: int) -> int:
+        """Denoising steps to run where stock runs `steps`."""
+        return steps
+
+    def params(self) -> dict[str, Any]:
+        """What defines the setting, for the record."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "family")}
+
+
+@dataclass(frozen=True)
+class Stock(Setting):
+    """Nothing is changed."""
+
+    name: str = "stock"
+    family: str = "stock"
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Changes nothing."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Method(Setting):
+    """A registered method of this package, made anew for each run."""
+
+    method: str = "turbo"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Attaches the method's processor."""
+        processor: Any = build_processor({"method": self.method, **self.options})
+        return attach(target, processor)
+
+
+@dataclass(frozen=True)
+class Tomesd(Setting):
+    """The published package tomesd with its own defaults."""
+
+    ratio: float = 0.5
+    max_downsample: int = 1
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Patches the UNet's blocks."""
+        from gen_turbo.bench.tomesd_baseline import patched
+
+        return patched(getattr(target, "unet", target), self.ratio, self.max_downsample)
+
+
+@dataclass(frozen=True)
+class OutputCache(Setting):
+    """Attention outputs of the finest level repeated between steps."""
+
+    interval: int = 2
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Replaces the processors of the finest level."""
+        return cached_outputs(getattr(target, "unet", target), self.interval)
+
+
+@dataclass(frozen=True)
+class FewerSteps(Setting):
+    """The stock pipeline with fewer denoising steps: what every acceleration has to beat."""
+
+    steps: int = 20
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Changes nothing."""
+        return nullcontext()
+
+    def num_steps(self, steps: int) -> int:
+        """The setting's own number, whatever stock runs."""
+        return self.steps
+
+
+def quality_catalogue(steps: int) -> list[Setting]:
+    """Every setting of the quality benchmark for a stock run of `steps`; the most wanted come first."""
+    corrected = [
+        _corrected("turbo", ratio, refresh, order)
+        for order in ORDERS[::-1]
+        for ratio in RATIOS
+        for refresh in REFRESHES
+    ]
+    rivals: list[Setting] = [Tomesd(f"tomesd-r{ratio:g}", "package tomesd", ratio) for ratio in RATIOS]
+    rivals += [OutputCache(f"cache-k{k}", "attention output caching", k) for k in CACHE_INTERVALS]
+    fewer = sorted({round(share * steps) for share in _STEP_SHARES} - {0, steps}, reverse=True)
+    rivals += [FewerSteps(f"steps-{number}", "fewer steps", number) for number in fewer]
+    copies = [_copied(method, ratio) for method in ("turbo", "tome", "random") for ratio in RATIOS]
+    default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})
+    return [default, *rivals, *corrected, *copies, _corrected("random", 0.75, 3, 1)]
+
+
+def step_catalogue() -> list[Setting]:
+    """Settings of the step benchmark: stock, tomesd and Turbo at equal coverage of one and of two levels."""
+    settings: list[Setting] = [Stock()]
+    for levels in (1, 2):
+        where = f"{levels}level" + "s" * (levels > 1)
+        settings.append(Tomesd(f"tomesd-{where}", "package tomesd", 0.5, levels))
+        copy = {"ratio": 0.5, "num_levels": levels, "restore": "copy"}
+        settings.append(Method(f"turbo-copy-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 1}))
+        settings.append(Method(f"turbo-copy-reuse5-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 5}))
+    return settings
+
+
+def selected(settings: Sequence[Setting], patterns: Sequence[str]) -> list[Setting]:
+    """Those whose name matches one of the shell patterns; all where there is no pattern.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(setting.name, pattern) for setting in settings):
+            known = ", ".join(setting.name for setting in settings)
+            raise ValueError(f"no setting matches {pattern!r}; there are: {known}")
+    return [s for s in settings if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
+
+
+def _corrected(method: str, ratio: float, refresh: int, order: int) -> Method:
+    options = {"ratio": ratio, "restore": "correct", "refresh": refresh, "order": order}
+    name = f"{method}-correct-r{ratio:g}-k{refresh}-o{order}"
+    return Method(name, f"{method}, corrected, r {ratio:g}, order {order}", method, options)
+
+
+def _copied(method: str, ratio: float) -> Method:
+    options = {"ratio": ratio, "restore": "copy", "plan_steps": 1}
+    return Method(f"{method}-copy-r{ratio:g}", f"{method}, copied", method, options)

@@ -1,0 +1,104 @@
+"""Pictures for the quality benchmarks: one pipeline, captions and seeds, and stock pictures kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from gen_turbo import scenes
+from gen_turbo.bench.settings import Setting, Stock
+from gen_turbo.bench.timing import Timing, clocked
+from gen_turbo.factory import load_pipeline
+
+
+@dataclass
+class Studio:
+    """Makes the picture of the i-th caption, always from the same noise.
+
+    Attributes:
+        pipe: A text-to-image pipeline without any processor attached.
+        folder: Where the stock pictures of these weights and this guidance are kept.
+        captions: What to draw.
+        seed: Of the first picture; the i-th takes `seed + i`.
+        steps: Denoising steps of stock.
+        guidance: Scale of classifier-free guidance.
+    """
+
+    pipe: Any
+    folder: Path
+    captions: list[str]
+    seed: int
+    steps: int
+    guidance: float
+    stock: Stock = field(default_factory=Stock)
+
+    def draw(self, setting: Setting, index: int) -> tuple[Image.Image, Timing]:
+        """Draws one picture under a setting, applied afresh, and times the whole pipeline call."""
+        generator = torch.Generator().manual_seed(self.seed + index)
+        torch.manual_seed(self.seed + index)
+
+        def call() -> Image.Image:
+            done = self.pipe(
+                self.captions[index],
+                num_inference_steps=setting.num_steps(self.steps),
+                guidance_scale=self.guidance,
+                generator=generator,
+            )
+            image: Image.Image = done.images[0]
+            return image
+
+        with setting.applied(self.pipe):
+            return clocked(call)
+
+    def stock_picture(self, index: int) -> Image.Image:
+        """The stock picture from disk, drawn and kept where it is missing."""
+        path = self.folder / f"stock-{self.steps}" / f"{self.seed + index:05d}.png"
+        if not path.exists():
+            self.keep_stock(index, self.draw(self.stock, index)[0])
+        with Image.open(path) as image:
+            return image.convert("RGB")
+
+    def keep_stock(self, index: int, image: Image.Image) -> None:
+        """Keeps a stock picture; another process may do the same, for both write the same bytes."""
+        path = self.folder / f"stock-{self.steps}" / f"{self.seed + index:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        image.save(partial, format="PNG")
+        partial.replace(path)
+
+
+def open_studio(
+    pipeline: str, work: Path, num_captions: int, seed: int, steps: int, guidance: float
+) -> tuple[Studio, str]:
+    """Loads a pipeline by name, YAML or folder.
+
+    Returns:
+        The studio, and a fingerprint of UNet and autoencoder: records and pictures of other weights never mix.
+
+    Raises:
+        ValueError: If the pipeline is not there; see `load_pipeline`.
+    """
+    is_folder = (Path(pipeline) / "model_index.json").is_file()
+    pipe = DiffusionPipeline.from_pretrained(pipeline) if is_folder else load_pipeline(pipeline, processor=None)
+    pipe.set_progress_bar_config(disable=True)
+    weights = fingerprint(pipe)
+    captions = scenes.captions(num_captions, seed)
+    folder = work / f"{weights}-g{guidance:g}"
+    return Studio(pipe, folder, captions, seed, steps, guidance), weights
+
+
+def fingerprint(pipe: Any) -> str:
+    """Twelve hexadecimal digits that change with any weight of UNet, text encoder or autoencoder."""
+    digest = hashlib.sha256()
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,42 @@
+"""Rewrites the tables of a Markdown file between its markers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gen_turbo.report.tables import TABLES
+
+_MARKED = re.compile(r"<!-- table:(?P<name>\S+) -->\n(?P<body>.*?)<!-- /table -->", re.DOTALL)
+
+
+def with_tables(text: str, folder: Path) -> str:
+    """Replaces what stands between `<!-- table:NAME -->` and `<!-- /table -->` by the table of the records.
+
+    Args:
+        text: Markdown; without markers it is returned as it is.
+        folder: Where the records are.
+
+    Raises:
+        ValueError: If a marker names no table or is not closed.
+    """
+    opened, closed = text.count("<!-- table:"), text.count("<!-- /table -->")
+    if not opened == closed == len(_MARKED.findall(text)):
+        raise ValueError(f"{opened} table markers are opened and {closed} closed; write each marker on its own line")
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; there are: {', '.join(TABLES)}")
+        return f"<!-- table:{name} -->\n{TABLES[name](folder)}\n<!-- /table -->"
+
+    return _MARKED.sub(table, text)
+
+
+def rewrite(path: Path, folder: Path) -> bool:
+    """Brings the tables of a file up to date and says whether the file changed."""
+    before = path.read_text(encoding="utf-8")
+    after = with_tables(before, folder)
+    if after != before:
+        path.write_text(after, encoding="utf-8")
+    return after != before

@@ -1,0 +1,63 @@
+"""A plot of the quality benchmark: distance to stock against measured speed and against counted attention."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gen_turbo.bench.records import BenchRecord, load
+from gen_turbo.report.tables import attention_cost, median_speedup
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("a plot needs matplotlib; run: pip install 'gen_turbo[report]'") from error
+
+_OWN = "turbo"
+_MARKERS = "osD^v<>Pp*Xhd"
+
+
+def plot_quality(folder: Path, steps: int, path: Path) -> None:
+    """Draws the quality records of one number of steps into a picture file.
+
+    Stock itself is left out, for its distance is no number that a plot can show.
+
+    Args:
+        folder: Where the records are.
+        steps: Denoising steps of stock.
+        path: The picture, PNG or SVG by its ending.
+
+    Raises:
+        ValueError: If there are no records for these steps.
+    """
+    records = [r for r in load(folder, "quality") if r.params["steps"] == steps and r.setting != "stock"]
+    if not records:
+        raise ValueError(f"no quality records of {steps} steps in {folder}; run: gen-turbo bench quality")
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw(left, records, median_speedup)
+    _draw(right, records, attention_cost)
+    left.set(xlabel="times faster than stock, measured", ylabel="PSNR to stock, dB (median)")
+    right.set(xlabel="attention cost, counted (stock: 1)")
+    right.invert_xaxis()
+    figure.suptitle(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _draw(axes: Any, records: Sequence[BenchRecord], cost: Callable[[BenchRecord], float]) -> None:
+    """One curve for each family, own families with solid lines."""
+    axes.grid(alpha=0.3)
+    for number, family in enumerate(sorted({record.family for record in records})):
+        points = sorted((cost(r), statistics.median(r.values["psnr_db"])) for r in records if r.family == family)
+        axes.plot(
+            *zip(*points, strict=True),
+            label=family,
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle="-" if family.startswith(_OWN) else ":",
+        )

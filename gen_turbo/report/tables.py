@@ -1,0 +1,136 @@
+"""Records of a benchmark as a Markdown table, each with the command that made it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gen_turbo.bench.records import BenchRecord, load
+from gen_turbo.bench.timing import Spread, speedups
+
+NO_RECORDS = "No records yet."
+
+
+def primitives(folder: Path) -> str:
+    """Milliseconds of merging and unmerging, tomesd and this package."""
+    records = load(folder, "primitives")
+    head = ("", "package tomesd, ms", "gen_turbo, ms", "times faster", "largest difference")
+    rows = []
+    for record in records:
+        is_equal = bool(record.values["unmerge_bit_equal"][0])
+        exact = "none" if is_equal else "not equal"
+        merge_error = f"{record.values['merge_max_error'][0]:.1g}"
+        difference = {"merge": merge_error, "unmerge": exact}.get(record.setting, "")
+        rows.append(
+            (
+                record.setting,
+                _milliseconds(record.baseline_cpu_s),
+                _milliseconds(record.cpu_s),
+                f"{Spread.of(_speedups(record)):.1f}",
+                difference,
+            )
+        )
+    return _table(head, rows, records)
+
+
+def layer(folder: Path) -> str:
+    """Milliseconds of one attention layer, matching included."""
+    records = load(folder, "layer")
+    rows = [(r.setting, _milliseconds(r.cpu_s), f"{Spread.of(_speedups(r)):.2f}") for r in records]
+    return _table(("", "ms", "times faster than full attention"), rows, records)
+
+
+def step(folder: Path) -> str:
+    """Seconds of one denoising step, with attention counted against stock."""
+    records = load(folder, "step")
+    stock = {_workload(r): r.counts["attention_flops"] for r in records if r.setting == "stock"}
+    rows = []
+    for record in records:
+        share = (record.counts["attention_flops"] + record.counts["matching_flops"]) / stock[_workload(record)]
+        rows.append(
+            (record.setting, f"{Spread.of(record.cpu_s):.2f}", f"{Spread.of(_speedups(record)):.2f}", f"{share:.2f}")
+        )
+    return _table(("", "s", "times faster than stock", "counted attention"), rows, records)
+
+
+def quality(folder: Path, steps: int) -> str:
+    """Distance to stock, check rate, measured and counted cost of every setting at one number of steps."""
+    records = [r for r in load(folder, "quality") if r.params["steps"] == steps]
+    head = ("", "times faster than stock", "counted attention", "PSNR to stock, dB", "SSIM", "check passed")
+    rows = [
+        (
+            record.setting,
+            f"{Spread.of(_speedups(record)):.2f}",
+            f"{attention_cost(record):.2f}",
+            f"{Spread.of(record.values['psnr_db']):.1f}",
+            f"{statistics.median(record.values['ssim']):.3f}",
+            _passed(record.values["passed"]),
+        )
+        for record in sorted(records, key=lambda r: (r.family, r.setting))
+    ]
+    return _table(head, rows, records)
+
+
+def check(folder: Path) -> str:
+    """How many pictures show what their caption says."""
+    records = load(folder, "check")
+    rows = [(r.setting, _passed(r.values["passed"]), _passed(r.values["stock_passed"])) for r in records]
+    return _table(("", "check passed", "stock on the same captions"), rows, records)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "primitives": primitives,
+    "layer": layer,
+    "step": step,
+    "quality": lambda folder: quality(folder, 25),
+    "quality8": lambda folder: quality(folder, 8),
+    "check": check,
+}
+"""The name between a README's markers -> what stands there, given the folder of the records."""
+
+
+def attention_cost(record: BenchRecord) -> float:
+    """Counted products of the finest self-attention and of matching, as a share of stock's finest self-attention."""
+    counts = record.counts
+    return (counts["top_attention_flops"] + counts["matching_flops"]) / counts["stock_top_attention_flops"]
+
+
+def median_speedup(record: BenchRecord) -> float:
+    """Median over the timed rounds of stock's CPU seconds divided by the setting's."""
+    return statistics.median(_speedups(record))
+
+
+def _speedups(record: BenchRecord) -> list[float]:
+    return speedups(record.baseline_cpu_s, record.cpu_s)
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return f"{Spread.of([1000 * value for value in seconds]):.1f}"
+
+
+def _passed(values: Sequence[float]) -> str:
+    return f"{int(sum(values))} of {len(values)}"
+
+
+def _workload(record: BenchRecord) -> tuple[object, ...]:
+    return tuple(record.params[name] for name in ("latents", "width_scale", "steps"))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], records: Sequence[BenchRecord]) -> str:
+    if not records:
+        return NO_RECORDS
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows)]
+    return "\n".join(lines) + "\n\n" + _origins(records)
+
+
+def _origins(records: Sequence[BenchRecord]) -> str:
+    """What all rows share, in one paragraph; where they differ, every value that occurs."""
+    commands = dict.fromkeys(f"`{record.origin.command}`" for record in records)
+    hardware = dict.fromkeys(record.origin.hardware for record in records)
+    versions = dict.fromkeys(f"torch {r.origin.versions.get('torch', 'unknown')}" for r in records)
+    commits = dict.fromkeys(record.origin.commit for record in records)
+    dates = sorted({record.origin.date[:10] for record in records})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    where = ", ".join([" and ".join(hardware), *versions, f"commit {', '.join(commits)}", when])
+    return f"Medians of CPU seconds (lower to upper quartile). {', '.join(commands)}; {where}."
