@@ -1,0 +1,107 @@
+"""The one place where settings become objects: processors and pipelines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from gen_turbo.config import (
+    CALL_SETTINGS,
+    ConfigError,
+    PipelineConfig,
+    config_files,
+    describe,
+    load_config,
+    processor_tree,
+    typed,
+)
+from gen_turbo.registry import METHODS, PIPELINES
+
+_PLUGINS = "gen_turbo.plugins"
+
+
+def load_pipeline(name_or_yaml: str | Path, **overrides: Any) -> Any:
+    """Loads a stock diffusers pipeline, with the processor that its configuration names already attached.
+
+    Args:
+        name_or_yaml: A configuration inside the package, such as `"tiny"`, or the path of a YAML file.
+        **overrides: Settings of `PipelineConfig` that replace those of the file. `processor` may be None for the
+            stock pipeline, a processor object, a method's name or a mapping with `method` and its settings.
+
+    Returns:
+        The pipeline. Steps, size and guidance are given to its call, as for every diffusers pipeline.
+
+    Raises:
+        ValueError: If a setting, file, checkpoint or device is not there or does not fit.
+    """
+    in_vain = sorted(set(overrides) & set(CALL_SETTINGS))
+    if in_vain:
+        call = ", ".join(f"{CALL_SETTINGS[name]}=..." for name in in_vain)
+        raise ConfigError(f"{', '.join(in_vain)} would have no effect on loading; call the pipeline with {call}")
+    config = load_config(name_or_yaml)
+    processor = overrides.pop("processor", config.processor)
+    tree = {field.name: getattr(config, field.name) for field in fields(config)}
+    config = typed(PipelineConfig, {**tree, "processor": None, **overrides}, f"pipeline configuration {name_or_yaml}")
+    return build_pipeline(config, build_processor(processor))
+
+
+def build_pipeline(config: PipelineConfig, processor: Any | None = None) -> Any:
+    """Builds the pipeline of a configuration and attaches a processor, if one is given.
+
+    Raises:
+        ValueError: If the builder is unknown, the checkpoint or device is not there, or the processor does not fit.
+    """
+    for plugin in entry_points(group=_PLUGINS):
+        plugin.load()
+    pipe = _entry(PIPELINES, config.pipeline)(config)
+    if processor is not None:
+        pipe.set_attn_processor(processor)
+    return pipe
+
+
+def build_processor(settings: Any) -> Any | None:
+    """Makes a processor from settings.
+
+    Args:
+        settings: A mapping with `method` and any of the method's fields, the name or path of a method's YAML, None,
+            or a processor, which is returned as it is.
+
+    Raises:
+        ValueError: If the method or a field is unknown, or a value does not fit.
+    """
+    from gen_turbo.contract import TokenReducer
+
+    if settings is None or isinstance(settings, TokenReducer):
+        return settings
+    import_module("gen_turbo.methods")
+    tree = processor_tree(settings)
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"processor must be a method's name, a mapping with 'method', or null; got {settings!r}")
+    if not isinstance(tree.get("method"), str):
+        raise ConfigError(f"processor lacks a method; add processor.method, one of {', '.join(METHODS.names())}")
+    method = tree["method"]
+    values = {key: value for key, value in tree.items() if key != "method"}
+    return typed(_entry(METHODS, method), values, f"method {method!r}")
+
+
+def list_methods() -> dict[str, str]:
+    """The first sentence about each method, by name."""
+    import_module("gen_turbo.methods")
+    return {name: (inspect.getdoc(METHODS[name]) or "").split("\n")[0] for name in METHODS.names()}
+
+
+def list_pipelines() -> dict[str, str]:
+    """The first comment of each pipeline configuration inside the package, by name."""
+    return {name: describe(path) for name, path in config_files("pipeline").items()}
+
+
+def _entry(registry: Any, name: str) -> Any:
+    try:
+        return registry[name]
+    except KeyError as error:
+        raise ConfigError(str(error.args[0])) from None
