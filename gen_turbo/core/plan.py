@@ -104,9 +104,8 @@ class ReductionPlan:
         rank_BN = stays_BN.cumsum(1) - 1
         # Tokens that leave all write to one spare column behind the anchors.
         place_BN = rank_BN.masked_fill(~stays_BN, num_slots)
-        anchor_BM = torch.zeros_like(rank_BN[:, :1]).repeat(1, num_slots + 1)
-        anchor_BM = anchor_BM.scatter(1, place_BN, token_N.expand_as(place_BN))[:, :num_slots]
-        return cls(rank_BN.gather(1, destination_BN), anchor_BM.contiguous())
+        anchor_BM = token_N.new_zeros(len(place_BN), num_slots + 1).scatter_(1, place_BN, token_N.expand_as(place_BN))
+        return cls(rank_BN.gather(1, destination_BN), anchor_BM[:, :num_slots].contiguous())
 
     def merge(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Averages the tokens of each slot.

@@ -43,7 +43,7 @@ def class_token_value(q_BHND: Tensor, k_BHND: Tensor, log_size_BN: Tensor | None
 def mean_one(value_BN: Tensor) -> Tensor:
     """Scales each row of non-negative values to mean 1, so that weights mean the same at every number of tokens."""
     total = value_BN.sum(1, keepdim=True).clamp_min(torch.finfo(value_BN.dtype).tiny)
-    return value_BN * (value_BN.shape[1] / total)
+    return value_BN / total * value_BN.shape[1]
 
 
 def information_penalty(value_BN: Tensor, value_weight: float) -> Tensor:
