@@ -38,12 +38,13 @@ DECAY_FROM = {16: 1.0, 32: 0.8, 64: 0.35}
 class PooledKeys(AttnProcessor2_0):
     """Self-attention of the top level over 2 x 2 pooled keys: a cheap stand-in while training."""
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs):
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        """Attends; cross-attention and coarser levels as usual."""
         side = math.isqrt(hidden_states.shape[1])
         if encoder_hidden_states is None and side >= 64:
             grid = hidden_states.transpose(1, 2).unflatten(2, (side, side))
             encoder_hidden_states = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+        return super().__call__(attn, hidden_states, encoder_hidden_states)
 
 
 class Muon:
@@ -55,6 +56,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self) -> None:
+        """Updates every parameter that has a gradient."""
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             if parameter.grad is None:
                 continue
@@ -66,6 +68,7 @@ class Muon:
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
+    """Brings the singular values of a matrix near 1."""
     x = matrix / (matrix.norm() + 1e-7)
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
@@ -106,6 +109,7 @@ def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
 
 
 def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
+    """Trains on 64 x 64 pixel crops and saves the result."""
     torch.manual_seed(0)
     images, _ = pictures(3000, seed=1)
     model = tiny.make_autoencoder()
@@ -168,6 +172,7 @@ class Trainer:
         self.steps = 0
 
     def save(self) -> None:
+        """Writes the checkpoint, then the pipeline."""
         tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(self.parameters)}
         tensors |= {f"average.{i}": p.contiguous() for i, p in enumerate(self.average)}
         tensors |= {f"muon.{i}": b.contiguous() for i, b in enumerate(self.muon.buffers)}
@@ -176,6 +181,7 @@ class Trainer:
         self.export()
 
     def load(self) -> None:
+        """Goes on from the checkpoint, if there is one."""
         path = self.folder / "state.safetensors"
         if not path.exists():
             return
@@ -205,8 +211,8 @@ class Trainer:
         latents = F.avg_pool2d(latents, 64 // grid)
         empty = tiny.make_tokenizer()([""], padding="max_length", return_tensors="pt").input_ids
         alphas = tiny.alphas_cumprod(NOISE_SHIFT[grid]).float()
-        start, last_save, running, first = time.process_time() - self.spent[str(grid)], time.process_time(), None, True
-        warm = 0
+        start, last_save = time.process_time() - self.spent[str(grid)], time.process_time()
+        running, first, warm = None, True, 0
         while (spent := time.process_time() - start) < seconds:
             done = spent / seconds
             pooled = grid == 64 and done < EXACT_KEYS_FROM
@@ -229,6 +235,7 @@ class Trainer:
         self.save()
 
     def step(self, latents: Tensor, ids: Tensor, empty: Tensor, alphas: Tensor, batch: int) -> float:
+        """Takes one step on random rows at stratified times; gives the loss."""
         rows = torch.randint(0, len(latents), (batch,))
         clean, prompt = latents[rows], ids[rows].clone()
         prompt[torch.rand(batch) < 0.1] = empty
@@ -252,6 +259,7 @@ class Trainer:
 
 
 def main() -> None:
+    """Runs every stage whose budget is not spent."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, nargs=4, default=[300, 900, 1800, 2400])
     parser.add_argument("--output", type=Path, default=Path("runs/tiny"))

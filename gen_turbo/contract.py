@@ -95,9 +95,9 @@ class TokenReducer(ABC):
         if self.order not in (0, 1):
             raise ValueError(f"order must be 0 (hold) or 1 (linear); got {self.order}")
         least = {"num_levels": 0, "refresh": 2, "warmup": 1, "plan_steps": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
+        for setting, bound in least.items():
+            if getattr(self, setting) < bound:
+                raise ValueError(f"{setting} must be at least {bound}; got {getattr(self, setting)}")
         if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
             raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
 

@@ -210,7 +210,8 @@ def _shape_mask(shape: str, x: float, y: float, radius: float, supersample: int 
         arm = radius / 3
         draw.rectangle([x - radius, y - arm, x + radius, y + arm], fill=255)
         draw.rectangle([x - arm, y - radius, x + arm, y + radius], fill=255)
-    return np.asarray(canvas.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX), np.float32) / 255
+    coverage: Array = np.asarray(canvas.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX), np.float32) / 255
+    return coverage
 
 
 def _foreground(pixels: Array, border: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

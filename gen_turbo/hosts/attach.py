@@ -173,7 +173,8 @@ def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
     models = [getattr(target, name, None) for name in _DENOISERS if name in getattr(target, "components", {})]
     found = [model for model in models if isinstance(model, nn.Module)]
     if not found:
-        raise TypeError(f"expected a diffusers pipeline with one of {_DENOISERS} or a model, got {type(target).__name__}")
+        got = type(target).__name__
+        raise TypeError(f"expected a diffusers pipeline with one of {_DENOISERS} or a model, got {got}")
     return target, found
 
 

@@ -63,12 +63,14 @@ class Report:
         if not self.sites:
             return "no gen_turbo processor is attached"
         reached = [site for site in self.sites if site.status == "reduced"]
-        lines = [f"{len(reached)} of {len(self.sites)} attention layers reduced, {self.flops_saved:.0%} of their FLOPs saved"]
+        saved = f"{self.flops_saved:.0%} of their FLOPs saved"
+        lines = [f"{len(reached)} of {len(self.sites)} attention layers reduced, {saved}"]
         for site in self.sites:
             if site.status in ("reduced", "lost"):
                 grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else "not run yet"
                 calls = f"{site.num_reduced} reduced and {site.num_full} full calls"
-                lines.append(f"  {site.name}: {site.status}, {grid}, {site.num_tokens} -> {site.num_kept} tokens, {calls}")
+                tokens = f"{site.num_tokens} -> {site.num_kept} tokens"
+                lines.append(f"  {site.name}: {site.status}, {grid}, {tokens}, {calls}")
         left: dict[str, int] = {}
         for site in self.sites:
             if site.status not in ("reduced", "lost"):

@@ -12,6 +12,7 @@ from tests.tiny_hosts import picture, sd_pipeline
 
 @pytest.fixture(scope="module")
 def pipe():
+    """One pipeline for all tests of this file."""
     return sd_pipeline()
 
 
