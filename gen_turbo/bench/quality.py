@@ -20,7 +20,7 @@ from gen_turbo import scenes
 from gen_turbo.bench import records
 from gen_turbo.bench.settings import Setting, Stock, quality_catalogue, selected
 from gen_turbo.bench.studio import Studio, open_studio
-from gen_turbo.metrics.cost import Cost, count_cost
+from gen_turbo.metrics.cost import Cost
 from gen_turbo.metrics.image import psnr, ssim
 
 MOST_DB = 100.0
@@ -130,11 +130,8 @@ def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool) -> Tr
 
 
 def _counted(studio: Studio, setting: Setting) -> dict[str, int]:
-    """Counts one picture of the setting and one of stock; what is counted does not depend on the caption."""
-    with count_cost(studio.pipe.unet) as stock:
-        studio.draw(studio.stock, 0)
-    with count_cost(studio.pipe.unet) as own:
-        studio.draw(setting, 0)
+    """Counts one picture of the setting beside one of stock."""
+    stock, own = studio.stock_cost, studio.count(setting)
     top = stock.top_self_attention()
     return _sums(own, top, "") | _sums(stock, top, "stock_") | {"top_tokens_least": _least_tokens(own, top)}
 

@@ -99,7 +99,7 @@ class OutputCache(Setting):
 class FewerSteps(Setting):
     """The stock pipeline with fewer denoising steps: what every acceleration has to beat."""
 
-    steps: int = 20
+    num_steps_run: int = 20
 
     def applied(self, target: Any) -> AbstractContextManager[object]:
         """Changes nothing."""
@@ -107,7 +107,7 @@ class FewerSteps(Setting):
 
     def num_steps(self, steps: int) -> int:
         """The setting's own number, whatever stock runs."""
-        return self.steps
+        return self.num_steps_run
 
 
 def quality_catalogue(steps: int) -> list[Setting]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gen_turbo import scenes
 from gen_turbo.bench.settings import Setting, Stock
 from gen_turbo.bench.timing import Timing, clocked
 from gen_turbo.factory import load_pipeline
+from gen_turbo.metrics.cost import Cost, count_cost
 
 
 @dataclass
@@ -56,6 +58,17 @@ class Studio:
 
         with setting.applied(self.pipe):
             return clocked(call)
+
+    @cached_property
+    def stock_cost(self) -> Cost:
+        """What one stock picture costs, counted once; it does not depend on the caption."""
+        return self.count(self.stock)
+
+    def count(self, setting: Setting) -> Cost:
+        """Counts the attention arithmetic of one picture, decoder and text encoder left out."""
+        with count_cost(self.pipe.unet) as cost:
+            self.draw(setting, 0)
+        return cost
 
     def stock_picture(self, index: int) -> Image.Image:
         """The stock picture from disk, drawn and kept where it is missing."""

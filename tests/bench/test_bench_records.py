@@ -1,0 +1,64 @@
+"""Records on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gen_turbo.bench import records
+from gen_turbo.bench.records import BenchRecord
+
+
+def _record(setting: str = "turbo", **changes: Any) -> BenchRecord:
+    values: dict[str, Any] = {
+        "bench": "toy",
+        "setting": setting,
+        "family": "turbo",
+        "params": {"ratio": 0.5},
+        "cpu_s": [0.5, 0.25],
+        "baseline_cpu_s": [1.0, 1.0],
+        "wall_s": [0.5, 0.5],
+        "baseline_wall_s": [1.0, 1.5],
+        "seed": 3,
+        "values": {"psnr_db": [40.5, 41.0]},
+        "counts": {"attention_flops": 12345678901},
+    }
+    return BenchRecord(**values | changes)
+
+
+def test_a_record_survives_the_disk(tmp_path: Path) -> None:
+    """Catches a field that is written but not read back, or counts that lose digits."""
+    record = _record()
+    records.append(tmp_path, record)
+    assert records.load(tmp_path, "toy") == [record]
+
+
+def test_a_record_says_where_it_comes_from() -> None:
+    """Catches numbers without hardware, versions, commit, command or date."""
+    origin = json.loads(_record().to_line())["origin"]
+    assert all(origin[name] for name in ("hardware", "versions", "commit", "command", "date"))
+    assert "torch" in origin["versions"]
+
+
+def test_the_last_of_equal_settings_counts(tmp_path: Path) -> None:
+    """Catches tables that mix a repeated measurement with the one that it replaces."""
+    for seed in (1, 2):
+        records.append(tmp_path, _record(seed=seed))
+    records.append(tmp_path, _record(params={"ratio": 0.75}))
+    assert [(r.seed, r.params["ratio"]) for r in records.load(tmp_path, "toy")] == [(2, 0.5), (3, 0.75)]
+
+
+def test_finished_compares_all_parameters(tmp_path: Path) -> None:
+    """Catches resuming by name alone, which keeps numbers of other weights."""
+    records.append(tmp_path, _record())
+    assert records.is_finished(tmp_path, "toy", "turbo", {"ratio": 0.5})
+    assert not records.is_finished(tmp_path, "toy", "turbo", {"ratio": 0.5, "weights": "abc"})
+    assert not records.is_finished(tmp_path, "other", "turbo", {"ratio": 0.5})
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    """Catches a half-written line that silently drops a measurement from a table."""
+    (tmp_path / "toy.jsonl").write_text('{"bench": "toy"')
+    with pytest.raises(ValueError, match="not a benchmark record"):
+        records.load(tmp_path, "toy")

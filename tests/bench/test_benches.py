@@ -1,0 +1,154 @@
+"""Every benchmark runs at a toy size, writes its records and resumes."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from gen_turbo.bench import quality, tomesd_baseline
+from gen_turbo.bench.commands import add_arguments, run
+from gen_turbo.bench.primitives import smooth_tokens
+from gen_turbo.bench.records import BenchRecord, load
+from gen_turbo.pipelines import tiny
+
+
+def _run(*arguments: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    threads = torch.get_num_threads()
+    try:
+        run(parser.parse_args(arguments))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a stock pipeline far smaller than the embedded one, with random weights."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        attention_head_dim=2,
+        norm_num_groups=8,
+        cross_attention_dim=tiny.TEXT_WIDTH,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        mid_block_add_attention=False,
+    )
+    folder = tmp_path_factory.mktemp("pipeline")
+    text_encoder = tiny.make_text_encoder(len(tiny.make_tokenizer()))
+    tiny.assemble(autoencoder, text_encoder, unet).save_pretrained(folder)
+    return str(folder)
+
+
+def _quality(pipeline: str, folder: Path, *more: str) -> list[BenchRecord]:
+    common = ("--records", str(folder / "records"), "--work", str(folder / "work"), "--steps", "4", "--captions", "2")
+    _run("quality", "--pipeline", pipeline, *common, "--timed", "1", *more)
+    return load(folder / "records", "quality")
+
+
+def test_same_plan_repeats_what_tomesd_merges() -> None:
+    """Catches a comparison of merging speed over different destinations."""
+    tokens = smooth_tokens(2, (6, 8), 16, seed=0)
+    merge, unmerge = tomesd_baseline.matching(tokens, (6, 8), 20)
+    plan, row_BM = tomesd_baseline.same_plan(unmerge, 2, (6, 8), 20)
+    theirs = merge(tokens)
+    assert plan.num_slots == 28
+    torch.testing.assert_close(plan.unmerge(plan.merge(tokens)), unmerge(theirs), rtol=0, atol=1e-6)
+    aligned = theirs.gather(1, row_BM[..., None].expand(-1, -1, 16))
+    torch.testing.assert_close(plan.merge(tokens), aligned, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bench", ["primitives", "layer"])
+def test_small_benches_record_both_sides(bench: str, tmp_path: Path) -> None:
+    """Catches a record without its baseline, and a second run that measures again."""
+    arguments = (bench, "--side", "8", "--width", "32", "--rounds", "2", "--records", str(tmp_path))
+    _run(*arguments)
+    found = load(tmp_path, bench)
+    assert len(found) >= 3
+    assert all(len(r.cpu_s) == len(r.baseline_cpu_s) == 2 for r in found)
+    before = (tmp_path / f"{bench}.jsonl").read_text()
+    _run(*arguments)
+    assert (tmp_path / f"{bench}.jsonl").read_text() == before
+
+
+def test_primitives_are_exact(tmp_path: Path) -> None:
+    """Catches a faster merge that gives something else."""
+    _run("primitives", "--side", "16", "--width", "32", "--rounds", "1", "--records", str(tmp_path))
+    values = load(tmp_path, "primitives")[0].values
+    assert values["unmerge_bit_equal"] == [1.0]
+    assert values["merge_max_error"][0] <= 1e-6
+
+
+def test_steps_compare_at_equal_coverage(tmp_path: Path) -> None:
+    """Catches a Turbo row that reduces other layers than the tomesd row beside it."""
+    names = ("tomesd-1level", "turbo-copy-1level")
+    _run("step", "--width-scale", "0.1", "--latents", "16", "--steps", "2", "--rounds", "1", "--records",
+         str(tmp_path), "--settings", *names)  # fmt: skip
+    counts = {r.setting: r.counts["attention_flops"] for r in load(tmp_path, "step")}
+    assert counts["tomesd-1level"] == counts["turbo-copy-1level"] < counts["stock"]
+
+
+def test_quality_measures_a_setting_once(pipeline: str, tmp_path: Path) -> None:
+    """Catches numbers of captions that were not drawn, and a finished setting that is run again."""
+    (record,) = _quality(pipeline, tmp_path, "--settings", "turbo-copy-r0.5")
+    assert len(record.values["psnr_db"]) == len(record.values["passed"]) == 2
+    assert len(record.cpu_s) == len(record.baseline_cpu_s) == 1
+    assert 0 < record.counts["top_attention_flops"] < record.counts["stock_top_attention_flops"]
+    assert record.counts["top_tokens_least"] == 128
+    before = (tmp_path / "records" / "quality.jsonl").read_text()
+    _quality(pipeline, tmp_path, "--settings", "turbo-copy-r0.5")
+    assert (tmp_path / "records" / "quality.jsonl").read_text() == before
+
+
+def test_quality_goes_on_where_it_stopped(pipeline: str, tmp_path: Path) -> None:
+    """Catches a resumed run that draws finished captions again or trusts a half-written line."""
+    (first,) = _quality(pipeline, tmp_path, "--settings", "steps-2")
+    (trials,) = (tmp_path / "work").rglob("*.jsonl")
+    lines = trials.read_text().splitlines()
+    trials.write_text(lines[0] + "\n" + lines[1][:20])
+    (tmp_path / "records" / "quality.jsonl").unlink()
+    (second,) = _quality(pipeline, tmp_path, "--settings", "steps-2")
+    assert second.cpu_s == first.cpu_s
+    assert second.values["psnr_db"] == first.values["psnr_db"]
+
+
+def test_stock_is_equal_to_itself(pipeline: str, tmp_path: Path) -> None:
+    """Catches a stock picture of another seed, and a reference that an earlier setting has changed."""
+    found = _quality(pipeline, tmp_path, "--settings", "tomesd-r0.5", "cache-k2", "stock")
+    stock = next(r for r in found if r.setting == "stock")
+    assert stock.values["psnr_db"] == [quality.MOST_DB] * 2
+    assert all(max(r.values["psnr_db"]) < quality.MOST_DB for r in found if r.setting != "stock")
+
+
+def test_parts_share_the_settings(pipeline: str, tmp_path: Path) -> None:
+    """Catches two processes that measure the same setting, or leave one out."""
+    settings = ("--settings", "steps-2", "steps-3", "stock")
+    assert len(_quality(pipeline, tmp_path, "--part", "1/2", *settings)) == 2
+    assert len(_quality(pipeline, tmp_path, "--part", "2/2", *settings)) == 3
+
+
+def test_check_needs_no_times(pipeline: str, tmp_path: Path) -> None:
+    """Catches a check rate that is counted over other captions than stock's."""
+    _run("check", "--pipeline", pipeline, "--captions", "2", "--steps", "2", "--records", str(tmp_path), "--work",
+         str(tmp_path / "work"), "--settings", "stock", "turbo-copy-r0.5")  # fmt: skip
+    found = load(tmp_path, "check")
+    assert [r.cpu_s for r in found] == [[], []]
+    assert all(len(r.values["passed"]) == 2 for r in found)
+    assert found[0].values["passed"] == found[1].values["stock_passed"]
+
+
+def test_a_width_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    """Catches an error from deep inside group normalisation."""
+    with pytest.raises(ValueError, match="multiples of 32"):
+        _run("step", "--width-scale", "0.33", "--records", str(tmp_path))

@@ -1,0 +1,95 @@
+"""Settings applied to a real, tiny UNet."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from gen_turbo.bench.settings import Method, OutputCache, Setting, Stock, Tomesd, quality_catalogue, selected
+from gen_turbo.metrics.cost import count_cost
+
+SETTINGS = [
+    Method("turbo-copy", "turbo", "turbo", {"ratio": 0.5, "restore": "copy", "plan_steps": 1}),
+    Tomesd("tomesd", "package tomesd", 0.5),
+    OutputCache("cache", "cache", 2),
+]
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    """Two levels, 64 and 16 tokens."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        attention_head_dim=2,
+        norm_num_groups=8,
+        cross_attention_dim=12,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+def _denoise(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    with torch.no_grad():
+        for time in (900, 600, 300):
+            sample = sample - unet(sample, time, text).sample
+    return sample
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+def test_a_setting_saves_attention_and_leaves_nothing(setting: Setting, unet: UNet2DConditionModel) -> None:
+    """Catches a setting that does nothing, and one that changes what is measured after it."""
+    stock, before = _denoise(unet), {name: dict(m.__dict__) for name, m in unet.named_modules()}
+    with count_cost(unet) as full:
+        _denoise(unet)
+    with count_cost(unet) as cost, setting.applied(unet):
+        changed = _denoise(unet)
+    assert not torch.equal(changed, stock)
+    assert cost.attention_flops(full.top_self_attention()) < full.attention_flops(full.top_self_attention())
+    assert torch.equal(_denoise(unet), stock)
+    assert {name: list(m.__dict__) for name, m in unet.named_modules()} == {n: list(d) for n, d in before.items()}
+
+
+def test_the_cache_runs_every_second_call(unet: UNet2DConditionModel) -> None:
+    """Catches an interval off by one, and caching below the finest level."""
+    with count_cost(unet) as cost, OutputCache("cache", "cache", 2).applied(unet):
+        _denoise(unet)
+    tokens = cost.tokens()
+    assert tokens["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] == [64, 64]
+    assert tokens["down_blocks.1.attentions.0.transformer_blocks.0.attn1"] == [16, 16, 16]
+
+
+def test_an_exception_restores_the_processors(unet: UNet2DConditionModel) -> None:
+    """Catches a restore that is not in `finally`."""
+    before = dict(unet.attn_processors)
+    with suppress(KeyboardInterrupt), OutputCache("cache", "cache", 2).applied(unet):
+        raise KeyboardInterrupt
+    assert unet.attn_processors == before
+
+
+def test_names_are_unique_and_every_family_of_the_comparison_is_there() -> None:
+    """Catches two settings that share records, and a table without its controls."""
+    settings = [Stock(), *quality_catalogue(25)]
+    assert len({s.name for s in settings}) == len(settings)
+    names = {s.name for s in settings}
+    corrected = {f"turbo-correct-r{r}-k{k}-o{o}" for r in ("0.3", "0.5", "0.75") for k in (2, 3, 5) for o in (0, 1)}
+    rivals = {"tomesd-r0.5", "tome-copy-r0.5", "random-copy-r0.5", "cache-k2", "cache-k5", "steps-16", "stock"}
+    assert corrected | rivals <= names
+
+
+def test_fewer_steps_do_not_overwrite_the_workload() -> None:
+    """Catches a setting whose own steps are recorded as the steps of stock."""
+    for setting in quality_catalogue(8):
+        assert "steps" not in setting.params()
+        assert setting.num_steps(8) <= 8
+
+
+def test_an_unknown_pattern_lists_what_there_is() -> None:
+    """Catches a mistyped name that silently measures nothing."""
+    with pytest.raises(ValueError, match="turbo-default"):
+        selected(quality_catalogue(25), ["turbo-corect*"])

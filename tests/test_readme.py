@@ -1,0 +1,39 @@
+"""README: its tables are those of the committed records, its code runs, its pictures exist."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from gen_turbo.report.markdown import with_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORDS = ROOT / "gen_turbo" / "bench" / "records"
+
+
+def test_tables_are_those_of_the_committed_records() -> None:
+    """Catches a number in README that no record backs."""
+    assert with_tables(README, RECORDS) == README, "run: python -m gen_turbo.report README.md"
+
+
+def test_linked_files_exist() -> None:
+    """Catches a picture or file that was moved or never committed."""
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in link]
+    assert [link for link in links if link and not (ROOT / link).exists()] == []
+
+
+def test_python_blocks_run(tmp_path: Path) -> None:
+    """Catches an example that was never run, or no longer does."""
+    weights = pytest.importorskip("gen_turbo.pipelines.tiny").weights_folder()
+    if not (weights / "model_index.json").is_file():
+        pytest.skip("the embedded weights are not there")
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    before, names = Path.cwd(), {"__name__": "readme"}
+    os.chdir(tmp_path)
+    try:
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"README.md, python block {number + 1}", "exec"), names)
+    finally:
+        os.chdir(before)
