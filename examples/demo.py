@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -39,28 +40,44 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3, help="how many captions to draw")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--limit", type=float, default=90, help="seconds that drawing may take; a slow machine draws fewer"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
     options = parser.parse_args()
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     pipe = gen_turbo.load_pipeline(options.pipeline, processor=None)
     pipe.set_progress_bar_config(disable=True)
-    captions = scenes.captions(options.prompts, options.seed)
     processor = gen_turbo.TurboProcessor()
-    draw(pipe, captions[0], options.seed, steps=2)
-    pairs = []
-    bar = tqdm(total=2 * len(captions), desc="pictures")
-    for number, caption in enumerate(captions):
-        drawn = {}
-        # The order alternates, so that a machine that slows down slows both alike.
-        for kind in (None, processor)[:: 1 if number % 2 == 0 else -1]:
-            drawn[kind is None] = draw(pipe, caption, options.seed + number, options.steps, kind)
-            bar.update()
-        pairs.append((drawn[True], drawn[False]))
-    bar.close()
+    captions = scenes.captions(options.prompts, options.seed)
+    pairs = draw_pairs(pipe, processor, captions, options)
+    captions = captions[: len(pairs)]
     print_table(captions, pairs, processor)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     side_by_side(captions, pairs).save(options.output)
     print(f"\npicture: {options.output.resolve()}")
+
+
+def draw_pairs(
+    pipe: Any, processor: Any, captions: list[str], options: argparse.Namespace
+) -> list[tuple[Drawing, Drawing]]:
+    """Draws each caption by stock and by Turbo, and stops before a caption that would pass the limit."""
+    draw(pipe, captions[0], options.seed, steps=2)
+    pairs: list[tuple[Drawing, Drawing]] = []
+    start = time.perf_counter()
+    with tqdm(total=2 * len(captions), desc="pictures") as bar:
+        for number, caption in enumerate(captions):
+            if pairs and (time.perf_counter() - start) * (number + 1) / number > options.limit:
+                bar.write(f"stopping after {number} of {len(captions)} captions: the next would pass --limit")
+                break
+            drawn = {}
+            # The order alternates, so that a machine that slows down slows both alike.
+            for kind in (None, processor)[:: 1 if number % 2 == 0 else -1]:
+                drawn[kind is None] = draw(pipe, caption, options.seed + number, options.steps, kind)
+                bar.update()
+            pairs.append((drawn[True], drawn[False]))
+    return pairs
 
 
 def draw(pipe: Any, caption: str, seed: int, steps: int, processor: Any | None = None) -> Drawing:

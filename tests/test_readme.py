@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gen_turbo.report.markdown import with_tables
+from gen_turbo.bench.readme import with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +15,7 @@ RECORDS = ROOT / "gen_turbo" / "bench" / "records"
 
 def test_tables_are_those_of_the_committed_records() -> None:
     """Catches a number in README that no record backs."""
-    assert with_tables(README, RECORDS) == README, "run: python -m gen_turbo.report README.md"
+    assert with_tables(README, RECORDS) == README, "run: gen-turbo bench readme README.md"
 
 
 def test_linked_files_exist() -> None:

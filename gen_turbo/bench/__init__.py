@@ -1,1 +1,1 @@
-"""Benchmarks: commands that write records; `gen_turbo.report` makes tables and plots of them."""
+"""Benchmarks: commands that write records, and tables and plots made of nothing but records."""

@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     children["quality"].add_argument(
         "--timed", type=_positive, default=10, help="captions, from the first, that are timed against stock"
     )
+    text = "bring the tables of a Markdown file up to date with the records"
+    _add_readme_arguments(subparsers.add_parser("readme", help=text, description=text))
 
 
 def run(namespace: argparse.Namespace) -> None:
@@ -63,6 +65,13 @@ def _add_picture_arguments(parser: argparse.ArgumentParser, captions: int) -> No
     parser.add_argument("--guidance", type=float, default=3.0, help="scale of classifier-free guidance")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th setting, from the I-th")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/work"), help="folder of unfinished settings")
+
+
+def _add_readme_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="Markdown file with lines such as <!-- table:quality -->")
+    parser.add_argument("--records", type=Path, default=Path("gen_turbo/bench/records"), help="folder of the records")
+    parser.add_argument("--plot", type=Path, help="picture of the quality records to draw, PNG or SVG")
+    parser.add_argument("--steps", type=_positive, default=25, help="denoising steps of stock in the plot")
 
 
 def _positive(text: str) -> int:

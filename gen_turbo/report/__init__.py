@@ -1,1 +1,1 @@
-"""Records of benchmarks made into tables and plots; it reads records and nothing else."""
+"""Empty on purpose: tables and plots live in `gen_turbo.bench`, for `gen_turbo.report` is a public function."""

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from toy_pipeline import save_toy_pipeline
 
 from gen_turbo.bench import quality, tomesd_baseline
 from gen_turbo.bench.commands import add_arguments, run
 from gen_turbo.bench.primitives import smooth_tokens
 from gen_turbo.bench.records import BenchRecord, load
-from gen_turbo.pipelines import tiny
 
 
 def _run(*arguments: str) -> None:
@@ -27,27 +26,8 @@ def _run(*arguments: str) -> None:
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a stock pipeline far smaller than the embedded one, with random weights."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        attention_head_dim=2,
-        norm_num_groups=8,
-        cross_attention_dim=tiny.TEXT_WIDTH,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    autoencoder = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        mid_block_add_attention=False,
-    )
     folder = tmp_path_factory.mktemp("pipeline")
-    text_encoder = tiny.make_text_encoder(len(tiny.make_tokenizer()))
-    tiny.assemble(autoencoder, text_encoder, unet).save_pretrained(folder)
+    save_toy_pipeline(folder)
     return str(folder)
 
 
@@ -93,7 +73,7 @@ def test_primitives_are_exact(tmp_path: Path) -> None:
 def test_steps_compare_at_equal_coverage(tmp_path: Path) -> None:
     """Catches a Turbo row that reduces other layers than the tomesd row beside it."""
     names = ("tomesd-1level", "turbo-copy-1level")
-    _run("step", "--width-scale", "0.1", "--latents", "16", "--steps", "2", "--rounds", "1", "--records",
+    _run("step", "--width-scale", "0.1", "--latents", "8", "--steps", "2", "--rounds", "1", "--records",
          str(tmp_path), "--settings", *names)  # fmt: skip
     counts = {r.setting: r.counts["attention_flops"] for r in load(tmp_path, "step")}
     assert counts["tomesd-1level"] == counts["turbo-copy-1level"] < counts["stock"]

@@ -1,13 +1,24 @@
-"""Rewrites the tables of a Markdown file between its markers."""
+"""`gen-turbo bench readme`: rewrites the tables of a Markdown file between its markers, and draws the plot."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
-from gen_turbo.report.tables import TABLES
+from gen_turbo.bench.tables import TABLES
 
 _MARKED = re.compile(r"<!-- table:(?P<name>\S+) -->\n(?P<body>.*?)<!-- /table -->", re.DOTALL)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Rewrites the file's tables and, if wished, draws the plot of the quality records."""
+    print(f"{options.file}: {'rewritten' if rewrite(options.file, options.records) else 'up to date'}")
+    if options.plot is not None:
+        from gen_turbo.bench.plot import plot_quality
+
+        plot_quality(options.records, options.steps, options.plot)
+        print(f"{options.plot}: drawn")
 
 
 def with_tables(text: str, folder: Path) -> str:

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from gen_turbo.bench import records
+from gen_turbo.bench.readme import with_tables
 from gen_turbo.bench.records import BenchRecord
-from gen_turbo.report.__main__ import main
-from gen_turbo.report.markdown import with_tables
-from gen_turbo.report.tables import NO_RECORDS, TABLES, attention_cost, quality
+from gen_turbo.bench.tables import NO_RECORDS, TABLES, attention_cost, quality
+from gen_turbo.cli import main
 
 COUNTS = {"top_attention_flops": 25, "matching_flops": 9, "stock_top_attention_flops": 100}
 MARKED = "before\n<!-- table:quality -->\nold\n<!-- /table -->\nafter\n"
@@ -87,7 +87,7 @@ def test_the_command_rewrites_and_draws(tmp_path: Path) -> None:
         records.append(tmp_path, _record(setting, values=values))
     readme, plot = tmp_path / "README.md", tmp_path / "plot.png"
     readme.write_text(MARKED)
-    assert main([str(readme), "--records", str(tmp_path), "--plot", str(plot)]) == 0
+    assert main(["bench", "readme", str(readme), "--records", str(tmp_path), "--plot", str(plot)]) == 0
     assert "| a |" in readme.read_text()
     with Image.open(plot) as image:
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 3
@@ -95,6 +95,8 @@ def test_the_command_rewrites_and_draws(tmp_path: Path) -> None:
 
 def test_a_plot_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an empty plot that looks like a result."""
-    assert main(["--records", str(tmp_path), "--plot", str(tmp_path / "plot.png")]) == 2
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKED)
+    assert main(["bench", "readme", str(readme), "--records", str(tmp_path), "--plot", str(tmp_path / "plot.png")]) == 2
     assert "gen-turbo bench quality" in capsys.readouterr().err
     assert not (tmp_path / "plot.png").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gen_turbo.bench.records import BenchRecord, load
-from gen_turbo.report.tables import attention_cost, median_speedup
+from gen_turbo.bench.tables import attention_cost, median_speedup
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
