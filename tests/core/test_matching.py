@@ -226,9 +226,17 @@ def test_broken_numbers_still_give_a_valid_plan() -> None:
     assert plan.sizes().sum() == 64
 
 
+@pytest.mark.parametrize("penalty", [math.nan, -math.inf])
+def test_no_penalty_makes_a_destination_leave(penalty: float) -> None:
+    """Catches minus infinity minus a broken penalty, which is a number again and would leave to token 0."""
+    penalty_BN = torch.full((1, 64), 9.0).index_fill(1, grid_destinations((8, 8)), penalty)
+    plan = tile_soft_matching(values(1, 64, 4), (8, 8), 48, tile=4, penalty_BN=penalty_BN)
+    assert torch.equal(plan.anchor_BM[0], grid_destinations((8, 8)))
+
+
 def test_half_metric_is_compared_in_float32() -> None:
-    """Catches norms that overflow in half precision: their squares are beyond 65504."""
-    metric = values(1, 64, 64).mul(100).half()
+    """Catches norms in half precision: these are beyond 65504, so every cosine would be 0."""
+    metric = values(1, 64, 256).mul(6000).half()
     plan = tile_soft_matching(metric, (8, 8), 30, tile=4)
     assert torch.equal(plan.slot_BN, tile_soft_matching(metric.float(), (8, 8), 30, tile=4).slot_BN)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_turbo.core.plan import ReductionPlan
 
@@ -35,6 +36,7 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @st.composite
 def plans(draw: st.DrawFn) -> ReductionPlan:
+    """Plans of one to three rows and up to 24 tokens."""
     num_tokens = draw(st.integers(1, 24))
     num_slots = draw(st.integers(1, num_tokens))
     return random_plan(draw(st.integers(1, 3)), num_tokens, num_slots, draw(st.integers(0, 999)))
@@ -53,6 +55,42 @@ def test_merge_equals_the_loop(plan: ReductionPlan, repeats: int, is_weighted: b
         weights = weight[b].tolist() if is_weighted else [1.0] * len(slots)
         expected = oracles.merge(slots, plan.num_slots, x[b].tolist(), weights)
         torch.testing.assert_close(merged[b], torch.tensor(expected), **ROUNDING)
+
+
+def test_weights_of_the_plan_rows_are_tiled_like_the_plan() -> None:
+    """Catches weights tiled by repeat_interleave, which pairs them with the wrong rows."""
+    plan = random_plan(2, 9, 4, 0)
+    x, weight = values(4, 9, 3), values(2, 9, seed=1).abs() + 0.1
+    assert torch.equal(plan.merge(x, weight), plan.merge(x, torch.cat([weight, weight])))
+
+
+class OpNames(TorchDispatchMode):
+    """Writes down the kernels that run."""
+
+    def __init__(self) -> None:
+        """Begins an empty list."""
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and notes its name."""
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_warm_verbs_are_one_kernel_each() -> None:
+    """Catches sorting or counting again in every call, and a mean made of several passes over the tokens."""
+    plan = random_plan(2, 9, 4, 0).warm(4)
+    x = values(4, 9, 3)
+    views = {"view", "_unsafe_view", "slice", "detach"}
+    for verb, argument, kernel in [
+        (plan.merge, x, "_embedding_bag_forward_only"),
+        (plan.unmerge, x[:, :4].contiguous(), "index_select"),
+        (plan.select, x, "index_select"),
+    ]:
+        with OpNames() as ops:
+            verb(argument)
+        assert [name for name in ops.names if name not in views] == [kernel]
 
 
 @PROPERTY
@@ -217,13 +255,6 @@ def test_known_number_of_slots_gives_the_same_plan() -> None:
     destination = plan.anchor_BM.gather(1, plan.slot_BN)
     known = ReductionPlan.from_destinations(destination, 4)
     assert torch.equal(known.slot_BN, plan.slot_BN) and torch.equal(known.anchor_BM, plan.anchor_BM)
-
-
-def test_a_plan_can_be_copied_after_use() -> None:
-    """Catches caches that share state between a plan and its copy."""
-    plan = random_plan(2, 9, 4, 0).warm(2)
-    x = values(2, 9, 3)
-    assert torch.equal(copy.deepcopy(plan).merge(x), plan.merge(x))
 
 
 @pytest.mark.parametrize(
