@@ -21,7 +21,7 @@ LAYERS = (
     ("methods",),
     ("pipelines",),
     ("factory", "generation"),
-    ("bench", "report"),
+    ("bench",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
