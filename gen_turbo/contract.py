@@ -86,7 +86,8 @@ class TokenReducer(ABC):
         Raises:
             ValueError: Naming the setting, its value and what it may be.
         """
-        for name, ratio in (("ratio", self.ratio), *((f"ratios[{key}]", value) for key, value in self.ratios.items())):
+        by_level = {f"ratios[{downsample}]": ratio for downsample, ratio in self.ratios.items()}
+        for name, ratio in {"ratio": self.ratio, **by_level}.items():
             if not 0 <= ratio <= self.max_ratio or ratio >= 1:
                 bound = f"<= {self.max_ratio:g}" if self.max_ratio < 1 else "< 1"
                 raise ValueError(f"{name} must be the fraction of tokens to remove, 0 <= {name} {bound}; got {ratio}")
@@ -94,10 +95,10 @@ class TokenReducer(ABC):
             raise ValueError(f"restore must be 'correct' or 'copy'; got {self.restore!r}")
         if self.order not in (0, 1):
             raise ValueError(f"order must be 0 (hold) or 1 (linear); got {self.order}")
-        least = {"num_levels": 0, "refresh": 2, "warmup": 1, "plan_steps": 0}
-        for setting, bound in least.items():
-            if getattr(self, setting) < bound:
-                raise ValueError(f"{setting} must be at least {bound}; got {getattr(self, setting)}")
+        least: dict[str, int] = {"num_levels": 0, "refresh": 2, "warmup": 1, "plan_steps": 0}
+        for setting, minimum in least.items():
+            if getattr(self, setting) < minimum:
+                raise ValueError(f"{setting} must be at least {minimum}; got {getattr(self, setting)}")
         if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
             raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
 

@@ -192,7 +192,8 @@ def check(image: Image.Image, caption: str) -> CheckResult:
 
 def _wave(angle: float) -> Array:
     """A plane in [-sqrt 2, sqrt 2] that rises along `angle`, (128, 128)."""
-    return np.cos(angle) * _XX + np.sin(angle) * _YY
+    wave: Array = np.cos(angle) * _XX + np.sin(angle) * _YY
+    return wave
 
 
 def _shape_mask(shape: str, x: float, y: float, radius: float, supersample: int = 3) -> Array:
