@@ -1,0 +1,96 @@
+"""What every registered method must keep; a new file in gen_turbo/methods is tested without an edit here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gen_turbo.methods  # noqa: F401  registers the methods
+from gen_turbo.registry import METHODS
+
+NAMES = METHODS.names()
+GRIDS = [(8, 8), (6, 10), (7, 9), None]
+
+
+def tokens(num_tokens: int, batch: int = 2) -> torch.Tensor:
+    """Random tokens, (batch, N, 8)."""
+    return torch.randn(batch, num_tokens, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constructible_without_arguments_and_by_position(name):
+    """Catches a field without a default, or one that comes before `ratio`."""
+    assert METHODS[name]().ratio > 0
+    assert METHODS[name](0.25).ratio == 0.25
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.6])
+def test_exactly_the_ratio_leaves(name, grid, ratio):
+    """Catches rounding of its own, cells that do not fit odd grids, and a missing fallback without a grid."""
+    num_tokens = grid[0] * grid[1] if grid else 64
+    plan = METHODS[name](ratio).plan_tokens(tokens(num_tokens), grid=grid)
+    removed = 0 if name == "identity" else int(num_tokens * ratio)
+    assert plan.num_slots == num_tokens - removed
+    assert torch.equal(plan.slot_BN.gather(1, plan.anchor_BM), torch.arange(plan.num_slots).expand_as(plan.anchor_BM))
+    assert plan.sizes().sum(1).tolist() == [num_tokens] * plan.slot_BN.shape[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_input_same_plan_and_no_global_randomness(name):
+    """Catches a draw from the global generator and state that is kept between calls."""
+    processor, x = METHODS[name](0.5), tokens(64)
+    before = torch.get_rng_state()
+    first = processor.plan_tokens(x, grid=(8, 8))
+    processor.plan_tokens(tokens(100), grid=(10, 10))
+    torch.manual_seed(1)
+    second = METHODS[name](0.5).plan_tokens(x, grid=(8, 8))
+    torch.set_rng_state(before)
+    assert torch.equal(first.slot_BN, second.slot_BN) and torch.equal(first.anchor_BM, second.anchor_BM)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"random", "identity"}))
+def test_better_than_random_on_smooth_tokens(name):
+    """Catches a method that chooses no better than the control: its error must be below two thirds of it."""
+    y, x = torch.meshgrid(torch.linspace(0, 3, 16), torch.linspace(0, 3, 16), indexing="ij")
+    smooth = torch.stack([torch.sin(x * k + y) for k in range(1, 9)], -1).flatten(0, 1)[None]
+
+    def error(method: str) -> float:
+        plan = METHODS[method](0.5).plan_tokens(smooth, grid=(16, 16))
+        return (plan.unmerge(plan.merge(smooth)) - smooth).norm().item()
+
+    assert error(name) < 2 / 3 * error("random")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ratio": 1.2}, r"ratio must be the fraction of tokens to remove.*got 1.2"),
+        ({"ratio": -0.1}, "ratio must be"),
+        ({"ratios": {1: 2.0}}, r"ratios\[1\] must be"),
+        ({"restore": "magic"}, "restore must be 'correct' or 'copy'; got 'magic'"),
+        ({"refresh": 1}, "refresh must be at least 2; got 1"),
+        ({"order": 2}, "order must be 0"),
+        ({"memory_limit_mb": -1.0}, "memory_limit_mb must not be negative"),
+    ],
+)
+def test_wrong_settings_are_named(name, settings, words):
+    """Catches a setting that is clipped in silence."""
+    with pytest.raises(ValueError, match=words):
+        METHODS[name](**settings)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"random", "identity"}))
+def test_a_ratio_beyond_the_cells_is_an_error(name):
+    """Catches the silent cap at 0.75 of which users of other packages complain."""
+    with pytest.raises(ValueError, match=r"<= 0.75; got 0.8"):
+        METHODS[name](0.8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_grid_is_named(name):
+    """Catches guessing the grid from the number of tokens."""
+    with pytest.raises(ValueError, match="a grid of 8 x 9 does not hold 64 tokens"):
+        METHODS[name]().plan_tokens(tokens(64), grid=(8, 9))

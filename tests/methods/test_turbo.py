@@ -1,0 +1,56 @@
+"""What is special about Turbo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import ToMeProcessor, TurboProcessor
+from gen_turbo.contract import Frame, Site
+
+
+def _plan(processor, tokens, value=None, num_plans=0):
+    site = Site("here", processor.ratio, (8, 8), semantic=lambda kind: value)
+    return processor.plan(tokens, site, Frame(num_plans=num_plans))
+
+
+def _tokens():
+    return torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_an_attended_token_never_leaves():
+    """Catches a semantic value that is computed and not used, or used with the wrong sign."""
+    tokens = _tokens()
+    tokens[:, 9] = tokens[:, 0]
+    value = torch.ones(1, 64)
+    leaves = _plan(TurboProcessor(0.5), tokens, value)
+    assert 9 not in leaves.anchor_BM
+    value[:, 9] = 1000.0
+    assert 9 in _plan(TurboProcessor(0.5), tokens, value).anchor_BM
+
+
+def test_without_semantic_value_over_the_whole_picture_it_is_tome():
+    """Catches a difference from the published rule beside the one that Turbo adds."""
+    turbo = _plan(TurboProcessor(0.5, value_weight=0.0, tile=0), _tokens())
+    tome = _plan(ToMeProcessor(0.5, is_hashed=False), _tokens())
+    assert torch.equal(turbo.slot_BN, tome.slot_BN)
+
+
+def test_tiles_shift_on_alternate_plans():
+    """Catches tiles that always stand at the same place, which show as seams."""
+    plans = [_plan(TurboProcessor(0.5, tile=4), _tokens(), num_plans=n).slot_BN for n in range(3)]
+    assert torch.equal(plans[0], plans[2]) and not torch.equal(plans[0], plans[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"semantic": "mood"}, "semantic must be 'self' or 'none'; got 'mood'"),
+        ({"value_weight": -1.0}, "value_weight must not be negative"),
+        ({"tile": 1}, "tile must be 0"),
+    ],
+)
+def test_wrong_settings_are_named(settings, words):
+    """Catches a setting that is taken without a look."""
+    with pytest.raises(ValueError, match=words):
+        TurboProcessor(**settings)
