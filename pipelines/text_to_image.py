@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .tiny import weights_folder
 
 _EMBEDDED = "embedded:"
 _INDEX = "model_index.json"
+_NETWORK = ("httpx", "httpx2", "requests.exceptions", "socket", "ssl")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -43,8 +45,11 @@ def text_to_image(config: PipelineConfig) -> Any:
             trust_remote_code=False,
             local_files_only=config.local_files_only,
         )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        raise ConfigError(f"cannot load {config.checkpoint}: {_reason(error, checkpoint)}") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    # What a stranger's files or a network can do wrong has no common class.
+    except Exception as error:
+        raise ConfigError(f"cannot load {config.checkpoint}: {_reason(error, config.local_files_only)}") from error
     prompt = inspect.signature(type(pipe).__call__).parameters.get("prompt")
     if prompt is None:
         raise ConfigError(f"{config.checkpoint} is a {type(pipe).__name__}, which takes no prompt; choose another")
@@ -90,11 +95,21 @@ def _embedded(name: str) -> str:
     return str(folder)
 
 
-def _reason(error: Exception, checkpoint: str) -> str:
+def _reason(error: Exception, is_local: bool) -> str:
     """One sentence about why loading failed; hub failures come with whole pages of text."""
-    if not Path(checkpoint).exists() and isinstance(error, OSError):
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is None:
-            return "it is neither in the local cache nor can the hub be reached; give a local folder as checkpoint"
+    causes = list(_causes(error))
+    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    status = next(filter(None, statuses), None)
+    if status is not None:
         return f"the hub answered {status}; check the name, or log in if access to it is restricted"
+    if any(isinstance(cause, ConnectionError) or type(cause).__module__ in _NETWORK for cause in causes):
+        return "it is not in the local cache and the hub cannot be reached; give a local folder as checkpoint"
+    if is_local and any(type(cause).__name__ == "LocalEntryNotFoundError" for cause in causes):
+        return "it is not in the local cache; set local_files_only=false to fetch it, or give a local folder"
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -127,7 +127,7 @@ WRONG = {
     "no such file": (["--config", "nope.yaml"], "there is no file nope.yaml"),
     "no such device": (["device=cuda:99"], "there is no device cuda:99"),
     "no such checkpoint": (["checkpoint=./nope"], "there is no checkpoint folder ./nope"),
-    "no internet": (["--config", "sd15", "device=cpu"], "nor can the hub be reached"),
+    "no internet": (["--config", "sd15", "device=cpu"], "the hub cannot be reached"),
     "no steps": (["--steps", "0"], "steps must be at least 1"),
     "not a number": (["--steps", "x"], "invalid int value: 'x'"),
     "odd height": (["--height", "100"], "height must be a positive multiple of 8"),

@@ -195,7 +195,7 @@ def test_the_embedded_model_loads():
     [
         ("embedded:nope", "there is no embedded model 'nope'"),
         ("/no/such/folder", "there is no checkpoint folder /no/such/folder"),
-        ("somebody/not-cached", "neither in the local cache nor can the hub be reached"),
+        ("somebody/not-cached", "not in the local cache and the hub cannot be reached"),
     ],
 )
 def test_a_missing_checkpoint_says_so(checkpoint, message):
@@ -203,6 +203,12 @@ def test_a_missing_checkpoint_says_so(checkpoint, message):
     with pytest.raises(ConfigError) as caught:
         load_pipeline("sd15", checkpoint=checkpoint, device="cpu")
     assert message in str(caught.value)
+
+
+def test_a_checkpoint_that_was_never_fetched_says_so():
+    """Catches a message about the network where asking it was forbidden."""
+    with pytest.raises(ConfigError, match="set local_files_only=false to fetch it"):
+        load_pipeline("sd15", local_files_only=True, checkpoint="somebody/not-cached", device="cpu")
 
 
 def test_a_missing_device_says_so():
