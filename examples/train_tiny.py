@@ -4,7 +4,8 @@ python examples/train_tiny.py --seconds 300 900 1800 2400 --output runs/tiny
 
 The four budgets are CPU seconds for the autoencoder and for the UNet at 16, 32 and 64 latents. Low resolutions
 see average-pooled latents. Matrices and convolutions take orthogonalised momentum steps (Muon, Jordan et al., 2024),
-everything else AdamW. At 64 latents most steps attend to 2 x 2 pooled keys, the last part to all of them.
+everything else AdamW. A second process with `--rank 1` helps the first: every few steps the two exchange and average
+their weights (local SGD). At 64 latents most steps attend to 2 x 2 pooled keys, the last part to all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,19 +33,26 @@ BATCH = {16: 48, 32: 24, 64: 12}
 LEARNING_RATE = {16: 2.4e-3, 32: 2.4e-3, 64: 1.6e-3}
 NOISE_SHIFT = {16: 1.0, 32: 1.6, 64: tiny.NOISE_SHIFT}
 EXACT_KEYS_FROM = 0.75
+EXCHANGE_EVERY = 12
 DECAY_FROM = {16: 1.0, 32: 0.8, 64: 0.35}
 
 
 class PooledKeys(AttnProcessor2_0):
     """Self-attention of the top level over 2 x 2 pooled keys: a cheap stand-in while training."""
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Attends; cross-attention and coarser levels as usual."""
         side = math.isqrt(hidden_states.shape[1])
         if encoder_hidden_states is None and side >= 64:
             grid = hidden_states.transpose(1, 2).unflatten(2, (side, side))
             encoder_hidden_states = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
-        return super().__call__(attn, hidden_states, encoder_hidden_states)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
 
 
 class Muon:
@@ -160,8 +168,8 @@ def training_set(folder: Path, autoencoder: AutoencoderKL, count: int, seed: int
 class Trainer:
     """UNet, text encoder, their averages and both optimisers, with a checkpoint that holds all of it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank, self.seen = folder, rank, 0.0
         self.unet = tiny.make_unet().to(memory_format=torch.channels_last).train()
         self.text = tiny.make_text_encoder(len(tiny.make_tokenizer())).train()
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
@@ -195,6 +203,18 @@ class Trainer:
         self.spent, self.steps = json.loads(metadata["json"])
         print("resumed", self.spent, self.steps, flush=True)
 
+    @torch.no_grad()
+    def exchange(self, grid: int, weight: float = 0.5) -> None:
+        """Offers the weights to the other process and moves towards what it offered since the last time."""
+        own, other = (self.folder / f"peer_{rank}_{grid}.safetensors" for rank in (self.rank, 1 - self.rank))
+        save_file({str(i): p.detach().contiguous() for i, p in enumerate(self.parameters)}, own.with_suffix(".tmp"))
+        own.with_suffix(".tmp").replace(own)
+        if other.exists() and other.stat().st_mtime > self.seen:
+            self.seen = other.stat().st_mtime
+            tensors = load_file(other)
+            for i, parameter in enumerate(self.parameters):
+                parameter.lerp_(tensors[str(i)], weight)
+
     def export(self) -> None:
         """Writes the averaged weights as a stock pipeline."""
         backup = [p.detach().clone() for p in self.parameters]
@@ -213,8 +233,17 @@ class Trainer:
         alphas = tiny.alphas_cumprod(NOISE_SHIFT[grid]).float()
         start, last_save = time.process_time() - self.spent[str(grid)], time.process_time()
         running, first, warm = None, True, 0
+        last_exchange = self.steps
+        if self.rank:
+            self.exchange(grid, weight=1.0)
+        later = [self.folder / f"peer_0_{g}.safetensors" for g in GRIDS if g > grid]
         while (spent := time.process_time() - start) < seconds:
             done = spent / seconds
+            if self.rank and any(path.exists() for path in later):
+                break
+            if self.steps - last_exchange >= EXCHANGE_EVERY:
+                self.exchange(grid)
+                last_exchange = self.steps
             pooled = grid == 64 and done < EXACT_KEYS_FROM
             if first or (not pooled and grid == 64):
                 self.unet.set_attn_processor(PooledKeys() if pooled else AttnProcessor2_0())
@@ -225,14 +254,15 @@ class Trainer:
             set_learning_rate(self.muon, self.adam, LEARNING_RATE[grid] * factor)
             loss = self.step(latents, ids, empty, alphas, BATCH[grid])
             running = loss if running is None else 0.98 * running + 0.02 * loss
-            self.spent[str(grid)] = spent
+            self.spent[str(grid)] = time.process_time() - start
             if self.steps % 25 == 0:
                 print(f"{grid} step {self.steps} {spent:.0f}s loss {running:.4f}", flush=True)
-            if time.process_time() - last_save > save_every:
+            if self.rank == 0 and time.process_time() - last_save > save_every:
                 self.save()
                 last_save = time.process_time()
         self.unet.set_attn_processor(AttnProcessor2_0())
-        self.save()
+        if self.rank == 0:
+            self.save()
 
     def step(self, latents: Tensor, ids: Tensor, empty: Tensor, alphas: Tensor, batch: int) -> float:
         """Takes one step on random rows at stratified times; gives the loss."""
@@ -258,6 +288,12 @@ class Trainer:
         return loss.item()
 
 
+def ship(folder: Path) -> None:
+    """Puts the averaged weights into the package, in half precision."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "pipeline", safety_checker=None, dtype=torch.float16)
+    pipe.save_pretrained(tiny.weights_folder(), safe_serialization=True)
+
+
 def main() -> None:
     """Runs every stage whose budget is not spent."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -265,7 +301,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--scenes", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=0, choices=(0, 1), help="1 for the helping process")
+    parser.add_argument("--ship", action="store_true", help="train nothing; put the result into the package")
     arguments = parser.parse_args()
+    if arguments.ship:
+        ship(arguments.output)
+        return
     torch.set_num_threads(1)
     folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,8 +315,8 @@ def main() -> None:
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval()
     latents, ids = training_set(folder, autoencoder, arguments.scenes, arguments.seed)
     print("latents", tuple(latents.shape), float(latents.std()), flush=True)
-    torch.manual_seed(arguments.seed)
-    trainer = Trainer(folder)
+    torch.manual_seed(arguments.seed + 100 * arguments.rank)
+    trainer = Trainer(folder, arguments.rank)
     trainer.load()
     for grid, seconds in zip(GRIDS, arguments.seconds[1:], strict=True):
         trainer.run(grid, seconds, latents, ids)
