@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,10 @@ from gen_turbo.hosts.diffusion.unet import UNetHost
 HOSTS: tuple[Host, ...] = (UNetHost(),)
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, ModelAttachment] = weakref.WeakKeyDictionary()
+
+
+class NoEffectWarning(UserWarning):
+    """A whole run went by without one reduced layer."""
 
 
 class ModelAttachment:
@@ -54,8 +59,12 @@ class ModelAttachment:
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             clock.begin(host.observe(args, kwargs))
 
+        is_positive = any(binding.ratio > 0 for binding in self.bindings)
+
         def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            clock.end()
+            ended = clock.end()
+            if ended is not None and ended.num_reduced == 0 and is_positive:
+                warnings.warn(_no_effect(ended.step + 1), NoEffectWarning, stacklevel=2)
 
         self._handles = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -176,6 +185,13 @@ def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
         got = type(target).__name__
         raise TypeError(f"expected a diffusers pipeline with one of {_DENOISERS} or a model, got {got}")
     return target, found
+
+
+def _no_effect(num_steps: int) -> str:
+    return (
+        f"no token was removed in this run of {num_steps} steps: every step ran in full; take more steps, a smaller "
+        "`warmup`, a larger `memory_limit_mb`, or restore='copy'"
+    )
 
 
 def _host_of(model: nn.Module) -> Host:

@@ -61,13 +61,13 @@ class Binding:
             return layer(tokens)
         if self.reducer.restore == "copy":
             plan = self._plan(attn, tokens, grid, stream)
-            return self._reduced(layer, tokens, plan)
+            return self._reduced(layer, tokens, plan, stream)
         return self._corrected(layer, attn, tokens, grid, stream)
 
     def _corrected(self, layer: Any, attn: nn.Module, tokens: Tensor, grid: Grid, stream: Stream) -> Any:
         memory = stream.memories.get(self.layer.name)
         if memory is not None and not self._is_full_step(stream.step):
-            output = self._reduced(layer, tokens, memory.plan)
+            output = self._reduced(layer, tokens, memory.plan, stream)
             output = output.add_(memory.detail) if not output.requires_grad else output + memory.detail
             if memory.slope is not None:
                 output.add_(memory.slope, alpha=stream.step - memory.step)
@@ -86,7 +86,8 @@ class Binding:
         self.stats.num_kept = plan.num_slots
         return full
 
-    def _reduced(self, layer: Any, tokens: Tensor, plan: ReductionPlan) -> Tensor:
+    def _reduced(self, layer: Any, tokens: Tensor, plan: ReductionPlan, stream: Stream) -> Tensor:
+        stream.num_reduced += 1
         self.stats.num_kept = plan.num_slots
         if plan.is_identity:
             self.stats.num_full += 1

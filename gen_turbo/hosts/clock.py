@@ -46,6 +46,7 @@ class Stream:
     observation: Observation
     is_guided: bool
     step: int = 0
+    num_reduced: int = 0
     plans: dict[tuple[Grid, float], PlannedAt] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
 
@@ -105,13 +106,13 @@ class Clock:
             stream.observation = observation
         self.current = stream
 
-    def end(self) -> None:
-        """Notes that the root has returned; after a run's last call its memory goes."""
+    def end(self) -> Stream | None:
+        """Notes that the root has returned; after a run's last call its memory goes and the stream is given back."""
         stream, self.current = self.current, None
-        if stream is None or self._facts is None:
-            return
-        if stream.observation.timestep == self._facts.last_timestep and stream in self._streams:
-            self._streams.remove(stream)
+        if stream is None or self._facts is None or stream.observation.timestep != self._facts.last_timestep:
+            return None
+        self._streams = [other for other in self._streams if other is not stream]
+        return stream
 
     def forget(self) -> None:
         """Drops all that is remembered."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo.hosts.attach import NoEffectWarning
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import picture, sd_pipeline
 
@@ -85,9 +86,19 @@ def test_a_memory_limit_is_kept(pipe):
     told = report(pipe)
     assert 0 < told.most_remembered_bytes <= 1e5
     pipe.set_attn_processor(TurboProcessor(0.5, memory_limit_mb=0.0))
-    with_none = picture(pipe)
+    with pytest.warns(NoEffectWarning, match="no token was removed in this run of 4 steps"):
+        with_none = picture(pipe)
     pipe.reset_attn_processor()
     assert torch.equal(with_none, picture(pipe))
+
+
+def test_a_run_without_effect_says_so(pipe):
+    """Catches silence where every step was a full one."""
+    pipe.set_attn_processor(TurboProcessor(0.5))
+    with pytest.warns(NoEffectWarning, match="restore='copy'"):
+        picture(pipe, steps=2)
+    pipe.set_attn_processor(TurboProcessor(0.5, restore="copy"))
+    picture(pipe, steps=2)
 
 
 def test_a_late_start_is_a_run_of_its_own(pipe):
