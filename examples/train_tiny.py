@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from muon import optimisers, set_learning_rate
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ LEARNING_RATE = {16: 2.4e-3, 32: 2.4e-3, 64: 1.6e-3}
 NOISE_SHIFT = {16: 1.0, 32: 1.6, 64: tiny.NOISE_SHIFT}
 EXACT_KEYS_FROM = 0.75
 EXCHANGE_EVERY = 12
+AVERAGE = 0.98
 DECAY_FROM = {16: 1.0, 32: 0.8, 64: 0.35}
 
 
@@ -53,54 +55,6 @@ class PooledKeys(AttnProcessor2_0):
             grid = hidden_states.transpose(1, 2).unflatten(2, (side, side))
             encoder_hidden_states = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-
-
-class Muon:
-    """Momentum steps whose update is orthogonalised by five Newton-Schulz iterations."""
-
-    def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95) -> None:
-        self.parameters, self.momentum, self.lr = parameters, momentum, 0.0
-        self.buffers = [torch.zeros_like(p) for p in parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Updates every parameter that has a gradient."""
-        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
-            if parameter.grad is None:
-                continue
-            buffer.mul_(self.momentum).add_(parameter.grad)
-            update = (parameter.grad + self.momentum * buffer).reshape(parameter.shape[0], -1)
-            update = orthogonalise(update)
-            scale = 0.2 * math.sqrt(max(update.shape))
-            parameter.mul_(1 - self.lr * 0.01).add_(update.reshape(parameter.shape), alpha=-self.lr * scale)
-
-
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Brings the singular values of a matrix near 1."""
-    x = matrix / (matrix.norm() + 1e-7)
-    is_tall = x.shape[0] > x.shape[1]
-    x = x.T if is_tall else x
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if is_tall else x
-
-
-def optimisers(*models: nn.Module, keep_plain: tuple[str, ...]) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for matrices and convolutions, AdamW for the rest and for names that begin with `keep_plain`."""
-    named = [pair for model in models for pair in model.named_parameters()]
-    matrices, rest = [], []
-    for name, parameter in named:
-        is_plain = parameter.ndim < 2 or any(part in name for part in keep_plain)
-        (rest if is_plain else matrices).append(parameter)
-    return Muon(matrices), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-
-
-def set_learning_rate(muon: Muon, adam: torch.optim.AdamW, rate: float) -> None:
-    """Muon takes `rate`, AdamW half of it."""
-    muon.lr = rate
-    for group in adam.param_groups:
-        group["lr"] = rate / 2
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -250,7 +204,7 @@ class Trainer:
                 first = False
             tail = max(0.0, done - DECAY_FROM[grid]) / max(1e-6, 1 - DECAY_FROM[grid])
             warm += 1
-            factor = min(1.0, warm / 40) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * tail)))
+            factor = min(1.0, warm / 15) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * tail)))
             set_learning_rate(self.muon, self.adam, LEARNING_RATE[grid] * factor)
             loss = self.step(latents, ids, empty, alphas, BATCH[grid])
             running = loss if running is None else 0.98 * running + 0.02 * loss
@@ -283,7 +237,7 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
         self.steps += 1
-        weight = 1 - min(0.995, (1 + self.steps) / (10 + self.steps))
+        weight = 1 - min(AVERAGE, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], weight)
         return loss.item()
 

@@ -25,6 +25,7 @@ def load(name: str):
 
 def test_training_goes_on_where_it_stopped_and_ships_a_stock_pipeline(tmp_path, monkeypatch):
     """Catches a checkpoint that is written and never read, and weights that no stock pipeline can load."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     train = load("train_tiny")
     monkeypatch.setattr(train, "BATCH", dict.fromkeys(train.GRIDS, 2))
     shipped = tmp_path / "shipped"
@@ -56,5 +57,5 @@ def test_an_own_method_works(capsys, monkeypatch):
 
 def test_every_example_is_run_by_a_test():
     """Catches an example that rots."""
-    tested = {"train_tiny", "own_method", "demo"}
+    tested = {"train_tiny", "muon", "own_method", "demo"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
