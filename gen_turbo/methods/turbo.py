@@ -32,6 +32,10 @@ class TurboProcessor(ReductionProcessor):
     Differs from the paper: destinations are one token per 2 x 2 cell, similarities are taken inside tiles with
     one budget for the whole picture, and by default the merged layer's missing detail is remembered and added back.
 
+    The defaults were chosen on the embedded model by distance to stock. With remembered detail a ratio of 0.7 costs
+    hardly more fidelity than 0.5 and, unlike 0.75, fits grids with odd sides. Tiles beat matching over the whole
+    picture. A larger `value_weight` moves copied pictures away from stock, and makes no difference to corrected ones.
+
     Attributes:
         semantic: Where the semantic value comes from: "self" is the column mean of self-attention, "none" is
             redundancy alone.
@@ -39,8 +43,9 @@ class TurboProcessor(ReductionProcessor):
         tile: Side of the tiles that are matched, in tokens; 0 matches over the whole picture.
     """
 
+    ratio: float = 0.7
     semantic: str = "self"
-    value_weight: float = 0.05
+    value_weight: float = 0.002
     tile: int = 8
 
     def __post_init__(self) -> None:

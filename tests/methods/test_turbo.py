@@ -23,10 +23,10 @@ def test_an_attended_token_never_leaves():
     tokens = _tokens()
     tokens[:, 9] = tokens[:, 0]
     value = torch.ones(1, 64)
-    leaves = _plan(TurboProcessor(0.5), tokens, value)
-    assert 9 not in leaves.anchor_BM
+    processor = TurboProcessor(0.5, value_weight=0.05)
+    assert 9 not in _plan(processor, tokens, value).anchor_BM
     value[:, 9] = 1000.0
-    assert 9 in _plan(TurboProcessor(0.5), tokens, value).anchor_BM
+    assert 9 in _plan(processor, tokens, value).anchor_BM
 
 
 def test_without_semantic_value_over_the_whole_picture_it_is_tome():
