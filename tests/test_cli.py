@@ -101,7 +101,12 @@ def test_list_shows_every_name(capsys):
 
 def test_report_shows_what_was_reduced(tiny_checkpoint, capsys):
     """Catches a report on a pipeline that has not run."""
-    assert cli.main(["report", "--steps", "3", f"checkpoint={tiny_checkpoint}", "height=32", "width=32"]) == 0
+    assert (
+        cli.main(
+            ["report", "--steps", "3", f"checkpoint={tiny_checkpoint}", "height=32", "width=32", "processor.ratio=0.5"]
+        )
+        == 0
+    )
     assert "256 -> 128 tokens" in capsys.readouterr().out
 
 
