@@ -47,6 +47,8 @@ def main() -> None:
     options = parser.parse_args()
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that wait for each other are many times slower than one wherever anything else runs.
+    torch.set_num_threads(1)
     pipe = gen_turbo.load_pipeline(options.pipeline, processor=None)
     pipe.set_progress_bar_config(disable=True)
     processor = gen_turbo.TurboProcessor()
