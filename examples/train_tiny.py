@@ -1,5 +1,7 @@
 """Trains the embedded text-to-image model on one CPU core; stop it at any time, run it again to go on.
 
+Without a checkpoint in the output folder it begins from the weights inside the package, if there are any.
+
 python examples/train_tiny.py --seconds 300 900 1800 2400 --output runs/tiny
 
 The four budgets are CPU seconds for the autoencoder and for the UNet at 16, 32 and 64 latents. Low resolutions
@@ -146,6 +148,7 @@ class Trainer:
         """Goes on from the checkpoint, if there is one."""
         path = self.folder / "state.safetensors"
         if not path.exists():
+            self.load_shipped()
             return
         tensors = load_file(path)
         with torch.no_grad():
@@ -156,6 +159,18 @@ class Trainer:
         metadata = json.loads(path.read_bytes()[8 : 8 + header])["__metadata__"]
         self.spent, self.steps = json.loads(metadata["json"])
         print("resumed", self.spent, self.steps, flush=True)
+
+    @torch.no_grad()
+    def load_shipped(self) -> None:
+        """Begins from the weights inside the package, if there are any; the optimisers begin anew."""
+        folder = tiny.weights_folder()
+        if not (folder / "model_index.json").exists():
+            return
+        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
+        self.unet.load_state_dict(pipe.unet.state_dict())
+        self.text.load_state_dict(pipe.text_encoder.state_dict())
+        self.average = [p.detach().clone() for p in self.parameters]
+        print("begun from the shipped weights", flush=True)
 
     @torch.no_grad()
     def exchange(self, grid: int, weight: float = 0.5) -> None:
@@ -264,6 +279,9 @@ def main() -> None:
     torch.set_num_threads(1)
     folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
+    shipped = tiny.weights_folder() / "vae"
+    if not (folder / "vae" / "config.json").exists() and (shipped / "config.json").exists():
+        AutoencoderKL.from_pretrained(shipped, dtype=torch.float32).save_pretrained(folder / "vae")
     if not (folder / "vae" / "config.json").exists():
         train_autoencoder(folder, arguments.seconds[0])
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval()
