@@ -159,10 +159,6 @@ class BoundProcessor:
 
     binding: Binding
 
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Runs the layer's own processor on reduced tokens."""
-        return self.binding.run(attn, hidden_states, args, kwargs)
-
 
 def bound_processor(binding: Binding) -> BoundProcessor:
     """Makes the processor of one binding, with the signature of the inner processor."""
