@@ -5,9 +5,11 @@ Without a checkpoint in the output folder it begins from the weights inside the 
 python examples/train_tiny.py --seconds 300 900 1800 2400 --output runs/tiny
 
 The four budgets are CPU seconds for the autoencoder and for the UNet at 16, 32 and 64 latents. Low resolutions
-see average-pooled latents. Matrices and convolutions take orthogonalised momentum steps (Muon, Jordan et al., 2024),
-everything else AdamW. A second process with `--rank 1` helps the first: every few steps the two exchange and average
-their weights (local SGD). At 64 latents most steps attend to 2 x 2 pooled keys, the last part to all of them.
+see average-pooled latents and train the inner network alone; at 64 latents a level is put around it, so that what
+it learnt keeps its scale, and the noise is shifted so that it keeps its strength there. Matrices and convolutions
+take orthogonalised momentum steps (Muon, Jordan et al., 2024), everything else AdamW. A second process with
+`--rank 1` helps the first: every few steps the two exchange and average their weights (local SGD). At 64 latents
+most steps attend to 2 x 2 pooled keys, the last part to all of them.
 """
 
 from __future__ import annotations
@@ -15,26 +17,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from muon import optimisers, set_learning_rate
 from safetensors.torch import load_file, save_file
+from tiny_data import train_autoencoder, training_set
 from torch import Tensor, nn
 
 from gen_turbo.pipelines import tiny
-from gen_turbo.scenes import all_scenes, is_held_out, render
 
 GRIDS = (16, 32, 64)
+LEVELS = {16: tiny.LEVELS - 1, 32: tiny.LEVELS - 1, 64: tiny.LEVELS}
 BATCH = {16: 48, 32: 24, 64: 12}
 LEARNING_RATE = {16: 2.4e-3, 32: 2.4e-3, 64: 1.6e-3}
-NOISE_SHIFT = {16: 1.0, 32: 1.6, 64: tiny.NOISE_SHIFT}
+NOISE_SHIFT = {grid: tiny.NOISE_SHIFT * grid / 64 for grid in GRIDS}
 EXACT_KEYS_FROM = 0.75
 EXCHANGE_EVERY = 12
 AVERAGE = 0.98
@@ -59,88 +60,38 @@ class PooledKeys(AttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
 
 
-def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Training scenes as uint8 (count, 3, 128, 128) and their captions, one in ten without a position."""
-    rng = random.Random(seed)
-    scenes = [scene for scene in all_scenes() if not is_held_out(scene)]
-    rows, captions = [], []
-    for _ in range(count):
-        scene = rng.choice(scenes)
-        rows.append(np.asarray(render(scene.caption, rng.randrange(2**31))).transpose(2, 0, 1))
-        words = scene.caption
-        captions.append(words.replace(f"the {scene.position} of ", "") if rng.random() < 0.1 else words)
-    return torch.from_numpy(np.stack(rows)), captions
-
-
-def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
-    """Trains on 64 x 64 pixel crops and saves the result."""
-    torch.manual_seed(0)
-    images, _ = pictures(3000, seed=1)
-    model = tiny.make_autoencoder()
-    muon, adam = optimisers(model, keep_plain=("conv_in", "conv_out.", "quant"))
-    start, step = time.process_time(), 0
-    while (spent := time.process_time() - start) < seconds:
-        factor = min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * spent / seconds)) + 0.005
-        set_learning_rate(muon, adam, 4e-3 * factor)
-        y, x = (int(v) for v in torch.randint(0, 65, (2,)))
-        batch = images[torch.randint(0, len(images), (4,)), :, y : y + 64, x : x + 64].float() / 127.5 - 1
-        posterior = model.encode(batch.contiguous(memory_format=torch.channels_last)).latent_dist
-        output = model.decode(posterior.sample()).sample
-        error = F.mse_loss(output, batch)
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = F.smooth_l1_loss(output, batch, beta=0.05) + error + 3e-4 * kl
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        muon.step()
-        model.zero_grad()
-        step += 1
-        if step % 100 == 0:
-            print(f"autoencoder {step} {spent:.0f}s {10 * math.log10(4 / error.item()):.1f} dB", flush=True)
-    model.eval()
-    with torch.no_grad():
-        latents = model.encode(images[:64].float() / 127.5 - 1).latent_dist.mean
-    model.register_to_config(scaling_factor=float(1 / latents.std()))
-    model.save_pretrained(folder / "vae")
-    return model
-
-
-@torch.no_grad()
-def training_set(folder: Path, autoencoder: AutoencoderKL, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scaled latents (count, 4, 64, 64) and token ids (count, 20), kept in the folder."""
-    path = folder / f"latents_{seed}.safetensors"
-    if not path.exists():
-        images, captions = pictures(count, seed)
-        latents = [
-            autoencoder.encode(part.float() / 127.5 - 1).latent_dist.mean * autoencoder.config.scaling_factor
-            for part in images.split(40)
-        ]
-        ids = tiny.make_tokenizer()(captions, padding="max_length", return_tensors="pt").input_ids
-        save_file({"latents": torch.cat(latents).contiguous(), "ids": ids}, path)
-    data = load_file(path)
-    return data["latents"], data["ids"]
-
-
 class Trainer:
     """UNet, text encoder, their averages and both optimisers, with a checkpoint that holds all of it."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank, self.seen = folder, rank, 0.0
-        self.unet = tiny.make_unet().to(memory_format=torch.channels_last).train()
         self.text = tiny.make_text_encoder(len(tiny.make_tokenizer())).train()
+        self.spent = dict.fromkeys(map(str, GRIDS), 0.0)
+        self.steps = 0
+        self.use(tiny.make_unet(LEVELS[GRIDS[0]]))
+
+    def use(self, unet: UNet2DConditionModel) -> None:
+        """Trains this UNet from now on; averages and optimisers begin anew."""
+        self.unet = unet.to(memory_format=torch.channels_last).train()
+        self.levels = len(unet.config.block_out_channels)
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
         keep_plain = ("conv_in", "conv_out", "text_model", "embeddings", "encoder.layers", "final_layer_norm")
         self.muon, self.adam = optimisers(self.unet, self.text, keep_plain=keep_plain)
         self.average = [p.detach().clone() for p in self.parameters]
-        self.spent = dict.fromkeys(map(str, GRIDS), 0.0)
-        self.steps = 0
+
+    def grow(self) -> None:
+        """Goes on with the averaged weights and a level more."""
+        self.swap_average()
+        outer = tiny.make_unet(self.levels + 1)
+        tiny.grow(self.unet, outer)
+        self.use(outer)
 
     def save(self) -> None:
         """Writes the checkpoint, then the pipeline."""
         tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(self.parameters)}
         tensors |= {f"average.{i}": p.contiguous() for i, p in enumerate(self.average)}
         tensors |= {f"muon.{i}": b.contiguous() for i, b in enumerate(self.muon.buffers)}
-        save_file(tensors, self.folder / "state.tmp", {"json": json.dumps([self.spent, self.steps])})
+        save_file(tensors, self.folder / "state.tmp", {"json": json.dumps([self.spent, self.steps, self.levels])})
         (self.folder / "state.tmp").replace(self.folder / "state.safetensors")
         self.export()
 
@@ -150,14 +101,15 @@ class Trainer:
         if not path.exists():
             self.load_shipped()
             return
+        header = int.from_bytes(path.read_bytes()[:8], "little")
+        metadata = json.loads(path.read_bytes()[8 : 8 + header])["__metadata__"]
+        self.spent, self.steps, levels = json.loads(metadata["json"])
+        self.use(tiny.make_unet(levels))
         tensors = load_file(path)
         with torch.no_grad():
             for name, rows in (("parameter", self.parameters), ("average", self.average), ("muon", self.muon.buffers)):
                 for i, row in enumerate(rows):
                     row.copy_(tensors[f"{name}.{i}"])
-        header = int.from_bytes(path.read_bytes()[:8], "little")
-        metadata = json.loads(path.read_bytes()[8 : 8 + header])["__metadata__"]
-        self.spent, self.steps = json.loads(metadata["json"])
         print("resumed", self.spent, self.steps, flush=True)
 
     @torch.no_grad()
@@ -167,9 +119,8 @@ class Trainer:
         if not (folder / "model_index.json").exists():
             return
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
-        self.unet.load_state_dict(pipe.unet.state_dict())
         self.text.load_state_dict(pipe.text_encoder.state_dict())
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.use(pipe.unet)
         print("begun from the shipped weights", flush=True)
 
     @torch.no_grad()
@@ -186,14 +137,18 @@ class Trainer:
 
     def export(self) -> None:
         """Writes the averaged weights as a stock pipeline."""
-        backup = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, self.average, strict=True):
-                parameter.copy_(value)
-            autoencoder = AutoencoderKL.from_pretrained(self.folder / "vae")
-            tiny.assemble(autoencoder, self.text, self.unet).save_pretrained(self.folder / "pipeline")
-            for parameter, value in zip(self.parameters, backup, strict=True):
-                parameter.copy_(value)
+        self.swap_average()
+        autoencoder = AutoencoderKL.from_pretrained(self.folder / "vae")
+        tiny.assemble(autoencoder, self.text, self.unet).save_pretrained(self.folder / "pipeline")
+        self.swap_average()
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchanges the weights and their averages."""
+        for parameter, value in zip(self.parameters, self.average, strict=True):
+            own = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(own)
 
     def run(self, grid: int, seconds: float, latents: Tensor, ids: Tensor, save_every: float = 240.0) -> None:
         """Trains at one resolution until its CPU budget is spent."""
@@ -291,6 +246,10 @@ def main() -> None:
     trainer = Trainer(folder, arguments.rank)
     trainer.load()
     for grid, seconds in zip(GRIDS, arguments.seconds[1:], strict=True):
+        if trainer.spent[str(grid)] >= seconds or trainer.levels > LEVELS[grid]:
+            continue
+        if trainer.levels < LEVELS[grid]:
+            trainer.grow()
         trainer.run(grid, seconds, latents, ids)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -16,10 +17,11 @@ MAX_LENGTH = 20
 LATENT_SIZE = SIZE_PX // 2
 TEXT_WIDTH = 128
 NUM_TRAIN_STEPS = 1000
-NOISE_SHIFT = 2.5
+NOISE_SHIFT = 3.0
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 _LATER_WORDS = ("above", "and", "below", "beside", "in", "left", "right", "two")
-_LEVELS = 4
+LEVELS = 5
+_WIDTHS, _HEADS = (32, 32, 64, 96, 128), (1, 1, 2, 3, 4)
 
 
 def weights_folder() -> Path:
@@ -82,20 +84,34 @@ def make_autoencoder() -> AutoencoderKL:
     )
 
 
-def make_unet() -> UNet2DConditionModel:
-    """Four levels, each with self- and cross-attention; 4,096 tokens at the top. Heads are 32 wide."""
+def make_unet(levels: int = LEVELS) -> UNet2DConditionModel:
+    """Levels with self- and cross-attention, 4,096 tokens at the top; the prompt also joins the time embedding.
+
+    With `levels=4` it is the inner network alone, which works at half the resolution; `grow` puts a level around it.
+    """
     return UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
+        sample_size=LATENT_SIZE >> (LEVELS - levels),
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(32, 64, 96, 128),
-        attention_head_dim=(1, 2, 3, 4),
+        block_out_channels=_WIDTHS[-levels:],
+        attention_head_dim=_HEADS[-levels:],
         norm_num_groups=8,
         cross_attention_dim=TEXT_WIDTH,
-        down_block_types=("CrossAttnDownBlock2D",) * _LEVELS,
-        up_block_types=("CrossAttnUpBlock2D",) * _LEVELS,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
     )
+
+
+def grow(inner: UNet2DConditionModel, outer: UNet2DConditionModel) -> None:
+    """Copies a UNet into one of a level more, as its coarser levels."""
+    own = {name: value for name, value in inner.state_dict().items() if not name.startswith(("conv_in", "conv_"))}
+    shifted = {re.sub(r"^down_blocks\.(\d+)", lambda m: f"down_blocks.{int(m[1]) + 1}", n): v for n, v in own.items()}
+    missing, unexpected = outer.load_state_dict(shifted, strict=False)
+    if unexpected or not missing:
+        raise ValueError(f"the outer network is not the inner one with a level more; it has no {unexpected[:3]}")
 
 
 def alphas_cumprod(shift: float = NOISE_SHIFT) -> torch.Tensor:

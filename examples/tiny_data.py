@@ -1,0 +1,81 @@
+"""Training data of the embedded models: rendered scenes, the autoencoder and its latents."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from muon import optimisers, set_learning_rate
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gen_turbo.pipelines import tiny
+from gen_turbo.scenes import all_scenes, is_held_out, render
+
+
+def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Training scenes as uint8 (count, 3, 128, 128) and their captions, one in ten without a position."""
+    rng = random.Random(seed)
+    scenes = [scene for scene in all_scenes() if not is_held_out(scene)]
+    rows, captions = [], []
+    for _ in range(count):
+        scene = rng.choice(scenes)
+        rows.append(np.asarray(render(scene.caption, rng.randrange(2**31))).transpose(2, 0, 1))
+        words = scene.caption
+        captions.append(words.replace(f"the {scene.position} of ", "") if rng.random() < 0.1 else words)
+    return torch.from_numpy(np.stack(rows)), captions
+
+
+def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
+    """Trains on 64 x 64 pixel crops and saves the result."""
+    torch.manual_seed(0)
+    images, _ = pictures(3000, seed=1)
+    model = tiny.make_autoencoder()
+    muon, adam = optimisers(model, keep_plain=("conv_in", "conv_out.", "quant"))
+    start, step = time.process_time(), 0
+    while (spent := time.process_time() - start) < seconds:
+        factor = min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * spent / seconds)) + 0.005
+        set_learning_rate(muon, adam, 4e-3 * factor)
+        y, x = (int(v) for v in torch.randint(0, 65, (2,)))
+        batch = images[torch.randint(0, len(images), (4,)), :, y : y + 64, x : x + 64].float() / 127.5 - 1
+        posterior = model.encode(batch.contiguous(memory_format=torch.channels_last)).latent_dist
+        output = model.decode(posterior.sample()).sample
+        error = F.mse_loss(output, batch)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = F.smooth_l1_loss(output, batch, beta=0.05) + error + 3e-4 * kl
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        muon.step()
+        model.zero_grad()
+        step += 1
+        if step % 100 == 0:
+            print(f"autoencoder {step} {spent:.0f}s {10 * math.log10(4 / error.item()):.1f} dB", flush=True)
+    model.eval()
+    with torch.no_grad():
+        latents = model.encode(images[:64].float() / 127.5 - 1).latent_dist.mean
+    model.register_to_config(scaling_factor=float(1 / latents.std()))
+    model.save_pretrained(folder / "vae")
+    return model
+
+
+@torch.no_grad()
+def training_set(folder: Path, autoencoder: AutoencoderKL, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Scaled latents (count, 4, 64, 64) and token ids (count, 20), kept in the folder."""
+    path = folder / f"latents_{seed}.safetensors"
+    if not path.exists():
+        images, captions = pictures(count, seed)
+        latents = [
+            autoencoder.encode(part.float() / 127.5 - 1).latent_dist.mean * autoencoder.config.scaling_factor
+            for part in images.split(40)
+        ]
+        ids = tiny.make_tokenizer()(captions, padding="max_length", return_tensors="pt").input_ids
+        save_file({"latents": torch.cat(latents).contiguous(), "ids": ids}, path)
+    data = load_file(path)
+    return data["latents"], data["ids"]
