@@ -2,94 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.contract import TokenReducer
-from gen_turbo.hosts.base import Host, Layer
-from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor
-from gen_turbo.hosts.clock import Clock, RunFacts
-from gen_turbo.hosts.diffusion.unet import UNetHost
+from gen_turbo.hosts.base import Host, Part
+from gen_turbo.hosts.denoiser import NoEffectWarning as NoEffectWarning
 
-HOSTS: tuple[Host, ...] = (UNetHost(),)
+_FAMILIES = {
+    "diffusers.": "gen_turbo.hosts.diffusion.families",
+    "transformers.": "gen_turbo.hosts.vlm.families",
+}
+"""Where the tuple HOSTS is for the models of a library; imported when a model of that library is attached to."""
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, ModelAttachment] = weakref.WeakKeyDictionary()
-
-
-class NoEffectWarning(UserWarning):
-    """A whole run went by without one reduced layer."""
-
-
-class ModelAttachment:
-    """A reducer on one model: the bindings, the hooks, and what was there before."""
-
-    def __init__(self, model: nn.Module, host: Host, reducer: TokenReducer, pipeline: Any | None) -> None:
-        self.layers = host.layers(model)
-        self.clock = Clock(_run_facts_of(pipeline))
-        self._model = weakref.ref(model)
-        self._host = host
-        self._handles: list[RemovableHandle] = []
-        ratios = _ratios_by_level(reducer, self.layers, type(model).__name__)
-        claimed = [layer for layer in self.layers if not layer.left_alone and layer.downsample in ratios]
-        self.bindings = [
-            Binding(layer, _processor(model, layer), reducer, ratios[layer.downsample], host, self.clock, index)
-            for index, layer in enumerate(claimed)
-        ]
-        self.reducer = reducer
-
-    @property
-    def model(self) -> nn.Module:
-        """The model; raises ReferenceError once it is gone."""
-        model = self._model()
-        if model is None:
-            raise ReferenceError("the model of this attachment no longer exists")
-        return model
-
-    def install(self) -> None:
-        """Puts the bound processors and the two root hooks in place."""
-        for binding in self.bindings:
-            self.model.get_submodule(binding.layer.name).set_processor(bound_processor(binding))  # type: ignore[operator]
-        clock, host = self.clock, self._host
-
-        def before(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            clock.begin(host.observe(args, kwargs))
-
-        is_positive = any(binding.ratio > 0 for binding in self.bindings)
-
-        def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            ended = clock.end()
-            if ended is not None and ended.num_reduced == 0 and is_positive:
-                warnings.warn(_no_effect(ended.step + 1), NoEffectWarning, stacklevel=2)
-
-        self._handles = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after),
-        ]
-        _ATTACHED[self.model] = self
-
-    def is_lost(self, binding: Binding) -> bool:
-        """Whether a later call put another processor in a binding's place."""
-        current = _processor(self.model, binding.layer)
-        return not isinstance(current, BoundProcessor) or current.binding is not binding
-
-    def remove(self) -> None:
-        """Puts every processor back that is still ours and takes the hooks off; doing it twice is harmless."""
-        model = self._model()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.clock.forget()
-        if model is None or _ATTACHED.get(model) is not self:
-            return
-        for binding in self.bindings:
-            if not self.is_lost(binding):
-                model.get_submodule(binding.layer.name).set_processor(binding.inner)  # type: ignore[operator]
-        del _ATTACHED[model]
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Part] = weakref.WeakKeyDictionary()
 
 
 class Attachment:
@@ -99,18 +28,18 @@ class Attachment:
         parts: One attachment per model.
     """
 
-    def __init__(self, parts: list[ModelAttachment]) -> None:
+    def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The layers that are reduced; never empty."""
-        return tuple(binding.layer.name for part in self.parts for binding in part.bindings)
+        return tuple(name for part in self.parts for name in part.site_names)
 
     def detach(self) -> None:
         """Makes every model what it was, object for object; doing it twice is harmless."""
         for part in self.parts:
-            part.remove()
+            _release(part)
 
     def __enter__(self) -> Attachment:
         return self
@@ -147,15 +76,13 @@ def attach(target: Any, reducer: TokenReducer, *, replace: bool = False) -> Atta
     hosts = [_host_of(model) for model in models]
     before = [_ATTACHED[model] for model in attached]
     for part in before:
-        part.remove()
+        _release(part)
     try:
-        parts = [ModelAttachment(m, host, reducer, pipeline) for m, host in zip(models, hosts, strict=True)]
+        parts = [host.attachment(model, reducer, pipeline) for model, host in zip(models, hosts, strict=True)]
     except Exception:
-        for part in before:
-            part.install()
+        _install(before)
         raise
-    for part in parts:
-        part.install()
+    _install(parts)
     return Attachment(parts)
 
 
@@ -163,10 +90,10 @@ def detach(target: Any) -> None:
     """Takes the reducer off a pipeline or model; without one, nothing happens."""
     for model in denoisers(target)[1]:
         if model in _ATTACHED:
-            _ATTACHED[model].remove()
+            _release(_ATTACHED[model])
 
 
-def attachments(target: Any) -> list[ModelAttachment]:
+def attachments(target: Any) -> list[Part]:
     """What is attached to a pipeline's denoisers or to a model."""
     return [_ATTACHED[model] for model in denoisers(target)[1] if model in _ATTACHED]
 
@@ -187,53 +114,30 @@ def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
     return target, found
 
 
-def _no_effect(num_steps: int) -> str:
-    return (
-        f"no token was removed in this run of {num_steps} steps: every step ran in full; take more steps, a smaller "
-        "`warmup`, a larger `memory_limit_mb`, or restore='copy'"
-    )
+def _release(part: Part) -> None:
+    """Takes one part off its model; a part that is off already changes nothing."""
+    part.remove()
+    for model in [model for model, other in _ATTACHED.items() if other is part]:
+        del _ATTACHED[model]
+
+
+def _install(parts: list[Part]) -> None:
+    for part in parts:
+        part.install()
+        _ATTACHED[part.model] = part
 
 
 def _host_of(model: nn.Module) -> Host:
-    for host in HOSTS:
-        if host.accepts(model):
-            return host
-    known = ", ".join(getattr(host, "name", type(host).__name__) for host in HOSTS)
+    """Finds the host by the names of the model's class and its bases, importing only the libraries they come from."""
+    bases = [cls for cls in type(model).__mro__ if cls.__module__.startswith(tuple(_FAMILIES))]
+    for cls in bases:
+        for host in _hosts(cls.__module__.split(".")[0] + "."):
+            if cls.__name__ in host.models:
+                return host
+    known = ", ".join(name for prefix in _FAMILIES for host in _hosts(prefix) for name in host.models)
     raise ValueError(f"{type(model).__name__} is not supported; supported: {known}")
 
 
-def _processor(model: nn.Module, layer: Layer) -> Any:
-    return model.get_submodule(layer.name).processor
-
-
-def _ratios_by_level(reducer: TokenReducer, layers: list[Layer], model_name: str) -> dict[int, float]:
-    """The ratio of each downsample factor that is reduced."""
-    levels = sorted({layer.downsample for layer in layers if not layer.left_alone})
-    if not levels:
-        raise ValueError(f"this {model_name} has no self-attention in transformer blocks; nothing can be reduced")
-    unknown = sorted(set(reducer.ratios) - set(levels))
-    if unknown:
-        raise ValueError(f"ratios names downsample factors {unknown}, but {model_name} has attention at {levels}")
-    chosen = dict.fromkeys(levels[: reducer.num_levels], reducer.ratio) | reducer.ratios
-    if not chosen:
-        raise ValueError("num_levels=0 and no ratios: no layer would be reduced; name a level")
-    return chosen
-
-
-def _run_facts_of(pipeline: Any | None) -> Any:
-    """A function that reads scheduler and guidance of a pipeline, without keeping the pipeline alive."""
-    if pipeline is None or getattr(pipeline, "scheduler", None) is None:
-        return lambda: None
-    reference = weakref.ref(pipeline)
-    last: list[Any] = [None, 0.0]
-
-    def read() -> RunFacts | None:
-        owner = reference()
-        times = getattr(owner.scheduler, "timesteps", None) if owner is not None else None
-        if times is None or len(times) == 0:
-            return None
-        if last[0] is not times:
-            last[:] = [times, float(times[-1])]
-        return RunFacts(times, last[1], bool(getattr(owner, "do_classifier_free_guidance", False)))
-
-    return read
+def _hosts(prefix: str) -> tuple[Host, ...]:
+    hosts: tuple[Host, ...] = import_module(_FAMILIES[prefix]).HOSTS
+    return hosts

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from gen_turbo.contract import Grid
+from gen_turbo.contract import Grid, TokenReducer
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,92 @@ class Observation:
     condition: Tensor | None
 
 
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention layer.
+
+    Attributes:
+        name: Its path in the model.
+        downsample: How many times coarser than the latent its grid is.
+        status: "reduced", "lost" (a later call replaced the processor) or why it is left alone.
+        grid: (height, width) of its tokens; None before the first call.
+        num_tokens: Tokens that reach it; 0 before the first call.
+        num_kept: Tokens that its attention runs on in a reduced call.
+        num_full: Calls that ran in full.
+        num_reduced: Calls that ran on fewer tokens.
+        flops: Floating point operations of its attention so far, with projections.
+        stock_flops: The same for the stock model.
+    """
+
+    name: str
+    downsample: int
+    status: str
+    grid: Grid | None = None
+    num_tokens: int = 0
+    num_kept: int = 0
+    num_full: int = 0
+    num_reduced: int = 0
+    flops: int = 0
+    stock_flops: int = 0
+
+
+class Part(Protocol):
+    """A reducer on one model, as `attach` and `report` see it."""
+
+    reducer: TokenReducer
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; raises ReferenceError once it is gone."""
+        ...
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """The layers that are reduced; never empty."""
+        ...
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Bytes held now between the calls of the model."""
+        ...
+
+    @property
+    def most_remembered_bytes(self) -> int:
+        """The most bytes held at once so far."""
+        ...
+
+    def rows(self) -> list[SiteReport]:
+        """One row per layer, reduced or left alone."""
+        ...
+
+    def install(self) -> None:
+        """Puts everything in place."""
+        ...
+
+    def remove(self) -> None:
+        """Makes the model what it was, object for object; doing it twice is harmless."""
+        ...
+
+
 class Host(Protocol):
     """One architecture family: the only code that knows its argument names."""
 
-    def accepts(self, model: nn.Module) -> bool:
-        """Whether the model is of this family."""
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the classes that it takes; subclasses are taken too."""
         ...
+
+    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Part:
+        """Prepares a reducer for one model and changes nothing yet.
+
+        Raises:
+            ValueError: If no layer would be reduced, or a setting does not fit the model.
+        """
+        ...
+
+
+class DenoiserHost(Protocol):
+    """One family of diffusers denoisers."""
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Every attention layer, those that can be reduced and those that are left alone."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gen_turbo.contract import Frame, Grid, Site, TokenReducer
 from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.hosts.base import Host, Layer, coarsened
+from gen_turbo.hosts.base import DenoiserHost, Layer, coarsened
 from gen_turbo.hosts.clock import Clock, Memory, PlannedAt, Stream
 
 
@@ -39,7 +39,7 @@ class Binding:
     inner: Any
     reducer: TokenReducer
     ratio: float
-    host: Host
+    host: DenoiserHost
     clock: Clock
     index: int
     stats: LayerStats = field(default_factory=LayerStats)

@@ -5,38 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from gen_turbo.contract import Grid
-from gen_turbo.hosts.attach import ModelAttachment, attachments
-from gen_turbo.hosts.bind import Binding
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """One attention layer.
-
-    Attributes:
-        name: Its path in the model.
-        downsample: How many times coarser than the latent its grid is.
-        status: "reduced", "lost" (a later call replaced the processor) or why it is left alone.
-        grid: (height, width) of its tokens; None before the first call.
-        num_tokens: Tokens that reach it; 0 before the first call.
-        num_kept: Tokens that its attention runs on in a reduced call.
-        num_full: Calls that ran in full.
-        num_reduced: Calls that ran on fewer tokens.
-        flops: Floating point operations of its attention so far, with projections.
-        stock_flops: The same for the stock model.
-    """
-
-    name: str
-    downsample: int
-    status: str
-    grid: Grid | None = None
-    num_tokens: int = 0
-    num_kept: int = 0
-    num_full: int = 0
-    num_reduced: int = 0
-    flops: int = 0
-    stock_flops: int = 0
+from gen_turbo.hosts.attach import attachments
+from gen_turbo.hosts.base import SiteReport as SiteReport
 
 
 @dataclass(frozen=True)
@@ -88,36 +58,7 @@ def report(target: Any) -> Report:
     """
     parts = attachments(target)
     return Report(
-        [row for part in parts for row in _rows(part)],
-        sum(part.clock.num_bytes for part in parts),
-        sum(part.clock.most_bytes for part in parts),
-    )
-
-
-def _rows(part: ModelAttachment) -> list[SiteReport]:
-    bindings = {binding.layer.name: binding for binding in part.bindings}
-    rows = []
-    for layer in part.layers:
-        binding = bindings.get(layer.name)
-        if binding is None:
-            reason = layer.left_alone or "level not chosen"
-            rows.append(SiteReport(layer.name, layer.downsample, reason))
-        else:
-            rows.append(_bound_row(binding, "lost" if part.is_lost(binding) else "reduced"))
-    return rows
-
-
-def _bound_row(binding: Binding, status: str) -> SiteReport:
-    stats = binding.stats
-    return SiteReport(
-        binding.layer.name,
-        binding.layer.downsample,
-        status,
-        stats.grid,
-        stats.num_tokens,
-        stats.num_kept,
-        stats.num_full,
-        stats.num_reduced,
-        stats.flops,
-        stats.stock_flops,
+        [row for part in parts for row in part.rows()],
+        sum(part.remembered_bytes for part in parts),
+        sum(part.most_remembered_bytes for part in parts),
     )

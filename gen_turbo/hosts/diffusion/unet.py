@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from gen_turbo.contract import TokenReducer
 from gen_turbo.core.scoring import attention_column_mean
 from gen_turbo.hosts.base import Layer, Observation
+from gen_turbo.hosts.denoiser import DenoiserPart
 
 _NUM_QUERIES = 256
 
@@ -20,11 +21,11 @@ _NUM_QUERIES = 256
 class UNetHost:
     """Enters UNet2DConditionModel by its `attn1` processors; everything else keeps its object."""
 
-    name = "UNet2DConditionModel"
+    models = ("UNet2DConditionModel",)
 
-    def accepts(self, model: nn.Module) -> bool:
-        """Whether the model is a UNet2DConditionModel."""
-        return isinstance(model, UNet2DConditionModel)
+    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> DenoiserPart:
+        """Prepares a reducer for the UNet."""
+        return DenoiserPart(model, self, reducer, pipeline)
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Every attention layer with its downsample factor, from the block that holds it."""
