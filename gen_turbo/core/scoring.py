@@ -1,6 +1,6 @@
 """Semantic value of tokens from attention, and the penalty that it puts on leaving.
 
-Shape names: B batch, H heads, S queries, N tokens (keys), D channels of a head.
+Shape names: B batch, H heads, S queries, N tokens (keys), T text tokens, D channels of a head.
 """
 
 from __future__ import annotations
@@ -38,6 +38,30 @@ def class_token_value(q_BHND: Tensor, k_BHND: Tensor, log_size_BN: Tensor | None
     The semantic value `A` of Turbo (arXiv 2312.07408): (B, N), every row summing to one, own entry included.
     """
     return attention_column_mean(q_BHND[:, :, :1], k_BHND, log_size_BN)
+
+
+def text_attention(q_BHND: Tensor, k_BHTD: Tensor, is_word_BT: Tensor) -> Tensor:
+    """Averages over heads the share of its attention to text that each image token gives to words.
+
+    The semantic value of Turbo (arXiv 2312.07408) as the text sees it, `A_i = mean_h sum_(words t) P[h, i, t]` with
+    `P = softmax(q k^T / sqrt(D))` over all text tokens, as in the cross-attention that it is read from: a token that
+    belongs to nothing in the text rests on what is no word, such as the beginning of the text.
+
+    Args:
+        q_BHND: Cross-attention queries of the image tokens.
+        k_BHTD: Cross-attention keys of the text tokens.
+        is_word_BT: Which text tokens count.
+
+    Returns:
+        (B, N) in [0, 1], at least float32. Costs N * T products per head and holds one head at a time.
+    """
+    dtype = torch.promote_types(q_BHND.dtype, torch.float32)
+    weight_BT1 = is_word_BT[..., None].to(dtype)
+    total = torch.zeros(1, dtype=dtype, device=q_BHND.device)
+    for q_BND, k_BTD in zip(q_BHND.unbind(1), k_BHTD.unbind(1), strict=True):
+        logits = (q_BND * q_BND.shape[-1] ** -0.5) @ k_BTD.transpose(-1, -2)
+        total = total + (logits.to(dtype).softmax(-1) @ weight_BT1)[..., 0]
+    return total / q_BHND.shape[1]
 
 
 def mean_one(value_BN: Tensor) -> Tensor:

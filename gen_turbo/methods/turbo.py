@@ -37,8 +37,10 @@ class TurboProcessor(ReductionProcessor):
     picture. A larger `value_weight` moves copied pictures away from stock, and makes no difference to corrected ones.
 
     Attributes:
-        semantic: Where the semantic value comes from: "self" is the column mean of self-attention, "none" is
-            redundancy alone.
+        semantic: Where the semantic value comes from: "self" is the column mean of self-attention; "text" is the
+            share of a token's cross-attention that goes to words of the prompt, asked of the block that plans;
+            "none" is redundancy alone. "text" raises ValueError in the first planning step of a model that shows no
+            text. A plan without a model, as by `plan_tokens`, knows neither and takes redundancy alone.
         value_weight: Weight of the semantic value whose mean is 1. Raising it protects attended tokens more.
         tile: Side of the tiles that are matched, in tokens; 0 matches over the whole picture.
     """
@@ -51,8 +53,8 @@ class TurboProcessor(ReductionProcessor):
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
         super().__post_init__()
-        if self.semantic not in ("self", "none"):
-            raise ValueError(f"semantic must be 'self' or 'none'; got {self.semantic!r}")
+        if self.semantic not in ("self", "text", "none"):
+            raise ValueError(f"semantic must be 'self', 'text' or 'none'; got {self.semantic!r}")
         if self.value_weight < 0:
             raise ValueError(f"value_weight must not be negative; got {self.value_weight}")
         if self.tile != 0 and self.tile < 2:
@@ -81,4 +83,9 @@ class TurboProcessor(ReductionProcessor):
         if self.semantic == "none" or self.value_weight == 0 or site.semantic is None:
             return None
         value_BN = site.semantic(self.semantic)
+        if value_BN is None and self.semantic == "text":
+            raise ValueError(
+                f"semantic='text' found no text at {site.name}: the layer has no cross-attention beside it or the call "
+                "brings no text; use semantic='self' or 'none'"
+            )
         return None if value_BN is None else information_penalty(value_BN, self.value_weight)

@@ -45,7 +45,7 @@ def test_tiles_shift_on_alternate_plans():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"semantic": "mood"}, "semantic must be 'self' or 'none'; got 'mood'"),
+        ({"semantic": "mood"}, "semantic must be 'self', 'text' or 'none'; got 'mood'"),
         ({"value_weight": -1.0}, "value_weight must not be negative"),
         ({"tile": 1}, "tile must be 0"),
     ],

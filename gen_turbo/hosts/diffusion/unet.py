@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,13 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from gen_turbo.contract import TokenReducer
-from gen_turbo.core.scoring import attention_column_mean
+from gen_turbo.core.scoring import attention_column_mean, text_attention
 from gen_turbo.hosts.base import Layer, Observation
 from gen_turbo.hosts.denoiser import DenoiserPart
 
 _NUM_QUERIES = 256
+_CROSS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""The cross-attention that stands beside a self-attention in its block, or None."""
 
 
 class UNetHost:
@@ -37,6 +40,8 @@ class UNetHost:
                 continue
             owner, _, role = name.rpartition(".")
             reason = _left_alone(blocks.get(owner), role)
+            if not reason:
+                _CROSS[module] = blocks[owner].attn2
             found.append(Layer(name, 2 ** _level(name, num_levels), reason))
         return found
 
@@ -49,14 +54,39 @@ class UNetHost:
         return Observation(time, tuple(sample.shape[-2:]), layout, given.get("encoder_hidden_states"))
 
     def semantic_value(self, attn: nn.Module, tokens: Tensor, kind: str) -> Tensor | None:
-        """The attention column mean over a strided subset of queries for "self"; nothing for other kinds."""
+        """The attention column mean over strided queries for "self", cross-attention to words for "text"."""
+        if kind == "text":
+            return _text_value(attn, tokens)
         if kind != "self" or getattr(attn, "fused_projections", False):
             return None
         queries = tokens[:, :: max(1, tokens.shape[1] // _NUM_QUERIES)]
-        heads: int = attn.heads  # type: ignore[assignment]
-        q = attn.to_q(queries).unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[operator]
-        k = attn.to_k(tokens).unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[operator]
-        return attention_column_mean(q, k)
+        return attention_column_mean(_heads(attn, "to_q", queries), _heads(attn, "to_k", tokens))
+
+
+def _text_value(attn: nn.Module, tokens: Tensor) -> Tensor | None:
+    """Asks the block's cross-attention what its tokens, as self-attention is about to see them, find in the text.
+
+    The first text token begins every text and takes what no word claims; rows of zeros are padding. Padding that the
+    text encoder gave a state of its own, as CLIP does, cannot be told from words, is attended to by the model and
+    counts. With guidance the conditional half is last, in the text as in the tokens.
+    """
+    cross = _CROSS.get(attn)
+    bound: Any = attn.processor
+    text: Tensor | None = bound.binding.clock.current.observation.condition
+    if cross is None or text is None or cross.to_k.in_features != text.shape[-1]:
+        return None
+    text = text[-len(tokens) :]
+    is_word = text.ne(0).any(-1)
+    is_word[:, 0] = False
+    return text_attention(_heads(cross, "to_q", tokens), _heads(cross, "to_k", text), is_word)
+
+
+def _heads(attn: nn.Module, projection: str, tokens: Tensor) -> Tensor:
+    """Projects tokens (B, N, C) to (B, heads, N, channels of a head)."""
+    projected: Tensor = attn.get_submodule(projection)(tokens)
+    batch, num_tokens, _ = projected.shape
+    heads: int = attn.heads  # type: ignore[assignment]
+    return projected.view(batch, num_tokens, heads, -1).transpose(1, 2)
 
 
 def _level(name: str, num_levels: int) -> int:
