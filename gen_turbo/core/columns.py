@@ -1,0 +1,131 @@
+"""Which columns of a long sequence the rows of a shorter one hold: what masks, positions and caches are gathered by.
+
+Shape names: B batch, N columns of the long sequence, M of the short one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """A shorter sequence whose rows may keep different numbers of columns; padding is on the left.
+
+    Padding on the left keeps the last token last, which is where generation reads.
+
+    Attributes:
+        index_BM: The column of the long sequence that each place holds, int64, ascending behind the padding.
+        valid_BM: False where a place is padding that stands for no column.
+        num_columns: N, columns of the long sequence.
+        is_ragged: Whether any place is padding. Known when made, so that the device need not be asked again.
+    """
+
+    index_BM: Tensor
+    valid_BM: Tensor
+    num_columns: int
+    is_ragged: bool
+
+    @classmethod
+    def of_kept(cls, keep_BN: Tensor) -> Columns:
+        """Makes the columns marked True, in order."""
+        counts = keep_BN.sum(1)
+        length, least = int(counts.max()), int(counts.min())
+        # A stable sort of "is dropped" lists the kept columns first, in order.
+        order_BN = (~keep_BN).to(torch.uint8).argsort(dim=1, stable=True)
+        place_BM = torch.arange(length, device=keep_BN.device)[None] - (length - counts)[:, None]
+        valid_BM = place_BM >= 0
+        index_BM = order_BN.gather(1, place_BM.clamp(min=0)) * valid_BM
+        return cls(index_BM, valid_BM, keep_BN.shape[1], least < length)
+
+    @classmethod
+    def all_of(cls, batch: int, num_columns: int, device: torch.device | str | None = None) -> Columns:
+        """Makes the columns of a sequence that was not shortened."""
+        index_BM = torch.arange(num_columns, device=device).repeat(batch, 1)
+        return cls(index_BM, torch.ones_like(index_BM, dtype=torch.bool), num_columns, False)
+
+    @property
+    def num_kept(self) -> int:
+        """M, places of the short sequence."""
+        return self.index_BM.shape[1]
+
+    def grown(self, num_columns: int) -> Columns:
+        """Appends columns that were not shortened, until the long sequence has `num_columns`.
+
+        Raises:
+            ValueError: If the long sequence is longer already.
+        """
+        if num_columns < self.num_columns:
+            raise ValueError(f"{self.num_columns} columns were shortened, but the sequence has only {num_columns} now")
+        return self.beside(Columns.all_of(len(self.index_BM), num_columns - self.num_columns, self.index_BM.device))
+
+    def beside(self, later: Columns) -> Columns:
+        """Puts the columns of a following sequence behind these."""
+        if later.num_columns == 0:
+            return self
+        return Columns(
+            torch.cat([self.index_BM, later.index_BM + self.num_columns], 1),
+            torch.cat([self.valid_BM, later.valid_BM], 1),
+            self.num_columns + later.num_columns,
+            self.is_ragged or later.is_ragged,
+        )
+
+    def take(self, x: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
+        """Takes the kept columns of `x` along `dim`; a batch axis of 1 serves every row. Padding takes column 0."""
+        dim, batch_dim = dim % x.ndim, batch_dim % x.ndim
+        batch, length = self.index_BM.shape
+        if x.shape[batch_dim] != batch:
+            x = x.expand(*[batch if axis == batch_dim else -1 for axis in range(x.ndim)])
+        shape = [1] * x.ndim
+        shape[batch_dim], shape[dim] = batch, length
+        target = list(x.shape)
+        target[dim] = length
+        return x.gather(dim, self.index_BM.view(shape).expand(target))
+
+    def spread(self, y: Tensor) -> Tensor:
+        """Gives (B, M, *rest) back its N columns: one that is missing copies the nearest kept one before it."""
+        batch = len(self.index_BM)
+        keep_BN = torch.zeros(batch, self.num_columns + 1, dtype=torch.int64, device=y.device)
+        # Padding writes to a spare column behind all others.
+        keep_BN.scatter_(1, self.index_BM.masked_fill(~self.valid_BM, self.num_columns), 1)
+        padding = self.num_kept - self.valid_BM.sum(1, keepdim=True)
+        place_BN = (keep_BN[:, :-1].cumsum(1) - 1).clamp(min=0) + padding
+        return y.gather(1, place_BN.view(*place_BN.shape, *[1] * (y.ndim - 2)).expand(-1, -1, *y.shape[2:]))
+
+    def mask(self, mask_BN: Tensor) -> Tensor:
+        """Takes the kept columns of a mask (B, N) that is true, or 1, for real tokens; padding becomes 0."""
+        return self.take(mask_BN, 1) * self.valid_BM.to(mask_BN.dtype)
+
+    def keys(self, mask: Tensor) -> Tensor:
+        """Takes the kept keys of an attention mask (b, heads, queries, N); padding is hidden from every query.
+
+        Args:
+            mask: Boolean, True where attention is allowed, or floating point, added to the logits.
+        """
+        taken = self.take(mask, 3)
+        if not self.is_ragged:
+            return taken
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return taken.masked_fill(~self.valid_BM[:, None, None, :], hidden)
+
+    def queries(self, mask: Tensor) -> Tensor:
+        """Takes the kept queries of an attention mask (b, heads, N, keys)."""
+        return self.take(mask, 2)
+
+    def rows(self, index: Tensor) -> Columns:
+        """Takes rows of the batch, as beam search reorders them."""
+        return Columns(self.index_BM[index], self.valid_BM[index], self.num_columns, self.is_ragged)
+
+    def repeated(self, times: int) -> Columns:
+        """Repeats each row of the batch `times` times, copies side by side."""
+        return self.rows(torch.arange(len(self.index_BM), device=self.index_BM.device).repeat_interleave(times))
+
+
+def protect_leading(slot_BN: Tensor, count: int) -> Tensor:
+    """Puts `count` tokens with a slot of their own in front of the slots (B, N) of the others: (B, count + N)."""
+    own = torch.arange(count, device=slot_BN.device).expand(len(slot_BN), -1)
+    return F.pad(slot_BN + count, (count, 0)).scatter(1, own, own)

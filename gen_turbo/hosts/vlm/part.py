@@ -1,0 +1,248 @@
+"""A reducer on one vision-language model: what is put in place, what it does to a call, and the way back."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gen_turbo.contract import Frame, Grid, Site, TokenReducer
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.hosts.base import SiteReport
+from gen_turbo.hosts.denoiser import NoEffectWarning
+from gen_turbo.hosts.vlm.decoder import Cut
+from gen_turbo.hosts.vlm.family import Family
+from gen_turbo.hosts.vlm.gate import Gate
+from gen_turbo.hosts.vlm.origin import match_pictures
+from gen_turbo.hosts.vlm.run import Group, Pictures, Reduction
+from gen_turbo.hosts.vlm.settings import placement_of
+from gen_turbo.hosts.vlm.tower import Tower
+
+
+@dataclass
+class _Seen:
+    """What the tower knew of the pictures that it saw last."""
+
+    features: list[Tensor]
+    patches: ReductionPlan | None
+    values: dict[str, Tensor | None]
+
+
+class VlmPart:
+    """A reducer on one model.
+
+    Raises:
+        ValueError: If the family has no such place, or the place does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, reducer: TokenReducer) -> None:
+        self.reducer = reducer
+        self._model = weakref.ref(model)
+        self._family = family
+        self._placement = placement_of(reducer)
+        self._handles: list[Any] = []
+        self._rows: dict[str, SiteReport] = {}
+        self._seen: _Seen | None = None
+        self._had_features: Any = None
+        self._cost = 0
+        _check(model, family, reducer)
+        self._tower: Tower | None = None
+        self._gate: Gate | None = None
+        self._cut: Cut | None = None
+        self._prepare(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; raises ReferenceError once it is gone."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this attachment no longer exists")
+        return model
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Where tokens leave."""
+        return tuple(self._rows)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Bytes held now between the calls of the model: what the tower showed and the language model has not read."""
+        if self._seen is None:
+            return 0
+        held = [*self._seen.features, *(value for value in self._seen.values.values() if value is not None)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    @property
+    def most_remembered_bytes(self) -> int:
+        """Nothing is remembered from one call of `generate` to the next."""
+        return self.remembered_bytes
+
+    def rows(self) -> list[SiteReport]:
+        """One row per place where tokens leave."""
+        return list(self._rows.values())
+
+    def install(self) -> None:
+        """Puts every hook in place."""
+        for stage in (self._tower, self._gate, self._cut):
+            if stage is not None:
+                self._handles += stage.install()
+        if self._gate is not None:
+            base = self.model.get_submodule(self._family.base)
+            self._had_features = vars(base).get("get_image_features")
+            base.get_image_features = self._gate.watch(base.get_image_features, self._note)  # type: ignore[assignment,arg-type]
+
+    def remove(self) -> None:
+        """Takes every hook off; doing it twice is harmless."""
+        for handle in reversed(self._handles):
+            handle.remove()
+        model = self._model()
+        if self._handles and self._gate is not None and model is not None:
+            base = model.get_submodule(self._family.base)
+            vars(base).pop("get_image_features", None)
+            if self._had_features is not None:
+                base.get_image_features = self._had_features
+        self._handles, self._seen = [], None
+
+    def _prepare(self, model: nn.Module) -> None:
+        place, family = self._placement.place, self._family
+        if family.tower is not None and place != "decoder":
+            self._tower = Tower(model, family.tower, self.reducer if place == "tower" else None)
+            self._tower.on_block = self._note_block
+        if place == "tower":
+            assert self._tower is not None
+            self._rows.update(
+                {name: SiteReport(name, 1, "reduced") for name in map(self._block_name, self._tower.watched)}
+            )
+        if family.gate:
+            return
+        base, text = model.get_submodule(family.base), model.get_submodule(family.text)
+        self._cost = _token_flops(text)
+        planner = {"gate": self._plan_at_gate, "tower": self._plan_duplicates}.get(place)
+        is_merged = place == "gate" and self._placement.combine == "merge"
+        self._gate = Gate(base, text, family, planner, is_merged)
+        if place == "decoder":
+            first = self._placement.layer
+            self._cut = Cut(text, self._gate, first, self._plan_at_cut)
+            self._cut.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
+            name = f"{family.text}.layers.{first}"
+        else:
+            name = family.text
+            self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
+        self._rows[name] = SiteReport(name, 1, "reduced")
+
+    def _block_name(self, index: int) -> str:
+        assert self._tower is not None
+        return f"{self._tower.facts.module}.{index}"
+
+    def _note(self, features: list[Tensor]) -> None:
+        """Keeps what the tower knows of the pictures whose features were just made."""
+        if self._tower is None:
+            return
+        values = {}
+        if self._placement.place == "gate":
+            leading = self._tower.num_leading
+            for kind in ("class", "self"):
+                value = self._tower.value(kind) if self._wants_value(kind) else None
+                values[kind] = value[:, leading:] if value is not None else None
+        self._seen = _Seen(features, self._tower.patches, values)
+
+    def _wants_value(self, kind: str) -> bool:
+        return getattr(self.reducer, "semantic", "none") == kind
+
+    def _plan_at_gate(self, tokens: Tensor, group: Group) -> ReductionPlan:
+        site = Site("gate", self.reducer.ratio, group.grid, semantic=lambda kind: self._value(kind, group))
+        return self.reducer.plan(tokens, site, Frame())
+
+    def _plan_at_cut(self, tokens: Tensor, group: Group) -> ReductionPlan:
+        def semantic(kind: str) -> Tensor | None:
+            assert self._cut is not None and self._gate is not None and self._gate.pictures is not None
+            if kind != "last":
+                return None
+            pictures = self._gate.pictures
+            return self._cut.attention()[pictures.is_image_BL][pictures.index(group)]
+
+        return self.reducer.plan(tokens, Site("decoder", self.reducer.ratio, group.grid, semantic=semantic), Frame())
+
+    def _plan_duplicates(self, tokens: Tensor, group: Group) -> ReductionPlan:
+        """The tower's own plan, whose slots are equal tokens now; nothing where features are no longer patches."""
+        patches = self._seen.patches if self._seen is not None else None
+        if patches is None or patches.num_tokens != group.length:
+            return ReductionPlan.identity(1, group.length, tokens.device)
+        rows = self._origins(group)
+        return ReductionPlan(patches.slot_BN[rows], patches.anchor_BM[rows])
+
+    def _value(self, kind: str, group: Group) -> Tensor | None:
+        value = self._seen.values.get(kind) if self._seen is not None else None
+        if value is None or value.shape[1] != group.length:
+            return None
+        return value[self._origins(group)]
+
+    def _origins(self, group: Group) -> list[int]:
+        """Which of the tower's pictures each of a group's is; beam search repeats them."""
+        assert self._seen is not None and self._gate is not None and self._gate.pictures is not None
+        origins = match_pictures(self._gate.pictures.features, self._seen.features)
+        return [origins[image] for image in group.images]
+
+    def _note_block(self, index: int, before: int, after: int) -> None:
+        self._count(self._block_name(index), None, before, after, 0, 0)
+
+    def _note_reduction(self, name: str, pictures: Pictures, reduction: Reduction) -> None:
+        before, after = sum(pictures.lengths), sum(reduction.lengths())
+        grid = pictures.grids[0] if pictures.grids else None
+        batch, length = pictures.is_image_BL.shape
+        stock, cost = batch * length * self._cost, (batch * length - before + after) * self._cost
+        self._count(name, grid, before, after, cost, stock)
+        if after == before and self.reducer.ratio > 0 and self._placement.place != "tower" and self._removes(before):
+            warnings.warn(
+                f"no token was removed from pictures of {before} tokens at ratio {self.reducer.ratio}; raise `ratio`",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
+    def _removes(self, num_tokens: int) -> bool:
+        return type(self.reducer).__name__ != "IdentityProcessor" and num_tokens > 0
+
+    def _count(self, name: str, grid: Grid | None, before: int, after: int, flops: int, stock: int) -> None:
+        row = self._rows[name]
+        self._rows[name] = SiteReport(
+            name,
+            1,
+            "reduced",
+            grid,
+            before,
+            after,
+            row.num_full + (before == after),
+            row.num_reduced + (before != after),
+            row.flops + flops,
+            row.stock_flops + stock,
+        )
+
+
+def _token_flops(text: nn.Module) -> int:
+    """Operations of one token in all decoder layers, without attention between tokens."""
+    layers: Any = text.layers
+    total: int = sum(weight.numel() for layer in layers for weight in layer.parameters() if weight.ndim == 2)
+    return 2 * total
+
+
+def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
+    """Says before anything is changed why a place does not fit a model."""
+    placement = placement_of(reducer)
+    name = type(model).__name__
+    if placement.place == "tower" and family.tower is None:
+        raise ValueError(f"the vision tower of {name} cannot be reduced; use place='gate' or place='decoder'")
+    if placement.place != "tower" and family.gate:
+        raise ValueError(f"{name} {family.gate}; use place='tower'")
+    if placement.place != "decoder":
+        return
+    config = model.get_submodule(family.text).config
+    if not placement.layer < config.num_hidden_layers:  # type: ignore[union-attr,operator]
+        raise ValueError(f"layer {placement.layer} is not one of the {config.num_hidden_layers} layers of {name}")  # type: ignore[union-attr]
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut; use place='gate'")
+    stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if placement.layer < stacked:
+        raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use layer={stacked} or later")

@@ -1,0 +1,73 @@
+"""Where in a vision-language model a method works, and how; for methods that have no such settings, the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Site, TokenReducer
+from gen_turbo.core.plan import ReductionPlan
+
+PLACES = ("tower", "gate", "decoder")
+
+
+@dataclass
+class Placement:
+    """Settings of a method that works on the image tokens of a vision-language model.
+
+    Attributes:
+        place: "tower" merges inside the vision tower, between self-attention and MLP of every block; "gate" reduces
+            the projected image tokens before the language model; "decoder" drops them from one decoder layer on.
+        layer: With "decoder", the first decoder layer without the dropped tokens; at least 1.
+        combine: At the gate, "merge" averages the tokens of a slot, "select" keeps the slot's anchor and drops the
+            others. In the decoder, where a token must not see later ones, tokens are always selected.
+    """
+
+    place: str = "gate"
+    layer: int = 2
+    combine: str = "merge"
+
+    def __post_init__(self) -> None:
+        """Checks every setting, its own and those of the method's other bases; raises ValueError."""
+        check = getattr(super(), "__post_init__", None)
+        if check is not None:
+            check()
+        if self.place not in PLACES:
+            raise ValueError(f"place must be one of {', '.join(PLACES)}; got {self.place!r}")
+        if self.combine not in ("merge", "select"):
+            raise ValueError(f"combine must be 'merge' or 'select'; got {self.combine!r}")
+        if self.layer < 1:
+            raise ValueError(f"layer must be at least 1, the second decoder layer; got {self.layer}")
+
+
+_DEFAULT = Placement()
+
+
+def placement_of(reducer: TokenReducer) -> Placement:
+    """Gives a method's placement; a method that knows nothing of vision-language models works at the gate."""
+    return reducer if isinstance(reducer, Placement) else _DEFAULT
+
+
+class Placed(Placement, TokenReducer):
+    """Any method at a place of one's choice: `attach(model, Placed(TurboProcessor(0.5), place="decoder", layer=3))`.
+
+    Raises:
+        ValueError: If a setting is not one of those that `Placement` knows.
+    """
+
+    def __init__(self, reducer: TokenReducer, place: str = "gate", layer: int = 2, combine: str = "merge") -> None:
+        for setting in fields(TokenReducer):
+            setattr(self, setting.name, getattr(reducer, setting.name))
+        self.place, self.layer, self.combine = place, layer, combine
+        self.reducer = reducer
+        self.__post_init__()
+
+    @property
+    def max_ratio(self) -> float:
+        """The largest ratio that the method can reach."""
+        return self.reducer.max_ratio
+
+    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+        """Plans as the method does."""
+        return self.reducer.plan(tokens, site, frame)

@@ -1,0 +1,223 @@
+"""What `generate` gives with fewer image tokens equals a model that has no cache, no hooks and no padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import TurboProcessor, attach
+from gen_turbo.hosts.vlm.settings import Placed
+from tests.vlm import oracle
+from tests.vlm.tiny_vlms import PROMPTS, VLMS, Prompt
+
+# Float32 sums in another order over a few layers; what a wrong mask or position does is a thousand times more.
+TOLERANCE = 1e-4
+STEPS = 4
+
+
+def generate(model, inputs, **kwargs):
+    """Greedy tokens and the logits they were chosen from: (B, steps), (B, steps, V)."""
+    settings = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **(settings | kwargs))
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    return new, torch.stack(out.logits, 1), out
+
+
+def plan_of(processor):
+    """The method's plan for one picture, as the gate calls it without a semantic value."""
+    return lambda tokens: processor.plan_tokens(tokens, grid=(4, 4))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("family", VLMS)
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_generate_equals_the_oracle(family, prompt, attention, cut):
+    """Catches a wrong mask, position or cache length at any step, row or padding."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make(attention), PROMPTS[prompt].inputs(vlm)
+    method = TurboProcessor(0.6, semantic="none")
+    place = Placed(method, place="decoder", layer=cut) if cut else method
+    stock = generate(model, inputs)[1]
+    with attach(model, place):
+        new, logits, _ = generate(model, inputs)
+    expected = oracle.generated_logits(model, inputs, new, vlm.num_tokens, plan_of(method), cut)
+    assert (logits - expected).abs().max() < TOLERANCE
+    assert (logits[:, 0] - stock[:, 0]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize("processor", [TurboProcessor(0.0), IdentityProcessor(0.5), ToMeProcessor(0.0)])
+@pytest.mark.parametrize("family", VLMS)
+def test_nothing_removed_is_bit_identical(family, processor, cut):
+    """Catches a hook that computes even the identity another way."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
+    stock = generate(model, inputs)[1]
+    with attach(model, Placed(processor, place="decoder" if cut else "gate")):
+        assert torch.equal(generate(model, inputs)[1], stock)
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize("family", VLMS)
+def test_detach_restores_every_object(family, cut):
+    """Catches leftovers: hooks, attributes of instances, a wrapped method, draws from the global generator."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["padded"].inputs(vlm)
+    generate(model, inputs)  # transformers installs its own hooks in the first call
+    before = model_state(model)
+    attachment = attach(model, Placed(TurboProcessor(0.5), place="decoder" if cut else "gate"))
+    generate(model, inputs)
+    attachment.detach()
+    attachment.detach()
+    assert differences(before, model_state(model)) == []
+    with pytest.raises(ValueError), attach(model, TurboProcessor(0.5)):
+        model(**inputs, past_key_values=object())
+    with pytest.raises(Exception), attach(model, TurboProcessor(0.5)):  # noqa: B017  whatever transformers raises
+        model(**inputs | {"pixel_values": inputs["pixel_values"][:0]})
+    assert differences(before, model_state(model)) == []
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize("family", VLMS)
+def test_beams_keep_their_own_prompt(family, cut):
+    """Catches features taken for another picture's when beams repeat them, and beams reordered without their mask."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
+    method = TurboProcessor(0.6, semantic="none")
+    with attach(model, Placed(method, place="decoder", layer=cut) if cut else method):
+        out = model.generate(**inputs, num_beams=3, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True,
+                             output_scores=True, num_return_sequences=2)  # fmt: skip
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    for best in range(2):
+        expected = oracle.generated_logits(model, inputs, new[best::2], vlm.num_tokens, plan_of(method), cut)
+        score = expected.log_softmax(-1).gather(2, new[best::2, :, None]).sum((1, 2)) / STEPS
+        assert (score - out.sequences_scores[best::2]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", VLMS)
+def test_sampling_with_a_seed_repeats(family):
+    """Catches a draw of our own from the global generator."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["padded"].inputs(vlm)
+    drawn = []
+    with attach(model, RandomProcessor(0.5)):
+        for _ in range(2):
+            torch.manual_seed(3)
+            drawn.append(generate(model, inputs, do_sample=True)[0])
+    assert torch.equal(*drawn)
+
+
+def test_assisted_generation_equals_greedy():
+    """Catches a cache that is cropped, or a mask of several new tokens, in columns of the full prompt."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
+    for processor in (TurboProcessor(0.6), Placed(TurboProcessor(0.6), place="decoder")):
+        with attach(model, processor):
+            greedy = generate(model, inputs, max_new_tokens=8)[0]
+            looked_up = generate(model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3)[0]
+        assert torch.equal(greedy, looked_up)
+
+
+def test_without_a_cache_is_the_same():
+    """Catches positions with gaps being taken for packed sequences when there is neither cache nor mask."""
+    vlm = VLMS["llava"]
+    for prompt in ("one", "even", "ragged"):
+        model, inputs = vlm.make("sdpa"), PROMPTS[prompt].inputs(vlm)
+        for processor in (TurboProcessor(0.6), Placed(TurboProcessor(0.6), place="decoder")):
+            with attach(model, processor):
+                cached, uncached = (generate(model, inputs, use_cache=used)[1][:, 0] for used in (True, False))
+                full = model(**inputs, use_cache=False).logits
+            assert (cached - uncached).abs().max() < TOLERANCE
+            assert full.shape[1] == inputs["input_ids"].shape[1]
+            assert (full[:, -1] - cached).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_right_padding_gives_the_same_logits(cut):
+    """Catches logits that no longer stand where the tokens do, and padding that is seen."""
+    vlm = VLMS["llava"]
+    model, processor = vlm.make("sdpa"), TurboProcessor(0.6, semantic="none")
+    left = PROMPTS["ragged_padded"].inputs(vlm)
+    right = Prompt(PROMPTS["ragged_padded"].rows, "right").inputs(vlm)
+    with attach(model, Placed(processor, place="decoder", layer=cut) if cut else processor):
+        at_end = generate(model, left)[1][:, 0]
+        everywhere = model(**right).logits
+    last = right["attention_mask"].sum(1) - 1
+    assert everywhere.shape[1] == right["input_ids"].shape[1]
+    assert (everywhere[torch.arange(len(last)), last] - at_end).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize("prompt", ["one", "padded", "ragged", "ragged_padded"])
+def test_a_second_turn_goes_on_with_the_cache(prompt, cut, attention):
+    """Catches a cache whose length is that of its columns: the second turn would be fed again from a wrong place."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make(attention), PROMPTS[prompt].inputs(vlm)
+    method = TurboProcessor(0.6, semantic="none")
+    extra = torch.arange(10, 16).repeat(len(inputs["input_ids"]), 1)
+    with attach(model, Placed(method, place="decoder", layer=cut) if cut else method):
+        new, _, first = generate(model, inputs)
+        ids = torch.cat([first.sequences, extra], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1])], 1)
+        second = {"input_ids": ids, "attention_mask": mask.long()}
+        held = first.past_key_values.get_seq_length()
+        calls = []
+        handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: calls.append(a[0].shape[1]))
+        again, logits, _ = generate(model, second, past_key_values=first.past_key_values)
+        handle.remove()
+    assert calls[0] == ids.shape[1] - held
+    continued = {**inputs, "input_ids": ids, "attention_mask": mask.long()}
+    expected = oracle.generated_logits(model, continued, again, vlm.num_tokens, plan_of(method), cut)
+    assert (logits - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_a_picture_in_the_second_turn_is_reduced_too(cut):
+    """Catches a second prefill whose columns are counted from the start of the conversation."""
+    vlm = VLMS["llava"]
+    model = vlm.make("sdpa")
+    method = TurboProcessor(0.6, semantic="none")
+    inputs = PROMPTS["ragged_padded"].inputs(vlm)
+    with attach(model, Placed(method, place="decoder", layer=cut) if cut else method):
+        _, _, first = generate(model, inputs)
+        turn = torch.tensor([[5, 6] + [99] * 16 + [7]] * 3)
+        ids = torch.cat([first.sequences, turn], 1)
+        grown = torch.ones(3, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
+        mask = torch.cat([inputs["attention_mask"], grown], 1)
+        more = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+        new = {"input_ids": ids, "attention_mask": mask, "pixel_values": more}
+        # The ids of the whole conversation are sliced by generate; the pictures are those of this turn.
+        again, logits, _ = generate(model, new, past_key_values=first.past_key_values)
+    old = inputs["pixel_values"]
+    order = torch.cat([old[:2], more[:1], old[2:3], more[1:2], more[2:]])
+    expected = oracle.generated_logits(model, new | {"pixel_values": order}, again, 16, plan_of(method), cut)
+    assert (logits - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("place", ["gate", "decoder"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"cache_implementation": "static"}, "a StaticCache cannot hold a prompt with dropped image tokens"),
+        ({"prefill_chunk_size": 8}, "prefill in one piece"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(place, settings, words):
+    """Catches static shapes and split prompts giving wrong tokens in silence."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
+    with attach(model, Placed(TurboProcessor(0.5), place=place)), pytest.raises(ValueError, match=words):
+        generate(model, inputs, **settings)
+
+
+def test_inputs_embeds_are_recognised():
+    """Catches pictures that are missed where the prompt comes as embeddings."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with attach(model, TurboProcessor(0.5)):
+        by_ids = model(**inputs).logits
+        by_embeds = model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"]).logits
+    assert torch.equal(by_ids, by_embeds)
