@@ -67,6 +67,12 @@ class TokenReducer(ABC):
             layer's next full step.
         memory_limit_mb: With "correct", the most that may be remembered, in megabytes; layers beyond it run as in
             the stock model. None sets no limit.
+        scope: "attention" shortens the attention layers; "block" whole transformer blocks, with cross-attention and
+            feed-forward, restoring each token by adding its slot's change. Saves more, further from stock.
+        keep_queries: Merges keys and values only; every token still asks. Closer to stock, saves less.
+        size_weighted: Lets a key that stands for several tokens weigh as much as they did.
+        attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
+            every attention layer; None leaves the model's own.
     """
 
     ratio: float = 0.5
@@ -79,6 +85,10 @@ class TokenReducer(ABC):
     stagger: bool = False
     plan_steps: int = 0
     memory_limit_mb: float | None = None
+    scope: str = "attention"
+    keep_queries: bool = False
+    size_weighted: bool = False
+    attention_backend: str | None = None
 
     def __post_init__(self) -> None:
         """Checks every setting.
@@ -101,6 +111,14 @@ class TokenReducer(ABC):
                 raise ValueError(f"{setting} must be at least {minimum}; got {getattr(self, setting)}")
         if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
             raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
+        self._check_scope()
+
+    def _check_scope(self) -> None:
+        if self.scope not in ("attention", "block"):
+            raise ValueError(f"scope must be 'attention' or 'block'; got {self.scope!r}")
+        inside = [name for name in ("keep_queries", "size_weighted") if getattr(self, name)]
+        if self.scope == "block" and inside:
+            raise ValueError(f"{' and '.join(inside)} concern attention alone; use scope='attention', got 'block'")
 
     @property
     def max_ratio(self) -> float:

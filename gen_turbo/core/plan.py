@@ -44,6 +44,7 @@ class ReductionPlan:
     anchor_BM: Tensor
     _flat_cache: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, repr=False)
     _bag_cache: dict[tuple[int, torch.dtype], _Bags] = field(default_factory=dict, init=False, repr=False)
+    _wide_cache: dict[tuple[int, int], ReductionPlan] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Checks shapes, types and devices, never values, which would make the device wait."""
@@ -180,6 +181,19 @@ class ReductionPlan:
         later_slot, later_anchor = later._tiled(batch)
         return ReductionPlan(later_slot.gather(1, slot), anchor.gather(1, later_anchor))
 
+    def between(self, leading: int, trailing: int) -> ReductionPlan:
+        """Widens the plan to a longer sequence whose first `leading` and last `trailing` tokens keep their own slot.
+
+        How text tokens before or after the visual ones go through the verbs unchanged, `merge` included.
+        """
+        if leading == trailing == 0:
+            return self
+        if (leading, trailing) not in self._wide_cache:
+            slot = _between(self.slot_BN, leading, trailing, self.num_slots)
+            anchor = _between(self.anchor_BM, leading, trailing, self.num_tokens)
+            self._wide_cache[leading, trailing] = ReductionPlan(slot, anchor)
+        return self._wide_cache[leading, trailing]
+
     def warm(self, batch: int, dtype: torch.dtype = torch.float32) -> ReductionPlan:
         """Makes now what the verbs need for `batch` rows and returns the plan, so that compiled code finds it made.
 
@@ -232,6 +246,13 @@ def _bag_sum(rows: Tensor, bags: _Bags, scale: Tensor) -> Tensor:
     return F.embedding_bag(
         bags.order, rows, bags.offsets, mode="sum", per_sample_weights=scale, include_last_offset=True
     )
+
+
+def _between(index: Tensor, leading: int, trailing: int, length: int) -> Tensor:
+    """Puts counted-up numbers around an index matrix whose own numbers are below `length`."""
+    before = torch.arange(leading, device=index.device).expand(len(index), -1)
+    after = torch.arange(trailing, device=index.device).expand(len(index), -1) + (leading + length)
+    return torch.cat([before, index + leading, after], 1)
 
 
 def _take_rows(x: Tensor, index: Tensor, length: int) -> Tensor:

@@ -12,18 +12,75 @@ from gen_turbo.contract import Grid, TokenReducer
 
 
 @dataclass(frozen=True)
+class Table:
+    """An argument with one row per token of position-like values: rows of the anchors are taken, never averaged.
+
+    Attributes:
+        name: The argument; a tensor or a tuple of tensors.
+        axis: Where the tokens are, 0 or 1.
+        has_batch: Whether there is a row per sample at axis 0; otherwise the whole batch must share one plan.
+        has_text_before: Whether the rows of the text tokens come first.
+    """
+
+    name: str
+    axis: int = 0
+    has_batch: bool = False
+    has_text_before: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where the image tokens are in the arguments and the output of one kind of layer.
+
+    Attributes:
+        tokens: The argument that holds them, (B, N, C), or (B, C, h, w) where `is_map`.
+        has_text_before: Whether text tokens come before them in that argument.
+        has_text_after: Whether text or padding comes behind them in that argument.
+        also: Other arguments of the same rows as `tokens`, averaged too.
+        tables: Arguments of positions.
+        none: Arguments that must be None, else the call is left alone.
+        outputs: Which items of a tuple that is returned hold them.
+        is_map: Whether tokens and output are maps.
+        is_residual: Whether the layer adds its input itself, so that what is restored is the change.
+        keys_before: Whether the attention's keys begin with those of the text; otherwise other keys come behind.
+    """
+
+    tokens: str = "hidden_states"
+    has_text_before: bool = False
+    has_text_after: bool = False
+    also: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    none: tuple[str, ...] = ("attention_mask",)
+    outputs: tuple[int, ...] = (0,)
+    is_map: bool = False
+    is_residual: bool = False
+    keys_before: bool = False
+
+    @property
+    def shares_plan(self) -> bool:
+        """Whether positions have no batch axis, so that one plan must serve the whole batch."""
+        return any(not table.has_batch for table in self.tables)
+
+
+SELF_ATTENTION = Form(none=("encoder_hidden_states", "attention_mask"))
+"""Self-attention over image tokens alone."""
+
+
+@dataclass(frozen=True)
 class Layer:
-    """One attention layer of a model.
+    """One layer of a model.
 
     Attributes:
         name: Its path in the model.
         downsample: How many times coarser than the model's input its token grid is.
         left_alone: Why it cannot be reduced; empty if it can.
+        form: Where its image tokens are.
     """
 
     name: str
-    downsample: int = 0
+    downsample: int = 1
     left_alone: str = ""
+    form: Form = SELF_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -31,16 +88,24 @@ class Observation:
     """What one call of a model's root shows.
 
     Attributes:
-        timestep: The denoising time; falls during a run.
-        grid: (height, width) of the model's input in tokens.
+        timestep: The denoising time; falls during a run. Its magnitude is on the scheduler's scale.
+        grid: (height, width) of the model's input in tokens; None where the tokens are no rectangle.
         layout: Shape, dtype and device of the input; another layout is another stream.
         condition: The conditioning tensor; another object is another stream (separate calls for guidance).
+        num_frames: Frames of a video, each a grid; 1 for a picture.
+        num_text: Text tokens in every row, where they share a sequence with image tokens.
+        text_sizes: How many text tokens each of them stands for, (b, T); None for one each.
+        has_equal_halves: Whether both halves of the batch show one picture, as under guidance.
     """
 
     timestep: float
-    grid: Grid
+    grid: Grid | None
     layout: tuple[object, ...]
     condition: Tensor | None
+    num_frames: int = 1
+    num_text: int = 0
+    text_sizes: Tensor | None = None
+    has_equal_halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,11 +199,15 @@ class DenoiserHost(Protocol):
         """Every attention layer, those that can be reduced and those that are left alone."""
         ...
 
-    def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-        """Reads the arguments of one call of the root."""
+    def blocks(self, model: nn.Module) -> list[Layer]:
+        """Every transformer block, for whole-block merging; empty where the family has none that can be merged."""
         ...
 
-    def semantic_value(self, attn: nn.Module, tokens: Tensor, kind: str) -> Tensor | None:
+    def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
+        """Reads the arguments of one call of the root, by name."""
+        ...
+
+    def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:
         """The semantic value of tokens (B, N, C) at a layer as (B, N); None where there is none of that kind."""
         ...
 

@@ -30,13 +30,13 @@ class Memory:
 
     plan: ReductionPlan
     step: int
-    detail: Tensor
-    slope: Tensor | None = None
+    detail: list[Tensor | None]
+    slope: list[Tensor | None] | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes held by the remembered tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.detail, self.slope) if t is not None)
+        return sum(t.numel() * t.element_size() for t in [*self.detail, *(self.slope or [])] if t is not None)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Stream:
     is_guided: bool
     step: int = 0
     num_reduced: int = 0
-    plans: dict[tuple[Grid, float], PlannedAt] = field(default_factory=dict)
+    plans: dict[tuple[Grid | None, int, float], PlannedAt] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
 
     @property
@@ -63,12 +63,18 @@ class RunFacts:
     Attributes:
         marker: An object that is another one in every run, the scheduler's timestep tensor.
         last_timestep: The denoising time of the run's last call.
+        tolerance: How far from it a time still is that time; models are told rounded or scaled times.
         is_guided: Whether the batch is [unconditional; conditional].
     """
 
     marker: object
     last_timestep: float
+    tolerance: float
     is_guided: bool
+
+    def is_last(self, observation: Observation) -> bool:
+        """Whether a call is the run's last, by its time."""
+        return abs(abs(observation.timestep) - self.last_timestep) <= self.tolerance
 
 
 class Clock:
@@ -109,7 +115,7 @@ class Clock:
     def end(self) -> Stream | None:
         """Notes that the root has returned; after a run's last call its memory goes and the stream is given back."""
         stream, self.current = self.current, None
-        if stream is None or self._facts is None or stream.observation.timestep != self._facts.last_timestep:
+        if stream is None or self._facts is None or not self._facts.is_last(stream.observation):
             return None
         self._streams = [other for other in self._streams if other is not stream]
         return stream
@@ -137,7 +143,8 @@ class Clock:
         return None
 
     def _open(self, observation: Observation) -> Stream:
-        stream = Stream(observation, self._facts is not None and self._facts.is_guided)
+        is_guided = self._facts is not None and self._facts.is_guided
+        stream = Stream(observation, is_guided or observation.has_equal_halves)
         self._streams = [*self._streams[-_MAX_STREAMS + 1 :], stream]
         return stream
 

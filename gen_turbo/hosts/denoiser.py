@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.contract import TokenReducer
+from gen_turbo.hosts.attention import reaches_attention
 from gen_turbo.hosts.base import DenoiserHost, Layer, SiteReport
-from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor
+from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names
+from gen_turbo.hosts.block import BlockBinding
 from gen_turbo.hosts.clock import Clock, RunFacts
+from gen_turbo.hosts.reduction import Cost, Reduction
+
+_NOT_PER_TOKEN = ("add_", "norm", "context", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
 
 
 class NoEffectWarning(UserWarning):
@@ -24,19 +31,43 @@ class DenoiserPart:
     """A reducer on one denoiser: the bindings, the hooks, and what was there before."""
 
     def __init__(self, model: nn.Module, host: DenoiserHost, reducer: TokenReducer, pipeline: Any | None) -> None:
-        self.layers = host.layers(model)
+        self.reducer = reducer
         self.clock = Clock(_run_facts_of(pipeline))
         self._model = weakref.ref(model)
         self._host = host
+        self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles: list[RemovableHandle] = []
         self._is_installed = False
+        self.layers = _layers(model, host, reducer)
         ratios = _ratios_by_level(reducer, self.layers, type(model).__name__)
-        claimed = [layer for layer in self.layers if not layer.left_alone and layer.downsample in ratios]
-        self.bindings = [
-            Binding(layer, _processor(model, layer), reducer, ratios[layer.downsample], host, self.clock, index)
-            for index, layer in enumerate(claimed)
-        ]
-        self.reducer = reducer
+        self.reductions = {
+            layer.name: self._reduction(model, layer, ratios[layer.downsample], index)
+            for index, layer in enumerate(_claimed(self.layers, ratios))
+        }
+        is_block = reducer.scope == "block"
+        self.blocks = {
+            name: BlockBinding.of(model.get_submodule(name), reduction)
+            for name, reduction in self.reductions.items()
+            if is_block
+        }
+        attended = {} if is_block else self.reductions
+        if reducer.attention_backend is not None:
+            others = [layer for layer in host.layers(model) if layer.name not in attended]
+            attended = attended | {layer.name: self._reduction(model, _passive(layer), 0.0, 0) for layer in others}
+        self.bindings = {name: self._binding(model, reduction) for name, reduction in attended.items()}
+
+    def _reduction(self, model: nn.Module, layer: Layer, ratio: float, index: int) -> Reduction:
+        return Reduction(layer, self.reducer, ratio, self.clock, index, _cost(model.get_submodule(layer.name)))
+
+    def _binding(self, model: nn.Module, reduction: Reduction) -> Binding:
+        inner = _processor(model, reduction.layer.name)
+        needs = [name for name in ("keep_queries", "size_weighted") if getattr(self.reducer, name)]
+        if needs and not reaches_attention(inner):
+            raise ValueError(
+                f"{' and '.join(needs)} cannot reach into {type(inner).__name__} at {reduction.layer.name}; set "
+                f"{' and '.join(needs)} to False or use the model's default attention processors"
+            )
+        return Binding(inner, reduction, self._host, positional_names(inner))
 
     @property
     def model(self) -> nn.Module:
@@ -47,15 +78,15 @@ class DenoiserPart:
         return model
 
     def install(self) -> None:
-        """Puts the bound processors and the two root hooks in place."""
-        for binding in self.bindings:
-            self.model.get_submodule(binding.layer.name).set_processor(bound_processor(binding))  # type: ignore[operator]
-        clock, host = self.clock, self._host
+        """Puts the bound processors, the hooks of blocks and the two root hooks in place."""
+        model, clock, host = self.model, self.clock, self._host
+        for name, binding in self.bindings.items():
+            _set_processor(model, name, bound_processor(binding))
 
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            clock.begin(host.observe(args, kwargs))
+            clock.begin(host.observe(model, {**dict(zip(self._names, args, strict=False)), **kwargs}))
 
-        is_positive = any(binding.ratio > 0 for binding in self.bindings)
+        is_positive = any(reduction.ratio > 0 for reduction in self.reductions.values())
 
         def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             ended = clock.end()
@@ -63,15 +94,19 @@ class DenoiserPart:
                 warnings.warn(_no_effect(ended.step + 1), NoEffectWarning, stacklevel=2)
 
         self._handles = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after),
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after),
         ]
+        for name, block in self.blocks.items():
+            self._handles += block.install(model.get_submodule(name))
         self._is_installed = True
 
-    def is_lost(self, binding: Binding) -> bool:
+    def is_lost(self, name: str) -> bool:
         """Whether a later call put another processor in a binding's place."""
-        current = _processor(self.model, binding.layer)
-        return not isinstance(current, BoundProcessor) or current.binding is not binding
+        if name not in self.bindings:
+            return False
+        current = _processor(self.model, name)
+        return not isinstance(current, BoundProcessor) or current.binding is not self.bindings[name]
 
     def remove(self) -> None:
         """Puts every processor back that is still ours and takes the hooks off; doing it twice is harmless."""
@@ -83,14 +118,14 @@ class DenoiserPart:
         if model is None or not self._is_installed:
             return
         self._is_installed = False
-        for binding in self.bindings:
-            if not self.is_lost(binding):
-                model.get_submodule(binding.layer.name).set_processor(binding.inner)  # type: ignore[operator]
+        for name, binding in self.bindings.items():
+            if not self.is_lost(name):
+                _set_processor(model, name, binding.inner)
 
     @property
     def site_names(self) -> tuple[str, ...]:
         """The layers that are reduced."""
-        return tuple(binding.layer.name for binding in self.bindings)
+        return tuple(self.reductions)
 
     @property
     def remembered_bytes(self) -> int:
@@ -104,17 +139,16 @@ class DenoiserPart:
 
     def rows(self) -> list[SiteReport]:
         """One row per attention layer, reduced or not."""
-        bindings = {binding.layer.name: binding for binding in self.bindings}
-        return [self._row(layer, bindings.get(layer.name)) for layer in self.layers]
+        return [self._row(layer, self.reductions.get(layer.name)) for layer in self.layers]
 
-    def _row(self, layer: Layer, binding: Binding | None) -> SiteReport:
-        if binding is None:
+    def _row(self, layer: Layer, reduction: Reduction | None) -> SiteReport:
+        if reduction is None:
             return SiteReport(layer.name, layer.downsample, layer.left_alone or "level not chosen")
-        stats = binding.stats
+        stats = reduction.stats
         return SiteReport(
             layer.name,
             layer.downsample,
-            "lost" if self.is_lost(binding) else "reduced",
+            "lost" if self.is_lost(layer.name) else "reduced",
             stats.grid,
             stats.num_tokens,
             stats.num_kept,
@@ -132,8 +166,41 @@ def _no_effect(num_steps: int) -> str:
     )
 
 
-def _processor(model: nn.Module, layer: Layer) -> Any:
-    return model.get_submodule(layer.name).processor
+def _layers(model: nn.Module, host: DenoiserHost, reducer: TokenReducer) -> list[Layer]:
+    """What the reducer's scope asks for: attention layers or blocks."""
+    if reducer.scope == "attention":
+        return host.layers(model)
+    blocks = host.blocks(model)
+    if not blocks:
+        raise ValueError(f"scope='block' has no blocks to merge in {type(model).__name__}; use scope='attention'")
+    return blocks
+
+
+def _claimed(layers: list[Layer], ratios: Mapping[int, float]) -> list[Layer]:
+    return [layer for layer in layers if not layer.left_alone and layer.downsample in ratios]
+
+
+def _passive(layer: Layer) -> Layer:
+    return layer if layer.left_alone else replace(layer, left_alone="level not chosen")
+
+
+def _processor(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name).processor
+
+
+def _set_processor(model: nn.Module, name: str, processor: Any) -> None:
+    model.get_submodule(name).set_processor(processor)  # type: ignore[operator]
+
+
+def _cost(module: nn.Module) -> Cost:
+    """Counts the linear weights that image tokens go through: not those of text, time or cross-attention's keys."""
+    weights = sum(
+        linear.weight.numel()
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear) and not any(part in name for part in _NOT_PER_TOKEN)
+    )
+    to_q = next((m for name, m in module.named_modules() if name.endswith("to_q") and isinstance(m, nn.Linear)), None)
+    return Cost(weights, to_q.out_features if to_q is not None else 0)
 
 
 def _ratios_by_level(reducer: TokenReducer, layers: list[Layer], model_name: str) -> dict[int, float]:
@@ -155,7 +222,7 @@ def _run_facts_of(pipeline: Any | None) -> Any:
     if pipeline is None or getattr(pipeline, "scheduler", None) is None:
         return lambda: None
     reference = weakref.ref(pipeline)
-    last: list[Any] = [None, 0.0]
+    last: list[Any] = [None, 0.0, 0.0]
 
     def read() -> RunFacts | None:
         owner = reference()
@@ -163,7 +230,13 @@ def _run_facts_of(pipeline: Any | None) -> Any:
         if times is None or len(times) == 0:
             return None
         if last[0] is not times:
-            last[:] = [times, float(times[-1])]
-        return RunFacts(times, last[1], bool(getattr(owner, "do_classifier_free_guidance", False)))
+            values = [float(time) for time in times]
+            last[:] = [times, values[-1], _half_gap(values)]
+        return RunFacts(*last, bool(getattr(owner, "do_classifier_free_guidance", False)))
 
     return read
+
+
+def _half_gap(times: list[float]) -> float:
+    """Half the distance of the last time to its nearest other one."""
+    return min((abs(time - times[-1]) for time in times if time != times[-1]), default=1.0) / 2

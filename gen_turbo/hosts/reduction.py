@@ -1,0 +1,179 @@
+"""What one layer does in one call: run in full, or on merged tokens with the remembered detail added back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Grid, TokenReducer
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.hosts.base import Layer
+from gen_turbo.hosts.call import Call, flat
+from gen_turbo.hosts.clock import Clock, Memory, PlannedAt, Stream
+from gen_turbo.hosts.planning import Semantic, plan_call
+
+
+@dataclass
+class LayerStats:
+    """What happened at one layer since it was attached."""
+
+    num_full: int = 0
+    num_reduced: int = 0
+    num_tokens: int = 0
+    num_kept: int = 0
+    grid: Grid | None = None
+    flops: int = 0
+    stock_flops: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer costs.
+
+    Attributes:
+        linear_weights: Weights of the linear layers that every token of the sequence goes through.
+        width: Channels of all heads of the attention together.
+    """
+
+    linear_weights: int
+    width: int
+
+    def flops(self, call: Call, num_queries: int, num_keys: int) -> int:
+        """Operations on so many image queries and keys; text that shares the attention is counted with it."""
+        batch = call.sequence.shape[0]
+        num_text = max(call.observation.num_text, call.leading + call.trailing)
+        rows = num_queries + call.leading + call.trailing
+        softmax = 2 * (num_queries + num_text) * (num_keys + num_text) * self.width
+        return 2 * batch * (rows * self.linear_weights + softmax)
+
+
+@dataclass
+class Reduction:
+    """One layer's share of a reducer: plans, full steps, memory, counts.
+
+    Attributes:
+        index: The layer's place among the reduced ones; staggers the full steps.
+    """
+
+    layer: Layer
+    reducer: TokenReducer
+    ratio: float
+    clock: Clock
+    index: int
+    cost: Cost
+    stats: LayerStats = field(default_factory=LayerStats)
+
+    def plan(self, call: Call, stream: Stream, semantic: Semantic) -> ReductionPlan | None:
+        """The plan to run this call on; None where it runs in full."""
+        self._note(call)
+        if self.ratio == 0:
+            self._count_full(call)
+            return None
+        if self.reducer.restore == "copy":
+            plan = self._current_plan(call, stream, semantic)
+        else:
+            memory = stream.memories.get(self.layer.name)
+            if memory is None or self._is_full_step(stream.step):
+                self._count_full(call)
+                return None
+            plan = memory.plan
+        stream.num_reduced += 1
+        self.stats.num_kept = plan.num_slots
+        if plan.is_identity:
+            self.stats.num_full += 1
+        else:
+            self.stats.num_reduced += 1
+        self._spend(call, plan)
+        return plan
+
+    def remember(
+        self,
+        call: Call,
+        stream: Stream,
+        semantic: Semantic,
+        output: Any,
+        on_slots: Callable[[ReductionPlan], list[Any]],
+    ) -> None:
+        """After a full call, keeps the detail that a call on merged tokens misses; that call is made here."""
+        if self.ratio == 0 or self.reducer.restore == "copy":
+            return
+        plan = self._current_plan(call, stream, semantic)
+        full, memory = flat(output), stream.memories.get(self.layer.name)
+        if not self._fits(full, memory, stream):
+            return
+        self._spend(call, plan)
+        detail = [_difference(a, b) for a, b in zip(full, on_slots(plan), strict=True)]
+        slope = None
+        if self.reducer.order == 1 and memory is not None and stream.step > memory.step:
+            steps = stream.step - memory.step
+            slope = [_difference(a, b, steps) for a, b in zip(detail, memory.detail, strict=True)]
+        stream.memories[self.layer.name] = Memory(plan, stream.step, detail, slope)
+        self.clock.note_bytes()
+        self.stats.num_kept = plan.num_slots
+
+    def corrected(self, outputs: list[Any], stream: Stream) -> list[Any]:
+        """Adds what is remembered to the outputs of a call on merged tokens."""
+        memory = stream.memories.get(self.layer.name)
+        if self.reducer.restore == "copy" or memory is None:
+            return outputs
+        slopes = memory.slope or [None] * len(outputs)
+        steps = stream.step - memory.step
+        return [_sum(y, detail, slope, steps) for y, detail, slope in zip(outputs, memory.detail, slopes, strict=True)]
+
+    def _count_full(self, call: Call) -> None:
+        self.stats.num_full += 1
+        self.stats.flops += self.cost.flops(call, call.num_image, call.num_image)
+
+    def _spend(self, call: Call, plan: ReductionPlan) -> None:
+        num_queries = call.num_image if self.reducer.keep_queries else plan.num_slots
+        self.stats.flops += self.cost.flops(call, num_queries, plan.num_slots)
+
+    def _is_full_step(self, step: int) -> bool:
+        settings = self.reducer
+        offset = self.index % settings.refresh if settings.stagger else 0
+        return step < settings.warmup or (step - settings.warmup + 1 + offset) % settings.refresh == 0
+
+    def _fits(self, outputs: list[Any], memory: Memory | None, stream: Stream) -> bool:
+        limit = self.reducer.memory_limit_mb
+        if limit is None:
+            return True
+        once = sum(y.numel() * y.element_size() for y in outputs if y is not None)
+        held = stream.num_bytes - (memory.num_bytes if memory else 0)
+        return bool(held + (1 + self.reducer.order) * once <= limit * 1e6)
+
+    def _current_plan(self, call: Call, stream: Stream, semantic: Semantic) -> ReductionPlan:
+        """The plan of this resolution, made by the first layer that needs it and served to the others."""
+        key = (call.grid, call.num_image, self.ratio)
+        entry = stream.plans.get(key)
+        if entry is None or self._is_stale(entry, stream.step):
+            frame = Frame(stream.step, entry.num_plans + 1 if entry else 0)
+            plan = plan_call(self.reducer, call, self.layer.name, self.ratio, frame, stream.is_guided, semantic)
+            entry = stream.plans[key] = PlannedAt(plan, stream.step, frame.num_plans)
+        return entry.plan
+
+    def _is_stale(self, entry: PlannedAt, step: int) -> bool:
+        serve = self.reducer.plan_steps
+        return serve > 0 and step - entry.step >= serve
+
+    def _note(self, call: Call) -> None:
+        stats = self.stats
+        stats.grid, stats.num_tokens = call.grid, call.num_image
+        stats.stock_flops += self.cost.flops(call, call.num_image, call.num_image)
+        stats.num_kept = stats.num_kept or stats.num_tokens
+
+
+def _difference(a: Tensor | None, b: Tensor | None, divisor: int = 1) -> Tensor | None:
+    if a is None or b is None:
+        return None
+    difference = a - b
+    return difference if divisor == 1 else difference.div_(divisor)
+
+
+def _sum(y: Tensor | None, detail: Tensor | None, slope: Tensor | None, steps: int) -> Tensor | None:
+    if y is None or detail is None:
+        return y
+    total = y + detail if y.requires_grad else y.add_(detail)
+    return total if slope is None else total.add_(slope, alpha=steps)
