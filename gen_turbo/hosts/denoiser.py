@@ -222,7 +222,7 @@ def _run_facts_of(pipeline: Any | None) -> Any:
     if pipeline is None or getattr(pipeline, "scheduler", None) is None:
         return lambda: None
     reference = weakref.ref(pipeline)
-    last: list[Any] = [None, 0.0, 0.0]
+    last: list[Any] = [None, 0.0, 0.0]  # the times last seen, the last of them, half its distance to the others
 
     def read() -> RunFacts | None:
         owner = reference()
@@ -232,7 +232,7 @@ def _run_facts_of(pipeline: Any | None) -> Any:
         if last[0] is not times:
             values = [float(time) for time in times]
             last[:] = [times, values[-1], _half_gap(values)]
-        return RunFacts(*last, bool(getattr(owner, "do_classifier_free_guidance", False)))
+        return RunFacts(times, last[1], last[2], bool(getattr(owner, "do_classifier_free_guidance", False)))
 
     return read
 

@@ -6,17 +6,18 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from gen_turbo.contract import TokenReducer
 from gen_turbo.core.scoring import attention_column_mean, text_attention
-from gen_turbo.hosts.base import Layer, Observation
+from gen_turbo.hosts.base import Form, Layer, Observation
 from gen_turbo.hosts.denoiser import DenoiserPart
+from gen_turbo.hosts.diffusion.observe import has_equal_halves, layout_of, time_of
 
 _NUM_QUERIES = 256
+_BLOCK = Form(is_residual=True)
 _CROSS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 """The cross-attention that stands beside a self-attention in its block, or None."""
 
@@ -45,25 +46,37 @@ class UNetHost:
             found.append(Layer(name, 2 ** _level(name, num_levels), reason))
         return found
 
-    def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-        """Reads sample, timestep and encoder_hidden_states."""
-        given = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)), **kwargs}
-        sample, timestep = given["sample"], given["timestep"]
-        time = float(timestep.reshape(-1)[0]) if torch.is_tensor(timestep) else float(timestep)
-        layout = (tuple(sample.shape), sample.dtype, sample.device)
-        return Observation(time, tuple(sample.shape[-2:]), layout, given.get("encoder_hidden_states"))
+    def blocks(self, model: nn.Module) -> list[Layer]:
+        """Every transformer block whose first attention is over image tokens."""
+        num_levels = len(model.down_blocks)  # type: ignore[arg-type]
+        return [
+            Layer(name, 2 ** _level(name, num_levels), _left_alone(block, "attn1"), _BLOCK)
+            for name, block in model.named_modules()
+            if isinstance(block, BasicTransformerBlock)
+        ]
 
-    def semantic_value(self, attn: nn.Module, tokens: Tensor, kind: str) -> Tensor | None:
+    def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
+        """Reads sample, timestep and encoder_hidden_states."""
+        sample = arguments["sample"]
+        return Observation(
+            time_of(arguments["timestep"]),
+            tuple(sample.shape[-2:]),
+            layout_of(sample),
+            arguments.get("encoder_hidden_states"),
+            has_equal_halves=has_equal_halves(sample),
+        )
+
+    def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:
         """The attention column mean over strided queries for "self", cross-attention to words for "text"."""
         if kind == "text":
-            return _text_value(attn, tokens)
-        if kind != "self" or getattr(attn, "fused_projections", False):
+            return _text_value(layer, tokens, condition)
+        if kind != "self" or getattr(layer, "fused_projections", False):
             return None
         queries = tokens[:, :: max(1, tokens.shape[1] // _NUM_QUERIES)]
-        return attention_column_mean(_heads(attn, "to_q", queries), _heads(attn, "to_k", tokens))
+        return attention_column_mean(_heads(layer, "to_q", queries), _heads(layer, "to_k", tokens))
 
 
-def _text_value(attn: nn.Module, tokens: Tensor) -> Tensor | None:
+def _text_value(attn: nn.Module, tokens: Tensor, text: Tensor | None) -> Tensor | None:
     """Asks the block's cross-attention what its tokens, as self-attention is about to see them, find in the text.
 
     The first text token begins every text and takes what no word claims; rows of zeros are padding. Padding that the
@@ -71,8 +84,6 @@ def _text_value(attn: nn.Module, tokens: Tensor) -> Tensor | None:
     counts. With guidance the conditional half is last, in the text as in the tokens.
     """
     cross = _CROSS.get(attn)
-    bound: Any = attn.processor
-    text: Tensor | None = bound.binding.clock.current.observation.condition
     if cross is None or text is None or cross.to_k.in_features != text.shape[-1]:
         return None
     text = text[-len(tokens) :]
