@@ -1,0 +1,214 @@
+"""What people hang on a stock pipeline, real IP-Adapter, LoRA and ControlNet, together with an attached processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from tests.snapshots import differences, model_state
+from tests.tiny_hosts import TEXT_WIDTH, sd_pipeline
+from tests.tiny_hosts import picture as picture_of_steps
+
+NOTHING = [TurboProcessor(0.0), IdentityProcessor(0.4)]
+SOMETHING = [TurboProcessor(0.4), TurboProcessor(0.4, restore="copy")]
+ONE_OF_EACH = [NOTHING[0], SOMETHING[0]]
+IMAGE_WIDTH, IMAGE_TOKENS = 16, 4
+
+
+def picture(pipe, **kwargs):
+    """A picture in three steps: two in full and one with remembered detail."""
+    return picture_of_steps(pipe, steps=3, **kwargs)
+
+
+def num_reduced(pipe) -> int:
+    """How many layers have run on fewer tokens."""
+    return sum(site.num_reduced > 0 for site in report(pipe).sites)
+
+
+def prompt_image() -> Image.Image:
+    """A picture of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def ip_adapter_pipeline(folder: Path):
+    """A pipeline with an image encoder, and the IP-Adapter file for its UNet in the published layout."""
+    pipe = sd_pipeline()
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        projection_dim=IMAGE_WIDTH,
+    )
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    pipe.register_modules(
+        image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=CLIPImageProcessor(**size)
+    )
+    weights = {
+        "image_proj.proj.weight": torch.randn(IMAGE_TOKENS * TEXT_WIDTH, IMAGE_WIDTH),
+        "image_proj.proj.bias": torch.zeros(IMAGE_TOKENS * TEXT_WIDTH),
+        "image_proj.norm.weight": torch.ones(TEXT_WIDTH),
+        "image_proj.norm.bias": torch.zeros(TEXT_WIDTH),
+    }
+    cross = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    for index, name in enumerate(cross):
+        layer = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        for projection in ("to_k_ip", "to_v_ip"):
+            weights[f"ip_adapter.{2 * index + 1}.{projection}.weight"] = torch.randn(layer.inner_dim, TEXT_WIDTH)
+    save_file(weights, folder / "adapter.safetensors")
+    return pipe
+
+
+def load_adapter(pipe, folder: Path) -> None:
+    """Loads what `ip_adapter_pipeline` saved, as users do."""
+    pipe.load_ip_adapter(str(folder), subfolder="", weight_name="adapter.safetensors")
+
+
+def adapted_picture(pipe):
+    """A picture whose prompt is a text and an image."""
+    return picture(pipe, ip_adapter_image=prompt_image())
+
+
+def test_ip_adapter_loaded_before_and_then_attached(tmp_path):
+    """Catches a lost image prompt, and a detach that installs fresh processors in place of the adapter's."""
+    pipe = ip_adapter_pipeline(tmp_path)
+    load_adapter(pipe, tmp_path)
+    stock, before = adapted_picture(pipe), model_state(pipe.unet)
+    for processor in NOTHING:
+        with attach(pipe, processor):
+            assert torch.equal(adapted_picture(pipe), stock)
+    for processor in SOMETHING:
+        with attach(pipe, processor):
+            assert not torch.equal(adapted_picture(pipe), stock)
+            assert num_reduced(pipe) == 3
+    assert [key for key in differences(before, model_state(pipe.unet)) if key != "random"] == []
+
+
+@pytest.mark.parametrize("processor", ONE_OF_EACH, ids=["nothing", "corrected"])
+def test_ip_adapter_loaded_while_attached(tmp_path, processor):
+    """Catches a processor that does not survive being made anew from its class, or swallows the image prompt."""
+    reference = ip_adapter_pipeline(tmp_path)
+    load_adapter(reference, tmp_path)
+    stock = adapted_picture(reference)
+    with attach(reference, processor):
+        expected = adapted_picture(reference)
+    pipe = ip_adapter_pipeline(tmp_path)
+    without = picture(pipe)
+    attachment = attach(pipe, processor)
+    load_adapter(pipe, tmp_path)
+    assert {site.name for site in report(pipe).sites if site.status == "reduced"} == set(attachment.sites)
+    assert torch.equal(adapted_picture(pipe), expected)
+    attachment.detach()
+    assert torch.equal(adapted_picture(pipe), stock)
+    pipe.unload_ip_adapter()
+    assert torch.equal(picture(pipe), without)
+
+
+def test_the_adapters_processors_stay_where_they_are(tmp_path):
+    """Catches wrapping cross-attention, whose weights would then leave the module tree."""
+    pipe = ip_adapter_pipeline(tmp_path)
+    load_adapter(pipe, tmp_path)
+    keys, owned = list(pipe.unet.state_dict()), dict(pipe.unet.attn_processors)
+    with attach(pipe, TurboProcessor(0.4)):
+        for name, processor in pipe.unet.attn_processors.items():
+            if isinstance(owned[name], IPAdapterAttnProcessor2_0):
+                assert processor is owned[name]
+        assert list(pipe.unet.state_dict()) == keys
+
+
+def save_lora(folder: Path) -> None:
+    """Saves a LoRA of all attention projections of the UNet in the layout of diffusers."""
+    pipe = sd_pipeline()
+    torch.manual_seed(2)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=targets))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+@pytest.mark.parametrize("processor", ONE_OF_EACH, ids=["nothing", "corrected"])
+def test_lora_before_while_and_after(tmp_path, processor):
+    """Catches projections that a binding has kept from before the LoRA, and a LoRA that detaching takes along."""
+    save_lora(tmp_path)
+    reference = sd_pipeline()
+    without = picture(reference)
+    reference.load_lora_weights(tmp_path)
+    stock = picture(reference)
+    with attach(reference, processor):
+        expected = picture(reference)
+    assert not torch.equal(stock, without)
+    assert torch.equal(expected, stock) == (processor.ratio == 0)
+    pipe = sd_pipeline()
+    attachment = attach(pipe, processor)
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(picture(pipe), expected)
+    attachment.detach()
+    assert torch.equal(picture(pipe), stock)
+    pipe.unload_lora_weights()
+    assert torch.equal(picture(pipe), without)
+
+
+def test_a_fused_lora_reaches_reduced_attention(tmp_path):
+    """Catches weights that were copied when the processor was attached."""
+    save_lora(tmp_path)
+    pipe = sd_pipeline()
+    pipe.load_lora_weights(tmp_path)
+    pipe.set_attn_processor(TurboProcessor(0.4))
+    loose = picture(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    # Adding the LoRA to the weights rounds otherwise than adding its output.
+    assert torch.allclose(picture(pipe), loose, atol=1e-3)
+    reduced = picture(pipe)
+    pipe.reset_attn_processor()
+    assert not torch.equal(picture(pipe), reduced)
+
+
+def control_pipeline() -> StableDiffusionControlNetPipeline:
+    """A stock ControlNet pipeline over the tiny UNet; the controls are not zero, as in a trained one."""
+    pipe = sd_pipeline()
+    torch.manual_seed(3)
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16)).eval()
+    with torch.no_grad():
+        for block in [*control.controlnet_down_blocks, control.controlnet_mid_block]:
+            block.weight.normal_(0, 0.1)
+        control.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.1)
+    made = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_controlnet_guides_a_reduced_unet():
+    """Catches a root hook that loses the residuals of the ControlNet, and a reducer that lands in the ControlNet."""
+    pipe = control_pipeline()
+    stock, uncontrolled = (picture(pipe, image=prompt_image(), controlnet_conditioning_scale=s) for s in (1.0, 0.0))
+    before = [model_state(model) for model in (pipe.unet, pipe.controlnet)]
+    for processor in NOTHING:
+        with attach(pipe, processor):
+            assert torch.equal(picture(pipe, image=prompt_image()), stock)
+    for processor in SOMETHING:
+        with attach(pipe, processor) as attachment:
+            reduced = picture(pipe, image=prompt_image())
+            free = picture(pipe, image=prompt_image(), controlnet_conditioning_scale=0.0)
+            assert num_reduced(pipe) == len(attachment.sites) == 3
+        assert not torch.equal(reduced, stock)
+        assert (reduced - stock).norm() < (stock - uncontrolled).norm() and not torch.equal(reduced, free)
+    after = [model_state(model) for model in (pipe.unet, pipe.controlnet)]
+    changed = [key for a, b in zip(before, after, strict=True) for key in differences(a, b) if key != "random"]
+    assert changed == []
