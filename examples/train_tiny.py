@@ -33,7 +33,7 @@ from gen_turbo.pipelines import tiny
 
 GRIDS = (16, 32, 64)
 LEVELS = {16: tiny.LEVELS - 1, 32: tiny.LEVELS - 1, 64: tiny.LEVELS}
-BATCH = {16: 48, 32: 24, 64: 12}
+BATCH = {16: 48, 32: 24, 64: 8}
 LEARNING_RATE = {16: 2.4e-3, 32: 2.4e-3, 64: 1.6e-3}
 NOISE_SHIFT = {grid: tiny.NOISE_SHIFT * grid / 64 for grid in GRIDS}
 EXACT_KEYS_FROM = 0.75

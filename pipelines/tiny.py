@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from gen_turbo.scenes import SIZE_PX, WORDS
@@ -105,13 +106,40 @@ def make_unet(levels: int = LEVELS) -> UNet2DConditionModel:
     )
 
 
+@torch.no_grad()
 def grow(inner: UNet2DConditionModel, outer: UNet2DConditionModel) -> None:
-    """Copies a UNet into one of a level more, as its coarser levels."""
-    own = {name: value for name, value in inner.state_dict().items() if not name.startswith(("conv_in", "conv_"))}
+    """Copies a UNet into one of a level more, which then gives much what the inner one gives on the pooled input.
+
+    The new level begins as a plain path down and up: its residual branches add nothing yet.
+    """
+    own = inner.state_dict()
     shifted = {re.sub(r"^down_blocks\.(\d+)", lambda m: f"down_blocks.{int(m[1]) + 1}", n): v for n, v in own.items()}
-    missing, unexpected = outer.load_state_dict(shifted, strict=False)
-    if unexpected or not missing:
-        raise ValueError(f"the outer network is not the inner one with a level more; it has no {unexpected[:3]}")
+    shifted.pop("conv_in.weight")
+    outer.load_state_dict(shifted, strict=False)
+    down, up = outer.down_blocks[0], outer.up_blocks[-1]
+    ends = [r.conv2 for r in (*down.resnets, *up.resnets)] + [a.proj_out for a in (*down.attentions, *up.attentions)]
+    for end in ends:
+        nn.init.zeros_(end.weight)
+        nn.init.zeros_(end.bias)
+    channels = inner.config.in_channels
+    outer.conv_in.weight[:channels] = 0
+    outer.conv_in.weight[:channels, :, 1, 1] = torch.eye(channels)
+    outer.conv_in.bias[:channels] = 0
+    reduce = down.downsamplers[0].conv
+    nn.init.zeros_(reduce.weight)
+    reduce.weight[:, :channels] = _strided(inner.conv_in.weight)
+    reduce.bias.copy_(inner.conv_in.bias)
+    nn.init.dirac_(outer.up_blocks[-2].upsamplers[0].conv.weight)
+    nn.init.zeros_(outer.up_blocks[-2].upsamplers[0].conv.bias)
+    for resnet in up.resnets:
+        nn.init.dirac_(resnet.conv_shortcut.weight)
+        nn.init.zeros_(resnet.conv_shortcut.bias)
+
+
+def _strided(kernel: torch.Tensor) -> torch.Tensor:
+    """A 3 x 3 kernel of stride 2 that stands for pooling by 2 and then `kernel`, as well as its reach allows."""
+    rows = torch.tensor([[1.0, 0, 0], [0, 0.5, 0.5], [0, 0, 0.5]])
+    return torch.einsum("oiyx,yv,xw->oivw", kernel, rows, rows)
 
 
 def alphas_cumprod(shift: float = NOISE_SHIFT) -> torch.Tensor:
