@@ -74,6 +74,20 @@ class Columns:
             self.is_ragged or later.is_ragged,
         )
 
+    def without_last(self, count: int) -> Columns:
+        """Takes the last `count` columns off both sequences.
+
+        Raises:
+            ValueError: If any of them is missing in a row of the short sequence.
+        """
+        if not bool(
+            (self.index_BM[:, -count:] == torch.arange(-count, 0, device=self.index_BM.device) + self.num_columns).all()
+        ):
+            raise ValueError(
+                f"columns are missing among the last {count} of {self.num_columns}; begin with a new cache"
+            )
+        return Columns(self.index_BM[:, :-count], self.valid_BM[:, :-count], self.num_columns - count, self.is_ragged)
+
     def take(self, x: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
         """Takes the kept columns of `x` along `dim`; a batch axis of 1 serves every row. Padding takes column 0."""
         dim, batch_dim = dim % x.ndim, batch_dim % x.ndim

@@ -83,10 +83,18 @@ def embeddings(model: nn.Module, ids: Tensor, features: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def generated_logits(
-    model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor, size: int, plan: Any, cut: int, is_merged: bool = True
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    tokens: Tensor,
+    size: int,
+    plan: Any,
+    cut: int,
+    is_merged: bool = True,
+    features: list[Tensor] | None = None,
 ) -> Tensor:
     """Logits (B, steps, V) before each of the tokens (B, steps) that were generated after a prompt."""
-    features = list(model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output)
+    if features is None:
+        features = list(model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output)
     rows = []
     for ids, mask, new in zip(inputs["input_ids"], inputs["attention_mask"], tokens, strict=True):
         ids = ids[mask.bool()]

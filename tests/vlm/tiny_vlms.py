@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 IMAGE, PAD = 99, 0
 TEXT = {
@@ -64,9 +65,10 @@ def pixels(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def _llava(attention: str) -> nn.Module:
+def _llava(attention: str, vision: Any = CLIPVisionConfig, strategy: str = "default") -> nn.Module:
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION),
+        vision_config=vision(**VISION),
+        vision_feature_select_strategy=strategy,
         text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         image_seq_length=16,
@@ -75,7 +77,14 @@ def _llava(attention: str) -> nn.Module:
     return ready(LlavaForConditionalGeneration(config))
 
 
-VLMS = {"llava": TinyVlm(_llava, lambda count: {"pixel_values": pixels(count)})}
+def _llava_siglip(attention: str) -> nn.Module:
+    return _llava(attention, SiglipVisionConfig, "full")
+
+
+VLMS = {
+    "llava": TinyVlm(_llava, lambda count: {"pixel_values": pixels(count)}),
+    "llava_siglip": TinyVlm(_llava_siglip, lambda count: {"pixel_values": pixels(count)}),
+}
 
 
 @dataclass(frozen=True)

@@ -57,17 +57,18 @@ class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no
         """Removes the latest tokens.
 
         Raises:
-            ValueError: If that would reach into a shortened prompt, whose tokens are not all there.
+            ValueError: If dropped tokens are among them, for then the layers hold different numbers of them.
         """
         left = self.num_held() - abs(tokens_to_remove)
-        shortened = [self.columns.num_kept] if self.columns is not None else []
-        shortened += [cut.num_columns for cut in self.cuts.values()]
-        if tokens_to_remove and any(left < length for length in shortened):
-            raise ValueError(
-                f"cannot crop {abs(tokens_to_remove)} of {self.num_held()} columns: that reaches into a prompt whose "
-                "image tokens were dropped; begin with a new cache"
-            )
+        columns = self.columns
+        if columns is not None and left < columns.num_kept:
+            columns = columns.without_last(columns.num_kept - left)
+        cuts = {
+            layer: cut.without_last(cut.num_columns - left) if left < cut.num_columns else cut
+            for layer, cut in self.cuts.items()
+        }
         super().crop(tokens_to_remove)
+        self.columns, self.cuts = columns, cuts
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -44,6 +44,7 @@ class Gate:
         self._arguments = list(inspect.signature(base.forward).parameters)
         self._given: dict[str, Any] = {}
         self._features: list[Tensor] = []
+        self._made: set[int] = set()
         self._forget()
 
     def install(self) -> list[Any]:
@@ -63,6 +64,7 @@ class Gate:
             output = get_image_features(*args, **kwargs)
             pooled = output.pooler_output if hasattr(output, "pooler_output") else output
             self._features = list(pooled)
+            self._made = {len(features) for features in self._features}
             note(self._features)
             return output
 
@@ -98,7 +100,8 @@ class Gate:
         if is_image is None or not self._features:
             return None
         lengths = [len(features) for features in self._features]
-        if int(is_image.sum()) != sum(lengths):
+        made, self._made = self._made, set()
+        if int(is_image.sum()) != sum(lengths) or (made and not made.issuperset(lengths)):
             raise ValueError(
                 f"{int(is_image.sum())} image placeholders for {sum(lengths)} image features; prefill in one piece "
                 "(leave out prefill_chunk_size) and pass every picture of the prompt"

@@ -195,15 +195,13 @@ class VlmPart:
         batch, length = pictures.is_image_BL.shape
         stock, cost = batch * length * self._cost, (batch * length - before + after) * self._cost
         self._count(name, grid, before, after, cost, stock)
-        if after == before and self.reducer.ratio > 0 and self._placement.place != "tower" and self._removes(before):
+        longest = max(pictures.lengths)
+        if after == before and self.reducer.ratio > 0 and int(self.reducer.ratio * longest) == 0:
             warnings.warn(
-                f"no token was removed from pictures of {before} tokens at ratio {self.reducer.ratio}; raise `ratio`",
+                f"no token was removed from pictures of {longest} tokens at ratio {self.reducer.ratio}; raise `ratio`",
                 NoEffectWarning,
                 stacklevel=2,
             )
-
-    def _removes(self, num_tokens: int) -> bool:
-        return type(self.reducer).__name__ != "IdentityProcessor" and num_tokens > 0
 
     def _count(self, name: str, grid: Grid | None, before: int, after: int, flops: int, stock: int) -> None:
         row = self._rows[name]

@@ -1,0 +1,94 @@
+"""Turbo as published for vision encoders: merge in every block what is redundant and means little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Site
+from gen_turbo.core.matching import bipartite_soft_matching
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.core.scoring import information_penalty
+from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.registry import METHODS
+
+
+@METHODS.register("turbo_vit")
+@dataclass
+class TurboVisionProcessor(Placement, ReductionProcessor):
+    """Merges image tokens of least information degree between self-attention and MLP of every vision block.
+
+    Turbo (Ju et al., ECCV 2024, arXiv 2407.11717), the form of the released code: tokens are split alternately into
+    sources and destinations, `R_ij` is the cosine of their keys averaged over heads, and the sources of highest
+    `E_ij = R_ij - c * alpha * beta ** |gamma - l| * A_i` merge, each into its most similar destination. `A` is the
+    attention that the class token pays, or where there is none the column mean of attention; `l` is the block.
+
+    Costs one similarity of half the tokens with the other half per block. Where later code needs every patch the
+    tower's output is restored and the copies are dropped before the language model.
+
+    Differs from the paper: tokens keep their raster order, so after the first block the alternation falls otherwise.
+    By default the weight of `A` does not depend on the number of tokens. Outside a tower, where a ratio above one
+    half cannot be reached at once, merging is repeated until it is.
+
+    Attributes:
+        num_removed: Tokens that leave in each block, `r` of the paper; 0 spreads `ratio` over the blocks evenly.
+        semantic: Where `A` comes from: "class", "self" (also used by "class" where there is no class token), "none".
+        value_weight: Weight of `N * A` where `alpha` is None. Raising it protects attended tokens more.
+        alpha: The paper's weight of `A`; None uses `value_weight`.
+        scale: The paper's constant `c`: 30 in BLIP, 100 in language models that read the picture.
+        beta: Base of the block's weight; 1 weighs all blocks alike.
+        gamma: The block of greatest weight.
+        threshold: A block with fewer tokens, class token included, merges none.
+    """
+
+    ratio: float = 0.66
+    restore: str = "copy"
+    place: str = "tower"
+    num_removed: int = 0
+    semantic: str = "class"
+    value_weight: float = 0.26
+    alpha: float | None = None
+    scale: float = 30.0
+    beta: float = 1.0
+    gamma: int = 0
+    threshold: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ValueError."""
+        super().__post_init__()
+        if self.semantic not in ("class", "self", "none"):
+            raise ValueError(f"semantic must be 'class', 'self' or 'none'; got {self.semantic!r}")
+        for setting in ("num_removed", "value_weight", "scale", "beta", "threshold"):
+            if getattr(self, setting) < 0:
+                raise ValueError(f"{setting} must not be negative; got {getattr(self, setting)}")
+
+    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+        """Plans the merge of tokens (B, N, C): the mean keys of a block, or features before the language model."""
+        batch, num_tokens, _ = tokens.shape
+        total = ReductionPlan.identity(batch, num_tokens, tokens.device)
+        if self.ratio == 0 or num_tokens + 1 < self.threshold:
+            return total
+        value = self._value(site)
+        in_tower = self.num_removed > 0
+        left = min(self.num_removed, num_tokens // 2) if in_tower else int(num_tokens * site.ratio)
+        while left:
+            now = min(left, total.num_slots // 2)
+            penalty = None if value is None else self._penalty(total.merge(value), frame.num_plans)
+            destinations = torch.arange(0, total.num_slots, 2, device=tokens.device)
+            total = total.then(bipartite_soft_matching(total.merge(tokens), destinations, now, penalty))
+            left -= now
+        return total
+
+    def _value(self, site: Site) -> Tensor | None:
+        if self.semantic == "none" or site.semantic is None:
+            return None
+        value = site.semantic(self.semantic)
+        return site.semantic("self") if value is None and self.semantic == "class" else value
+
+    def _penalty(self, value_BN: Tensor, block: int) -> Tensor:
+        if self.alpha is None:
+            return information_penalty(value_BN, self.value_weight)
+        return self.scale * self.alpha * self.beta ** abs(self.gamma - block) * value_BN

@@ -1,0 +1,172 @@
+"""Turbo in the vision tower: the published algorithm by index, fewer tokens in every block, the grid restored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gen_turbo import IdentityProcessor, RandomProcessor, ToMeProcessor, TurboProcessor, attach, report
+from gen_turbo.contract import Frame, Site
+from gen_turbo.factory import build_processor
+from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from tests.snapshots import differences, model_state
+from tests.vlm import oracle, tower_oracle
+from tests.vlm.test_generate import STEPS, TOLERANCE, generate
+from tests.vlm.tiny_vlms import PROMPTS, VLMS, pixels
+
+TOWERS = ["llava", "llava_siglip"]
+PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5, scale=30.0)
+
+
+def tower_of(model):
+    """The vision tower and, per picture, what enters its blocks."""
+    return model.model.vision_tower
+
+
+@torch.no_grad()
+def states_before(tower, images):
+    """Embeddings (B, N, C) that enter the first block."""
+    x = tower.embeddings(images)
+    return tower.pre_layrnorm(x) if hasattr(tower, "pre_layrnorm") else x
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", TOWERS)
+def test_the_published_algorithm_by_index_and_value(family, attention):
+    """Catches another split, metric, score, weight or order of merging than the paper's, and sizes left out."""
+    model, images = VLMS[family].make(attention), pixels(2)
+    tower, x = tower_of(model), states_before(tower_of(model), images)
+    leading = x.shape[1] - 16
+    used = len(tower.encoder.layers) - 1
+    with attach(model, PUBLISHED):
+        out = tower(images, output_hidden_states=True).hidden_states[used]
+        plan = _part(model)._tower.patches
+    for row in range(2):
+        expected, _, members = tower_oracle.encode(x[row], tower.encoder.layers[:used], leading, 3, 15.0)
+        for slot, tokens in enumerate(members):
+            assert (out[row, tokens] - expected[slot]).abs().max() < TOLERANCE
+            if slot >= leading:
+                assert plan.slot_BN[row, [token - leading for token in tokens]].eq(slot - leading).all()
+    assert plan.num_slots == 16 - 3 * used
+
+
+def _part(model):
+    from gen_turbo.hosts.attach import attachments
+
+    return attachments(model)[0]
+
+
+@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize(
+    "processor",
+    [
+        PUBLISHED,
+        TurboVisionProcessor(0.75),
+        TurboVisionProcessor(0.5, semantic="self"),
+        *(Placed(method(0.5), place="tower") for method in (TurboProcessor, ToMeProcessor, RandomProcessor)),
+    ],
+    ids=["published", "ratio", "self", "turbo", "tome", "random"],
+)
+def test_every_block_runs_on_fewer_tokens(family, processor):
+    """Catches merging that only perturbs features, and a schedule that misses the ratio."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["padded"].inputs(vlm)
+    seen, layers = [], tower_of(model).encoder.layers
+    handles = [layer.mlp.fc1.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[1])) for layer in layers]
+    with attach(model, processor):
+        model(**inputs)
+        rows = {row.name: row for row in report(model).sites}
+    for handle in handles:
+        handle.remove()
+    assert seen == sorted(seen, reverse=True) and seen[0] < seen[-1] + 16
+    assert rows["model.language_model"].num_kept == 2 * (seen[-1] - _leading(model))
+    if not getattr(processor, "num_removed", 0):
+        assert rows["model.language_model"].num_kept == 2 * (16 - int(16 * processor.ratio))
+
+
+def _leading(model):
+    return int(hasattr(tower_of(model).embeddings, "class_embedding"))
+
+
+@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_language_model_reads_each_slot_once(family, prompt):
+    """Catches copies that stay in the prompt, and slots of one picture dropped from another."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS[prompt].inputs(vlm)
+    with attach(model, PUBLISHED):
+        new, logits, _ = generate(model, inputs)
+        features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        plan = _part(model)._tower.patches
+
+    def planned(tokens):
+        rows = [row for row, one in enumerate(features) if torch.equal(one, tokens[0])]
+        return type(plan)(plan.slot_BN[rows[:1]], plan.anchor_BM[rows[:1]])
+
+    expected = oracle.generated_logits(model, inputs, new, 16, planned, 0, False, features=list(features))
+    assert logits.shape[1] == STEPS and (logits - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize(
+    "processor",
+    [TurboVisionProcessor(0.0), Placed(IdentityProcessor(0.5), place="tower"), TurboVisionProcessor(threshold=40)],
+)
+def test_nothing_merged_is_bit_identical(family, processor):
+    """Catches sizes of one becoming a mask, and a residual computed another way."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["padded"].inputs(vlm)
+    stock = generate(model, inputs)[1]
+    with attach(model, processor):
+        assert torch.equal(generate(model, inputs)[1], stock)
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_detach_restores_the_tower(family):
+    """Catches leftovers in the blocks, also after an exception in the middle of the tower."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
+    generate(model, inputs)
+    before = model_state(model)
+    with attach(model, PUBLISHED):
+        generate(model, inputs)
+    assert differences(before, model_state(model)) == []
+    with pytest.raises(RuntimeError), attach(model, PUBLISHED):
+        model(**inputs | {"pixel_values": inputs["pixel_values"][:, :2]})
+    assert differences(before, model_state(model)) == []
+
+
+def test_the_portable_weight_is_the_papers_at_its_size():
+    """Catches a penalty that is not c * alpha * A at N = 16 / (c * alpha) and one that ignores the block."""
+    tokens = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
+    value = torch.rand(1, 16, generator=torch.Generator().manual_seed(1))
+    value = value / value.sum()
+
+    site = Site("x", 0.4, semantic=lambda kind: value)
+    raw = TurboVisionProcessor(0.4, alpha=0.1, scale=30.0).plan(tokens, site, Frame())
+    portable = TurboVisionProcessor(0.4, value_weight=3.0 / 16).plan(tokens, site, Frame())
+    late = TurboVisionProcessor(0.4, alpha=0.1, scale=30.0, beta=0.0, gamma=0).plan(tokens, site, Frame(num_plans=2))
+    none = TurboVisionProcessor(0.4, semantic="none").plan(tokens, site, Frame())
+    assert torch.equal(raw.slot_BN, portable.slot_BN)
+    assert torch.equal(late.slot_BN, none.slot_BN) and not torch.equal(raw.slot_BN, none.slot_BN)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "preset").glob("turbo_vit*.yaml")))
+def test_released_settings_build(path):
+    """Catches a preset with a key or value that the method does not know."""
+    processor = build_processor(str(path))
+    assert isinstance(processor, TurboVisionProcessor)
+    assert (processor.alpha, processor.beta, processor.gamma, processor.place) == (5.0, 1.0, 0, "tower")
+    assert processor.num_removed in (16, 30, 40)
+
+
+def test_blip_settings_leave_the_published_number_of_tokens():
+    """Catches a count off by the class token: 577 tokens become 217 in twelve blocks."""
+    processor, left = TurboVisionProcessor(num_removed=30, semantic="none"), 576
+    for block in range(12):
+        tokens = torch.randn(1, left, 4, generator=torch.Generator().manual_seed(block))
+        left = processor.plan(tokens, Site("x", 0.1), Frame(num_plans=block)).num_slots
+    assert left + 1 == 217
