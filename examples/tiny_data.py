@@ -19,23 +19,28 @@ from gen_turbo.pipelines import tiny
 from gen_turbo.scenes import all_scenes, is_held_out, render
 
 
-def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Training scenes as uint8 (count, 3, 128, 128) and their captions, one in ten without a position."""
+def drawn(count: int, seed: int) -> list[tuple[str, int, str]]:
+    """Training scenes as (caption, seed of the rendering, prompt); one prompt in ten names no position."""
     rng = random.Random(seed)
     scenes = [scene for scene in all_scenes() if not is_held_out(scene)]
-    rows, captions = [], []
+    rows = []
     for _ in range(count):
-        scene = rng.choice(scenes)
-        rows.append(np.asarray(render(scene.caption, rng.randrange(2**31))).transpose(2, 0, 1))
-        words = scene.caption
-        captions.append(words.replace(f"the {scene.position} of ", "") if rng.random() < 0.1 else words)
-    return torch.from_numpy(np.stack(rows)), captions
+        scene, look = rng.choice(scenes), rng.randrange(2**31)
+        prompt = scene.caption.replace(f"the {scene.position} of ", "") if rng.random() < 0.1 else scene.caption
+        rows.append((scene.caption, look, prompt))
+    return rows
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """Training scenes as uint8 (count, 3, 128, 128)."""
+    rows = [np.asarray(render(caption, look)).transpose(2, 0, 1) for caption, look, _ in drawn(count, seed)]
+    return torch.from_numpy(np.stack(rows))
 
 
 def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
     """Trains on 64 x 64 pixel crops and saves the result."""
     torch.manual_seed(0)
-    images, _ = pictures(3000, seed=1)
+    images = pictures(3000, seed=1)
     model = tiny.make_autoencoder()
     muon, adam = optimisers(model, keep_plain=("conv_in", "conv_out.", "quant"))
     start, step = time.process_time(), 0
@@ -66,16 +71,25 @@ def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def training_set(folder: Path, autoencoder: AutoencoderKL, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scaled latents (count, 4, 64, 64) and token ids (count, 20), kept in the folder."""
+def training_set(folder: Path, autoencoder: AutoencoderKL, count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Scaled latents (count, 4, 64, 64), kept in the folder, and their prompts."""
     path = folder / f"latents_{seed}.safetensors"
     if not path.exists():
-        images, captions = pictures(count, seed)
         latents = [
             autoencoder.encode(part.float() / 127.5 - 1).latent_dist.mean * autoencoder.config.scaling_factor
-            for part in images.split(40)
+            for part in pictures(count, seed).split(40)
         ]
-        ids = tiny.make_tokenizer()(captions, padding="max_length", return_tensors="pt").input_ids
-        save_file({"latents": torch.cat(latents).contiguous(), "ids": ids}, path)
-    data = load_file(path)
-    return data["latents"], data["ids"]
+        save_file({"latents": torch.cat(latents).contiguous()}, path)
+    return load_file(path)["latents"], [prompt for _, _, prompt in drawn(count, seed)]
+
+
+def trained_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
+    """The autoencoder of a run's folder; if there is none, the one inside the package, else a newly trained one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shipped = tiny.weights_folder() / "vae"
+    if not (folder / "vae" / "config.json").exists():
+        if (shipped / "config.json").exists():
+            AutoencoderKL.from_pretrained(shipped, dtype=torch.float32).save_pretrained(folder / "vae")
+        else:
+            train_autoencoder(folder, seconds)
+    return AutoencoderKL.from_pretrained(folder / "vae").eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def test_training_goes_on_where_it_stopped_and_ships_a_stock_pipeline(tmp_path, 
     """Catches a checkpoint that is written and never read, and weights that no stock pipeline can load."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     train = load("train_tiny")
-    monkeypatch.setattr(train, "BATCH", dict.fromkeys(train.GRIDS, 2))
+    monkeypatch.setattr(train, "STAGES", tuple(replace(stage, batch=2) for stage in train.STAGES))
     shipped = tmp_path / "shipped"
     monkeypatch.setattr(train.tiny, "weights_folder", lambda: shipped)
 
@@ -35,9 +36,7 @@ def test_training_goes_on_where_it_stopped_and_ships_a_stock_pipeline(tmp_path, 
         arguments = ["train_tiny", "--output", str(tmp_path), "--scenes", "8", "--seconds", *seconds]
         monkeypatch.setattr(sys, "argv", arguments)
         train.main()
-        trainer = train.Trainer(tmp_path, 0)
-        trainer.load()
-        return trainer.steps
+        return train.UNetTraining(tmp_path, 0).trainer.steps
 
     first = run("0.5", "0.2", "0.2", "0.2")
     assert first >= 3
@@ -57,5 +56,5 @@ def test_an_own_method_works(capsys, monkeypatch):
 
 def test_every_example_is_run_by_a_test():
     """Catches an example that rots."""
-    tested = {"train_tiny", "muon", "own_method", "demo"}
+    tested = {"train_tiny", "training", "tiny_data", "muon", "own_method", "demo"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
