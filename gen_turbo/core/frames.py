@@ -11,7 +11,7 @@ def one_sequence(plan: ReductionPlan, num_frames: int) -> ReductionPlan:
     """Joins one plan row per frame into one row per video: tokens in frame order, no slot across frames.
 
     Args:
-        plan: One row per frame, frames of a video side by side: (B * num_frames, N).
+        plan: One row per frame, frames of a video side by side: (B * num_frames, N). One row serves every frame.
         num_frames: Frames of a video.
 
     Returns:
@@ -20,9 +20,11 @@ def one_sequence(plan: ReductionPlan, num_frames: int) -> ReductionPlan:
     Raises:
         ValueError: If the rows are no multiple of `num_frames`.
     """
-    if len(plan.slot_BN) % num_frames:
-        raise ValueError(f"{len(plan.slot_BN)} plan rows are no multiple of {num_frames} frames; plan every frame")
+    rows = len(plan.slot_BN)
+    if rows % num_frames and rows != 1:
+        raise ValueError(f"{rows} plan rows are no multiple of {num_frames} frames; plan every frame")
     frame = torch.arange(num_frames, device=plan.slot_BN.device)[None, :, None]
-    slot = plan.slot_BN.view(-1, num_frames, plan.num_tokens) + frame * plan.num_slots
-    anchor = plan.anchor_BM.view(-1, num_frames, plan.num_slots) + frame * plan.num_tokens
+    shape = (1, 1) if rows == 1 else (rows // num_frames, num_frames)
+    slot = plan.slot_BN.view(*shape, plan.num_tokens) + frame * plan.num_slots
+    anchor = plan.anchor_BM.view(*shape, plan.num_slots) + frame * plan.num_tokens
     return ReductionPlan(slot.flatten(1), anchor.flatten(1))

@@ -24,7 +24,7 @@ def reaches_attention(processor: Any) -> bool:
 
 
 class AttentionMode(TorchFunctionMode):
-    """While it is entered, attention between equally many queries and keys is computed as asked for.
+    """While it is entered, attention over at least as many keys as queries is computed as asked for.
 
     Attributes:
         keys: Merges keys and values by this plan of the image tokens, after their projection and positions.
@@ -54,7 +54,7 @@ class AttentionMode(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         given: dict[str, Any] = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
-        if given["query"].shape[-2] == given["key"].shape[-2]:
+        if given["query"].shape[-2] <= given["key"].shape[-2]:
             self.num_calls += 1
             given = self._weighted(self._short(given))
         return _attend(given, self.backend)
@@ -67,7 +67,7 @@ class AttentionMode(TorchFunctionMode):
         for name in ("key", "value"):
             given[name] = plan.merge(given[name].transpose(1, 2)).transpose(1, 2)
         if given.get("attn_mask") is not None:
-            raise ValueError("keep_queries cannot merge keys under a mask; set keep_queries=False for this model")
+            given["attn_mask"] = plan.select(given["attn_mask"].movedim(-1, 1)).movedim(1, -1)
         return given
 
     def _weighted(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -20,12 +20,14 @@ class Table:
         axis: Where the tokens are, 0 or 1.
         has_batch: Whether there is a row per sample at axis 0; otherwise the whole batch must share one plan.
         has_text_before: Whether the rows of the text tokens come first.
+        items: Which items of a tuple they are; empty for all.
     """
 
     name: str
     axis: int = 0
     has_batch: bool = False
     has_text_before: bool = False
+    items: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ class Call:
     def shortened(self, plan: ReductionPlan, short: Tensor) -> dict[str, Any]:
         """The arguments with one row per slot."""
         given = self.arguments[self.form.tokens]
-        changed: dict[str, Any] = {self.form.tokens: short.transpose(1, 2)[..., None] if self.form.is_map else short}
+        changed: dict[str, Any] = {
+            self.form.tokens: short.transpose(1, 2)[..., None].contiguous() if self.form.is_map else short
+        }
         for name in self.form.also:
             value = self.arguments.get(name)
             if value is not None:
@@ -128,7 +130,8 @@ class Call:
 
     def _taken(self, value: Any, table: Table, plan: ReductionPlan) -> Any:
         if isinstance(value, tuple | list):
-            return type(value)(self._taken(item, table, plan) for item in value)
+            taken = (i in table.items or not table.items for i in range(len(value)))
+            return type(value)(self._taken(v, table, plan) if ours else v for v, ours in zip(value, taken, strict=True))
         before = self.observation.num_text if table.has_text_before else 0
         wide = plan.between(before, value.shape[table.axis] - before - self.num_image)
         return wide.select(value[None])[0] if table.axis == 0 else wide.select(value)

@@ -189,7 +189,11 @@ def _processor(model: nn.Module, name: str) -> Any:
 
 
 def _set_processor(model: nn.Module, name: str, processor: Any) -> None:
-    model.get_submodule(name).set_processor(processor)  # type: ignore[operator]
+    layer: Any = model.get_submodule(name)
+    if hasattr(layer, "set_processor"):
+        layer.set_processor(processor)
+    else:
+        layer.processor = processor
 
 
 def _cost(module: nn.Module) -> Cost:

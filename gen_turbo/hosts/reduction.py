@@ -83,9 +83,9 @@ class Reduction:
         stream.num_reduced += 1
         self.stats.num_kept = plan.num_slots
         if plan.is_identity:
-            self.stats.num_full += 1
-        else:
-            self.stats.num_reduced += 1
+            self._count_full(call)
+            return None
+        self.stats.num_reduced += 1
         self._spend(call, plan)
         return plan
 
@@ -101,6 +101,9 @@ class Reduction:
         if self.ratio == 0 or self.reducer.restore == "copy":
             return
         plan = self._current_plan(call, stream, semantic)
+        if plan.is_identity:
+            stream.num_reduced += 1
+            return
         full, memory = flat(output), stream.memories.get(self.layer.name)
         if not self._fits(full, memory, stream):
             return

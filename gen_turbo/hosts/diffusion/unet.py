@@ -18,6 +18,8 @@ from gen_turbo.hosts.diffusion.observe import has_equal_halves, layout_of, time_
 
 _NUM_QUERIES = 256
 _BLOCK = Form(is_residual=True)
+_ADDED_KV = Form(is_map=True, is_residual=True, keys_before=True)
+"""Attention on the map itself with keys of text before its own, as in Kandinsky and DeepFloyd IF."""
 _CROSS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 """The cross-attention that stands beside a self-attention in its block, or None."""
 
@@ -40,6 +42,10 @@ class UNetHost:
             if not isinstance(module, Attention):
                 continue
             owner, _, role = name.rpartition(".")
+            if owner not in blocks and module.added_kv_proj_dim is not None:
+                why = "cross-attention only" if module.only_cross_attention else ""
+                found.append(Layer(name, 2 ** _level(name, num_levels), why, _ADDED_KV))
+                continue
             reason = _left_alone(blocks.get(owner), role)
             if not reason:
                 _CROSS[module] = blocks[owner].attn2

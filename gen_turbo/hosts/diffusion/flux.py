@@ -1,0 +1,44 @@
+"""Flux: blocks of two streams, then blocks of one stream, text first, rotary positions over both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from gen_turbo.contract import Grid
+from gen_turbo.hosts.base import Form, Table
+from gen_turbo.hosts.diffusion.transformer import TransformerHost, text_length
+
+_TABLES = (Table("image_rotary_emb", has_text_before=True),)
+
+
+class FluxHost(TransformerHost):
+    """Flux.1 and its relatives; one plan serves the batch, because positions have no batch axis."""
+
+    models = ("FluxTransformer2DModel",)
+    attention = {
+        "transformer_blocks.*.attn": Form(keys_before=True, outputs=(0, 2), tables=_TABLES),
+        "single_transformer_blocks.*.attn": Form(
+            none=("encoder_hidden_states", "attention_mask"), has_text_before=True, keys_before=True, tables=_TABLES
+        ),
+    }
+    whole = {
+        "transformer_blocks.*": Form(is_residual=True, outputs=(1,), none=(), tables=_TABLES),
+        "single_transformer_blocks.*": Form(is_residual=True, outputs=(1,), none=(), tables=_TABLES),
+    }
+
+    def time(self, arguments: Mapping[str, Any]) -> float:
+        """The pipeline passes thousandths."""
+        return 1000 * super().time(arguments)
+
+    def num_text(self, arguments: Mapping[str, Any]) -> int:
+        """Every row of the text that the root is given."""
+        return text_length(arguments)
+
+    def grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, Grid | None]:
+        """Rows and columns by the largest position; pictures of one size that follow each other are frames."""
+        height, width = (int(last) + 1 for last in arguments["img_ids"].reshape(-1, 3)[:, 1:].amax(0).tolist())
+        num_frames, rest = divmod(arguments["hidden_states"].shape[1], height * width)
+        return (num_frames, (height, width)) if rest == 0 else (1, None)

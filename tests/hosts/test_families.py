@@ -1,0 +1,196 @@
+"""Every family and variant: nothing at ratio 0, a shorter sequence above, exact restoration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import IdentityProcessor, ToMeProcessor, TurboProcessor, attach, report
+from tests.hosts.families import NAMES, UNETS, VARIANTS, Keys, family, is_refused, relative
+from tests.snapshots import differences, model_state
+from tests.tiny_transformers import FAMILIES, build, random, run
+
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
+
+TRANSFORMERS = tuple(FAMILIES)
+SHARED = ("flux", "hunyuan-dit", "cogview4", "qwen-image", "wan", "cogvideox-rotary", "mochi")
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_nothing_removed_is_bit_identical(name):
+    """Catches a wrapper that loses an argument or computes even the identity another way."""
+    model, run_model = family(name)
+    stock = run_model()
+    for processor in (TurboProcessor(0.0), IdentityProcessor(0.4), TurboProcessor(0.0, scope="block")):
+        if not is_refused(name, {"scope": processor.scope}):
+            with attach(model, processor):
+                assert torch.equal(run_model(), stock)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_fewer_tokens_really_reach_attention(name, variant):
+    """Catches a family in which a setting only perturbs the picture, or does nothing."""
+    model, run_model = family(name)
+    processor = TurboProcessor(0.4, **VARIANTS[variant])
+    if is_refused(name, VARIANTS[variant]):
+        with pytest.raises(ValueError, match="no blocks to merge in UNet2DConditionModel"):
+            attach(model, processor)
+        return
+    with Keys() as stock_keys:
+        stock = run_model()
+    with attach(model, processor), Keys() as keys:
+        reduced = run_model()
+        rows = [site for site in report(model).sites if site.status == "reduced"]
+    assert rows and reduced.shape == stock.shape and not torch.equal(reduced, stock)
+    assert relative(reduced, stock) < 0.8
+    num_frames = FAMILIES[name].num_frames if name in FAMILIES else 1
+    for row in rows:
+        frame = row.grid[0] * row.grid[1]
+        assert row.num_tokens == frame * num_frames and row.num_reduced > 0
+        assert row.num_kept == num_frames * (frame - int(frame * 0.4))
+    num_keys = max(key for _, key in stock_keys.seen)
+    removed = rows[0].num_tokens - rows[0].num_kept
+    queries = {query for query, key in keys.seen if key == num_keys - removed}
+    most_queries = max(query for query, _ in stock_keys.seen)
+    assert queries == {most_queries if processor.keep_queries else most_queries - removed}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("scope", ["attention", "block"])
+def test_detach_restores_every_object(name, scope):
+    """Catches leftovers: hooks, attributes, new processor objects; after an exception too."""
+    model, run_model = family(name)
+    if is_refused(name, {"scope": scope}):
+        return
+    before = model_state(model)
+    with pytest.raises(RuntimeError, match="broken"), attach(model, TurboProcessor(0.4, scope=scope)) as attachment:
+        run_model(times=(900, 800))
+        layer = model.get_submodule(attachment.sites[-1])
+        handle = next(layer.children()).register_forward_pre_hook(_break)
+        try:
+            run_model()
+        finally:
+            handle.remove()
+    attachment.detach()
+    assert differences(before, model_state(model)) == []
+
+
+def _break(module, args):
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_odd_grids_and_single_pictures(name):
+    """Catches a square root of the number of tokens, and a batch of two that is taken for granted."""
+    model, run_model = family(name)
+    shape = {"batch": 1, "grid": (6, 10)}
+    stock = run_model(**shape)
+    with attach(model, TurboProcessor(0.4, restore="copy")):
+        reduced = run_model(**shape)
+        grids = {site.grid for site in report(model).sites if site.status == "reduced"}
+    assert reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.5 and grids == {(6, 10)}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_one_plan_serves_the_batch_where_positions_have_no_batch_axis(name):
+    """Catches one plan per row, for which the rotary table has no row."""
+    plans = _plans_of(name, FAMILIES[name])
+    assert {len(plan.slot_BN) for plan in plans} == {FAMILIES[name].num_frames}
+
+
+@pytest.mark.parametrize("name", ["pixart-alpha", "sd3"])
+def test_guidance_halves_share_one_plan_without_a_pipeline(name):
+    """Catches two plans for one picture, where the batch is the latents twice."""
+    latents = random(1, *FAMILIES[name].latents((8, 8))).repeat(2, 1, 1, 1)
+    assert {len(plan.slot_BN) for plan in _plans_of(name, FAMILIES[name], latents=latents)} == {1}
+    assert {len(plan.slot_BN) for plan in _plans_of(name, FAMILIES[name])} == {2}
+
+
+def _plans_of(name, kind, **kwargs):
+    plans = []
+
+    class Watching(TurboProcessor):
+        def plan(self, tokens, site, frame):
+            plans.append(super().plan(tokens, site, frame))
+            return plans[-1]
+
+    model = build(name)
+    with attach(model, Watching(0.4)):
+        run(name, model, **kwargs)
+    return plans
+
+
+@pytest.mark.parametrize("name", ["wan", "mochi", "ltx-video"])
+def test_no_slot_crosses_frames(name):
+    """Catches merging one frame's last row into the next frame's first."""
+    (plan,) = {id(p): p for p in _plans_of(name, FAMILIES[name])}.values()
+    assert plan.num_tokens == 64 and len(plan.slot_BN) % 3 == 0
+
+
+def test_positions_are_taken_by_anchor(monkeypatch):
+    """Catches averaged rotary tables, whose rows have another length than one."""
+    model, seen = build("flux"), []
+    block = model.single_transformer_blocks[0]
+    inner = block.attn.processor
+
+    def watch(processor, attn, *args, **kwargs):
+        seen.append(kwargs["image_rotary_emb"] if "image_rotary_emb" in kwargs else args[3])
+        return original(processor, attn, *args, **kwargs)
+
+    original = type(inner).__call__
+    watch.__signature__ = __import__("inspect").signature(original)
+    monkeypatch.setattr(type(inner), "__call__", watch)
+    with attach(model, TurboProcessor(0.4, restore="copy")):
+        run("flux", model, times=(900,))
+    lengths = {len(cosine) for cosine, _ in seen}
+    assert lengths == {5 + 39}
+    for cosine, sine in seen:
+        assert torch.allclose(cosine**2 + sine**2, torch.ones(()), atol=1e-5)
+
+
+def test_a_corrected_step_between_equal_full_steps_is_exact():
+    """Catches detail that is remembered for other tokens: on latents that do not change, nothing may be lost."""
+    for name in ("sd3", "flux", "wan", "lumina2"):
+        for scope in ("attention", "block"):
+            model = build(name)
+            latents = random(1, *FAMILIES[name].latents((8, 8)))
+            with attach(model, TurboProcessor(0.4, order=0, scope=scope, warmup=1)), torch.no_grad():
+                outputs = [_call(name, model, latents, time) for time in (500.0, 499.999)]
+            assert relative(outputs[1], outputs[0]) < 1e-3
+
+
+def _call(name, model, latents, time):
+    kind = FAMILIES[name]
+    return model(hidden_states=latents, **kind.inputs(1, (8, 8)), **kind.time(time, 1), return_dict=False)[0]
+
+
+def test_what_is_not_supported_names_what_is():
+    """Catches a bare refusal, and silence on a diffusers model that no host knows."""
+    from diffusers import DiTTransformer2DModel
+
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 8}
+    with pytest.raises(ValueError, match=r"DiTTransformer2DModel is not supported; supported: .*Flux.*Wan"):
+        attach(DiTTransformer2DModel(**shape, patch_size=2), ToMeProcessor(0.4))
+
+
+def test_text_only_layers_and_cross_attention_are_left_alone():
+    """Catches merging words."""
+    left = {
+        "lumina2": "context_refiner.0.attn",
+        "z-image": "context_refiner.0.attention",
+        "wan": "blocks.0.attn2",
+        "pixart-alpha": "transformer_blocks.0.attn2",
+    }
+    for name, layer in left.items():
+        model = build(name)
+        with attach(model, TurboProcessor(0.4)):
+            assert {site.name: site.status for site in report(model).sites}[layer] == "not over image tokens"
+
+
+def test_names_are_all_here():
+    """Catches a family that is in the table of hosts and in no test."""
+    from gen_turbo.hosts.diffusion.families import HOSTS
+
+    tested = {type(family(name)[0]).__name__ for name in (*UNETS, *TRANSFORMERS)}
+    assert tested == {model for host in HOSTS for model in host.models}
