@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from toy_pipeline import save_toy_pipeline
 
 from gen_turbo import TurboProcessor
+from tests.tiny_hosts import sd_pipeline
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
 SETTINGS = """
@@ -23,7 +23,7 @@ def test_the_demo_draws_pairs_and_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a demo whose Turbo column is stock again, or that hides where the picture is."""
-    save_toy_pipeline(tmp_path / "pipeline")
+    sd_pipeline().save_pretrained(tmp_path / "pipeline")
     settings, output = tmp_path / "toy.yaml", tmp_path / "demo.png"
     settings.write_text(SETTINGS.format(folder=tmp_path / "pipeline"))
     arguments = ["--pipeline", str(settings), "--prompts", "2", "--steps", "5", "--output", str(output)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gen_turbo.bench.records import BenchRecord, load
-from gen_turbo.bench.tables import attention_cost, median_speedup
+from gen_turbo.bench.tables import attention_cost, median_speedup, quality_records
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,32 +20,34 @@ _OWN = "turbo"
 _MARKERS = "osD^v<>Pp*Xhd"
 
 
-def plot_quality(folder: Path, steps: int, path: Path) -> None:
-    """Draws the quality records of one number of steps into a picture file.
+def plot_quality(folder: Path, path: Path) -> None:
+    """Draws the quality records into a picture file, one row for each number of steps of stock.
 
     Stock itself is left out, for its distance is no number that a plot can show.
 
     Args:
         folder: Where the records are.
-        steps: Denoising steps of stock.
         path: The picture, PNG or SVG by its ending.
 
     Raises:
-        ValueError: If there are no records for these steps.
+        ValueError: If there are no records.
     """
-    records = [r for r in load(folder, "quality") if r.params["steps"] == steps and r.setting != "stock"]
-    if not records:
-        raise ValueError(f"no quality records of {steps} steps in {folder}; run: gen-turbo bench quality")
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    found = {steps: quality_records(folder, steps) for steps in {r.params["steps"] for r in load(folder, "quality")}}
+    rows = {steps: [r for r in found[steps] if r.setting != "stock"] for steps in sorted(found, reverse=True)}
+    rows = {steps: records for steps, records in rows.items() if records}
+    if not rows:
+        raise ValueError(f"no quality records in {folder}; run: gen-turbo bench quality")
+    figure = Figure(figsize=(12, 5.5 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    _draw(left, records, median_speedup)
-    _draw(right, records, attention_cost)
-    left.set(xlabel="times faster than stock, measured", ylabel="PSNR to stock, dB (median)")
-    right.set(xlabel="attention cost, counted (stock: 1)")
-    right.invert_xaxis()
-    figure.suptitle(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    axes = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
+    for (left, right), (steps, records) in zip(axes, rows.items(), strict=True):
+        _draw(left, records, median_speedup)
+        _draw(right, records, attention_cost)
+        left.set(xlabel="times faster than stock, measured", ylabel="PSNR to stock, dB (median)")
+        left.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
+        right.set(xlabel="attention cost, counted (stock: 1)")
+        right.invert_xaxis()
+        left.legend(fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         from gen_turbo.bench.plot import plot_quality
 
-        plot_quality(options.records, options.steps, options.plot)
+        plot_quality(options.records, options.plot)
         print(f"{options.plot}: drawn")
 
 

@@ -99,8 +99,9 @@ def append(folder: Path, record: BenchRecord) -> Path:
     """Adds a record to its benchmark's file, which is made if need be, and returns the file's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record.bench}.jsonl"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(record.to_line() + "\n")
+    # One write without a buffer, so that two processes never share a line.
+    with path.open("ab", buffering=0) as file:
+        file.write((record.to_line() + "\n").encode())
     return path
 
 

@@ -56,7 +56,7 @@ def step(folder: Path) -> str:
 
 def quality(folder: Path, steps: int) -> str:
     """Distance to stock, check rate, measured and counted cost of every setting at one number of steps."""
-    records = [r for r in load(folder, "quality") if r.params["steps"] == steps]
+    records = quality_records(folder, steps)
     head = ("", "times faster than stock", "counted attention", "PSNR to stock, dB", "SSIM", "check passed")
     rows = [
         (
@@ -73,10 +73,13 @@ def quality(folder: Path, steps: int) -> str:
 
 
 def check(folder: Path) -> str:
-    """How many pictures show what their caption says."""
-    records = load(folder, "check")
-    rows = [(r.setting, _passed(r.values["passed"]), _passed(r.values["stock_passed"])) for r in records]
-    return _table(("", "check passed", "stock on the same captions"), rows, records)
+    """How many pictures show what their caption says, at every number of steps."""
+    records = sorted(_of_one_workload(load(folder, "check")), key=lambda r: -r.params["steps"])
+    rows = [
+        (r.setting, str(r.params["steps"]), _passed(r.values["passed"]), _passed(r.values["stock_passed"]))
+        for r in records
+    ]
+    return _table(("", "steps of stock", "check passed", "stock on the same captions"), rows, records)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -88,6 +91,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "check": check,
 }
 """The name between a README's markers -> what stands there, given the folder of the records."""
+
+
+def quality_records(folder: Path, steps: int) -> list[BenchRecord]:
+    """The quality records of one number of steps, of one model and the same captions."""
+    return _of_one_workload([r for r in load(folder, "quality") if r.params["steps"] == steps])
 
 
 def attention_cost(record: BenchRecord) -> float:
@@ -111,6 +119,15 @@ def _milliseconds(seconds: Sequence[float]) -> str:
 
 def _passed(values: Sequence[float]) -> str:
     return f"{int(sum(values))} of {len(values)}"
+
+
+def _of_one_workload(records: Sequence[BenchRecord]) -> list[BenchRecord]:
+    """Those that draw what the last one draws: rows of other weights or captions are no comparison."""
+
+    def drawn(record: BenchRecord) -> tuple[object, ...]:
+        return (record.seed, *(record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance")))
+
+    return [record for record in records if drawn(record) == drawn(records[-1])]
 
 
 def _workload(record: BenchRecord) -> tuple[object, ...]:

@@ -18,7 +18,7 @@ class AttentionCall:
     """One call of scaled dot-product attention inside one layer.
 
     Attributes:
-        layer: The attention layer's path in the model; empty where the call lies outside of every layer.
+        layer: The attention layer's path in the model.
         num_queries: Tokens that ask.
         num_keys: Tokens that answer; differs from `num_queries` in cross-attention.
         flops: 4 * batch * heads * queries * keys * head width.
@@ -35,7 +35,8 @@ class Cost:
     """What was counted between entering and leaving `count_cost`.
 
     Attributes:
-        calls: Every call of scaled dot-product attention, in order.
+        calls: Every call of scaled dot-product attention inside the model's layers, in order. Text encoder and
+            autoencoder of a pipeline are other models.
         projection_flops: Linear layers inside attention layers, by layer: 2 * rows * in * out.
         matching_flops: Matrix products outside of linear layers and attention: the similarity of tokens.
     """
@@ -126,11 +127,12 @@ class _FunctionCounter(TorchFunctionMode):
             self.depth -= 1
 
     def _count_attention(self, query: Tensor, key: Tensor, value: Tensor, *_args: object, **_kwargs: object) -> None:
+        if not self.layers:
+            return
         rows, head_width = query.shape[:-1].numel(), query.shape[-1]
         num_queries, num_keys = query.shape[-2], key.shape[-2]
         flops = 2 * rows * num_keys * (head_width + value.shape[-1])
-        layer = self.layers[-1] if self.layers else ""
-        self.cost.calls.append(AttentionCall(layer, num_queries, num_keys, flops))
+        self.cost.calls.append(AttentionCall(self.layers[-1], num_queries, num_keys, flops))
 
     def _count_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         if self.layers:

@@ -1,6 +1,7 @@
 """Records on disk."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,16 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "toy.jsonl").write_text('{"bench": "toy"')
     with pytest.raises(ValueError, match="not a benchmark record"):
         records.load(tmp_path, "toy")
+
+
+def test_two_processes_never_share_a_line(tmp_path: Path) -> None:
+    """Catches a long record that is written in pieces, between which another process writes its own."""
+    long = {"psnr_db": [float(number) for number in range(5000)]}
+
+    def write(part: int) -> None:
+        for number in range(20):
+            records.append(tmp_path, _record(f"{part}-{number}", values=long))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    assert len(records.load(tmp_path, "toy")) == 40

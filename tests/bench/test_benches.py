@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_pipeline import save_toy_pipeline
 
 from gen_turbo.bench import quality, tomesd_baseline
 from gen_turbo.bench.commands import add_arguments, run
 from gen_turbo.bench.primitives import smooth_tokens
 from gen_turbo.bench.records import BenchRecord, load
+from tests.tiny_hosts import sd_pipeline
 
 
 def _run(*arguments: str) -> None:
@@ -27,7 +27,7 @@ def _run(*arguments: str) -> None:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a stock pipeline far smaller than the embedded one, with random weights."""
     folder = tmp_path_factory.mktemp("pipeline")
-    save_toy_pipeline(folder)
+    sd_pipeline().save_pretrained(folder)
     return str(folder)
 
 
@@ -111,11 +111,14 @@ def test_stock_is_equal_to_itself(pipeline: str, tmp_path: Path) -> None:
     assert all(max(r.values["psnr_db"]) < quality.MOST_DB for r in found if r.setting != "stock")
 
 
-def test_parts_share_the_settings(pipeline: str, tmp_path: Path) -> None:
-    """Catches two processes that measure the same setting, or leave one out."""
-    settings = ("--settings", "steps-2", "steps-3", "stock")
-    assert len(_quality(pipeline, tmp_path, "--part", "1/2", *settings)) == 2
-    assert len(_quality(pipeline, tmp_path, "--part", "2/2", *settings)) == 3
+def test_parts_in_one_folder_are_the_whole(pipeline: str, tmp_path: Path) -> None:
+    """Catches parts that measure the same setting, leave one out, or differ from what one process measures."""
+    settings = ("--settings", "turbo-correct-r0.5-k2-o0", "tome-copy-r0.5", "random-copy-r0.5")
+    whole = _quality(pipeline, tmp_path / "whole", *settings)
+    assert len(_quality(pipeline, tmp_path / "parts", "--part", "2/2", *settings)) == 1
+    merged = _quality(pipeline, tmp_path / "parts", "--part", "1/2", *settings)
+    shown = [{r.setting: (r.params, r.values, r.counts) for r in found} for found in (whole, merged)]
+    assert len(merged) == len(whole) == 3 and shown[0] == shown[1]
 
 
 def test_check_needs_no_times(pipeline: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from gen_turbo.bench.settings import Method, OutputCache, Setting, Stock, Tomesd, quality_catalogue, selected
 from gen_turbo.metrics.cost import count_cost
+from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 
 SETTINGS = [
     Method("turbo-copy", "turbo", "turbo", {"ratio": 0.5, "restore": "copy", "plan_steps": 1}),
@@ -18,27 +19,12 @@ SETTINGS = [
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    """Two levels, 64 and 16 tokens."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        attention_head_dim=2,
-        norm_num_groups=8,
-        cross_attention_dim=12,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
+    """Attention on 256 and 64 tokens."""
+    return sd15_unet()
 
 
 def _denoise(unet: UNet2DConditionModel) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 12, generator=generator)
-    with torch.no_grad():
-        for time in (900, 600, 300):
-            sample = sample - unet(sample, time, text).sample
-    return sample
+    return run_unet(unet, (900, 600, 300), **unet_inputs())
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
@@ -60,8 +46,8 @@ def test_the_cache_runs_every_second_call(unet: UNet2DConditionModel) -> None:
     with count_cost(unet) as cost, OutputCache("cache", "cache", 2).applied(unet):
         _denoise(unet)
     tokens = cost.tokens()
-    assert tokens["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] == [64, 64]
-    assert tokens["down_blocks.1.attentions.0.transformer_blocks.0.attn1"] == [16, 16, 16]
+    assert tokens["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] == [256, 256]
+    assert tokens["down_blocks.1.attentions.0.transformer_blocks.0.attn1"] == [64, 64, 64]
 
 
 def test_an_exception_restores_the_processors(unet: UNet2DConditionModel) -> None:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from gen_turbo.bench import records
+from gen_turbo.bench.plot import plot_quality
 from gen_turbo.bench.readme import with_tables
 from gen_turbo.bench.records import BenchRecord
 from gen_turbo.bench.tables import NO_RECORDS, TABLES, attention_cost, quality
@@ -50,6 +51,36 @@ def test_numbers_of_steps_do_not_mix(tmp_path: Path) -> None:
     records.append(tmp_path, _record(steps=8))
     assert TABLES["quality"](tmp_path) == NO_RECORDS
     assert "turbo-copy-r0.5" in TABLES["quality8"](tmp_path)
+
+
+def test_weights_and_captions_do_not_mix(tmp_path: Path) -> None:
+    """Catches rows of an earlier model, or of fewer captions, beside those of the last run."""
+    for number, (weights, captions) in enumerate([("old", 50), ("new", 3), ("new", 50), ("new", 50)]):
+        params = {"steps": 25, "captions": captions, "weights": weights}
+        records.append(tmp_path, _record(f"setting-{number}", params=params))
+    table = quality(tmp_path, 25)
+    assert [number for number in range(4) if f"setting-{number}" in table] == [2, 3]
+
+
+def test_check_rates_say_of_how_many_steps(tmp_path: Path) -> None:
+    """Catches a rate at 8 steps that is read as one at 25."""
+    values = {"passed": [1.0, 0.0, 1.0], "stock_passed": [1.0, 1.0, 1.0]}
+    for steps in (8, 25):
+        records.append(tmp_path, _record("turbo-default", steps, bench="check", values=values))
+    rows = TABLES["check"](tmp_path).splitlines()[2:4]
+    assert rows == [f"| turbo-default | {steps} | 2 of 3 | 3 of 3 |" for steps in (25, 8)]
+
+
+def test_the_plot_has_a_row_for_each_number_of_steps(tmp_path: Path) -> None:
+    """Catches a plot that leaves out the run of 8 steps, where nothing temporal helps."""
+    sizes = []
+    for steps in (25, 8):
+        for setting in ("a", "stock"):
+            records.append(tmp_path, _record(setting, steps))
+        plot_quality(tmp_path, tmp_path / "plot.png")
+        with Image.open(tmp_path / "plot.png") as image:
+            sizes.append(image.size)
+    assert sizes[1] == (sizes[0][0], 2 * sizes[0][1])
 
 
 def test_the_command_stands_under_the_table(tmp_path: Path) -> None:
