@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gen_turbo.core.plan import ReductionPlan
@@ -31,7 +31,7 @@ class AttentionMode(TorchFunctionMode):
         sizes: Tokens that each image key stands for, (b, M); None for one each.
         text_sizes: The same for text keys, (b, T).
         keys_before: Whether text keys come before those of the image.
-        backend: The kernel of diffusers' dispatch that computes it; None for PyTorch's own.
+        backend: The kernel of diffusers' dispatch that computes what has no mask; None for PyTorch's own.
     """
 
     def __init__(
@@ -92,8 +92,31 @@ class AttentionMode(TorchFunctionMode):
         return torch.cat(parts[::-1] if self.keys_before else parts, 1).float().log()
 
 
+def check_backend(backend: str, model: nn.Module) -> None:
+    """Tries a kernel on the model's device and type.
+
+    Raises:
+        ValueError: If there is no kernel of that name, its package is not installed, or it does not run there.
+    """
+    from diffusers.models import attention_dispatch
+
+    known = [name.value for name in attention_dispatch.AttentionBackendName]
+    if backend not in known:
+        raise ValueError(f"attention_backend must be one of {', '.join(known)}; got {backend!r}")
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    probe = torch.zeros(1, 16, 1, 64, device=parameter.device, dtype=parameter.dtype)
+    try:
+        attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(backend))
+        attention_dispatch.dispatch_attention_fn(probe, probe, probe, backend=backend)
+    except Exception as error:
+        place = f"{parameter.device.type} in {str(parameter.dtype).removeprefix('torch.')}"
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"attention_backend={backend!r} does not run on {place}: {reason}; try 'native'") from error
+
+
 def _attend(given: dict[str, Any], backend: str | None) -> Tensor:
-    if backend is None:
+    # Few kernels but PyTorch's own take masks, and some drop them without a word.
+    if backend is None or given.get("attn_mask") is not None:
         output: Tensor = F.scaled_dot_product_attention(**given)
         return output
     from diffusers.models.attention_dispatch import dispatch_attention_fn

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.contract import TokenReducer
-from gen_turbo.hosts.attention import reaches_attention
+from gen_turbo.hosts.attention import check_backend, reaches_attention
 from gen_turbo.hosts.base import DenoiserHost, Layer, SiteReport
 from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names
 from gen_turbo.hosts.block import BlockBinding
@@ -52,7 +52,8 @@ class DenoiserPart:
         }
         attended = {} if is_block else self.reductions
         if reducer.attention_backend is not None:
-            others = [layer for layer in host.layers(model) if layer.name not in attended]
+            check_backend(reducer.attention_backend, model)
+            others = [layer for layer in host.layers(model) if layer.name not in attended and _is_free(model, layer)]
             attended = attended | {layer.name: self._reduction(model, _passive(layer), 0.0, 0) for layer in others}
         self.bindings = {name: self._binding(model, reduction) for name, reduction in attended.items()}
 
@@ -61,11 +62,11 @@ class DenoiserPart:
 
     def _binding(self, model: nn.Module, reduction: Reduction) -> Binding:
         inner = _processor(model, reduction.layer.name)
-        needs = [name for name in ("keep_queries", "size_weighted") if getattr(self.reducer, name)]
+        needs = [name for name in ("keep_queries", "size_weighted", "attention_backend") if getattr(self.reducer, name)]
         if needs and not reaches_attention(inner):
             raise ValueError(
-                f"{' and '.join(needs)} cannot reach into {type(inner).__name__} at {reduction.layer.name}; set "
-                f"{' and '.join(needs)} to False or use the model's default attention processors"
+                f"{' and '.join(needs)} cannot reach into {type(inner).__name__} at {reduction.layer.name}, which "
+                "calls no attention kernel of PyTorch; leave them out or use the model's default attention processors"
             )
         return Binding(inner, reduction, self._host, positional_names(inner))
 
@@ -182,6 +183,11 @@ def _claimed(layers: list[Layer], ratios: Mapping[int, float]) -> list[Layer]:
 
 def _passive(layer: Layer) -> Layer:
     return layer if layer.left_alone else replace(layer, left_alone="level not chosen")
+
+
+def _is_free(model: nn.Module, layer: Layer) -> bool:
+    """Whether a layer's processor has no weights, which would leave the module tree with it."""
+    return not isinstance(_processor(model, layer.name), nn.Module)
 
 
 def _processor(model: nn.Module, name: str) -> Any:

@@ -59,4 +59,4 @@ def is_refused(name: str, settings: dict[str, object]) -> bool:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """Distance of a to b, by the size of b."""
-    return float((a - b).norm() / b.norm())
+    return ((a - b).norm() / b.norm()).item()
