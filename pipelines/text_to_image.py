@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ def text_to_image(config: PipelineConfig) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=config.local_files_only,
+            **_absent(checkpoint),
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -93,6 +95,13 @@ def _embedded(name: str) -> str:
     if name not in known:
         raise ConfigError(f"there is no embedded model {name!r}; inside this package: {', '.join(known) or 'none'}")
     return str(folder)
+
+
+def _absent(checkpoint: str) -> dict[str, None]:
+    """The parts that a local checkpoint was saved without; diffusers wants them named."""
+    index = Path(checkpoint) / _INDEX
+    parts = json.loads(index.read_text()) if index.is_file() else {}
+    return {name: None for name, source in parts.items() if source == [None, None]}
 
 
 def _reason(error: Exception, is_local: bool) -> str:

@@ -30,14 +30,14 @@ def weights_folder() -> Path:
     return Path(str(resources.files("gen_turbo.pipelines"))) / "weights" / "tiny"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, padded to 20."""
-    words = [*_SPECIAL, *sorted({*WORDS, *_LATER_WORDS})]
+def make_tokenizer(special: tuple[str, ...] = _SPECIAL) -> PreTrainedTokenizerFast:
+    """One token a word, padded to 20; the special words take the first numbers."""
+    words = [*special, *sorted({*WORDS, *_LATER_WORDS})]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+        single="<bos> $A <eos>", special_tokens=[(word, special.index(word)) for word in ("<bos>", "<eos>")]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -7,8 +7,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from gen_turbo.registry import METHODS
@@ -24,27 +25,40 @@ def load(name: str):
     return module
 
 
-def test_training_goes_on_where_it_stopped_and_ships_a_stock_pipeline(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "training", "seconds", "pipeline"),
+    [
+        ("train_tiny", "UNetTraining", ["0.5", "0.2", "0.2", "0.2"], StableDiffusionPipeline),
+        ("train_tiny_dit", "TransformerTraining", ["0.2", "0.2"], StableDiffusion3Pipeline),
+    ],
+)
+def test_training_goes_on_where_it_stopped_and_ships_a_stock_pipeline(
+    script, training, seconds, pipeline, tmp_path, monkeypatch
+):
     """Catches a checkpoint that is written and never read, and weights that no stock pipeline can load."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    train = load("train_tiny")
+    train = load(script)
     monkeypatch.setattr(train, "STAGES", tuple(replace(stage, batch=2) for stage in train.STAGES))
-    shipped = tmp_path / "shipped"
-    monkeypatch.setattr(train.tiny, "weights_folder", lambda: shipped)
+    monkeypatch.setattr(train.tiny, "weights_folder", lambda: tmp_path / "shipped" / "tiny")
 
-    def run(*seconds: str) -> int:
-        arguments = ["train_tiny", "--output", str(tmp_path), "--scenes", "8", "--seconds", *seconds]
+    def run() -> int:
+        arguments = [script, "--output", str(tmp_path / "run"), "--scenes", "8", "--seconds", *seconds]
         monkeypatch.setattr(sys, "argv", arguments)
         train.main()
-        return train.UNetTraining(tmp_path, 0).trainer.steps
+        return getattr(train, training)(tmp_path / "run", 0).trainer.steps
 
-    first = run("0.5", "0.2", "0.2", "0.2")
-    assert first >= 3
-    assert run("0.5", "0.2", "0.2", "0.2") == first
-    monkeypatch.setattr(sys, "argv", ["train_tiny", "--output", str(tmp_path), "--ship"])
+    first = run()
+    assert first >= len(train.STAGES)
+    assert run() == first
+    monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path / "run"), "--ship"])
     train.main()
-    assert load_file(shipped / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
-    StableDiffusionPipeline.from_pretrained(shipped, safety_checker=None)
+    shipped = tmp_path / "shipped" / script.removeprefix("train_").replace("_", "-")
+    is_unet = pipeline is StableDiffusionPipeline
+    absent = ("safety_checker",) if is_unet else ("text_encoder_3", "tokenizer_3")
+    pipeline.from_pretrained(shipped, **dict.fromkeys(absent))
+    weights = [load_file(path) for path in shipped.glob("*/diffusion_pytorch_model.safetensors")]
+    assert len(weights) == 2
+    assert all(value.dtype == torch.float16 for tensors in weights for value in tensors.values())
 
 
 def test_an_own_method_works(capsys, monkeypatch):
@@ -56,5 +70,5 @@ def test_an_own_method_works(capsys, monkeypatch):
 
 def test_every_example_is_run_by_a_test():
     """Catches an example that rots."""
-    tested = {"train_tiny", "training", "tiny_data", "muon", "own_method", "demo"}
+    tested = {"train_tiny", "train_tiny_dit", "training", "tiny_data", "muon", "own_method", "demo"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
