@@ -71,6 +71,8 @@ class TokenReducer(ABC):
             feed-forward, restoring each token by adding its slot's change. Saves more, further from stock.
         keep_queries: Merges keys and values only; every token still asks. Closer to stock, saves less.
         size_weighted: Lets a key that stands for several tokens weigh as much as they did.
+        text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
+            (SD3, Flux); attention counts each by its size. Equal tokens, such as padding, merge without loss.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
             every attention layer; None leaves the model's own.
     """
@@ -88,6 +90,7 @@ class TokenReducer(ABC):
     scope: str = "attention"
     keep_queries: bool = False
     size_weighted: bool = False
+    text_ratio: float = 0.0
     attention_backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -101,6 +104,8 @@ class TokenReducer(ABC):
             if not 0 <= ratio <= self.max_ratio or ratio >= 1:
                 bound = f"<= {self.max_ratio:g}" if self.max_ratio < 1 else "< 1"
                 raise ValueError(f"{name} must be the fraction of tokens to remove, 0 <= {name} {bound}; got {ratio}")
+        if not 0 <= self.text_ratio < 1:
+            raise ValueError(f"text_ratio must be a fraction of tokens, 0 <= text_ratio < 1; got {self.text_ratio}")
         if self.restore not in ("correct", "copy"):
             raise ValueError(f"restore must be 'correct' or 'copy'; got {self.restore!r}")
         if self.order not in (0, 1):

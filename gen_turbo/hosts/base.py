@@ -45,6 +45,7 @@ class Form:
         is_map: Whether tokens and output are maps.
         is_residual: Whether the layer adds its input itself, so that what is restored is the change.
         keys_before: Whether the attention's keys begin with those of the text; otherwise other keys come behind.
+        has_text_keys: Whether the attention's other keys are the text tokens of the root.
     """
 
     tokens: str = "hidden_states"
@@ -57,6 +58,7 @@ class Form:
     is_map: bool = False
     is_residual: bool = False
     keys_before: bool = False
+    has_text_keys: bool = False
 
     @property
     def shares_plan(self) -> bool:
@@ -196,6 +198,11 @@ class Host(Protocol):
 
 class DenoiserHost(Protocol):
     """One family of diffusers denoisers."""
+
+    @property
+    def text(self) -> tuple[str, ...]:
+        """Root arguments of text that can be merged: the embedding, then positions; empty where it cannot be."""
+        ...
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Every attention layer, those that can be reduced and those that are left alone."""

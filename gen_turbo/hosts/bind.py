@@ -80,10 +80,10 @@ class Binding:
         settings = self.reduction.reducer
         sizes = plan.sizes() if plan is not None and settings.size_weighted else None
         keys = plan if settings.keep_queries else None
-        text_sizes = stream.observation.text_sizes if stream is not None else None
+        form = self.reduction.layer.form
+        text_sizes = stream.observation.text_sizes if stream is not None and form.has_text_keys else None
         if keys is None and sizes is None and text_sizes is None and settings.attention_backend is None:
             return nullcontext()
-        form = self.reduction.layer.form
         return AttentionMode(keys, sizes, text_sizes, form.keys_before, settings.attention_backend)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gen_turbo.contract import Grid
 from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.hosts.base import Observation
+from gen_turbo.hosts.text import MergedText
 
 _MAX_STREAMS = 4
 
@@ -49,6 +50,7 @@ class Stream:
     num_reduced: int = 0
     plans: dict[tuple[Grid | None, int, float], PlannedAt] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
+    text: MergedText | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -95,8 +97,8 @@ class Clock:
         """Keeps the most that was ever remembered."""
         self.most_bytes = max(self.most_bytes, self.num_bytes)
 
-    def begin(self, observation: Observation) -> None:
-        """Notes that the root is called."""
+    def begin(self, observation: Observation) -> Stream:
+        """Notes that the root is called, and gives the stream that the call belongs to."""
         facts = self._run_facts()
         if (facts.marker if facts else None) is not (self._facts.marker if self._facts else None):
             self.forget()
@@ -111,6 +113,7 @@ class Clock:
             stream.step += 1
             stream.observation = observation
         self.current = stream
+        return stream
 
     def end(self) -> Stream | None:
         """Notes that the root has returned; after a run's last call its memory goes and the stream is given back."""

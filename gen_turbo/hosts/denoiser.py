@@ -17,10 +17,14 @@ from gen_turbo.hosts.attention import check_backend, reaches_attention
 from gen_turbo.hosts.base import DenoiserHost, Layer, SiteReport
 from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names
 from gen_turbo.hosts.block import BlockBinding
-from gen_turbo.hosts.clock import Clock, RunFacts
+from gen_turbo.hosts.clock import Clock, RunFacts, Stream
 from gen_turbo.hosts.reduction import Cost, Reduction
+from gen_turbo.hosts.text import merge_text
 
 _NOT_PER_TOKEN = ("add_", "norm", "context", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
+
+
+_INSIDE_ATTENTION = ("keep_queries", "size_weighted", "text_ratio", "attention_backend")
 
 
 class NoEffectWarning(UserWarning):
@@ -53,6 +57,11 @@ class DenoiserPart:
         attended = {} if is_block else self.reductions
         if reducer.attention_backend is not None:
             check_backend(reducer.attention_backend, model)
+        if reducer.text_ratio > 0 and not host.text:
+            raise ValueError(
+                f"text_ratio={reducer.text_ratio} has no text tokens to merge in {type(model).__name__}; leave it 0"
+            )
+        if reducer.attention_backend is not None or reducer.text_ratio > 0:
             others = [layer for layer in host.layers(model) if layer.name not in attended and _is_free(model, layer)]
             attended = attended | {layer.name: self._reduction(model, _passive(layer), 0.0, 0) for layer in others}
         self.bindings = {name: self._binding(model, reduction) for name, reduction in attended.items()}
@@ -62,7 +71,7 @@ class DenoiserPart:
 
     def _binding(self, model: nn.Module, reduction: Reduction) -> Binding:
         inner = _processor(model, reduction.layer.name)
-        needs = [name for name in ("keep_queries", "size_weighted", "attention_backend") if getattr(self.reducer, name)]
+        needs = [name for name in _INSIDE_ATTENTION if getattr(self.reducer, name)]
         if needs and not reaches_attention(inner):
             raise ValueError(
                 f"{' and '.join(needs)} cannot reach into {type(inner).__name__} at {reduction.layer.name}, which "
@@ -84,8 +93,10 @@ class DenoiserPart:
         for name, binding in self.bindings.items():
             _set_processor(model, name, bound_processor(binding))
 
-        def before(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            clock.begin(host.observe(model, {**dict(zip(self._names, args, strict=False)), **kwargs}))
+        def before(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            stream = clock.begin(host.observe(model, arguments))
+            return self._with_short_text(arguments, stream) if self.reducer.text_ratio > 0 else None
 
         is_positive = any(reduction.ratio > 0 for reduction in self.reductions.values())
 
@@ -101,6 +112,14 @@ class DenoiserPart:
         for name, block in self.blocks.items():
             self._handles += block.install(model.get_submodule(name))
         self._is_installed = True
+
+    def _with_short_text(self, arguments: dict[str, Any], stream: Stream) -> tuple[tuple[()], dict[str, Any]]:
+        """The root's arguments with merged text, which is made once per prompt."""
+        if stream.text is None:
+            stream.text = merge_text(arguments, self._host.text, self.reducer.text_ratio)
+        text = stream.text
+        stream.observation = replace(stream.observation, num_text=text.num_text, text_sizes=text.sizes)
+        return (), {**arguments, **text.arguments}
 
     def is_lost(self, name: str) -> bool:
         """Whether a later call put another processor in a binding's place."""

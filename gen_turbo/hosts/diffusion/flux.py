@@ -19,15 +19,21 @@ class FluxHost(TransformerHost):
 
     models = ("FluxTransformer2DModel",)
     attention = {
-        "transformer_blocks.*.attn": Form(keys_before=True, outputs=(0, 2), tables=_TABLES),
+        "transformer_blocks.*.attn": Form(keys_before=True, has_text_keys=True, outputs=(0, 2), tables=_TABLES),
         "single_transformer_blocks.*.attn": Form(
-            none=("encoder_hidden_states", "attention_mask"), has_text_before=True, keys_before=True, tables=_TABLES
+            none=("encoder_hidden_states", "attention_mask"),
+            has_text_before=True,
+            keys_before=True,
+            has_text_keys=True,
+            tables=_TABLES,
         ),
     }
     whole = {
         "transformer_blocks.*": Form(is_residual=True, outputs=(1,), none=(), tables=_TABLES),
         "single_transformer_blocks.*": Form(is_residual=True, outputs=(1,), none=(), tables=_TABLES),
     }
+
+    text = ("encoder_hidden_states", "txt_ids")
 
     def time(self, arguments: Mapping[str, Any]) -> float:
         """The pipeline passes thousandths."""

@@ -27,8 +27,9 @@ class SD3Host(JointHost):
     """SD3 and SD3.5: positions are in the tokens; dual layers attend to the image once more."""
 
     models = ("SD3Transformer2DModel",)
-    attention = {"transformer_blocks.*.attn": Form(), "transformer_blocks.*.attn2": SELF_ATTENTION}
+    attention = {"transformer_blocks.*.attn": Form(has_text_keys=True), "transformer_blocks.*.attn2": SELF_ATTENTION}
     whole = {"transformer_blocks.*": Form(is_residual=True, none=(), outputs=(1,))}
+    text = ("encoder_hidden_states",)
 
 
 class CogViewHost(JointHost):

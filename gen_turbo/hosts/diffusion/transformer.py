@@ -24,11 +24,13 @@ class TransformerHost:
         models: Names of the model classes.
         attention: The form of attention layers by name pattern, in which `*` stands for one part of a path.
         whole: The form of blocks by name pattern; empty where whole-block merging is not offered.
+        text: Root arguments of text that can be merged: the embedding, then positions.
     """
 
     models: tuple[str, ...] = ()
     attention: Mapping[str, Form] = {}
     whole: Mapping[str, Form] = {}
+    text: tuple[str, ...] = ()
 
     def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> DenoiserPart:
         """Prepares a reducer for the transformer."""

@@ -28,6 +28,7 @@ class UNetHost:
     """Enters UNet2DConditionModel by its `attn1` processors; everything else keeps its object."""
 
     models = ("UNet2DConditionModel",)
+    text = ()
 
     def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> DenoiserPart:
         """Prepares a reducer for the UNet."""
