@@ -45,7 +45,9 @@ def with_tables(text: str, folder: Path) -> str:
 
 
 def rewrite(path: Path, folder: Path) -> bool:
-    """Brings the tables of a file up to date and says whether the file changed."""
+    """Brings the tables of a file up to date and says whether the file changed; raises ValueError without a file."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; name a Markdown file with table markers, such as README.md")
     before = path.read_text(encoding="utf-8")
     after = with_tables(before, folder)
     if after != before:

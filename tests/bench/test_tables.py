@@ -8,7 +8,7 @@ from PIL import Image
 
 from gen_turbo.bench import records
 from gen_turbo.bench.plot import plot_quality
-from gen_turbo.bench.readme import with_tables
+from gen_turbo.bench.readme import rewrite, with_tables
 from gen_turbo.bench.records import BenchRecord
 from gen_turbo.bench.tables import NO_RECORDS, TABLES, attention_cost, quality
 from gen_turbo.cli import main
@@ -131,3 +131,9 @@ def test_a_plot_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["bench", "readme", str(readme), "--records", str(tmp_path), "--plot", str(tmp_path / "plot.png")]) == 2
     assert "gen-turbo bench quality" in capsys.readouterr().err
     assert not (tmp_path / "plot.png").exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """Catches an error number in place of a sentence."""
+    with pytest.raises(ValueError, match=r"there is no file .*none\.md; name a Markdown file"):
+        rewrite(tmp_path / "none.md", tmp_path)
