@@ -2,109 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gen_turbo.core.plan import ReductionPlan
+from tests.vlm.tiny_vlms import IMAGE, TinyVlm
+
+NOT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
-def reduce_row(x_NC: Tensor, plan: ReductionPlan, row: int, is_merged: bool) -> tuple[Tensor, list[int]]:
-    """The slots of one picture by the definition of a plan: means (or anchors), and the anchors' places."""
-    slots = plan.slot_BN[row % len(plan.slot_BN)].tolist()
-    anchors = plan.anchor_BM[row % len(plan.anchor_BM)].tolist()
+@dataclass
+class Method:
+    """What a method does to one picture: its plan for (1, n, C), where, and whether slots are averaged."""
+
+    plan: Callable[[Tensor], ReductionPlan]
+    cut: int = 0
+    is_merged: bool = True
+
+
+def reduce_row(x_NC: Tensor, plan: ReductionPlan, is_merged: bool) -> Tensor:
+    """The slots of one picture by the definition of a plan: means, or the anchors themselves."""
+    slots = plan.slot_BN[0].tolist()
     rows = []
-    for slot, anchor in enumerate(anchors):
+    for slot, anchor in enumerate(plan.anchor_BM[0].tolist()):
         members = [token for token, other in enumerate(slots) if other == slot]
         rows.append(torch.stack([x_NC[member] for member in members]).mean(0) if is_merged else x_NC[anchor])
-    return torch.stack(rows), anchors
+    return torch.stack(rows)
 
 
-def reduce_pictures(embeds_LC: Tensor, ids: Tensor, image: int, size: int, plan: Any, is_merged: bool) -> Any:
-    """One row with every picture reduced by `plan(tokens)`: embeddings, and the columns they stand at."""
-    parts, columns, at = [], [], 0
+def reduce_pictures(hidden_LC: Tensor, others: list[Tensor], ids: Tensor, size: int, method: Method) -> Any:
+    """One row with every picture reduced by the plan on its hidden states: those, the others, and the columns kept."""
+    is_merged = method.is_merged and method.cut == 0
+    streams, columns, at = [[] for _ in range(1 + len(others))], [], 0
     while at < len(ids):
-        if ids[at] != image:
-            parts.append(embeds_LC[at : at + 1])
-            columns.append(at)
-            at += 1
-            continue
-        tokens = embeds_LC[at : at + size]
-        slots, anchors = reduce_row(tokens, plan(tokens[None]), 0, is_merged)
-        parts.append(slots)
-        columns += [at + anchor for anchor in anchors]
-        at += size
-    return torch.cat(parts), columns
+        end = at + (size if ids[at] == IMAGE else 1)
+        plan = method.plan(hidden_LC[None, at:end]) if ids[at] == IMAGE else ReductionPlan.identity(1, 1)
+        for stream, x in zip(streams, (hidden_LC, *others), strict=True):
+            stream.append(reduce_row(x[at:end], plan, is_merged))
+        columns += [at + anchor for anchor in plan.anchor_BM[0].tolist()]
+        at = end
+    hidden, *others = (torch.cat(stream) for stream in streams)
+    return hidden, others, columns
 
 
-def run_layers(text: nn.Module, hidden: Tensor, positions: Tensor, first: int, last: int) -> Tensor:
-    """Decoder layers `first` to `last` on one row (1, n, C) with a plain causal mask made here."""
+def run_layers(
+    text: nn.Module, hidden: Tensor, positions: Tensor, first: int, last: int, prefix: int, deep: Any
+) -> Any:
+    """Decoder layers `first` to `last` on one row (1, n, C), causal but for the first `prefix` columns."""
     length = hidden.shape[1]
     mask = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+    mask[..., :prefix, :prefix] = 0
     rotary = text.rotary_emb(hidden, position_ids=positions)
-    for layer in text.layers[first:last]:
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
+    for index in range(first, last):
+        hidden = text.layers[index](hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
+        if index < len(deep):
+            hidden = hidden + deep[index][None]
     return hidden
 
 
-@torch.no_grad()
-def next_logits(
-    model: nn.Module, ids: Tensor, embeds: Tensor, positions: Tensor, size: int, plan: Any, cut: int, is_merged: bool
-) -> Tensor:
-    """Logits after one unpadded row whose pictures are in `embeds` already.
+def positions_of(model: nn.Module, ids: Tensor, count: int) -> Tensor:
+    """Positions of one unpadded row."""
+    if hasattr(model.model, "get_rope_index"):
+        types = (ids == IMAGE).int()[None]
+        grid = torch.tensor([[1, 8, 8]] * count) if count else None
+        model.model.rope_deltas, before = None, model.model.rope_deltas
+        positions = model.model.get_rope_index(ids[None], mm_token_type_ids=types, image_grid_thw=grid)[0]
+        model.model.rope_deltas = before
+        return positions
+    one_based = int("PaliGemma" in type(model).__name__)
+    return torch.arange(len(ids))[None] + one_based
 
-    Args:
-        model: A causal model with `model.language_model`.
-        ids: (n,) tokens, image placeholders among them.
-        embeds: (n, C).
-        positions: (..., n), the positions of the full row.
-        size: Tokens of a picture.
-        plan: Plans for (1, size, C).
-        cut: 0 before the language model, else the first decoder layer without the dropped tokens.
-        is_merged: Whether slots are averaged.
-    """
-    text, image = model.model.language_model, model.config.image_token_id
-    hidden = run_layers(text, embeds[None], positions, 0, cut)[0]
-    hidden, columns = reduce_pictures(hidden, ids, image, size, plan, is_merged and cut == 0)
+
+@torch.no_grad()
+def features_of(model: nn.Module, vlm: TinyVlm, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Features of each picture, and per later layer what is added to them there."""
+    out = model.get_image_features(**{name: value for name, value in inputs.items() if name not in NOT_INPUTS})
+    pictures = [one for features in out.pooler_output if len(features) for one in features.split(vlm.num_tokens)]
+    deep = getattr(out, "deepstack_features", None) or []
+    return pictures, [[one for part in level for one in part.split(vlm.num_tokens)] for level in deep]
+
+
+@torch.no_grad()
+def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: list, prompt: int, method: Method) -> Any:
+    """Logits after one unpadded row (n,) whose first `prompt` tokens are the prompt."""
+    text = model.get_submodule(vlm.text)
+    safe = ids.masked_fill(ids == IMAGE, 0) if "PaliGemma" in type(model).__name__ else ids
+    hidden = model.get_input_embeddings()(safe).clone()
+    added = [torch.zeros_like(hidden) for _ in deep]
+    if own:
+        hidden[ids == IMAGE] = torch.cat(own)
+        for target, level in zip(added, deep, strict=True):
+            target[ids == IMAGE] = torch.cat(level)
+    positions = positions_of(model, ids, len(own))
+    is_prefix = "PaliGemma" in type(model).__name__
+    hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added)[0]
+    hidden, added, columns = reduce_pictures(hidden, added, ids, vlm.num_tokens, method)
+    kept = sum(column < prompt for column in columns) * is_prefix
     depth = text.config.num_hidden_layers
-    out = text.norm(run_layers(text, hidden[None], positions[..., columns], cut, depth))
+    out = text.norm(run_layers(text, hidden[None], positions[..., columns], method.cut, depth, kept, added))
     return model.lm_head(out[0, -1])
 
 
 @torch.no_grad()
-def embeddings(model: nn.Module, ids: Tensor, features: list[Tensor]) -> Tensor:
-    """One row of token embeddings with features in place of the placeholders."""
-    embeds = model.get_input_embeddings()(ids)
-    is_image = ids == model.config.image_token_id
-    embeds[is_image] = torch.cat(features)
-    return embeds
-
-
-@torch.no_grad()
 def generated_logits(
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    tokens: Tensor,
-    size: int,
-    plan: Any,
-    cut: int,
-    is_merged: bool = True,
-    features: list[Tensor] | None = None,
+    model: nn.Module, vlm: TinyVlm, inputs: dict[str, Tensor], tokens: Tensor, method: Method, features: Any = None
 ) -> Tensor:
     """Logits (B, steps, V) before each of the tokens (B, steps) that were generated after a prompt."""
-    if features is None:
-        features = list(model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output)
+    pictures, deep = features if features is not None else features_of(model, vlm, inputs)
     rows = []
     for ids, mask, new in zip(inputs["input_ids"], inputs["attention_mask"], tokens, strict=True):
         ids = ids[mask.bool()]
-        count = int((ids == model.config.image_token_id).sum()) // size
-        own, features = features[:count], features[count:]
-        steps = []
-        for step in range(len(new)):
-            row = torch.cat([ids, new[:step]])
-            embeds = embeddings(model, row, own) if own else model.get_input_embeddings()(row)
-            positions = torch.arange(len(row))[None]
-            steps.append(next_logits(model, row, embeds, positions, size, plan, cut, is_merged))
-        rows.append(torch.stack(steps))
+        count = int((ids == IMAGE).sum()) // vlm.num_tokens
+        own, pictures = pictures[:count], pictures[count:]
+        levels, deep = [level[:count] for level in deep], [level[count:] for level in deep]
+        grown = [torch.cat([ids, new[:step]]) for step in range(len(new))]
+        rows.append(torch.stack([next_logits(model, vlm, row, own, levels, len(ids), method) for row in grown]))
     return torch.stack(rows)

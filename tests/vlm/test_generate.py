@@ -5,50 +5,73 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gen_turbo import IdentityProcessor, RandomProcessor, ToMeProcessor, TurboProcessor, attach
+from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach
 from gen_turbo.hosts.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
-from tests.vlm.tiny_vlms import PROMPTS, VLMS, Prompt
+from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS, Prompt
 
 # Float32 sums in another order over a few layers; what a wrong mask or position does is a thousand times more.
 TOLERANCE = 1e-4
-STEPS = 4
+STEPS = 3
 
 
 def generate(model, inputs, **kwargs):
     """Greedy tokens and the logits they were chosen from: (B, steps), (B, steps, V)."""
-    settings = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings: dict = {
+        "max_new_tokens": STEPS,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    # A picture's placeholder among the generated tokens would mean nothing.
+    settings["suppress_tokens"] = [IMAGE]
     out = model.generate(**inputs, **(settings | kwargs))
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     return new, torch.stack(out.logits, 1), out
 
 
-def plan_of(processor):
-    """The method's plan for one picture, as the gate calls it without a semantic value."""
-    return lambda tokens: processor.plan_tokens(tokens, grid=(4, 4))
+def oracle_method(processor, vlm, cut=0):
+    """What a method does to one picture, as the gate or the decoder calls it without a semantic value."""
+    return oracle.Method(lambda tokens: processor.plan_tokens(tokens, grid=vlm.grid), cut)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("family", VLMS)
-@pytest.mark.parametrize("cut", [0, 1, 2])
+def placed(processor, cut):
+    """The method at the gate, or in the decoder from layer `cut` on."""
+    return Placed(processor, place="decoder", layer=cut) if cut else processor
+
+
+# Everything for one model of each kind of position and mask; for the others what is hardest.
+WHOLE = ("llava", "qwen3", "paligemma")
+CASES = [
+    (family, prompt, attention, cut)
+    for family in VLMS
+    for prompt in PROMPTS
+    for attention in ("sdpa", "eager")
+    for cut in (0, 1, 2)
+    if (prompt == "ragged_padded" and cut != 1)
+    or (prompt == "one" and attention == "sdpa" and cut < 2)
+    or (family in WHOLE and cut != 1)
+]
+
+
+@pytest.mark.parametrize(("family", "prompt", "attention", "cut"), CASES)
 def test_generate_equals_the_oracle(family, prompt, attention, cut):
     """Catches a wrong mask, position or cache length at any step, row or padding."""
     vlm = VLMS[family]
     model, inputs = vlm.make(attention), PROMPTS[prompt].inputs(vlm)
     method = TurboProcessor(0.6, semantic="none")
-    place = Placed(method, place="decoder", layer=cut) if cut else method
-    stock = generate(model, inputs)[1]
-    with attach(model, place):
+    with attach(model, placed(method, cut)):
         new, logits, _ = generate(model, inputs)
-    expected = oracle.generated_logits(model, inputs, new, vlm.num_tokens, plan_of(method), cut)
+    expected = oracle.generated_logits(model, vlm, inputs, new, oracle_method(method, vlm, cut))
     assert (logits - expected).abs().max() < TOLERANCE
-    assert (logits[:, 0] - stock[:, 0]).abs().max() > 100 * TOLERANCE
+    if prompt == "one":
+        stock = generate(model, inputs)[1]
+        assert (logits[:, 0] - stock[:, 0]).abs().max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("cut", [0, 2])
-@pytest.mark.parametrize("processor", [TurboProcessor(0.0), IdentityProcessor(0.5), ToMeProcessor(0.0)])
+@pytest.mark.parametrize("processor", [TurboProcessor(0.0), IdentityProcessor(0.5)])
 @pytest.mark.parametrize("family", VLMS)
 def test_nothing_removed_is_bit_identical(family, processor, cut):
     """Catches a hook that computes even the identity another way."""
@@ -71,11 +94,14 @@ def test_detach_restores_every_object(family, cut):
     generate(model, inputs)
     attachment.detach()
     attachment.detach()
-    assert differences(before, model_state(model)) == []
+    # Positions that Qwen models keep from call to call, attached or not.
+    assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}
 
-    with pytest.raises(Exception), attach(model, TurboProcessor(0.5)):  # noqa: B017  whatever transformers raises
-        model(**inputs | {"pixel_values": inputs["pixel_values"][:0]})
-    assert differences(before, model_state(model)) == []
+    inputs["input_ids"][0, -1] = IMAGE
+    with pytest.raises(ValueError, match="[Ii]mage"), attach(model, TurboProcessor(0.5)):
+        model(**inputs)
+    # Positions that Qwen models keep from call to call, attached or not.
+    assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}
 
 
 @pytest.mark.parametrize("cut", [0, 2])
@@ -85,12 +111,11 @@ def test_beams_keep_their_own_prompt(family, cut):
     vlm = VLMS[family]
     model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
     method = TurboProcessor(0.6, semantic="none")
-    with attach(model, Placed(method, place="decoder", layer=cut) if cut else method):
-        out = model.generate(**inputs, num_beams=3, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True,
-                             output_scores=True, num_return_sequences=2)  # fmt: skip
+    with attach(model, placed(method, cut)):
+        _, _, out = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     for best in range(2):
-        expected = oracle.generated_logits(model, inputs, new[best::2], vlm.num_tokens, plan_of(method), cut)
+        expected = oracle.generated_logits(model, vlm, inputs, new[best::2], oracle_method(method, vlm, cut))
         score = expected.log_softmax(-1).gather(2, new[best::2, :, None]).sum((1, 2)) / STEPS
         assert (score - out.sequences_scores[best::2]).abs().max() < TOLERANCE
 
@@ -140,7 +165,7 @@ def test_right_padding_gives_the_same_logits(cut):
     model, processor = vlm.make("sdpa"), TurboProcessor(0.6, semantic="none")
     left = PROMPTS["ragged_padded"].inputs(vlm)
     right = Prompt(PROMPTS["ragged_padded"].rows, "right").inputs(vlm)
-    with attach(model, Placed(processor, place="decoder", layer=cut) if cut else processor):
+    with attach(model, placed(processor, cut)):
         at_end = generate(model, left)[1][:, 0]
         everywhere = model(**right).logits
     last = right["attention_mask"].sum(1) - 1
@@ -157,7 +182,7 @@ def test_a_second_turn_goes_on_with_the_cache(prompt, cut, attention):
     model, inputs = vlm.make(attention), PROMPTS[prompt].inputs(vlm)
     method = TurboProcessor(0.6, semantic="none")
     extra = torch.arange(10, 16).repeat(len(inputs["input_ids"]), 1)
-    with attach(model, Placed(method, place="decoder", layer=cut) if cut else method):
+    with attach(model, placed(method, cut)):
         new, _, first = generate(model, inputs)
         ids = torch.cat([first.sequences, extra], 1)
         mask = torch.cat(
@@ -173,7 +198,7 @@ def test_a_second_turn_goes_on_with_the_cache(prompt, cut, attention):
         handle.remove()
     assert calls[0] == ids.shape[1] - held
     continued = {**inputs, "input_ids": ids, "attention_mask": mask.long()}
-    expected = oracle.generated_logits(model, continued, again, vlm.num_tokens, plan_of(method), cut)
+    expected = oracle.generated_logits(model, vlm, continued, again, oracle_method(method, vlm, cut))
     assert (logits - expected).abs().max() < TOLERANCE
 
 
@@ -184,7 +209,7 @@ def test_a_picture_in_the_second_turn_is_reduced_too(cut):
     model = vlm.make("sdpa")
     method = TurboProcessor(0.6, semantic="none")
     inputs = PROMPTS["ragged_padded"].inputs(vlm)
-    with attach(model, Placed(method, place="decoder", layer=cut) if cut else method):
+    with attach(model, placed(method, cut)):
         _, _, first = generate(model, inputs)
         turn = torch.tensor([[5, 6] + [99] * 16 + [7]] * 3)
         ids = torch.cat([first.sequences, turn], 1)
@@ -196,7 +221,9 @@ def test_a_picture_in_the_second_turn_is_reduced_too(cut):
         again, logits, _ = generate(model, new, past_key_values=first.past_key_values)
     old = inputs["pixel_values"]
     order = torch.cat([old[:2], more[:1], old[2:3], more[1:2], more[2:]])
-    expected = oracle.generated_logits(model, new | {"pixel_values": order}, again, 16, plan_of(method), cut)
+    expected = oracle.generated_logits(
+        model, vlm, new | {"pixel_values": order}, again, oracle_method(method, vlm, cut)
+    )
     assert (logits - expected).abs().max() < TOLERANCE
 
 

@@ -106,7 +106,7 @@ def test_the_language_model_reads_each_slot_once(family, prompt):
         rows = [row for row, one in enumerate(features) if torch.equal(one, tokens[0])]
         return type(plan)(plan.slot_BN[rows[:1]], plan.anchor_BM[rows[:1]])
 
-    expected = oracle.generated_logits(model, inputs, new, 16, planned, 0, False, features=list(features))
+    expected = oracle.generated_logits(model, vlm, inputs, new, oracle.Method(planned, 0, False), (list(features), []))
     assert logits.shape[1] == STEPS and (logits - expected).abs().max() < TOLERANCE
 
 

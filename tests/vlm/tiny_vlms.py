@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    GemmaConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 
 IMAGE, PAD = 99, 0
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
@@ -22,7 +46,7 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -30,6 +54,9 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+# Features that Qwen3-VL adds after the first decoder layers, one for each of these blocks of its tower.
+_DEEP = [0]
 
 
 @dataclass(frozen=True)
@@ -38,15 +65,21 @@ class TinyVlm:
 
     Attributes:
         make: Builds the model with an attention implementation.
-        pixels: Makes the arguments that bring `n` pictures.
         num_tokens: Image tokens of one picture.
-        between: Tokens that the family puts around a picture.
+        text: Path of the language model.
+        grid: (height, width) of a picture in tokens, where the family knows it.
+        cuts: Decoder layers to cut at.
+        pictures: Makes the arguments that bring pictures, from the number in each row.
+        extra: Makes further arguments from the token ids and the mask.
     """
 
-    make: Callable[[str], nn.Module]
-    pixels: Callable[[int], dict[str, Tensor]]
+    make: Callable[..., nn.Module]
     num_tokens: int = 16
-    extra: Callable[[Tensor], dict[str, Tensor]] = field(default=lambda ids: {})
+    text: str = "model.language_model"
+    grid: tuple[int, int] | None = (4, 4)
+    cuts: tuple[int, ...] = (1, 2)
+    pictures: Callable[[list[int]], dict[str, Tensor]] = lambda counts: {"pixel_values": pixels(sum(counts))}
+    extra: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda ids, mask: {}
 
 
 def ready(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -65,26 +98,144 @@ def pixels(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def _llava(attention: str, vision: Any = CLIPVisionConfig, strategy: str = "default") -> nn.Module:
-    config = LlavaConfig(
-        vision_config=vision(**VISION),
-        vision_feature_select_strategy=strategy,
-        text_config=LlamaConfig(**TEXT),
-        image_token_index=IMAGE,
-        image_seq_length=16,
+def _maker(model: Any, config: Any, **settings: Any) -> Callable[[str], nn.Module]:
+    def make(attention: str = "sdpa") -> nn.Module:
+        made = config(**{name: value() if callable(value) else value for name, value in settings.items()})
+        made._attn_implementation = attention
+        torch.manual_seed(0)
+        return ready(model(made))
+
+    return make
+
+
+def _llama() -> LlamaConfig:
+    return LlamaConfig(**TEXT)
+
+
+def _qwen(model: Any, config: Any, vision: dict[str, Any], **text: Any) -> Callable[[str], nn.Module]:
+    common = {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 3, "in_channels": 3}
+    return _maker(
+        model,
+        config,
+        vision_config=lambda: {**common, **vision},
+        text_config=lambda: {**TEXT, "rope_parameters": dict(_ROPE), **text},
+        image_token_id=IMAGE,
+        video_token_id=98,
+        vision_start_token_id=97,
+        vision_end_token_id=96,
     )
-    config._attn_implementation = attention
-    return ready(LlavaForConditionalGeneration(config))
 
 
-def _llava_siglip(attention: str) -> nn.Module:
-    return _llava(attention, SiglipVisionConfig, "full")
+def _qwen_pictures(counts: list[int]) -> dict[str, Tensor]:
+    """Pictures of 64 x 64 pixels: 8 x 8 patches of two frames, 4 x 4 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(sum(counts) * 64, 3 * 2 * 8 * 8, generator=generator)
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 8, 8]] * sum(counts))}
 
 
-VLMS = {
-    "llava": TinyVlm(_llava, lambda count: {"pixel_values": pixels(count)}),
-    "llava_siglip": TinyVlm(_llava_siglip, lambda count: {"pixel_values": pixels(count)}),
+def _types(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    return {"mm_token_type_ids": (ids == IMAGE).int()}
+
+
+def _rows_of_pictures(counts: list[int]) -> dict[str, Tensor]:
+    """Pictures in rows (B, most, 3, 64, 64), rows with fewer filled up with zeros."""
+    rows = torch.zeros(len(counts), max(counts), 3, 64, 64)
+    generator = torch.Generator().manual_seed(0)
+    for row, count in enumerate(counts):
+        rows[row, :count] = torch.randn(count, 3, 64, 64, generator=generator)
+    return {"pixel_values": rows}
+
+
+def _next_pictures(counts: list[int]) -> dict[str, Tensor]:
+    """Square pictures: a thumbnail and one tile each, whose rows end in a newline."""
+    tiles = torch.randn(sum(counts), 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": tiles, "image_sizes": torch.tensor([[32, 32]] * sum(counts))}
+
+
+_CLIP = {"vision_config": lambda: CLIPVisionConfig(**VISION), "text_config": _llama, "image_token_index": IMAGE}
+_TILES = {
+    "vision_config": lambda: {**VISION, "image_size": 64},
+    "text_config": lambda: {**TEXT, "model_type": "llama"},
+    "image_token_id": IMAGE,
+    "scale_factor": 2,
+    "pad_token_id": PAD,
 }
+_QWEN = {"pictures": _qwen_pictures, "extra": _types}
+VLMS = {
+    "llava": TinyVlm(_maker(LlavaForConditionalGeneration, LlavaConfig, **_CLIP)),
+    "llava_siglip": TinyVlm(
+        _maker(
+            LlavaForConditionalGeneration,
+            LlavaConfig,
+            **_CLIP | {"vision_config": lambda: SiglipVisionConfig(**VISION)},
+            vision_feature_select_strategy="full",
+        )
+    ),
+    "llava_next": TinyVlm(
+        _maker(LlavaNextForConditionalGeneration, LlavaNextConfig, **_CLIP, image_grid_pinpoints=[[32, 32]]),
+        num_tokens=16 + 4 * 5,
+        grid=None,
+        pictures=_next_pictures,
+    ),
+    "qwen2": TinyVlm(
+        _qwen(Qwen2VLForConditionalGeneration, Qwen2VLConfig, {"embed_dim": 32, "hidden_size": 32, "num_heads": 4}),
+        **_QWEN,
+    ),
+    "qwen2_5": TinyVlm(
+        _qwen(
+            Qwen2_5_VLForConditionalGeneration,
+            Qwen2_5_VLConfig,
+            {"hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
+             "window_size": 32, "fullatt_block_indexes": [1]},
+        ),
+        **_QWEN,
+    ),
+    "qwen3": TinyVlm(
+        _qwen(
+            Qwen3VLForConditionalGeneration,
+            Qwen3VLConfig,
+            {"hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
+             "num_position_embeddings": 64, "deepstack_visual_indexes": _DEEP},
+            head_dim=8,
+        ),
+        **_QWEN,
+    ),
+    "internvl": TinyVlm(
+        _maker(
+            InternVLForConditionalGeneration,
+            InternVLConfig,
+            vision_config=lambda: {**VISION, "image_size": [64, 64], "patch_size": [8, 8]},
+            text_config=lambda: Qwen2Config(**TEXT),
+            image_token_id=IMAGE,
+            downsample_ratio=0.5,
+        ),
+        pictures=lambda counts: {
+            "pixel_values": torch.randn(sum(counts), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        },
+    ),
+    "idefics3": TinyVlm(
+        _maker(Idefics3ForConditionalGeneration, Idefics3Config, **_TILES),
+        text="model.text_model",
+        pictures=_rows_of_pictures,
+    ),
+    "smolvlm": TinyVlm(
+        _maker(SmolVLMForConditionalGeneration, SmolVLMConfig, **_TILES),
+        text="model.text_model",
+        pictures=_rows_of_pictures,
+    ),
+    "paligemma": TinyVlm(
+        _maker(
+            PaliGemmaForConditionalGeneration,
+            PaliGemmaConfig,
+            vision_config=lambda: SiglipVisionConfig(**VISION),
+            text_config=lambda: GemmaConfig(**TEXT, head_dim=8),
+            image_token_index=IMAGE,
+            projection_dim=32,
+            hidden_size=32,
+        ),
+        extra=lambda ids, mask: {"token_type_ids": torch.zeros_like(ids)},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +253,8 @@ class Prompt:
             parts = [
                 torch.full((vlm.num_tokens,), IMAGE)
                 if part == "i"
-                else torch.randint(3, 90, (int(part),), generator=generator)
+                # As long as a picture, so that rows with more and with fewer pictures are of one length.
+                else torch.randint(3, 90, (vlm.num_tokens if part == "t" else int(part),), generator=generator)
                 for part in row
             ]
             rows.append(torch.cat(parts))
@@ -111,14 +263,14 @@ class Prompt:
         for index, row in enumerate(rows):
             place = slice(length - len(row), length) if self.side == "left" else slice(0, len(row))
             ids[index, place], mask[index, place] = row, 1
-        count = sum(part == "i" for row in self.rows for part in row)
-        return {"input_ids": ids, "attention_mask": mask, **vlm.pixels(count), **vlm.extra(ids)}
+        counts = [row.count("i") for row in self.rows]
+        return {"input_ids": ids, "attention_mask": mask, **vlm.pictures(counts), **vlm.extra(ids, mask)}
 
 
 PROMPTS = {
     "one": Prompt([[2, "i", 5]]),
     "even": Prompt([[2, "i", 5], [4, "i", 3]]),
     "padded": Prompt([[2, "i", 7], [1, "i", 2]]),
-    "ragged": Prompt([[2, "i", 3, "i", 2], [2, "i", 21]]),
+    "ragged": Prompt([[2, "i", 3, "i", 2], [2, "i", 5, "t"]]),
     "ragged_padded": Prompt([[2, "i", 3, "i", 2], [2, "i", 5], [6]]),
 }

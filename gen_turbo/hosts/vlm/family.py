@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_turbo.contract import Grid, TokenReducer
@@ -19,18 +20,22 @@ class TowerFacts:
         module: The tower's path in the model; its output is what later code reads.
         encoder: Path, from the tower, of the module that holds the list of blocks.
         blocks: Name of the list of blocks in the encoder.
+        kinds: Model types of the configurations of towers built like this; others are left alone.
         num_leading: Class tokens in front of the patches.
         last_block: Gives, for a model, the index of the block whose output later code reads.
+        attention: Name, in a block, of its self-attention.
         norm2: Name, in a block, of the norm between attention and MLP.
         has_qkv: Whether attention makes queries, keys and values in one layer `qkv` and takes no mask.
         is_restored: Whether later code needs every patch again.
     """
 
     module: str
+    kinds: tuple[str, ...]
     encoder: str = "encoder"
     blocks: str = "layers"
     num_leading: Callable[[nn.Module], int] = lambda model: 0
     last_block: Callable[[nn.Module], int] = lambda model: -1
+    attention: str = "self_attn"
     norm2: str = "layer_norm2"
     has_qkv: bool = False
     is_restored: bool = True
@@ -46,6 +51,8 @@ class Family:
         tower: The vision tower; None where it cannot be reduced.
         grids: Gives, for a base model, the arguments of its call and the lengths of the images, the (height, width)
             of each in tokens; None where it has none.
+        pieces: Gives, for a base model, how many tokens one picture has at most, where features of several pictures
+            come in one; None where each picture's come alone.
         masks_in_base: Whether the base model turns the 2D mask into a 4D one before the language model sees it.
         gate: Why image tokens cannot be reduced before the language model; empty if they can.
     """
@@ -54,6 +61,7 @@ class Family:
     text: str = "model.language_model"
     tower: TowerFacts | None = None
     grids: Callable[[nn.Module, dict[str, Any], list[int]], list[Grid | None]] | None = None
+    pieces: Callable[[nn.Module], int] | None = None
     masks_in_base: bool = False
     gate: str = ""
 
@@ -79,7 +87,7 @@ def image_token_mask(base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
         return mask
     if embeds is None:
         return None
-    placeholder = base.get_input_embeddings().weight[token].to(embeds)  # type: ignore[operator]
+    placeholder = base.get_input_embeddings()(torch.tensor(token, device=embeds.device)).to(embeds)  # type: ignore[operator]
     found: Tensor = (embeds == placeholder).all(-1)
     return found
 

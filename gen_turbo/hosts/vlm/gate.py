@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gen_turbo.contract import Grid
 from gen_turbo.core.columns import Columns
 from gen_turbo.hosts.vlm.cache import ShortenedCache, shortened
 from gen_turbo.hosts.vlm.family import Family, image_token_mask
+from gen_turbo.hosts.vlm.origin import Seen
 from gen_turbo.hosts.vlm.run import Pictures, Planner, Reduction, reduce
 
 
@@ -27,6 +27,7 @@ class Gate:
     Attributes:
         planner: Plans for the image tokens before the language model; None lets all of them pass.
         is_merged: Whether slots are averaged or only their anchors stay.
+        seen: The pictures whose features were made last.
         pictures: The image tokens of this call as the first decoder layer sees them; None where there are none.
         held: Columns that the first layer's cache held when this call began.
         length: Columns of this call that reach the first layer.
@@ -44,7 +45,7 @@ class Gate:
         self._arguments = list(inspect.signature(base.forward).parameters)
         self._given: dict[str, Any] = {}
         self._features: list[Tensor] = []
-        self._made: set[int] = set()
+        self.seen = Seen()
         self._forget()
 
     def install(self) -> list[Any]:
@@ -56,19 +57,31 @@ class Gate:
             self._text.register_forward_hook(self._after_text, with_kwargs=True),
         ]
 
-    def watch(self, get_image_features: Callable[..., Any], note: Callable[[list[Tensor]], None]) -> Callable[..., Any]:
+    def watch(self, get_image_features: Callable[..., Any], note: Callable[[Seen], None]) -> Callable[..., Any]:
         """Wraps the base model's `get_image_features` so that the features of each picture are seen."""
+        signature = inspect.signature(get_image_features)
 
         @wraps(get_image_features)
         def watched(*args: Any, **kwargs: Any) -> Any:
             output = get_image_features(*args, **kwargs)
             pooled = output.pooler_output if hasattr(output, "pooler_output") else output
-            self._features = list(pooled)
-            self._made = {len(features) for features in self._features}
-            note(self._features)
+            self._features = self._pictures_of(pooled)
+            lengths = [len(features) for features in self._features]
+            grids = self._family.grids or (lambda base, given, lengths: [None] * len(lengths))
+            given = signature.bind_partial(*args, **kwargs).arguments
+            self.seen = Seen(self._features, grids(self._base, {**given, **given.get("kwargs", {})}, lengths))
+            note(self.seen)
             return output
 
         return watched
+
+    def _pictures_of(self, pooled: Any) -> list[Tensor]:
+        """Features of each picture on its own."""
+        pieces = self._family.pieces
+        if pieces is None:
+            return list(pooled)
+        most = pieces(self._base)
+        return [one for features in pooled if len(features) for one in features.split(most)]
 
     def _forget(self) -> None:
         self.pictures: Pictures | None = None
@@ -85,7 +98,7 @@ class Gate:
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            self._features = list(encoded.pooler_output)
+            self._features = self._pictures_of(encoded.pooler_output)
         if encoded is not None or given.get("pixel_values") is not None:
             self._given = {**given, "is_image": image_token_mask(base, given)}
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
@@ -100,17 +113,14 @@ class Gate:
         if is_image is None or not self._features:
             return None
         lengths = [len(features) for features in self._features]
-        made, self._made = self._made, set()
-        if int(is_image.sum()) != sum(lengths) or (made and not made.issuperset(lengths)):
+        origins = self.seen.find(self._features)
+        if int(is_image.sum()) != sum(lengths):
             raise ValueError(
-                f"{int(is_image.sum())} image placeholders for {sum(lengths)} image features; prefill in one piece "
-                "(leave out prefill_chunk_size) and pass every picture of the prompt"
+                f"{int(is_image.sum())} image placeholders for {sum(lengths)} image features; pass every picture of "
+                "the prompt, and only those"
             )
-        grids = self._family.grids
-        known: list[Grid | None] = [None] * len(lengths)
-        if grids is not None:
-            known = grids(self._base, self._given, lengths)
-        return Pictures(is_image.to(embeds_BLC.device), lengths, known, self._features)
+        grids = [None if origin is None else self.seen.grids[origin] for origin in origins]
+        return Pictures(is_image.to(embeds_BLC.device), lengths, grids, origins)
 
     def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         embeds = kwargs.get("inputs_embeds")
@@ -162,7 +172,8 @@ class Gate:
             changed.update(_deepstack(kwargs, reduction, here, self.is_merged))
         self.length = here.num_kept
         is_image = here.mask(self.pictures.is_image_BL)
-        self.pictures = Pictures(is_image, reduction.lengths(), [None] * len(self._features), self._features)
+        before = self.pictures
+        self.pictures = Pictures(is_image, reduction.lengths(), [None] * len(before.lengths), before.origins)
         return changed
 
     def _mask(self, mask: Tensor | None, cache: Any) -> Tensor | None:

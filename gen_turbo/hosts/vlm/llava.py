@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP or SigLIP tower, a projector, a causal language model."""
+"""LLaVA-1.5 and LLaVA-NeXT: a CLIP or SigLIP tower, a projector, a causal language model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import nn
 
 from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost, square_grids
 
+KINDS = ("clip_vision_model", "siglip_vision_model")
 
-def _last_block(model: nn.Module) -> int:
+
+def feature_block(model: nn.Module) -> int:
     """The block whose output is projected; hidden state 0 is what enters the first block."""
     config: Any = model.config
     layer = config.vision_feature_layer
@@ -17,13 +19,13 @@ def _last_block(model: nn.Module) -> int:
     return last if last < 0 else last - 1
 
 
-def _num_leading(model: nn.Module) -> int:
-    embeddings = model.get_submodule("model.vision_tower.embeddings")
-    return 1 if hasattr(embeddings, "class_embedding") else 0
+def num_class_tokens(model: nn.Module) -> int:
+    """One for CLIP, none for SigLIP."""
+    return 1 if hasattr(model.get_submodule("model.vision_tower.embeddings"), "class_embedding") else 0
 
 
-_FAMILY = Family(
-    tower=TowerFacts("model.vision_tower", num_leading=_num_leading, last_block=_last_block), grids=square_grids
-)
+_TOWER = TowerFacts("model.vision_tower", KINDS, num_leading=num_class_tokens, last_block=feature_block)
 
-LLAVA = VlmHost(("LlavaForConditionalGeneration",), _FAMILY)
+LLAVA = VlmHost(("LlavaForConditionalGeneration",), Family(tower=_TOWER, grids=square_grids))
+# The features of a picture are a thumbnail and tiles with newlines between, which make no grid.
+LLAVA_NEXT = VlmHost(("LlavaNextForConditionalGeneration",), Family(tower=_TOWER))

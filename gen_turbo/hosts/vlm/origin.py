@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
+from gen_turbo.contract import Grid
+from gen_turbo.core.plan import ReductionPlan
 
-def match_pictures(features: list[Tensor], seen: list[Tensor]) -> list[int]:
-    """Finds each picture's features among those that the tower's side made; `generate` repeats them for its beams.
 
-    Args:
-        features: Features of each picture of a call, (n, C).
-        seen: Features of each picture that the tower saw last.
+@dataclass
+class Seen:
+    """What is known of the pictures whose features were made last.
 
-    Returns:
-        For each picture the place of its features in `seen`.
-
-    Raises:
-        ValueError: If features are not among those seen: they came from elsewhere.
+    Attributes:
+        features: Projected features of each picture, (n, C).
+        grids: (height, width) of each picture in tokens, where there is one.
+        patches: The tower's plan on its patches, one row per picture; None where it merged none.
+        values: Semantic value of the patches by kind, one row per picture.
     """
-    return [_place(one, seen, index) for index, one in enumerate(features)]
 
+    features: list[Tensor] = field(default_factory=list)
+    grids: list[Grid | None] = field(default_factory=list)
+    patches: ReductionPlan | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
 
-def _place(one: Tensor, seen: list[Tensor], guess: int) -> int:
-    order = [guess % len(seen), *range(len(seen))] if seen else []
-    for index in order:
-        other = seen[index]
-        if other is one or (other.shape == one.shape and torch.equal(other, one)):
-            return int(index)
-    raise ValueError(
-        "the image features of this call were not made by this model's tower while the reducer was attached; pass "
-        "pixel_values instead of features made before"
-    )
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.features, *self.values.values()))
+
+    def find(self, features: list[Tensor]) -> list[int | None]:
+        """Finds each picture's place among those seen, by its features: `generate` repeats them for its beams.
+
+        Raises:
+            ValueError: If features are the beginning of a picture: a prompt that comes in pieces.
+        """
+        return [self._place(one, index) for index, one in enumerate(features)]
+
+    def _place(self, one: Tensor, guess: int) -> int | None:
+        order = [guess % len(self.features), *range(len(self.features))] if self.features else []
+        for index in order:
+            other = self.features[index]
+            if other is one or (other.shape == one.shape and torch.equal(other, one)):
+                return int(index)
+        for other in self.features:
+            if len(one) < len(other) and torch.equal(other[: len(one)], one):
+                raise ValueError(
+                    f"a call brings {len(one)} of a picture's {len(other)} tokens; prefill in one piece (leave out "
+                    "prefill_chunk_size)"
+                )
+        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,21 +13,12 @@ from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.hosts.base import SiteReport
 from gen_turbo.hosts.denoiser import NoEffectWarning
 from gen_turbo.hosts.vlm.decoder import Cut
-from gen_turbo.hosts.vlm.family import Family
+from gen_turbo.hosts.vlm.family import Family, TowerFacts
 from gen_turbo.hosts.vlm.gate import Gate
-from gen_turbo.hosts.vlm.origin import match_pictures
+from gen_turbo.hosts.vlm.origin import Seen
 from gen_turbo.hosts.vlm.run import Group, Pictures, Reduction
 from gen_turbo.hosts.vlm.settings import placement_of
 from gen_turbo.hosts.vlm.tower import Tower
-
-
-@dataclass
-class _Seen:
-    """What the tower knew of the pictures that it saw last."""
-
-    features: list[Tensor]
-    patches: ReductionPlan | None
-    values: dict[str, Tensor | None]
 
 
 class VlmPart:
@@ -45,7 +35,6 @@ class VlmPart:
         self._placement = placement_of(reducer)
         self._handles: list[Any] = []
         self._rows: dict[str, SiteReport] = {}
-        self._seen: _Seen | None = None
         self._had_features: Any = None
         self._cost = 0
         _check(model, family, reducer)
@@ -69,15 +58,12 @@ class VlmPart:
 
     @property
     def remembered_bytes(self) -> int:
-        """Bytes held now between the calls of the model: what the tower showed and the language model has not read."""
-        if self._seen is None:
-            return 0
-        held = [*self._seen.features, *(value for value in self._seen.values.values() if value is not None)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        """Bytes held now between the calls of the model: what is known of the pictures seen last."""
+        return self._gate.seen.num_bytes if self._gate is not None else 0
 
     @property
     def most_remembered_bytes(self) -> int:
-        """Nothing is remembered from one call of `generate` to the next."""
+        """The most bytes held at once: nothing is kept of pictures seen before."""
         return self.remembered_bytes
 
     def rows(self) -> list[SiteReport]:
@@ -104,12 +90,14 @@ class VlmPart:
             vars(base).pop("get_image_features", None)
             if self._had_features is not None:
                 base.get_image_features = self._had_features
-        self._handles, self._seen = [], None
+            self._gate.seen = Seen()
+        self._handles = []
 
     def _prepare(self, model: nn.Module) -> None:
         place, family = self._placement.place, self._family
-        if family.tower is not None and place != "decoder":
-            self._tower = Tower(model, family.tower, self.reducer if place == "tower" else None)
+        facts = _tower_facts(model, family)
+        if facts is not None and place != "decoder":
+            self._tower = Tower(model, facts, self.reducer if place == "tower" else None)
             self._tower.on_block = self._note_block
         if place == "tower":
             assert self._tower is not None
@@ -137,20 +125,19 @@ class VlmPart:
         assert self._tower is not None
         return f"{self._tower.facts.module}.{index}"
 
-    def _note(self, features: list[Tensor]) -> None:
+    def _note(self, seen: Seen) -> None:
         """Keeps what the tower knows of the pictures whose features were just made."""
         if self._tower is None:
             return
-        values = {}
-        if self._placement.place == "gate":
-            leading = self._tower.num_leading
-            for kind in ("class", "self"):
-                value = self._tower.value(kind) if self._wants_value(kind) else None
-                values[kind] = value[:, leading:] if value is not None else None
-        self._seen = _Seen(features, self._tower.patches, values)
+        seen.patches = self._tower.patches
+        for kind in ("class", "self"):
+            value = self._tower.value(kind) if self._wants_value(kind) else None
+            if value is not None:
+                seen.values[kind] = value[:, self._tower.num_leading :]
 
     def _wants_value(self, kind: str) -> bool:
-        return getattr(self.reducer, "semantic", "none") == kind
+        wanted = getattr(self.reducer, "semantic", "none")
+        return self._placement.place == "gate" and (wanted == kind or (wanted == "class" and kind == "self"))
 
     def _plan_at_gate(self, tokens: Tensor, group: Group) -> ReductionPlan:
         site = Site("gate", self.reducer.ratio, group.grid, semantic=lambda kind: self._value(kind, group))
@@ -168,23 +155,29 @@ class VlmPart:
 
     def _plan_duplicates(self, tokens: Tensor, group: Group) -> ReductionPlan:
         """The tower's own plan, whose slots are equal tokens now; nothing where features are no longer patches."""
-        patches = self._seen.patches if self._seen is not None else None
+        assert self._gate is not None
+        patches = self._gate.seen.patches
         if patches is None or patches.num_tokens != group.length:
             return ReductionPlan.identity(1, group.length, tokens.device)
         rows = self._origins(group)
         return ReductionPlan(patches.slot_BN[rows], patches.anchor_BM[rows])
 
     def _value(self, kind: str, group: Group) -> Tensor | None:
-        value = self._seen.values.get(kind) if self._seen is not None else None
-        if value is None or value.shape[1] != group.length:
-            return None
-        return value[self._origins(group)]
+        assert self._gate is not None
+        value = self._gate.seen.values.get(kind)
+        return value[self._origins(group)] if value is not None and value.shape[1] == group.length else None
 
     def _origins(self, group: Group) -> list[int]:
         """Which of the tower's pictures each of a group's is; beam search repeats them."""
-        assert self._seen is not None and self._gate is not None and self._gate.pictures is not None
-        origins = match_pictures(self._gate.pictures.features, self._seen.features)
-        return [origins[image] for image in group.images]
+        assert self._gate is not None and self._gate.pictures is not None
+        found = [self._gate.pictures.origins[image] for image in group.images]
+        origins = [origin for origin in found if origin is not None]
+        if len(origins) < len(found):
+            raise ValueError(
+                "the image features of this call were not made by this model's tower while the reducer was attached; "
+                "pass pixel_values instead of features made before"
+            )
+        return origins
 
     def _note_block(self, index: int, before: int, after: int) -> None:
         self._count(self._block_name(index), None, before, after, 0, 0)
@@ -219,6 +212,15 @@ class VlmPart:
         )
 
 
+def _tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
+    """The tower's facts if it is of a kind that they hold for."""
+    facts = family.tower
+    if facts is None:
+        return None
+    config: Any = model.get_submodule(facts.module).config
+    return facts if config.model_type in facts.kinds else None
+
+
 def _token_flops(text: nn.Module) -> int:
     """Operations of one token in all decoder layers, without attention between tokens."""
     layers: Any = text.layers
@@ -230,8 +232,8 @@ def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
     """Says before anything is changed why a place does not fit a model."""
     placement = placement_of(reducer)
     name = type(model).__name__
-    if placement.place == "tower" and family.tower is None:
-        raise ValueError(f"the vision tower of {name} cannot be reduced; use place='gate' or place='decoder'")
+    if placement.place == "tower" and _tower_facts(model, family) is None:
+        raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='gate' or place='decoder'")
     if placement.place != "tower" and family.gate:
         raise ValueError(f"{name} {family.gate}; use place='tower'")
     if placement.place != "decoder":

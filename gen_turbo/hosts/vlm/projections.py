@@ -27,7 +27,8 @@ class Projections:
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back what takes them off."""
         if not self._facts.has_qkv:
-            return [self._watch("query", self._module("q")), self._watch("key", self._module("k"))]
+            hook = self._attn.register_forward_pre_hook(self._with_mask, with_kwargs=True)
+            return [hook, self._watch("query", self._module("q")), self._watch("key", self._module("k"))]
         return [self._watch("qkv", self._attn.qkv), _InstanceForward(self._attn, self._proportional)]
 
     def query_key(self) -> tuple[Tensor, Tensor]:
@@ -40,22 +41,18 @@ class Projections:
         query, key = (self._seen[name].reshape(shape).transpose(1, 2) for name in ("query", "key"))
         return query, key
 
-    def with_sizes(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], log_size_BN: Tensor | None, dtype: torch.dtype
-    ) -> Any:
-        """The arguments of a block whose attention shall weigh keys by their sizes.
-
-        Raises:
-            ValueError: If the pictures bring a mask of their own, as padded pictures do.
-        """
+    def weigh(self, log_size_BN: Tensor | None) -> None:
+        """Weighs the keys of the coming call by the sizes of their tokens; None if all are of size one."""
         self._log_size = log_size_BN
-        if self._facts.has_qkv or log_size_BN is None:
-            return args, kwargs
+
+    def _with_mask(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._log_size is None:
+            return None
         given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if given is not None:
+        if given is not None and not _allows_all(given):
             raise ValueError("padded pictures cannot be merged in the vision tower; use place='gate'")
-        args = args[:1]
-        return args, {**kwargs, "attention_mask": log_size_BN.to(dtype)[:, None, None, :]}
+        dtype = (args[0] if args else kwargs["hidden_states"]).dtype
+        return args[:1], {**kwargs, "attention_mask": self._log_size.to(dtype)[:, None, None, :]}
 
     def _module(self, kind: str) -> nn.Module:
         norm = getattr(self._attn, f"{kind}_norm", None)
@@ -81,6 +78,10 @@ class Projections:
         mask = self._log_size.to(mixed.dtype)[:, None, None, :]
         out = F.scaled_dot_product_attention(mixed[0], mixed[1], mixed[2], attn_mask=mask, scale=attn.scale)
         return attn.projection(out.transpose(1, 2).flatten(2)), None
+
+
+def _allows_all(mask: Tensor) -> bool:
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
 
 
 class _InstanceForward:

@@ -32,13 +32,13 @@ class Pictures:
         is_image_BL: Which columns are image tokens.
         lengths: Tokens of each picture, in the order of the flattened mask.
         grids: (height, width) of each picture, where there is one.
-        features: Projected features of each picture, as the tower's side made them.
+        origins: Which of the pictures that the tower saw last each one is; None for one that it did not see.
     """
 
     is_image_BL: Tensor
     lengths: list[int]
     grids: list[Grid | None]
-    features: list[Tensor] = field(default_factory=list)
+    origins: list[int | None] = field(default_factory=list)
 
     def groups(self) -> list[Group]:
         """The pictures by size."""

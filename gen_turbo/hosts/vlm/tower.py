@@ -55,8 +55,7 @@ class Tower:
         self.patches: ReductionPlan | None = None
         self.on_block: Callable[[int, int, int], None] = lambda block, before, after: None
         self._pass = _Pass()
-        self._projections = [Projections(block.self_attn if hasattr(block, "self_attn") else block.attention, facts)
-                             for block in self.blocks]  # fmt: skip
+        self._projections = [Projections(getattr(block, facts.attention), facts) for block in self.blocks]
 
     @property
     def watched(self) -> list[int]:
@@ -70,7 +69,7 @@ class Tower:
             self.encoder.register_forward_hook(self._after_encoder),
             self.module.register_forward_hook(self._after_tower),
         ]
-        for index in self.watched:
+        for index in self.watched if self.reducer is None else range(len(self.blocks)):
             handles += self._projections[index].install()
         if self.reducer is None:
             return handles
@@ -118,11 +117,10 @@ class Tower:
             if index > self.last_block:
                 self._keep(index, self._pass.total)
             merged = self._merged(index - 1, hidden)
-            log_size = self._log_size(index)
-            if merged is hidden and log_size is None:
+            self._projections[index].weigh(self._log_size(index))
+            if merged is hidden:
                 return None
-            args, kwargs = (merged, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            return self._projections[index].with_sizes(args, kwargs, log_size, merged.dtype)
+            return (merged, *args[1:]), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
         return before
 

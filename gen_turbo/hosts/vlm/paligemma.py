@@ -1,0 +1,11 @@
+"""PaliGemma: a SigLIP tower, a projector, a language model that sees its whole prompt at once."""
+
+from __future__ import annotations
+
+from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost, square_grids
+
+_FAMILY = Family(
+    tower=TowerFacts("model.vision_tower", ("siglip_vision_model",)), grids=square_grids, masks_in_base=True
+)
+
+PALIGEMMA = VlmHost(("PaliGemmaForConditionalGeneration",), _FAMILY)
