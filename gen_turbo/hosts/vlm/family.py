@@ -54,7 +54,7 @@ class Family:
         pieces: Gives, for a base model, how many tokens one picture has at most, where features of several pictures
             come in one; None where each picture's come alone.
         masks_in_base: Whether the base model turns the 2D mask into a 4D one before the language model sees it.
-        gate: Why image tokens cannot be reduced before the language model; empty if they can.
+        is_cross: Whether text reads the picture by cross-attention, so that image tokens are in no prompt.
     """
 
     base: str = "model"
@@ -63,7 +63,7 @@ class Family:
     grids: Callable[[nn.Module, dict[str, Any], list[int]], list[Grid | None]] | None = None
     pieces: Callable[[nn.Module], int] | None = None
     masks_in_base: bool = False
-    gate: str = ""
+    is_cross: bool = False
 
 
 def square(length: int) -> Grid | None:

@@ -12,6 +12,7 @@ from gen_turbo.contract import Frame, Grid, Site, TokenReducer
 from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.hosts.base import SiteReport
 from gen_turbo.hosts.denoiser import NoEffectWarning
+from gen_turbo.hosts.vlm.cross import CrossGate
 from gen_turbo.hosts.vlm.decoder import Cut
 from gen_turbo.hosts.vlm.family import Family, TowerFacts
 from gen_turbo.hosts.vlm.gate import Gate
@@ -41,6 +42,7 @@ class VlmPart:
         self._tower: Tower | None = None
         self._gate: Gate | None = None
         self._cut: Cut | None = None
+        self._cross: CrossGate | None = None
         self._prepare(model)
 
     @property
@@ -72,7 +74,7 @@ class VlmPart:
 
     def install(self) -> None:
         """Puts every hook in place."""
-        for stage in (self._tower, self._gate, self._cut):
+        for stage in (self._tower, self._cross, self._gate, self._cut):
             if stage is not None:
                 self._handles += stage.install()
         if self._gate is not None:
@@ -104,7 +106,8 @@ class VlmPart:
             self._rows.update(
                 {name: SiteReport(name, 1, "reduced") for name in map(self._block_name, self._tower.watched)}
             )
-        if family.gate:
+        if family.is_cross:
+            self._prepare_cross()
             return
         base, text = model.get_submodule(family.base), model.get_submodule(family.text)
         self._cost = _token_flops(text)
@@ -120,6 +123,14 @@ class VlmPart:
             name = family.text
             self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
         self._rows[name] = SiteReport(name, 1, "reduced")
+
+    def _prepare_cross(self) -> None:
+        assert self._tower is not None
+        if self._placement.place == "gate":
+            name = self._tower.facts.module
+            self._cross = CrossGate(self._tower, self.reducer, self._placement.combine == "merge")
+            self._cross.on_reduction = lambda before, after: self._count(name, None, before, after, 0, 0)
+            self._rows[name] = SiteReport(name, 1, "reduced")
 
     def _block_name(self, index: int) -> str:
         assert self._tower is not None
@@ -234,8 +245,8 @@ def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
     name = type(model).__name__
     if placement.place == "tower" and _tower_facts(model, family) is None:
         raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='gate' or place='decoder'")
-    if placement.place != "tower" and family.gate:
-        raise ValueError(f"{name} {family.gate}; use place='tower'")
+    if placement.place == "decoder" and family.is_cross:
+        raise ValueError(f"{name} has no image tokens in its prompt; use place='tower' or place='gate'")
     if placement.place != "decoder":
         return
     config = model.get_submodule(family.text).config

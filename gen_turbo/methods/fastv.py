@@ -1,0 +1,58 @@
+"""FastV: drop from a decoder layer on what the last token hardly attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Site
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.core.selection import keep_highest
+from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.registry import METHODS
+
+
+@METHODS.register("fastv")
+@dataclass
+class FastVProcessor(Placement, ReductionProcessor):
+    """Drops from one decoder layer on the image tokens that the last token attends to least.
+
+    FastV (Chen et al., ECCV 2024, arXiv 2403.06764), with the score of the released code: attention in the layer
+    before, averaged over heads, of the last token of the prompt.
+
+    Costs one row of attention. The layers before the cut run in full, so a method at the gate saves more at the same
+    number of tokens. Prefers the end of the picture, which is next to the question.
+
+    Differs from the paper: the row of attention is computed on its own, so every attention kernel will do; it is
+    taken in prompts with padding and of several pictures, each of which keeps its share.
+    """
+
+    restore: str = "copy"
+    place: str = "decoder"
+    combine: str = "select"
+
+    needs = ("last",)
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ValueError."""
+        super().__post_init__()
+        if self.place != "decoder":
+            raise ValueError(
+                f"fastv reads the attention of a decoder layer; place must be 'decoder', got {self.place!r}"
+            )
+
+    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+        """Plans for tokens (B, N, C).
+
+        Raises:
+            ValueError: If the place has no attention of a last token, as everywhere but in a decoder.
+        """
+        num_tokens = tokens.shape[1]
+        if site.ratio == 0:
+            return ReductionPlan.identity(1, num_tokens, tokens.device)
+        score = site.semantic("last") if site.semantic is not None else None
+        if score is None:
+            raise ValueError("fastv reads the attention of the last token, which only a decoder has; place='decoder'")
+        return keep_highest(score, num_tokens - int(num_tokens * site.ratio))
