@@ -170,3 +170,37 @@ def test_blip_settings_leave_the_published_number_of_tokens():
         tokens = torch.randn(1, left, 4, generator=torch.Generator().manual_seed(block))
         left = processor.plan(tokens, Site("x", 0.1), Frame(num_plans=block)).num_slots
     assert left + 1 == 217
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "path", "used"),
+    [
+        ("llava_next", "model.vision_tower", 2),
+        ("internvl", "model.vision_tower", 3),
+        ("idefics3", "model.vision_model", 3),
+        ("smolvlm", "model.vision_model", 3),
+        ("paligemma", "model.vision_tower", 3),
+    ],
+)
+def test_every_tower_merges_as_published_and_is_restored(family, path, used, attention):
+    """Catches blocks of other names, scales on residuals, masks of whole pictures, and norms on the wrong side."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make(attention), PROMPTS["padded"].inputs(vlm)
+    tower, seen = model.get_submodule(path), {}
+    blocks = list(getattr(tower.encoder, "layers", None) or tower.encoder.layer)
+    with attach(model, PUBLISHED), torch.no_grad():
+        handles = [
+            blocks[0].register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0]), with_kwargs=True),
+            tower.encoder.register_forward_hook(lambda m, a, out: seen.update(y=out.last_hidden_state)),
+        ]
+        logits = generate(model, inputs)[1]
+        for handle in handles:
+            handle.remove()
+        kept = [row.num_kept for row in report(model).sites if row.name.startswith(path)]
+    leading = seen["x"].shape[1] % 4
+    assert kept == [seen["x"].shape[1] - leading - 3 * (block + 1) for block in range(used)]
+    assert seen["y"].shape == seen["x"].shape and torch.isfinite(logits).all()
+    tokens, _, members = tower_oracle.encode(seen["x"][1], blocks, leading, 3, 15.0, used)
+    for slot, places in enumerate(members):
+        assert (seen["y"][1, places] - tokens[slot]).abs().max() < TOLERANCE

@@ -7,16 +7,19 @@ import math
 import torch
 from torch import Tensor, nn
 
+NORMS = (("layer_norm1", "layernorm_before"), ("layer_norm2", "layernorm_after"))
+
 
 def attend(x_NC: Tensor, sizes: list[int], attn: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Proportional attention of one picture: the residual sum, keys averaged over heads, attention (H, N, N)."""
+    """Proportional attention of one picture: its output, keys averaged over heads, attention (H, N, N)."""
     normed = norm(x_NC)
     heads, width = attn.num_heads, x_NC.shape[1] // attn.num_heads
     if hasattr(attn, "qkv"):
         q, k, v = attn.qkv(normed).chunk(3, -1)
         out = attn.projection
     else:
-        q, k, v, out = attn.q_proj(normed), attn.k_proj(normed), attn.v_proj(normed), attn.out_proj
+        q, k, v = attn.q_proj(normed), attn.k_proj(normed), attn.v_proj(normed)
+        out = attn.out_proj if hasattr(attn, "out_proj") else attn.projection_layer
     mixed, maps = [], []
     for head in range(heads):
         place = slice(head * width, (head + 1) * width)
@@ -24,7 +27,7 @@ def attend(x_NC: Tensor, sizes: list[int], attn: nn.Module, norm: nn.Module) -> 
         maps.append(logits.softmax(-1))
         mixed.append(maps[-1] @ v[:, place])
     keys = torch.stack([k[:, h * width : (h + 1) * width] for h in range(heads)]).mean(0)
-    return x_NC + out(torch.cat(mixed, -1)), keys, torch.stack(maps)
+    return out(torch.cat(mixed, -1)), keys, torch.stack(maps)
 
 
 def merge_block(
@@ -45,14 +48,21 @@ def merge_block(
 
 @torch.no_grad()
 def encode(
-    x_NC: Tensor, blocks: list[nn.Module], leading: int, removed: int, weight: float
+    x_NC: Tensor, blocks: list[nn.Module], leading: int, removed: int, weight: float, used: int | None = None
 ) -> tuple[Tensor, list[int], list[list[int]]]:
-    """Runs blocks on one picture (N, C); gives the tokens left, their sizes, and which patches each stands for."""
+    """Runs blocks on one picture (N, C), of which the first `used` merge.
+
+    Gives the tokens left, their sizes, and which tokens each stands for.
+    """
     sizes, members = [1] * len(x_NC), [[index] for index in range(len(x_NC))]
-    for block in blocks:
-        x_NC, keys, maps = attend(x_NC, sizes, block.self_attn, block.layer_norm1)
+    for index, block in enumerate(blocks):
+        attn = block.self_attn if hasattr(block, "self_attn") else block.attention
+        norms = [getattr(block, a) if hasattr(block, a) else getattr(block, b) for a, b in NORMS]
+        attended, keys, maps = attend(x_NC, sizes, attn, norms[0])
+        x_NC = x_NC + getattr(block, "lambda_1", 1) * attended
         value = maps[:, 0].mean(0) if leading else maps.mean((0, 1))
-        stays, pairs = merge_block(keys, value, leading, removed, weight)
+        now = removed if used is None or index < used else 0
+        stays, pairs = merge_block(keys, value, leading, now, weight)
         sums = [x_NC[token] * sizes[token] for token in range(len(x_NC))]
         for i, j in pairs:
             sums[j] = sums[j] + sums[i]
@@ -60,5 +70,5 @@ def encode(
             members[j] = members[j] + members[i]
         x_NC = torch.stack([sums[token] / sizes[token] for token in stays])
         sizes, members = [sizes[token] for token in stays], [members[token] for token in stays]
-        x_NC = x_NC + block.mlp(block.layer_norm2(x_NC))
+        x_NC = x_NC + getattr(block, "lambda_2", 1) * block.mlp(norms[1](x_NC))
     return x_NC, sizes, members
