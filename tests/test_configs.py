@@ -105,7 +105,7 @@ def test_a_wrong_override_says_what_is_wrong(override, message):
         ({"method": "turbo", "ratio": "abc"}, "ratio: Value 'abc'"),
         ({"method": "turbo", "ratio": 1.2}, "got 1.2"),
         ({"method": "turbo", "ratios": {"a": 0.1}}, "ratios.a"),
-        ({"method": "nope"}, "unknown method 'nope'; known: identity"),
+        ({"method": "nope"}, "unknown method 'nope'; known: divprune"),
         ({"ratio": 0.3}, "lacks a method"),
         ([1], "processor must be"),
         ("nope", "unknown method 'nope'"),
