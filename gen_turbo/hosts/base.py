@@ -127,6 +127,7 @@ class SiteReport:
         num_reduced: Calls that ran on fewer tokens.
         flops: Floating point operations of its attention so far, with projections.
         stock_flops: The same for the stock model.
+        plan_age: The most steps that a plan had served when this layer used it.
     """
 
     name: str
@@ -139,6 +140,7 @@ class SiteReport:
     num_reduced: int = 0
     flops: int = 0
     stock_flops: int = 0
+    plan_age: int = 0
 
 
 class Part(Protocol):

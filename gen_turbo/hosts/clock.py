@@ -29,7 +29,7 @@ class PlannedAt:
 class Memory:
     """What one layer remembers of its last full step: the plan used there and the detail that merging missed."""
 
-    plan: ReductionPlan
+    planned: PlannedAt
     step: int
     detail: list[Tensor | None]
     slope: list[Tensor | None] | None = None
@@ -66,13 +66,13 @@ class RunFacts:
         marker: An object that is another one in every run, the scheduler's timestep tensor.
         last_timestep: The denoising time of the run's last call.
         tolerance: How far from it a time still is that time; models are told rounded or scaled times.
-        is_guided: Whether the batch is [unconditional; conditional].
+        is_guided: Whether the batch is [unconditional; conditional]; None where the pipeline does not tell.
     """
 
     marker: object
     last_timestep: float
     tolerance: float
-    is_guided: bool
+    is_guided: bool | None
 
     def is_last(self, observation: Observation) -> bool:
         """Whether a call is the run's last, by its time."""
@@ -146,8 +146,8 @@ class Clock:
         return None
 
     def _open(self, observation: Observation) -> Stream:
-        is_guided = self._facts is not None and self._facts.is_guided
-        stream = Stream(observation, is_guided or observation.has_equal_halves)
+        told = self._facts.is_guided if self._facts is not None else None
+        stream = Stream(observation, observation.has_equal_halves if told is None else told)
         self._streams = [*self._streams[-_MAX_STREAMS + 1 :], stream]
         return stream
 

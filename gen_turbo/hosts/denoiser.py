@@ -176,6 +176,7 @@ class DenoiserPart:
             stats.num_reduced,
             stats.flops,
             stats.stock_flops,
+            stats.plan_age,
         )
 
 
@@ -261,7 +262,7 @@ def _run_facts_of(pipeline: Any | None) -> Any:
         if last[0] is not times:
             values = [float(time) for time in times]
             last[:] = [times, values[-1], _half_gap(values)]
-        return RunFacts(times, last[1], last[2], bool(getattr(owner, "do_classifier_free_guidance", False)))
+        return RunFacts(times, last[1], last[2], getattr(owner, "do_classifier_free_guidance", None))
 
     return read
 

@@ -27,6 +27,7 @@ class LayerStats:
     grid: Grid | None = None
     flops: int = 0
     stock_flops: int = 0
+    plan_age: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class Reduction:
             self._count_full(call)
             return None
         if self.reducer.restore == "copy":
-            plan = self._current_plan(call, stream, semantic)
+            plan = self._served(self._planned(call, stream, semantic), stream)
         else:
             memory = stream.memories.get(self.layer.name)
             if memory is None or self._is_full_step(stream.step):
                 self._count_full(call)
                 return None
-            plan = memory.plan
+            plan = self._served(memory.planned, stream)
         stream.num_reduced += 1
         self.stats.num_kept = plan.num_slots
         if plan.is_identity:
@@ -100,7 +101,8 @@ class Reduction:
         """After a full call, keeps the detail that a call on merged tokens misses; that call is made here."""
         if self.ratio == 0 or self.reducer.restore == "copy":
             return
-        plan = self._current_plan(call, stream, semantic)
+        planned = self._planned(call, stream, semantic)
+        plan = self._served(planned, stream)
         if plan.is_identity:
             stream.num_reduced += 1
             return
@@ -113,7 +115,7 @@ class Reduction:
         if self.reducer.order == 1 and memory is not None and stream.step > memory.step:
             steps = stream.step - memory.step
             slope = [_difference(a, b, steps) for a, b in zip(detail, memory.detail, strict=True)]
-        stream.memories[self.layer.name] = Memory(plan, stream.step, detail, slope)
+        stream.memories[self.layer.name] = Memory(planned, stream.step, detail, slope)
         self.clock.note_bytes()
         self.stats.num_kept = plan.num_slots
 
@@ -147,7 +149,7 @@ class Reduction:
         held = stream.num_bytes - (memory.num_bytes if memory else 0)
         return bool(held + (1 + self.reducer.order) * once <= limit * 1e6)
 
-    def _current_plan(self, call: Call, stream: Stream, semantic: Semantic) -> ReductionPlan:
+    def _planned(self, call: Call, stream: Stream, semantic: Semantic) -> PlannedAt:
         """The plan of this resolution, made by the first layer that needs it and served to the others."""
         key = (call.grid, call.num_image, self.ratio)
         entry = stream.plans.get(key)
@@ -155,7 +157,11 @@ class Reduction:
             frame = Frame(stream.step, entry.num_plans + 1 if entry else 0)
             plan = plan_call(self.reducer, call, self.layer.name, self.ratio, frame, stream.is_guided, semantic)
             entry = stream.plans[key] = PlannedAt(plan, stream.step, frame.num_plans)
-        return entry.plan
+        return entry
+
+    def _served(self, planned: PlannedAt, stream: Stream) -> ReductionPlan:
+        self.stats.plan_age = max(self.stats.plan_age, stream.step - planned.step)
+        return planned.plan
 
     def _is_stale(self, entry: PlannedAt, step: int) -> bool:
         serve = self.reducer.plan_steps

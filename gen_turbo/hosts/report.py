@@ -40,11 +40,14 @@ class Report:
                 grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else "not run yet"
                 calls = f"{site.num_reduced} reduced and {site.num_full} full calls"
                 tokens = f"{site.num_tokens} -> {site.num_kept} tokens"
-                lines.append(f"  {site.name}: {site.status}, {grid}, {tokens}, {calls}")
+                age = f"plans up to {site.plan_age} steps old"
+                lines.append(f"  {site.name}: {site.status}, {grid}, {tokens}, {calls}, {age}")
         left: dict[str, int] = {}
         for site in self.sites:
             if site.status not in ("reduced", "lost"):
                 left[site.status] = left.get(site.status, 0) + 1
+        if any(site.status == "lost" for site in self.sites):
+            lines.append("  a later call took the lost layers; attach again with replace=True to have them back")
         lines += [f"  left alone, {reason}: {count}" for reason, count in left.items()]
         lines.append(f"  remembered at most: {self.most_remembered_bytes / 1e6:.1f} MB")
         return "\n".join(lines)

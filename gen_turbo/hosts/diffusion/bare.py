@@ -8,6 +8,7 @@ from torch import Tensor
 from gen_turbo.contract import Frame, Site, TokenReducer
 
 _PLAIN, _ADDED = AttnProcessor2_0(), AttnAddedKVProcessor2_0()
+_NEEDS_ATTACH = ("keep_queries", "size_weighted", "text_ratio", "attention_backend")
 
 
 def bare_call(
@@ -22,7 +23,11 @@ def bare_call(
 
     A layer that is called alone knows neither grid nor step, so neighbours are those of the sequence and nothing is
     remembered. Cross-attention and layers with added keys run as with diffusers' default processors.
+
+    Raises:
+        TypeError: If the layer is of a kind, or a setting needs what, only `attach` can handle.
     """
+    _check(reducer, attn)
     if attn.added_kv_proj_dim is not None:
         output: Tensor = _ADDED(attn, hidden_states, encoder_hidden_states, attention_mask)
         return output
@@ -33,3 +38,17 @@ def bare_call(
     plan = reducer.plan(hidden_states, Site("", reducer.ratio), Frame())
     output = plan.unmerge(_PLAIN(attn, plan.merge(hidden_states), None, None, temb))
     return output
+
+
+def _check(reducer: TokenReducer, attn: Attention) -> None:
+    name = type(reducer).__name__
+    needs = [setting for setting in _NEEDS_ATTACH if getattr(reducer, setting)]
+    if needs or reducer.scope != "attention":
+        settings = ", ".join(needs) or "scope='block'"
+        raise TypeError(f"{settings} of {name} needs gen_turbo.attach(model, processor) instead of set_attn_processor")
+    is_plain = isinstance(attn, Attention) and attn.norm_q is None
+    if not is_plain or (attn.added_kv_proj_dim is not None and attn.group_norm is None):
+        raise TypeError(
+            f"{name} alone cannot run {type(attn).__name__} with text or positions in it; use "
+            "gen_turbo.attach(model, processor) instead of the model's set_attn_processor"
+        )

@@ -47,7 +47,10 @@ class QwenImageHost(JointHost):
     attention = {"transformer_blocks.*.attn": Form(keys_before=True, tables=(Table("image_rotary_emb", items=(0,)),))}
     whole = {
         "transformer_blocks.*": Form(
-            is_residual=True, none=(), outputs=(1,), tables=(Table("image_rotary_emb", items=(0,)),)
+            is_residual=True,
+            none=("modulate_index",),
+            outputs=(1,),
+            tables=(Table("image_rotary_emb", items=(0,)),),
         )
     }
 
