@@ -101,7 +101,7 @@ def refine(coarse: SD3Transformer2DModel, fine: SD3Transformer2DModel) -> None:
 
 def _quarters(kernel: torch.Tensor, patch: int) -> torch.Tensor:
     """A kernel (O, I, 2p, 2p) as (O, I, 2, p, 2, p)."""
-    return kernel.unflatten(3, (2, patch)).unflatten(2, (2, patch))
+    return kernel.reshape(*kernel.shape[:2], 2, patch, 2, patch)
 
 
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
