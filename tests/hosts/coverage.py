@@ -8,7 +8,7 @@ import torch
 
 from tests.hosts.families import COLUMNS, NAMES, cell, family
 
-TABLE = Path(__file__).parents[2] / "COVERAGE.md"
+TABLE = Path(__file__).parent / "COVERAGE.md"
 _HEAD = """# What works on which model
 
 Every cell is the outcome of a check on the real class at a tiny size with random weights, at ratio 0.4; the tests
