@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gen_turbo.methods.random import RandomProcessor
     from gen_turbo.methods.tome import ToMeProcessor
     from gen_turbo.methods.turbo import TurboProcessor
+    from gen_turbo.methods.vistog import VisToGProcessor
 
 _HOME = {
     "IdentityProcessor": "methods.identity",
@@ -24,6 +25,7 @@ _HOME = {
     "ReductionPlan": "core.plan",
     "ToMeProcessor": "methods.tome",
     "TurboProcessor": "methods.turbo",
+    "VisToGProcessor": "methods.vistog",
     "attach": "hosts.attach",
     "detach": "hosts.attach",
     "list_methods": "factory",
@@ -38,6 +40,7 @@ __all__ = [
     "ReductionPlan",
     "ToMeProcessor",
     "TurboProcessor",
+    "VisToGProcessor",
     "attach",
     "detach",
     "list_methods",
