@@ -28,8 +28,8 @@ class VisToGProcessor(ReductionProcessor):
     Differs from the paper: no semantic tokens are trained and none pass through the model. Groups begin as tokens of
     the grid, similarity is the cosine of what attention reads, and only groups within a window can be joined.
 
-    The defaults were chosen by distance of grouped tokens to the tokens themselves on the embedded model: there a
-    window of 5 beats 3 by a tenth, and a second refinement gains nothing that shows.
+    The defaults were chosen by the distance of copied-back groups to the tokens, in one layer of the embedded model
+    and one picture: a window of 5 loses 8 to 9 % less than one of 3, and a second refinement at most 1 % less.
 
     Attributes:
         window: Side of the window in groups; odd. Raising it finds better matches for noisy tokens and costs more.
