@@ -105,9 +105,9 @@ def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
         TypeError: If the target is neither a model nor a pipeline with a denoiser.
     """
     if isinstance(target, nn.Module):
-        return None, [target]
+        return None, [_uncompiled(target)]
     models = [getattr(target, name, None) for name in _DENOISERS if name in getattr(target, "components", {})]
-    found = [model for model in models if isinstance(model, nn.Module)]
+    found = [_uncompiled(model) for model in models if isinstance(model, nn.Module)]
     if not found:
         got = type(target).__name__
         raise TypeError(f"expected a diffusers pipeline with one of {_DENOISERS} or a model, got {got}")
@@ -125,6 +125,12 @@ def _install(parts: list[Part]) -> None:
     for part in parts:
         part.install()
         _ATTACHED[part.model] = part
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside of what `torch.compile(model)` returns."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def _host_of(model: nn.Module) -> Host:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.hosts.attention import AttentionMode
 from gen_turbo.hosts.base import DenoiserHost
 from gen_turbo.hosts.call import Call, flat, like
 from gen_turbo.hosts.clock import Clock, Stream
+from gen_turbo.hosts.compiled import attend, number_of, outside
 from gen_turbo.hosts.reduction import Reduction
 
 
@@ -24,17 +27,26 @@ class Binding:
 
     Attributes:
         names: Names of what the processor takes by position, behind itself and the layer.
+        attn: The layer itself.
     """
 
     inner: Any
     reduction: Reduction
     host: DenoiserHost
     names: tuple[str, ...]
+    attn: weakref.ref[nn.Module]
+
+    def __post_init__(self) -> None:
+        self.number = number_of(self)
 
     @property
     def clock(self) -> Clock:
         """The clock of the model."""
         return self.reduction.clock
+
+    def run_alone(self, tokens: Tensor) -> Any:
+        """Runs the layer on tokens that come with nothing else; what compiled code calls."""
+        return self.run(self.attn(), (tokens,), {})  # type: ignore[arg-type]
 
     def run(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the layer's own processor on fewer tokens where that is due, otherwise exactly as it was called."""
@@ -100,10 +112,12 @@ class BoundProcessor:
 
 def bound_processor(binding: Binding) -> BoundProcessor:
     """Makes the processor of one binding, with the signature of the inner processor."""
-    inner = binding.inner
+    inner, run = binding.inner, outside(binding.run)
 
     def call(self: BoundProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return binding.run(attn, args, kwargs)
+        if torch.compiler.is_compiling() and _is_alone(args, kwargs):
+            return attend(args[0] if args else kwargs["hidden_states"], binding.number)
+        return run(attn, args, kwargs)
 
     call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
     members = {"binding": binding, "__call__": call, "__doc__": BoundProcessor.__doc__}
@@ -115,3 +129,9 @@ def positional_names(inner: Any) -> tuple[str, ...]:
     """Names of what a processor's call takes by position, behind itself and the layer."""
     parameters = inspect.signature(type(inner).__call__).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]
+
+
+def _is_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call brings tokens (B, N, C) and nothing else, and gives tokens back."""
+    given = [value for value in (*args, *kwargs.values()) if value is not None]
+    return len(given) == 1 and isinstance(given[0], Tensor) and given[0].ndim == 3

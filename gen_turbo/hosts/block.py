@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.hosts.call import Call, like
 from gen_turbo.hosts.clock import Stream
+from gen_turbo.hosts.compiled import outside
 from gen_turbo.hosts.reduction import Reduction
 
 
@@ -45,8 +46,8 @@ class BlockBinding:
     def install(self, block: nn.Module) -> list[RemovableHandle]:
         """Hooks the block; ours is the last to see the arguments and the first to see the output."""
         return [
-            block.register_forward_pre_hook(self._enter, with_kwargs=True),
-            block.register_forward_hook(self._leave, prepend=True),
+            block.register_forward_pre_hook(outside(self._enter), with_kwargs=True),
+            block.register_forward_hook(outside(self._leave), prepend=True),
         ]
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

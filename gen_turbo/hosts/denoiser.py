@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.contract import TokenReducer
 from gen_turbo.hosts.attention import check_backend, reaches_attention
-from gen_turbo.hosts.base import DenoiserHost, Layer, SiteReport
+from gen_turbo.hosts.base import SELF_ATTENTION, DenoiserHost, Layer, SiteReport
 from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names
 from gen_turbo.hosts.block import BlockBinding
 from gen_turbo.hosts.clock import Clock, RunFacts, Stream
+from gen_turbo.hosts.compiled import begun, ended, number_of, outside
 from gen_turbo.hosts.reduction import Cost, Reduction
 from gen_turbo.hosts.text import merge_text
 
@@ -42,6 +44,7 @@ class DenoiserPart:
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles: list[RemovableHandle] = []
         self._is_installed = False
+        self.number = number_of(self)
         self.layers = _layers(model, host, reducer)
         ratios = _ratios_by_level(reducer, self.layers, type(model).__name__)
         self.reductions = {
@@ -77,7 +80,8 @@ class DenoiserPart:
                 f"{' and '.join(needs)} cannot reach into {type(inner).__name__} at {reduction.layer.name}, which "
                 "calls no attention kernel of PyTorch; leave them out or use the model's default attention processors"
             )
-        return Binding(inner, reduction, self._host, positional_names(inner))
+        attn = weakref.ref(model.get_submodule(reduction.layer.name))
+        return Binding(inner, reduction, self._host, positional_names(inner), attn)
 
     @property
     def model(self) -> nn.Module:
@@ -89,21 +93,20 @@ class DenoiserPart:
 
     def install(self) -> None:
         """Puts the bound processors, the hooks of blocks and the two root hooks in place."""
-        model, clock, host = self.model, self.clock, self._host
+        model = self.model
         for name, binding in self.bindings.items():
             _set_processor(model, name, bound_processor(binding))
 
+        names, number, is_traced = self._names, self.number, self._is_traced
+        begin, end = outside(self.begin), outside(self.end)
+
         def before(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            stream = clock.begin(host.observe(model, arguments))
-            return self._with_short_text(arguments, stream) if self.reducer.text_ratio > 0 else None
+            if is_traced and torch.compiler.is_compiling():
+                return begun(names, args, kwargs, number)
+            return begin({**dict(zip(names, args, strict=False)), **kwargs})
 
-        is_positive = any(reduction.ratio > 0 for reduction in self.reductions.values())
-
-        def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            ended = clock.end()
-            if ended is not None and ended.num_reduced == 0 and is_positive:
-                warnings.warn(_no_effect(ended.step + 1), NoEffectWarning, stacklevel=2)
+        def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return ended(output, number) if is_traced and torch.compiler.is_compiling() else end()
 
         self._handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
@@ -112,6 +115,24 @@ class DenoiserPart:
         for name, block in self.blocks.items():
             self._handles += block.install(model.get_submodule(name))
         self._is_installed = True
+
+    @property
+    def _is_traced(self) -> bool:
+        """Whether a graph can hold a whole call: all that is asked of it is tokens that come alone."""
+        forms = {reduction.layer.form for reduction in self.reductions.values()}
+        return forms == {SELF_ATTENTION} and self.reducer.scope == "attention" and self.reducer.text_ratio == 0
+
+    def begin(self, arguments: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Notes a call of the root; gives other arguments where its text is merged."""
+        stream = self.clock.begin(self._host.observe(self.model, arguments))
+        return self._with_short_text(arguments, stream) if self.reducer.text_ratio > 0 else None
+
+    def end(self) -> None:
+        """Notes that the root returns; warns after a run's last call if no layer was reduced in it."""
+        stream = self.clock.end()
+        is_positive = any(reduction.ratio > 0 for reduction in self.reductions.values())
+        if stream is not None and stream.num_reduced == 0 and is_positive:
+            warnings.warn(_no_effect(stream.step + 1), NoEffectWarning, stacklevel=2)
 
     def _with_short_text(self, arguments: dict[str, Any], stream: Stream) -> tuple[tuple[()], dict[str, Any]]:
         """The root's arguments with merged text, which is made once per prompt."""

@@ -1,0 +1,107 @@
+"""An attached reducer under torch.compile: the same result, one graph for every kind of step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import _dynamo
+from torch._dynamo.utils import counters
+
+from gen_turbo import TurboProcessor, attach
+from tests.tiny_hosts import TEXT_WIDTH, picture, run_unet, sd_pipeline, unet_inputs
+
+TIMES = (900, 800, 700, 600, 500)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    _dynamo.reset()
+    counters.clear()
+    yield
+    _dynamo.reset()
+
+
+def num_graphs() -> int:
+    """Graphs compiled so far in this test."""
+    return counters["stats"]["unique_graphs"]
+
+
+def one_level() -> UNet2DConditionModel:
+    """Three transformer blocks on the full grid and no more, for tracing takes the time."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        norm_num_groups=4,
+        cross_attention_dim=TEXT_WIDTH,
+        layers_per_block=1,
+        block_out_channels=(16,),
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+    ).eval()
+
+
+def run(model):
+    """Five steps of two pictures."""
+    return run_unet(model, TIMES, **unet_inputs())
+
+
+def test_one_graph_serves_every_kind_of_step():
+    """Catches Python that asks for the step inside the graph: a graph per step, or one plan for ever."""
+    unet = one_level()
+    stock = run(unet)
+    with attach(unet, TurboProcessor(0.5)), _dynamo.config.patch(error_on_recompile=True):
+        expected = run(unet)
+        compiled = torch.compile(lambda *args, **kwargs: unet(*args, **kwargs), backend="eager", fullgraph=True)
+        assert not torch.equal(expected, stock)
+        assert torch.equal(run(compiled), expected)
+        assert torch.equal(run(compiled), expected)
+    assert num_graphs() == 1 and not counters["graph_break"]
+
+
+def test_attach_and_detach_after_compile():
+    """Catches a graph that keeps running what was attached, or what was not yet attached, when it was made."""
+    unet = one_level()
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    stock = run(unet)
+    assert torch.equal(run(compiled), stock)
+    with attach(compiled, TurboProcessor(0.5, restore="copy", plan_steps=3)):
+        expected = run(unet)
+        assert torch.equal(run(compiled), expected) and not torch.equal(expected, stock)
+    assert torch.equal(run(compiled), stock)
+
+
+def test_a_pipeline_with_a_compiled_unet():
+    """Catches a wrapper that `torch.compile` returns being refused, and operators that a backend reorders or drops."""
+    pipe = sd_pipeline()
+    pipe.unet = one_level()
+    stock = picture(pipe, steps=5)
+    pipe.set_attn_processor(TurboProcessor(0.5))
+    expected = picture(pipe, steps=5)
+    pipe.unet = torch.compile(pipe.unet, backend="aot_eager", fullgraph=True)
+    pipe.set_attn_processor(TurboProcessor(0.5))
+    with _dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(picture(pipe, steps=5), expected) and torch.equal(picture(pipe, steps=5), expected)
+    assert num_graphs() == 3  # PyTorch calls the hooks of what it compiled outside: each is a graph of one operator.
+    pipe.reset_attn_processor()
+    assert torch.equal(picture(pipe, steps=5), stock)
+
+
+def test_what_no_graph_holds_breaks_it_and_is_traced_once():
+    """Catches blocks whose state is traced: a graph per step, until PyTorch gives up and compiles no more."""
+    unet = one_level()
+    compiled = torch.compile(unet, backend="eager")
+    with attach(unet, TurboProcessor(0.5, scope="block")):
+        expected = run(unet)
+        assert torch.equal(run(compiled), expected)
+        seen = num_graphs()
+        assert torch.equal(run(compiled), expected) and num_graphs() == seen
+        _dynamo.reset()
+        with pytest.raises(_dynamo.exc.Unsupported, match="without fullgraph"):
+            run_unet(torch.compile(unet, backend="eager", fullgraph=True), TIMES[:1], **unet_inputs())
