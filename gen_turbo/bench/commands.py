@@ -11,6 +11,7 @@ BENCHES = {
     "layer": "one attention layer, matching included",
     "step": "denoising steps of the Stable Diffusion 1.5 UNet, random weights",
     "quality": "distance to stock against measured and counted cost, on the embedded model",
+    "flops": "counted arithmetic of whole denoisers of real size against the least that merging leaves",
     "check": "how many pictures show what their caption says",
 }
 
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         children[name].add_argument(
             "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns; all by default"
         )
+    children["flops"].add_argument("--models", nargs="*", default=[], help="denoisers by name; all by default")
+    children["flops"].add_argument("--pixels", nargs="*", type=_positive, default=[], help="sides of the pictures")
     _add_step_arguments(children["step"])
     for name, captions in (("quality", 50), ("check", 200)):
         _add_picture_arguments(children[name], captions)

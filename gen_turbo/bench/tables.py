@@ -10,6 +10,8 @@ from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread, speedups
 
 NO_RECORDS = "No records yet."
+PLAN_CALLS = 5
+_TIMED = "Medians of CPU seconds (lower to upper quartile)"
 
 
 def primitives(folder: Path) -> str:
@@ -82,6 +84,21 @@ def check(folder: Path) -> str:
     return _table(("", "steps of stock", "check passed", "stock on the same captions"), rows, records)
 
 
+def flops(folder: Path) -> str:
+    """Counted arithmetic of whole denoisers: times less than stock, and what that is of the bound."""
+    records = load(folder, "flops")
+    cells = {(*_denoiser_of(r), r.params["scope"], r.params["ratio"]): _of_bound(r) for r in records}
+    cases = sorted({key[3:] for key in cells})
+    rows = [
+        (
+            f"{model} {pixels}" + ", text too" * takes_text,
+            *(cells.get((model, pixels, takes_text, *c), "") for c in cases),
+        )
+        for model, pixels, takes_text in sorted({_denoiser_of(r) for r in records})
+    ]
+    return _table(("", *(f"{scope} {ratio:g}" for scope, ratio in cases)), rows, records, "Counted, not timed")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "primitives": primitives,
     "layer": layer,
@@ -89,8 +106,15 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality": lambda folder: quality(folder, 25),
     "quality8": lambda folder: quality(folder, 8),
     "check": check,
+    "flops": flops,
 }
 """The name between a README's markers -> what stands there, given the folder of the records."""
+
+
+def reduction_of(record: BenchRecord) -> float:
+    """How many times less arithmetic than stock, where a plan serves five calls and the first of them makes it."""
+    counts = record.counts
+    return PLAN_CALLS * counts["stock"] / (counts["planned"] + (PLAN_CALLS - 1) * counts["served"])
 
 
 def quality_records(folder: Path, steps: int) -> list[BenchRecord]:
@@ -111,6 +135,15 @@ def median_speedup(record: BenchRecord) -> float:
 
 def _speedups(record: BenchRecord) -> list[float]:
     return speedups(record.baseline_cpu_s, record.cpu_s)
+
+
+def _denoiser_of(record: BenchRecord) -> tuple[str, int, bool]:
+    return record.params["model"], record.params["pixels"], record.params["text_ratio"] > 0
+
+
+def _of_bound(record: BenchRecord) -> str:
+    reached, bound = reduction_of(record), record.values["bound"][0]
+    return f"{reached:.2f} of {bound:.2f} ({reached / bound:.0%})"
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
@@ -134,14 +167,16 @@ def _workload(record: BenchRecord) -> tuple[object, ...]:
     return tuple(record.params[name] for name in ("latents", "width_scale", "steps"))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], records: Sequence[BenchRecord]) -> str:
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], records: Sequence[BenchRecord], what: str = _TIMED
+) -> str:
     if not records:
         return NO_RECORDS
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows)]
-    return "\n".join(lines) + "\n\n" + _origins(records)
+    return "\n".join(lines) + "\n\n" + _origins(records, what)
 
 
-def _origins(records: Sequence[BenchRecord]) -> str:
+def _origins(records: Sequence[BenchRecord], what: str) -> str:
     """What all rows share, in one paragraph; where they differ, every value that occurs."""
     commands = dict.fromkeys(f"`{record.origin.command}`" for record in records)
     hardware = dict.fromkeys(record.origin.hardware for record in records)
@@ -150,4 +185,4 @@ def _origins(records: Sequence[BenchRecord]) -> str:
     dates = sorted({record.origin.date[:10] for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     where = ", ".join([" and ".join(hardware), *versions, f"commit {', '.join(commits)}", when])
-    return f"Medians of CPU seconds (lower to upper quartile). {', '.join(commands)}; {where}."
+    return f"{what}. {', '.join(commands)}; {where}."
