@@ -14,7 +14,6 @@ most steps attend to 2 x 2 pooled keys, the last part to all of them.
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from tiny_data import trained_autoencoder, training_set
 from torch import Tensor, nn
-from training import Stage, Trainer
+from training import Stage, Trainer, parsed
 
 from gen_turbo.pipelines import tiny
 
@@ -146,14 +145,7 @@ def ship(folder: Path) -> None:
 
 def main() -> None:
     """Runs every stage whose budget is not spent."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, nargs=4, default=[300, 900, 1800, 2400])
-    parser.add_argument("--output", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--scenes", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=0, choices=(0, 1), help="1 for the helping process")
-    parser.add_argument("--ship", action="store_true", help="train nothing; put the result into the package")
-    arguments = parser.parse_args()
+    arguments = parsed(__doc__.splitlines()[0], [300, 900, 1800, 2400], Path("runs/tiny"))
     if arguments.ship:
         ship(arguments.output)
         return

@@ -9,7 +9,6 @@ the pipeline appends are one token here, counted 256 times: the same attention a
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from tiny_data import trained_autoencoder, training_set
 from torch import Tensor, nn
-from training import Stage, Trainer
+from training import Stage, Trainer, parsed
 
 from gen_turbo.pipelines import tiny, tiny_dit
 
@@ -151,14 +150,7 @@ def ship(folder: Path) -> None:
 
 def main() -> None:
     """Runs every stage whose budget is not spent."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, nargs=2, default=[5400, 2400])
-    parser.add_argument("--output", type=Path, default=Path("runs/tiny-dit"))
-    parser.add_argument("--scenes", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=0, choices=(0, 1), help="1 for the helping process")
-    parser.add_argument("--ship", action="store_true", help="train nothing; put the result into the package")
-    arguments = parser.parse_args()
+    arguments = parsed(__doc__.splitlines()[0], [5400, 2400], Path("runs/tiny-dit"))
     if arguments.ship:
         ship(arguments.output)
         return

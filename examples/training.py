@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -18,6 +19,18 @@ from torch import Tensor, nn
 EXCHANGE_EVERY = 12
 AVERAGE = 0.98
 WARMUP = 15
+
+
+def parsed(description: str, seconds: list[float], output: Path) -> argparse.Namespace:
+    """Reads the command line of a training script, whose defaults are these budgets and this folder."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seconds", type=float, nargs=len(seconds), default=seconds)
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--scenes", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=0, choices=(0, 1), help="1 for the helping process")
+    parser.add_argument("--ship", action="store_true", help="train nothing; put the result into the package")
+    return parser.parse_args()
 
 
 @dataclass(frozen=True)
