@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gen_turbo.hosts.attach import attach, detach
     from gen_turbo.hosts.report import report
     from gen_turbo.methods.identity import IdentityProcessor
+    from gen_turbo.methods.par import PARProcessor
     from gen_turbo.methods.random import RandomProcessor
     from gen_turbo.methods.tome import ToMeProcessor
     from gen_turbo.methods.turbo import TurboProcessor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "IdentityProcessor": "methods.identity",
+    "PARProcessor": "methods.par",
     "RandomProcessor": "methods.random",
     "ReductionPlan": "core.plan",
     "ToMeProcessor": "methods.tome",
@@ -36,6 +38,7 @@ _HOME = {
 
 __all__ = [
     "IdentityProcessor",
+    "PARProcessor",
     "RandomProcessor",
     "ReductionPlan",
     "ToMeProcessor",
