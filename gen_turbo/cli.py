@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gen_turbo.config import ConfigError, PipelineConfig, load_config
+from gen_turbo.config import ConfigError, PipelineConfig, load_config_of
 
 if TYPE_CHECKING:
     from gen_turbo.generation import Comparison, Job
@@ -108,7 +108,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _config(namespace: argparse.Namespace) -> PipelineConfig:
     given = {name: getattr(namespace, name) for name in ("steps", "height", "width")}
     flags = [f"{name}={value}" for name, value in given.items() if value is not None]
-    return load_config(namespace.config, [*namespace.overrides, *flags])
+    command = f"gen-turbo {namespace.command}"
+    return load_config_of(PipelineConfig, command, namespace.config, [*namespace.overrides, *flags])
 
 
 def _generate(namespace: argparse.Namespace) -> None:

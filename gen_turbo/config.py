@@ -1,104 +1,70 @@
-"""The settings of a pipeline: their schema, the YAML files that hold them and `key=value` overrides."""
+"""The settings of a pipeline: the YAML files that hold them and `key=value` overrides."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gen_turbo.schemas import CALL_SETTINGS as CALL_SETTINGS
+from gen_turbo.schemas import CaptionConfig as CaptionConfig
+from gen_turbo.schemas import CaptionGenerateConfig as CaptionGenerateConfig
+from gen_turbo.schemas import ConfigError as ConfigError
+from gen_turbo.schemas import PipelineConfig as PipelineConfig
+from gen_turbo.schemas import Settings as Settings
+from gen_turbo.schemas import schema_of
+
 T = TypeVar("T")
+S = TypeVar("S", PipelineConfig, CaptionConfig, CaptionGenerateConfig)
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-SIZE_MULTIPLE = 8
 _YAML_SUFFIXES = (".yaml", ".yml")
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+HALVES = ("caption", "picture")
+"""The parts of a configuration of picture to caption to new picture that are configurations of their own."""
 
 
-class ConfigError(ValueError):
-    """A setting, file or machine does not allow what was asked; the message is one sentence for the user."""
-
-
-@dataclass
-class PipelineConfig:
-    """Everything that a YAML file under configs/pipeline says.
-
-    Attributes:
-        checkpoint: `embedded:NAME` for a model inside the package, a folder in diffusers' layout (relative to the
-            current folder), or a repository on the hub, such as `owner/name`.
-        pipeline: Name of the builder that makes a pipeline of the checkpoint.
-        dtype: auto, float32, float16 or bfloat16; auto is float16 on cuda and float32 elsewhere.
-        device: auto, cpu, mps, cuda or cuda:N; auto takes cuda, then mps, then cpu.
-        variant: Which files of the checkpoint to take, such as fp16; None takes those without a variant.
-        local_files_only: Whether the hub may be asked for nothing, so that only what was fetched before is used.
-        processor: Settings of a method with its name under `method`, a method's name, the path of a YAML file, or None
-            for the stock pipeline.
-        steps: Denoising steps of a run.
-        guidance_scale: Scale of classifier-free guidance; raising it follows the prompt more closely.
-        height: Height of the pictures in pixels; None leaves it to the pipeline.
-        width: Width of the pictures in pixels; None leaves it to the pipeline.
-    """
-
-    checkpoint: str = MISSING
-    pipeline: str = "text-to-image"
-    dtype: str = "auto"
-    device: str = "auto"
-    variant: str | None = None
-    local_files_only: bool = False
-    processor: Any = None
-    steps: int = 25
-    guidance_scale: float = 7.5
-    height: int | None = None
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        """Checks every setting; raises ConfigError naming it, its value and what it may be."""
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
-        if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(f"device must be auto, cpu, mps, cuda or cuda:N; got {self.device!r}")
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1; got {self.steps}")
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise ConfigError(f"guidance_scale must be a number that is not negative; got {self.guidance_scale}")
-        for name in ("height", "width"):
-            size_px = getattr(self, name)
-            if size_px is not None and (size_px < SIZE_MULTIPLE or size_px % SIZE_MULTIPLE):
-                raise ConfigError(f"{name} must be a positive multiple of {SIZE_MULTIPLE} pixels; got {size_px}")
-
-
-CALL_SETTINGS = {
-    "steps": "num_inference_steps",
-    "guidance_scale": "guidance_scale",
-    "height": "height",
-    "width": "width",
-}
-"""Settings of one run rather than of the pipeline, and what diffusers calls them."""
-
-
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Reads the settings of a pipeline.
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Reads the settings of a pipeline; what stands under `pipeline` says of which kind they are.
 
     Args:
         name_or_path: A file of configs/pipeline without its suffix, such as `tiny`, or the path of any YAML file.
         overrides: `key=value` texts that are applied in order, such as `steps=10`, `processor=tome` or
-            `processor.ratio=0.3`. Values are YAML.
+            `processor.ratio=0.3`; `caption.processor.ratio=0.3` for one half of two. Values are YAML.
 
     Raises:
         ConfigError: If the file is missing or no YAML, or a key or value does not fit.
     """
     tree = read_yaml("pipeline", name_or_path)
-    tree["processor"] = processor_tree(tree.get("processor"))
+    _expand(tree)
     for text in overrides:
         _override(tree, text)
-    return typed(PipelineConfig, tree, f"pipeline configuration {name_or_path}")
+    return typed(schema_of(tree), tree, f"pipeline configuration {name_or_path}")
+
+
+def load_config_of(schema: type[S], command: str, name_or_path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Reads the settings of a pipeline that must be of one kind.
+
+    Args:
+        schema: The kind.
+        command: What wants it, for the message.
+        name_or_path: As for `load_config`.
+        overrides: As for `load_config`.
+
+    Raises:
+        ConfigError: If the settings are of another kind, or for any reason that `load_config` has.
+    """
+    config = load_config(name_or_path, overrides)
+    if not isinstance(config, schema):
+        kind = config.pipeline
+        raise ConfigError(f"{command} cannot use the configuration {name_or_path}, which is of the kind {kind!r}")
+    return config
 
 
 def processor_tree(processor: object) -> object:
@@ -189,6 +155,18 @@ def _find(kind: str, name_or_path: str) -> Path:
     )
 
 
+def _expand(tree: dict[str, Any]) -> None:
+    """Puts in place of names what they stand for: processors, and whole files for the halves of a combined pipeline."""
+    if schema_of(tree) is not CaptionGenerateConfig:
+        tree["processor"] = processor_tree(tree.get("processor"))
+        return
+    for half in HALVES:
+        if isinstance(tree.get(half), str):
+            tree[half] = read_yaml("pipeline", tree[half])
+        if isinstance(tree.get(half), dict):
+            tree[half]["processor"] = processor_tree(tree[half].get("processor"))
+
+
 def _override(tree: dict[str, Any], text: str) -> None:
     """Applies one `key=value` to nested settings in place."""
     if not _OVERRIDE.fullmatch(text):
@@ -207,8 +185,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
             raise ConfigError(f"cannot set {key}: {parent} is {node!r}, which has no settings; set {parent} first")
     names: dict[Any, Any] = {str(name): name for name in node}
     node[names.get(last, int(last) if last.isdigit() else last)] = value["value"]
-    if key == "processor":
-        tree["processor"] = processor_tree(tree["processor"])
+    if last == "processor":
+        node["processor"] = processor_tree(node["processor"])
+    elif key in HALVES:
+        _expand(tree)
 
 
 def _sentence(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,8 +12,11 @@ from typing import Any
 
 from gen_turbo.config import (
     CALL_SETTINGS,
+    HALVES,
+    CaptionGenerateConfig,
     ConfigError,
     PipelineConfig,
+    Settings,
     config_files,
     describe,
     load_config,
@@ -26,32 +29,31 @@ _PLUGINS = "gen_turbo.plugins"
 
 
 def load_pipeline(name_or_yaml: str | Path, **overrides: Any) -> Any:
-    """Loads a stock diffusers pipeline, with the processor that its configuration names already attached.
+    """Loads a pipeline, with the processor that its configuration names already attached.
 
     Args:
         name_or_yaml: A configuration inside the package, such as `"tiny"`, or the path of a YAML file.
-        **overrides: Settings of `PipelineConfig` that replace those of the file. `processor` may be None for the
-            stock pipeline, a processor object, a method's name or a mapping with `method` and its settings.
+        **overrides: Settings that replace those of the file. `processor` may be None for the stock pipeline, a
+            processor object, a method's name or a mapping with `method` and its settings; for a pipeline of two
+            halves it goes to both, and `caption` and `picture` are mappings of the settings of one.
 
     Returns:
-        The pipeline. Steps, size and guidance are given to its call, as for every diffusers pipeline.
+        A stock diffusers pipeline, or for a configuration of another kind what its builder makes. Steps, size and
+        guidance are given to the call of a diffusers pipeline, as always.
 
     Raises:
         ValueError: If a setting, file, checkpoint or device is not there or does not fit.
     """
-    in_vain = sorted(set(overrides) & set(CALL_SETTINGS))
-    if in_vain:
-        call = ", ".join(f"{CALL_SETTINGS[name]}=..." for name in in_vain)
-        raise ConfigError(f"{', '.join(in_vain)} would have no effect on loading; call the pipeline with {call}")
-    config = load_config(name_or_yaml)
-    processor = overrides.pop("processor", config.processor)
-    tree = {field.name: getattr(config, field.name) for field in fields(config)}
-    config = typed(PipelineConfig, {**tree, "processor": None, **overrides}, f"pipeline configuration {name_or_yaml}")
-    return build_pipeline(config, build_processor(processor))
+    config, processor = _overridden(load_config(name_or_yaml), overrides, f"pipeline configuration {name_or_yaml}")
+    return build_pipeline(config, processor)
 
 
-def build_pipeline(config: PipelineConfig, processor: Any | None = None) -> Any:
+def build_pipeline(config: Settings, processor: Any | None = None) -> Any:
     """Builds the pipeline of a configuration and attaches a processor, if one is given.
+
+    Args:
+        config: The settings; their `processor` is not looked at.
+        processor: What `pipe.set_attn_processor` takes; for a pipeline of two halves one of each by name.
 
     Raises:
         ValueError: If the builder is unknown, the checkpoint or device is not there, or the processor does not fit.
@@ -62,6 +64,49 @@ def build_pipeline(config: PipelineConfig, processor: Any | None = None) -> Any:
     if processor is not None:
         pipe.set_attn_processor(processor)
     return pipe
+
+
+def processors_of(config: Settings) -> Any | None:
+    """Makes what a configuration has under `processor`: one processor or None, or for two halves one of each by name.
+
+    Raises:
+        ValueError: If a method or a field is unknown, or a value does not fit.
+    """
+    if isinstance(config, CaptionGenerateConfig):
+        return {half: build_processor(getattr(config, half).processor) for half in HALVES}
+    return build_processor(config.processor)
+
+
+def _overridden(config: Settings, overrides: dict[str, Any], what: str) -> tuple[Settings, Any]:
+    """Replaces settings by what a caller of `load_pipeline` gave, and makes the processors."""
+    tree = {field.name: getattr(config, field.name) for field in fields(config)}
+    if isinstance(config, CaptionGenerateConfig):
+        return _overridden_halves(config, tree, overrides, what)
+    if isinstance(config, PipelineConfig):
+        _refuse_call_settings(overrides)
+    processor = build_processor(overrides.pop("processor", config.processor))
+    return typed(type(config), {**tree, "processor": None, **overrides}, what), processor
+
+
+def _overridden_halves(
+    config: CaptionGenerateConfig, tree: dict[str, Any], overrides: dict[str, Any], what: str
+) -> tuple[Settings, Any]:
+    both = {"processor": overrides.pop("processor")} if "processor" in overrides else {}
+    halves: dict[str, Any] = {}
+    processors: dict[str, Any] = {}
+    for half in HALVES:
+        given = overrides.pop(half, {})
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{half} must be a mapping of settings, such as {{'processor': None}}; got {given!r}")
+        halves[half], processors[half] = _overridden(tree.pop(half), {**both, **given}, f"{what}, {half}")
+    return replace(typed(type(config), {**tree, **overrides}, what), **halves), processors
+
+
+def _refuse_call_settings(overrides: Mapping[str, Any]) -> None:
+    in_vain = sorted(set(overrides) & set(CALL_SETTINGS))
+    if in_vain:
+        call = ", ".join(f"{CALL_SETTINGS[name]}=..." for name in in_vain)
+        raise ConfigError(f"{', '.join(in_vain)} would have no effect on loading; call the pipeline with {call}")
 
 
 def build_processor(settings: Any) -> Any | None:

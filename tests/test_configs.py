@@ -1,6 +1,7 @@
 """Settings from YAML, overrides and code become processors and pipelines, or one sentence says why not."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from gen_turbo import IdentityProcessor, RandomProcessor, ToMeProcessor, TurboProcessor, report
 from gen_turbo.config import ConfigError, config_files, load_config, read_yaml
-from gen_turbo.factory import build_processor, list_methods, list_pipelines, load_pipeline
+from gen_turbo.factory import build_processor, list_methods, list_pipelines, load_pipeline, processors_of
 from gen_turbo.registry import METHODS, PIPELINES
 
 
@@ -28,8 +29,9 @@ def own_yaml(tmp_path, tiny_checkpoint) -> str:
 @pytest.mark.parametrize("name", config_files("pipeline"))
 def test_every_pipeline_file_is_valid_and_described(name):
     """Catches a shipped YAML with a key or method that the code does not know."""
+    import_module("gen_turbo.pipelines")
     config = load_config(name)
-    build_processor(config.processor)
+    processors_of(config)
     assert list_pipelines()[name]
     assert config.pipeline in PIPELINES
 

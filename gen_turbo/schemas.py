@@ -1,0 +1,160 @@
+"""What may be set for each kind of pipeline: the schemas of the YAML files under configs/pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+SIZE_MULTIPLE = 8
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+class ConfigError(ValueError):
+    """A setting, file or machine does not allow what was asked; the message is one sentence for the user."""
+
+
+@dataclass
+class Loading:
+    """Where a model comes from and where it goes.
+
+    Attributes:
+        checkpoint: `embedded:NAME` for a model inside the package, a folder in the layout of its library (relative to
+            the current folder), or a repository on the hub, such as `owner/name`.
+        pipeline: Name of the builder that makes a pipeline of the checkpoint.
+        dtype: auto, float32, float16 or bfloat16; auto is float16 on cuda and float32 elsewhere.
+        device: auto, cpu, mps, cuda or cuda:N; auto takes cuda, then mps, then cpu.
+        variant: Which files of the checkpoint to take, such as fp16; None takes those without a variant.
+        local_files_only: Whether the hub may be asked for nothing, so that only what was fetched before is used.
+        processor: Settings of a method with its name under `method`, a method's name, the path of a YAML file, or None
+            for the stock pipeline.
+    """
+
+    checkpoint: str = MISSING
+    pipeline: str = MISSING
+    dtype: str = "auto"
+    device: str = "auto"
+    variant: str | None = None
+    local_files_only: bool = False
+    processor: Any = None
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ConfigError naming it, its value and what it may be."""
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device must be auto, cpu, mps, cuda or cuda:N; got {self.device!r}")
+
+
+@dataclass
+class PipelineConfig(Loading):
+    """A pipeline that makes pictures from text; the settings of `Loading`, and these.
+
+    Attributes:
+        steps: Denoising steps of a run.
+        guidance_scale: Scale of classifier-free guidance; raising it follows the prompt more closely.
+        height: Height of the pictures in pixels; None leaves it to the pipeline.
+        width: Width of the pictures in pixels; None leaves it to the pipeline.
+    """
+
+    pipeline: str = "text-to-image"
+    steps: int = 25
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ConfigError naming it, its value and what it may be."""
+        super().__post_init__()
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1; got {self.steps}")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ConfigError(f"guidance_scale must be a number that is not negative; got {self.guidance_scale}")
+        for name in ("height", "width"):
+            size_px = getattr(self, name)
+            if size_px is not None and (size_px < SIZE_MULTIPLE or size_px % SIZE_MULTIPLE):
+                raise ConfigError(f"{name} must be a positive multiple of {SIZE_MULTIPLE} pixels; got {size_px}")
+
+
+@dataclass
+class CaptionConfig(Loading):
+    """A pipeline that writes about pictures; the settings of `Loading`, and these.
+
+    Attributes:
+        prompt: What the model is asked about each picture; None asks nothing, as captioning models want it.
+        template: How a prompt becomes the model's input, with `{prompt}` and the model's own mark of a picture in it,
+            such as "USER: <image> {prompt} ASSISTANT:"; None takes the checkpoint's chat template, if it has one.
+        max_new_tokens: The most tokens that are written about a picture.
+        batch_size: Pictures that the model reads at once.
+    """
+
+    pipeline: str = "caption"
+    prompt: str | None = None
+    template: str | None = None
+    max_new_tokens: int = 40
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ConfigError naming it, its value and what it may be."""
+        super().__post_init__()
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+@dataclass
+class CaptionGenerateConfig:
+    """Picture to caption to new picture.
+
+    Attributes:
+        pipeline: Name of the builder.
+        caption: The half that reads pictures.
+        picture: The half that draws.
+        drawn: What is drawn, with `{caption}` in it, such as "{caption}, in oil".
+        strength: How far a new picture leaves the old one, in (0, 1]; None draws from the caption alone.
+        batch_size: Pictures that are drawn at once.
+    """
+
+    pipeline: str = "caption-generate"
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    picture: PipelineConfig = field(default_factory=PipelineConfig)
+    drawn: str = "{caption}"
+    strength: float | None = None
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ConfigError naming it, its value and what it may be."""
+        if "{caption}" not in self.drawn:
+            raise ConfigError(f"drawn must contain {{caption}}; got {self.drawn!r}")
+        check_strength(self.strength)
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1; got {self.batch_size}")
+
+
+Settings = PipelineConfig | CaptionConfig | CaptionGenerateConfig
+"""The settings of any pipeline."""
+
+CALL_SETTINGS = {
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "height": "height",
+    "width": "width",
+}
+"""Settings of one run rather than of the pipeline, and what diffusers calls them."""
+
+_SCHEMAS: dict[str, type[Settings]] = {"caption": CaptionConfig, "caption-generate": CaptionGenerateConfig}
+
+
+def schema_of(tree: Mapping[str, Any]) -> type[Settings]:
+    """The schema of a file's settings, by what it has under `pipeline`."""
+    return _SCHEMAS.get(str(tree.get("pipeline")), PipelineConfig)
+
+
+def check_strength(strength: float | None) -> None:
+    """Refuses what is no strength of image-to-image; raises ConfigError."""
+    if strength is not None and not 0 < strength <= 1:
+        raise ConfigError(f"strength must be a number in (0, 1], or null to draw from the caption; got {strength}")
