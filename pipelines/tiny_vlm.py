@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gen_turbo.pipelines import tiny
 from gen_turbo.scenes import QUESTION_WORDS, SIZE_PX, WORDS
 
 PATCH_PX = 8
@@ -34,7 +34,7 @@ _HEAD_WIDTH = 32
 
 def weights_folder() -> Path:
     """Where the trained model and its processor lie inside the installed package."""
-    return tiny.weights_folder().parent / "tiny-vlm"
+    return Path(str(resources.files("gen_turbo.pipelines"))) / "weights" / "tiny-vlm"
 
 
 def prompt_of(question: str) -> str:

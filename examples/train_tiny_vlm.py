@@ -1,0 +1,157 @@
+"""Trains the embedded vision-language model on one CPU core; stop it at any time, run it again to go on.
+
+Without a checkpoint in the output folder it begins from the weights inside the package, if there are any.
+
+python examples/train_tiny_vlm.py --seconds 1000 2400 --output runs/tiny-vlm
+
+The two budgets are CPU seconds with patches of 16 pixels (64 image tokens) and of 8 (256). One sequence holds a
+picture, its caption and several questions, none of which sees another. While training, a linear layer also says what
+each patch shows; it teaches the tower to see before the language model has learnt to ask, and is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from training import Stage, Trainer, parsed
+from transformers import LlavaForConditionalGeneration
+from vlm_data import SHOWN, Packed, drawn, pack, pictures, training_set, turns
+
+from gen_turbo.pipelines import tiny_vlm
+
+STAGES = (
+    Stage("64", 16, batch=32, learning_rate=2e-3, decay_from=0.8),
+    Stage("256", 8, batch=12, learning_rate=1.4e-3, decay_from=0.4),
+)
+QUESTIONS = 5
+SHOWN_WEIGHT = 0.2
+HELD_OUT = 96
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Pictures (B, 3, 128, 128) of 0 to 255 as the processor gives them to the model."""
+    return images.float() / 127.5 - 1
+
+
+def read(model: LlavaForConditionalGeneration, images: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    """What the tower makes of each patch, (B, N, C), and what the language model then says of each token, (B, L, V)."""
+    seen = model.model.vision_tower(pixels(images)).last_hidden_state[:, 1:]
+    embeds = model.get_input_embeddings()(packed.ids)
+    embeds = torch.cat([embeds[:, :1], model.model.multi_modal_projector(seen), embeds[:, 1 + seen.shape[1] :]], 1)
+    output = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
+    )
+    return seen, output.last_hidden_state
+
+
+@torch.no_grad()
+def accuracy(model: LlavaForConditionalGeneration, patch: int, count: int) -> dict[str, float]:
+    """Percentage of held-out turns whose every word is the likeliest one, which is what greedy decoding says."""
+    rows, right = drawn(count, seed=1, held_out=True), defaultdict(list)
+    for start in range(0, count, 16):
+        part = rows[start : start + 16]
+        asked = [turns(row, seed) for seed, row in enumerate(part, start)]
+        packed = pack(asked, (tiny_vlm.SIZE_PX // patch) ** 2)
+        said = model.lm_head(read(model, pictures(part)[0], packed)[1]).argmax(-1)
+        is_wrong = (said != packed.target) & (packed.target >= 0)
+        for kinds, wrong, turn in zip(asked, is_wrong, packed.turn, strict=True):
+            for number, (_, _, kind) in enumerate(kinds, 1):
+                right[kind].append(not wrong[turn == number].any())
+    return {kind: round(100 * sum(values) / len(values), 1) for kind, values in sorted(right.items())}
+
+
+class VlmTraining:
+    """The model, what is lost on a batch, and how it becomes a checkpoint of transformers."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
+        self.trainer = Trainer(folder, rank, ("embeddings", "embed_tokens", "shown"))
+        if not self.trainer.resume(self.make):
+            self.begin()
+
+    def make(self, patch: int) -> list[nn.Module]:
+        """Fresh models with patches of this size: the one that is wanted and the layer that says what patches show."""
+        model = tiny_vlm.make_model(patch)
+        return [model, nn.ModuleDict({"shown": nn.Linear(model.config.vision_config.hidden_size, len(SHOWN))})]
+
+    def begin(self) -> None:
+        """Begins from the weights inside the package, if there are any."""
+        folder, patch = tiny_vlm.weights_folder(), STAGES[0].size
+        models = self.make(patch)
+        if (folder / "config.json").exists():
+            patch = tiny_vlm.PATCH_PX
+            models[0] = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            print("begun from the shipped weights", flush=True)
+        self.trainer.use(models, patch)
+
+    def run(self, stage: Stage, seconds: float, data: tuple[Sequence, Tensor, Tensor]) -> None:
+        """Trains one stage, after halving the patches if the stage needs it."""
+        trainer = self.trainer
+        if trainer.spent.get(stage.name, 0.0) >= seconds or trainer.size < stage.size:
+            return
+        if trainer.size > stage.size:
+            self.refine(stage.size)
+        trainer.fit(stage, seconds, lambda batch, _: self.loss(*data, batch), self.export)
+
+    def refine(self, patch: int) -> None:
+        """Goes on with the averaged weights and smaller patches."""
+        fine = self.make(patch)
+        with torch.no_grad(), self.trainer.averaged():
+            tiny_vlm.refine(self.trainer.models[0], fine[0])
+            fine[1].load_state_dict(self.trainer.models[1].state_dict())
+        self.trainer.use(fine, patch)
+
+    def loss(self, rows: Sequence, images: Tensor, shown: Tensor, batch: int) -> Tensor:
+        """Cross-entropy of the answers' words, and of what each patch shows."""
+        model, labels = self.trainer.models
+        side = tiny_vlm.SIZE_PX // self.trainer.size
+        chosen = torch.randint(0, len(rows), (batch,))
+        seeds = torch.randint(0, 2**31, (batch,)).tolist()
+        packed = pack([turns(rows[i], s, QUESTIONS) for i, s in zip(chosen.tolist(), seeds, strict=True)], side**2)
+        seen, said = read(model, images[chosen], packed)
+        is_answer = packed.target >= 0
+        answers = F.cross_entropy(model.lm_head(said[is_answer]), packed.target[is_answer])
+        wanted = F.max_pool2d(shown[chosen].float(), shown.shape[-1] // side).flatten(2).transpose(1, 2)
+        patches = F.binary_cross_entropy_with_logits(labels["shown"](seen), wanted) * len(SHOWN)
+        self.last = (answers.item(), patches.item())
+        return answers + SHOWN_WEIGHT * patches
+
+    def export(self) -> None:
+        """Writes the averaged weights and the processor as transformers would, and says how good they are."""
+        model = self.trainer.models[0]
+        with self.trainer.averaged():
+            model.save_pretrained(self.folder / "model")
+            print(self.trainer.steps, self.last, accuracy(model, self.trainer.size, HELD_OUT), flush=True)
+        tiny_vlm.make_processor(self.trainer.size).save_pretrained(self.folder / "model")
+
+
+def ship(folder: Path) -> None:
+    """Puts the averaged weights into the package, in half precision, with the processor."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float16)
+    if model.config.vision_config.patch_size != tiny_vlm.PATCH_PX:
+        raise SystemExit(f"the training has not reached patches of {tiny_vlm.PATCH_PX} pixels yet; let it go on")
+    model.save_pretrained(tiny_vlm.weights_folder())
+    tiny_vlm.make_processor().save_pretrained(tiny_vlm.weights_folder())
+
+
+def main() -> None:
+    """Runs every stage whose budget is not spent."""
+    arguments = parsed(__doc__.splitlines()[0], [1000, 2400], Path("runs/tiny-vlm"))
+    if arguments.ship:
+        ship(arguments.output)
+        return
+    torch.set_num_threads(1)
+    torch.manual_seed(arguments.seed + 100 * arguments.rank)
+    data = training_set(arguments.output, arguments.scenes, arguments.seed)
+    training = VlmTraining(arguments.output, arguments.rank)
+    for stage, seconds in zip(STAGES, arguments.seconds, strict=True):
+        training.run(stage, seconds, data)
+
+
+if __name__ == "__main__":
+    main()
