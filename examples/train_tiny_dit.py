@@ -1,10 +1,11 @@
 """Trains the embedded diffusion transformer on one CPU core; stop it at any time, run it again to go on.
 
-python examples/train_tiny_dit.py --seconds 5400 2400 --output runs/tiny-dit
+python examples/train_tiny_dit.py --seconds 900 2700 2400 --output runs/tiny-dit
 
-The two budgets are CPU seconds with patches of 4 (256 image tokens) and of 2 (1,024). Both see the whole latents, so
-noise and places mean the same in both; `tiny_dit.refine` carries the weights over. The 256 text tokens of zeros that
-the pipeline appends are one token here, counted 256 times: the same attention at a fraction of the cost.
+The three budgets are CPU seconds with 64, 256 and 1,024 image tokens. The coarse ones see the noisy latents of the
+last, pooled, and predict its flow, pooled, so noise levels and places mean the same in all and the weights carry over.
+The 256 text tokens of zeros that the pipeline appends are one token here, counted 256 times: the same attention at a
+fraction of the cost.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from training import Stage, Trainer, parsed
 from gen_turbo.pipelines import tiny, tiny_dit
 
 STAGES = (
-    Stage("256", 4, batch=24, learning_rate=2e-3, decay_from=0.8),
-    Stage("1024", 2, batch=8, learning_rate=1.2e-3, decay_from=0.35),
+    Stage("64", 4, batch=64, learning_rate=2e-3, decay_from=0.8),
+    Stage("256", 2, batch=24, learning_rate=2e-3, decay_from=0.7),
+    Stage("1024", 1, batch=8, learning_rate=1.2e-3, decay_from=0.35),
 )
 EMPTY_PROMPTS = 0.1
 
@@ -76,27 +78,27 @@ class TransformerTraining:
         if not self.trainer.resume(self.make):
             self.begin()
 
-    def make(self, patch: int) -> list[nn.Module]:
-        """Fresh models, the transformer with patches of this size."""
-        transformer = tiny_dit.make_transformer(patch)
+    def make(self, pool: int) -> list[nn.Module]:
+        """Fresh models, the transformer for latents pooled by this factor."""
+        transformer = tiny_dit.make_transformer(pool)
         transformer.set_attn_processor(CountedAttention())
         return [transformer, tiny_dit.make_text_encoder(), tiny_dit.make_text_encoder()]
 
     def begin(self) -> None:
         """Begins from the weights inside the package, if there are any."""
         folder = tiny.weights_folder().parent / "tiny-dit"
-        models, patch = self.make(STAGES[0].size), STAGES[0].size
+        models, pool = self.make(STAGES[0].size), STAGES[0].size
         if (folder / "model_index.json").exists():
             pipe = StableDiffusion3Pipeline.from_pretrained(
                 folder, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
             )
-            models, patch = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2], tiny_dit.PATCH
+            models, pool = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2], 1
             pipe.transformer.set_attn_processor(CountedAttention())
             print("begun from the shipped weights", flush=True)
-        self.trainer.use(models, patch)
+        self.trainer.use(models, pool)
 
     def run(self, stage: Stage, seconds: float, latents: Tensor, ids: Tensor) -> None:
-        """Trains one stage, after halving the patches if the stage needs it."""
+        """Trains one stage, after going to its resolution if need be."""
         trainer = self.trainer
         if trainer.spent.get(stage.name, 0.0) >= seconds or trainer.size < stage.size:
             return
@@ -104,14 +106,14 @@ class TransformerTraining:
             self.refine(stage.size)
         trainer.fit(stage, seconds, lambda batch, _: self.loss(latents, ids, batch), self.export)
 
-    def refine(self, patch: int) -> None:
-        """Goes on with the averaged weights and smaller patches."""
-        fine = self.make(patch)
-        with torch.no_grad(), self.trainer.averaged():
-            tiny_dit.refine(self.trainer.models[0], fine[0])
+    def refine(self, pool: int) -> None:
+        """Goes on with the averaged weights at a finer resolution."""
+        fine = self.make(pool)
+        with self.trainer.averaged():
+            fine[0].load_state_dict(tiny_dit.weights(self.trainer.models[0]), strict=False)
             for old, new in zip(self.trainer.models[1:], fine[1:], strict=True):
                 new.load_state_dict(old.state_dict())
-        self.trainer.use(fine, patch)
+        self.trainer.use(fine, pool)
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Text tokens (B, 21, C), the last one of zeros, and the pooled text (B, C), as the pipeline makes them."""
@@ -127,6 +129,7 @@ class TransformerTraining:
         uniform = ((torch.arange(batch) + torch.rand(1)) / batch)[torch.randperm(batch)]
         sigma = tiny_dit.SHIFT * uniform / (1 + (tiny_dit.SHIFT - 1) * uniform)
         noise = torch.randn_like(clean)
+        clean, noise = (F.avg_pool2d(x, self.trainer.size) for x in (clean, noise))
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
         tokens, pooled = self.encode(prompt)
         flow = self.trainer.models[0](noisy, tokens, pooled, 1000 * sigma).sample
@@ -150,7 +153,7 @@ def ship(folder: Path) -> None:
 
 def main() -> None:
     """Runs every stage whose budget is not spent."""
-    arguments = parsed(__doc__.splitlines()[0], [5400, 2400], Path("runs/tiny-dit"))
+    arguments = parsed(__doc__.splitlines()[0], [900, 2700, 2400], Path("runs/tiny-dit"))
     if arguments.ship:
         ship(arguments.output)
         return

@@ -46,15 +46,17 @@ def make_text_encoder() -> CLIPTextModelWithProjection:
     )
 
 
-def make_transformer(patch: int = PATCH) -> SD3Transformer2DModel:
-    """Six joint blocks of width 192; patches of 2 give 1,024 image tokens, patches of 4 give 256 for cheap training.
+def make_transformer(pool: int = 1) -> SD3Transformer2DModel:
+    """Six joint blocks of width 192; 1,024 image tokens, or fewer on pooled latents for cheap training.
 
-    Positions are measured in patches of 2 whatever the patch, so that they mean the same place of the picture.
+    Args:
+        pool: Latents are pooled by this factor, 1, 2 or 4. The weights mean the same at every factor, and positions the
+            same place of the picture: `finer.load_state_dict(weights(coarser), strict=False)` goes on at the next.
     """
-    side = tiny.LATENT_SIZE // patch
+    side = tiny.LATENT_SIZE // (PATCH * pool)
     model = SD3Transformer2DModel(
-        sample_size=tiny.LATENT_SIZE,
-        patch_size=patch,
+        sample_size=tiny.LATENT_SIZE // pool,
+        patch_size=PATCH,
         in_channels=4,
         out_channels=4,
         num_layers=_LAYERS,
@@ -71,37 +73,16 @@ def make_transformer(patch: int = PATCH) -> SD3Transformer2DModel:
 
 
 def _positions(side: int) -> torch.Tensor:
-    """Position embeddings (1, side * side, width) of patches of any size, by bilinear resampling of the finest."""
+    """Position embeddings (1, side * side, width): those of the finest grid, averaged where it is coarser."""
     finest = get_2d_sincos_pos_embed(_WIDTH, tiny.LATENT_SIZE // PATCH, base_size=16, output_type="pt").float()
     grid = finest.T.reshape(1, _WIDTH, *(2 * (math.isqrt(len(finest)),)))
     pooled = torch.nn.functional.adaptive_avg_pool2d(grid, side)
     return pooled.flatten(2).transpose(1, 2)
 
 
-@torch.no_grad()
-def refine(coarse: SD3Transformer2DModel, fine: SD3Transformer2DModel) -> None:
-    """Copies a transformer into one of half its patch size, whose patches first do what the large ones did on average.
-
-    Raises:
-        ValueError: If the patch is not twice as large.
-    """
-    if coarse.config.patch_size != 2 * fine.config.patch_size:
-        raise ValueError(
-            f"cannot refine patches of {coarse.config.patch_size} into {fine.config.patch_size}; halve them"
-        )
-    state = {name: value for name, value in coarse.state_dict().items() if name != "pos_embed.pos_embed"}
-    patch, channels = fine.config.patch_size, fine.config.out_channels
-    state["pos_embed.proj.weight"] = _quarters(state["pos_embed.proj.weight"], patch).sum((2, 4))
-    for name in ("proj_out.weight", "proj_out.bias"):
-        rows = state[name].reshape(2 * patch, 2 * patch, channels, -1).permute(2, 3, 0, 1)
-        mean = _quarters(rows, patch).mean((2, 4)).permute(2, 3, 0, 1)
-        state[name] = mean.reshape(fine.state_dict()[name].shape)
-    fine.load_state_dict(state, strict=False)
-
-
-def _quarters(kernel: torch.Tensor, patch: int) -> torch.Tensor:
-    """A kernel (O, I, 2p, 2p) as (O, I, 2, p, 2, p)."""
-    return kernel.reshape(*kernel.shape[:2], 2, patch, 2, patch)
+def weights(model: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
+    """What is learned: everything but the position table, which belongs to one resolution."""
+    return {name: value for name, value in model.state_dict().items() if name != "pos_embed.pos_embed"}
 
 
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:

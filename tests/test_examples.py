@@ -29,7 +29,7 @@ def load(name: str):
     ("script", "training", "seconds", "pipeline"),
     [
         ("train_tiny", "UNetTraining", ["0.5", "0.2", "0.2", "0.2"], StableDiffusionPipeline),
-        ("train_tiny_dit", "TransformerTraining", ["0.2", "0.2"], StableDiffusion3Pipeline),
+        ("train_tiny_dit", "TransformerTraining", ["0.2", "0.2", "0.2"], StableDiffusion3Pipeline),
     ],
 )
 def test_training_goes_on_where_it_stopped_and_ships_a_stock_pipeline(
