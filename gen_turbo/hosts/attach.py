@@ -17,7 +17,7 @@ _FAMILIES = {
     "transformers.": "gen_turbo.hosts.vlm.families",
 }
 """Where the tuple HOSTS is for the models of a library; imported when a model of that library is attached to."""
-_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "vlm")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Part] = weakref.WeakKeyDictionary()
 
 
