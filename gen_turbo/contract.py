@@ -57,6 +57,11 @@ class TokenReducer(ABC):
             cheaper layers that matter more to the picture.
         ratios: Ratio by downsample factor (1 is the latent's own grid, 2 half of it); overrides `ratio` and
             `num_levels` for the levels it names.
+        layer_ratios: Ratio by layer, named as in `report` or by a pattern such as `up_blocks.*`; overrides `ratios`
+            for the layers it names, the last pattern that fits. 0 leaves a layer in full.
+        step_scale: Factor on every ratio from a step of the run on, 1 before the first step that is named:
+            `{0: 0.5, 10: 1}` removes half as many in the first ten steps. With "correct" it takes effect at a
+            layer's next full step.
         restore: "correct" adds to the merged layer's output the detail that it missed when the layer last ran in
             full; "copy" gives every token its slot's output, as published.
         refresh: With "correct", every how many steps a layer runs in full. Raising it is faster.
@@ -80,6 +85,8 @@ class TokenReducer(ABC):
     ratio: float = 0.5
     num_levels: int = 1
     ratios: dict[int, float] = field(default_factory=dict)
+    layer_ratios: dict[str, float] = field(default_factory=dict)
+    step_scale: dict[int, float] = field(default_factory=dict)
     restore: str = "correct"
     refresh: int = 3
     order: int = 1
@@ -99,11 +106,7 @@ class TokenReducer(ABC):
         Raises:
             ValueError: Naming the setting, its value and what it may be.
         """
-        by_level = {f"ratios[{downsample}]": ratio for downsample, ratio in self.ratios.items()}
-        for name, ratio in {"ratio": self.ratio, **by_level}.items():
-            if not 0 <= ratio <= self.max_ratio or ratio >= 1:
-                bound = f"<= {self.max_ratio:g}" if self.max_ratio < 1 else "< 1"
-                raise ValueError(f"{name} must be the fraction of tokens to remove, 0 <= {name} {bound}; got {ratio}")
+        self._check_ratios()
         if not 0 <= self.text_ratio < 1:
             raise ValueError(f"text_ratio must be a fraction of tokens, 0 <= text_ratio < 1; got {self.text_ratio}")
         if self.restore not in ("correct", "copy"):
@@ -117,6 +120,22 @@ class TokenReducer(ABC):
         if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
             raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
         self._check_scope()
+
+    def _check_ratios(self) -> None:
+        by_level = {f"ratios[{downsample}]": ratio for downsample, ratio in self.ratios.items()}
+        by_layer = {f"layer_ratios[{layer!r}]": ratio for layer, ratio in self.layer_ratios.items()}
+        bound = f"<= {self.max_ratio:g}" if self.max_ratio < 1 else "< 1"
+        for step, scale in self.step_scale.items():
+            if step < 0 or not 0 <= scale < float("inf"):
+                raise ValueError(f"step_scale must give factors >= 0 by step >= 0; got {step}: {scale}")
+        for name, ratio in {"ratio": self.ratio, **by_level, **by_layer}.items():
+            if not 0 <= ratio <= self.max_ratio or ratio >= 1:
+                raise ValueError(f"{name} must be the fraction of tokens to remove, 0 <= {name} {bound}; got {ratio}")
+            for step, scale in self.step_scale.items():
+                if ratio * scale > self.max_ratio or ratio * scale >= 1:
+                    raise ValueError(
+                        f"{name} times step_scale[{step}] must be {bound}; got {ratio} * {scale} = {ratio * scale:g}"
+                    )
 
     def _check_scope(self) -> None:
         if self.scope not in ("attention", "block"):

@@ -55,15 +55,6 @@ def grid_destinations(
     return tokens.reshape(-1).sort().values
 
 
-def line_destinations(num_tokens: int, stride: int = 4, device: torch.device | str | None = None) -> Tensor:
-    """Picks every `stride`-th token of a line as a destination: (D,) int64, ascending.
-
-    Raises:
-        ValueError: If the number of tokens or the stride is not positive.
-    """
-    return grid_destinations((1, num_tokens), (1, stride), device=device)
-
-
 def without_protected(destinations_D: Tensor, num_protected: int) -> Tensor:
     """Drops the leading protected tokens (text, class token) from the destinations: they neither leave nor receive."""
     return destinations_D[destinations_D >= num_protected]

@@ -1,7 +1,9 @@
-"""From a ratio to a number of tokens removed."""
+"""From a layer and a step to a ratio, and from a ratio to a number of tokens removed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from math import prod
 
 
@@ -28,3 +30,15 @@ def num_removed(num_tokens: int, ratio: float, stride: tuple[int, ...] = (2, 2))
             "lower `ratio` or use a larger `stride`"
         )
     return int(num_tokens * ratio)
+
+
+def ratio_of_layer(name: str, ratio: float, layer_ratios: Mapping[str, float]) -> float:
+    """Gives the ratio of a layer: that of the last pattern (`up_blocks.*`) that its path fits, otherwise `ratio`."""
+    fitting = [found for pattern, found in layer_ratios.items() if fnmatchcase(name, pattern)]
+    return fitting[-1] if fitting else ratio
+
+
+def ratio_at_step(ratio: float, step: int, step_scale: Mapping[int, float]) -> float:
+    """Gives the ratio at a step: times the factor of the last step in `step_scale` that has begun, 1 before all."""
+    begun = [first for first in step_scale if first <= step]
+    return ratio * step_scale[max(begun)] if begun else ratio

@@ -32,14 +32,6 @@ def attention_column_mean(q_BHSD: Tensor, k_BHND: Tensor, log_size_BN: Tensor | 
     return total / q_BHSD.shape[1]
 
 
-def class_token_value(q_BHND: Tensor, k_BHND: Tensor, log_size_BN: Tensor | None = None) -> Tensor:
-    """Averages over heads the attention that the class token, token 0, pays to each token.
-
-    The semantic value `A` of Turbo (arXiv 2312.07408): (B, N), every row summing to one, own entry included.
-    """
-    return attention_column_mean(q_BHND[:, :, :1], k_BHND, log_size_BN)
-
-
 def text_attention(q_BHND: Tensor, k_BHTD: Tensor, is_word_BT: Tensor) -> Tensor:
     """Averages over heads the share of its attention to text that each image token gives to words.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -179,6 +180,21 @@ class Part(Protocol):
     def remove(self) -> None:
         """Makes the model what it was, object for object; doing it twice is harmless."""
         ...
+
+
+class OnModel:
+    """What holds on to a model without keeping it alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; raises ReferenceError once it is gone."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this attachment no longer exists")
+        return model
 
 
 class Host(Protocol):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,10 @@ class Memory:
     step: int
     detail: list[Tensor | None]
     slope: list[Tensor | None] | None = None
+
+    def is_for(self, plan: ReductionPlan) -> bool:
+        """Whether the detail is what a plan of as many slots missed; of another ratio it says nothing of a change."""
+        return self.planned.plan.num_slots == plan.num_slots
 
     @property
     def num_bytes(self) -> int:
@@ -157,3 +163,28 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is b:
         return True
     return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def run_facts_of(pipeline: Any | None) -> Callable[[], RunFacts | None]:
+    """A function that reads scheduler and guidance of a pipeline, without keeping the pipeline alive."""
+    if pipeline is None or getattr(pipeline, "scheduler", None) is None:
+        return lambda: None
+    reference = weakref.ref(pipeline)
+    last: list[Any] = [None, 0.0, 0.0]  # the times last seen, the last of them, half its distance to the others
+
+    def read() -> RunFacts | None:
+        owner = reference()
+        times = getattr(owner.scheduler, "timesteps", None) if owner is not None else None
+        if times is None or len(times) == 0:
+            return None
+        if last[0] is not times:
+            values = [float(time) for time in times]
+            last[:] = [times, values[-1], _half_gap(values)]
+        return RunFacts(times, last[1], last[2], getattr(owner, "do_classifier_free_guidance", None))
+
+    return read
+
+
+def _half_gap(times: list[float]) -> float:
+    """Half the distance of the last time to its nearest other one."""
+    return min((abs(time - times[-1]) for time in times if time != times[-1]), default=1.0) / 2

@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.contract import TokenReducer
 from gen_turbo.hosts.attention import check_backend, reaches_attention
-from gen_turbo.hosts.base import SELF_ATTENTION, DenoiserHost, Layer, SiteReport
+from gen_turbo.hosts.base import SELF_ATTENTION, DenoiserHost, Layer, OnModel, SiteReport
 from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names
 from gen_turbo.hosts.block import BlockBinding
-from gen_turbo.hosts.clock import Clock, RunFacts, Stream
+from gen_turbo.hosts.choice import chosen_layers, layers_of
+from gen_turbo.hosts.clock import Clock, Stream, run_facts_of
 from gen_turbo.hosts.compiled import begun, ended, number_of, outside
 from gen_turbo.hosts.reduction import Cost, Reduction
 from gen_turbo.hosts.text import merge_text
@@ -33,23 +34,22 @@ class NoEffectWarning(UserWarning):
     """A whole run went by without one reduced layer."""
 
 
-class DenoiserPart:
+class DenoiserPart(OnModel):
     """A reducer on one denoiser: the bindings, the hooks, and what was there before."""
 
     def __init__(self, model: nn.Module, host: DenoiserHost, reducer: TokenReducer, pipeline: Any | None) -> None:
+        super().__init__(model)
         self.reducer = reducer
-        self.clock = Clock(_run_facts_of(pipeline))
-        self._model = weakref.ref(model)
+        self.clock = Clock(run_facts_of(pipeline))
         self._host = host
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles: list[RemovableHandle] = []
         self._is_installed = False
         self.number = number_of(self)
-        self.layers = _layers(model, host, reducer)
-        ratios = _ratios_by_level(reducer, self.layers, type(model).__name__)
+        self.layers = layers_of(model, host, reducer)
         self.reductions = {
-            layer.name: self._reduction(model, layer, ratios[layer.downsample], index)
-            for index, layer in enumerate(_claimed(self.layers, ratios))
+            layer.name: self._reduction(model, layer, ratio, index)
+            for index, (layer, ratio) in enumerate(chosen_layers(reducer, self.layers, type(model).__name__))
         }
         is_block = reducer.scope == "block"
         self.blocks = {
@@ -82,14 +82,6 @@ class DenoiserPart:
             )
         attn = weakref.ref(model.get_submodule(reduction.layer.name))
         return Binding(inner, reduction, self._host, positional_names(inner), attn)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model; raises ReferenceError once it is gone."""
-        model = self._model()
-        if model is None:
-            raise ReferenceError("the model of this attachment no longer exists")
-        return model
 
     def install(self) -> None:
         """Puts the bound processors, the hooks of blocks and the two root hooks in place."""
@@ -208,20 +200,6 @@ def _no_effect(num_steps: int) -> str:
     )
 
 
-def _layers(model: nn.Module, host: DenoiserHost, reducer: TokenReducer) -> list[Layer]:
-    """What the reducer's scope asks for: attention layers or blocks."""
-    if reducer.scope == "attention":
-        return host.layers(model)
-    blocks = host.blocks(model)
-    if not blocks:
-        raise ValueError(f"scope='block' has no blocks to merge in {type(model).__name__}; use scope='attention'")
-    return blocks
-
-
-def _claimed(layers: list[Layer], ratios: Mapping[int, float]) -> list[Layer]:
-    return [layer for layer in layers if not layer.left_alone and layer.downsample in ratios]
-
-
 def _passive(layer: Layer) -> Layer:
     return layer if layer.left_alone else replace(layer, left_alone="level not chosen")
 
@@ -252,42 +230,3 @@ def _cost(module: nn.Module) -> Cost:
     )
     to_q = next((m for name, m in module.named_modules() if name.endswith("to_q") and isinstance(m, nn.Linear)), None)
     return Cost(weights, to_q.out_features if to_q is not None else 0)
-
-
-def _ratios_by_level(reducer: TokenReducer, layers: list[Layer], model_name: str) -> dict[int, float]:
-    """The ratio of each downsample factor that is reduced."""
-    levels = sorted({layer.downsample for layer in layers if not layer.left_alone})
-    if not levels:
-        raise ValueError(f"this {model_name} has no self-attention in transformer blocks; nothing can be reduced")
-    unknown = sorted(set(reducer.ratios) - set(levels))
-    if unknown:
-        raise ValueError(f"ratios names downsample factors {unknown}, but {model_name} has attention at {levels}")
-    chosen = dict.fromkeys(levels[: reducer.num_levels], reducer.ratio) | reducer.ratios
-    if not chosen:
-        raise ValueError("num_levels=0 and no ratios: no layer would be reduced; name a level")
-    return chosen
-
-
-def _run_facts_of(pipeline: Any | None) -> Any:
-    """A function that reads scheduler and guidance of a pipeline, without keeping the pipeline alive."""
-    if pipeline is None or getattr(pipeline, "scheduler", None) is None:
-        return lambda: None
-    reference = weakref.ref(pipeline)
-    last: list[Any] = [None, 0.0, 0.0]  # the times last seen, the last of them, half its distance to the others
-
-    def read() -> RunFacts | None:
-        owner = reference()
-        times = getattr(owner.scheduler, "timesteps", None) if owner is not None else None
-        if times is None or len(times) == 0:
-            return None
-        if last[0] is not times:
-            values = [float(time) for time in times]
-            last[:] = [times, values[-1], _half_gap(values)]
-        return RunFacts(times, last[1], last[2], getattr(owner, "do_classifier_free_guidance", None))
-
-    return read
-
-
-def _half_gap(times: list[float]) -> float:
-    """Half the distance of the last time to its nearest other one."""
-    return min((abs(time - times[-1]) for time in times if time != times[-1]), default=1.0) / 2

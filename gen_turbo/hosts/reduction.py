@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gen_turbo.contract import Frame, Grid, TokenReducer
 from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.core.schedule import ratio_at_step
 from gen_turbo.hosts.base import Layer
 from gen_turbo.hosts.call import Call, flat
 from gen_turbo.hosts.clock import Clock, Memory, PlannedAt, Stream
@@ -70,7 +71,8 @@ class Reduction:
     def plan(self, call: Call, stream: Stream, semantic: Semantic) -> ReductionPlan | None:
         """The plan to run this call on; None where it runs in full."""
         self._note(call)
-        if self.ratio == 0:
+        if self._ratio_at(stream.step) == 0:
+            stream.memories.pop(self.layer.name, None)
             self._count_full(call)
             return None
         if self.reducer.restore == "copy":
@@ -99,7 +101,7 @@ class Reduction:
         on_slots: Callable[[ReductionPlan], list[Any]],
     ) -> None:
         """After a full call, keeps the detail that a call on merged tokens misses; that call is made here."""
-        if self.ratio == 0 or self.reducer.restore == "copy":
+        if self._ratio_at(stream.step) == 0 or self.reducer.restore == "copy":
             return
         planned = self._planned(call, stream, semantic)
         plan = self._served(planned, stream)
@@ -112,7 +114,7 @@ class Reduction:
         self._spend(call, plan)
         detail = [_difference(a, b) for a, b in zip(full, on_slots(plan), strict=True)]
         slope = None
-        if self.reducer.order == 1 and memory is not None and stream.step > memory.step:
+        if self.reducer.order == 1 and memory is not None and stream.step > memory.step and memory.is_for(plan):
             steps = stream.step - memory.step
             slope = [_difference(a, b, steps) for a, b in zip(detail, memory.detail, strict=True)]
         stream.memories[self.layer.name] = Memory(planned, stream.step, detail, slope)
@@ -127,6 +129,9 @@ class Reduction:
         slopes = memory.slope or [None] * len(outputs)
         steps = stream.step - memory.step
         return [_sum(y, detail, slope, steps) for y, detail, slope in zip(outputs, memory.detail, slopes, strict=True)]
+
+    def _ratio_at(self, step: int) -> float:
+        return ratio_at_step(self.ratio, step, self.reducer.step_scale)
 
     def _count_full(self, call: Call) -> None:
         self.stats.num_full += 1
@@ -151,11 +156,12 @@ class Reduction:
 
     def _planned(self, call: Call, stream: Stream, semantic: Semantic) -> PlannedAt:
         """The plan of this resolution, made by the first layer that needs it and served to the others."""
-        key = (call.grid, call.num_image, self.ratio)
+        ratio = self._ratio_at(stream.step)
+        key = (call.grid, call.num_image, ratio)
         entry = stream.plans.get(key)
         if entry is None or self._is_stale(entry, stream.step):
             frame = Frame(stream.step, entry.num_plans + 1 if entry else 0)
-            plan = plan_call(self.reducer, call, self.layer.name, self.ratio, frame, stream.is_guided, semantic)
+            plan = plan_call(self.reducer, call, self.layer.name, ratio, frame, stream.is_guided, semantic)
             entry = stream.plans[key] = PlannedAt(plan, stream.step, frame.num_plans)
         return entry
 

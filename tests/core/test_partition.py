@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gen_turbo.core.partition import grid_destinations, line_destinations, without_protected
+from gen_turbo.core.partition import grid_destinations, without_protected
 
 SIDE, CELL = st.integers(1, 11), st.integers(1, 4)
 
@@ -42,11 +42,6 @@ def test_hashed_members_are_even_over_cells_and_over_seeds() -> None:
     assert over_seeds.min() > 70 and over_seeds.max() < 130
 
 
-def test_line_destinations_begin_every_run() -> None:
-    """Catches a last partial run without a destination."""
-    assert line_destinations(9, 4).tolist() == [0, 4, 8]
-
-
 def test_protected_tokens_are_no_destinations() -> None:
     """Catches a comparison that lets the last protected token receive."""
     assert without_protected(torch.tensor([0, 2, 4, 6]), 4).tolist() == [4, 6]
@@ -56,7 +51,5 @@ def test_wrong_arguments_raise() -> None:
     """Catches an empty result for a grid of no tokens, and unknown variants taken for the corner."""
     with pytest.raises(ValueError, match="must be positive"):
         grid_destinations((4, 0))
-    with pytest.raises(ValueError, match="must be positive"):
-        line_destinations(4, 0)
     with pytest.raises(ValueError, match="unknown variant 'random'"):
         grid_destinations((4, 4), variant="random")

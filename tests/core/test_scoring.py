@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 
-from gen_turbo.core.scoring import attention_column_mean, class_token_value, information_penalty, mean_one
+from gen_turbo.core.scoring import attention_column_mean, information_penalty, mean_one
 
 # Softmax in float32 against Python's float64.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
@@ -28,13 +28,6 @@ def test_column_mean_equals_the_loop(is_sized: bool) -> None:
         biases = log_size[b].tolist() if is_sized else [0.0] * 6
         expected = oracles.attention_column_mean(q[b].tolist(), k[b].tolist(), biases)
         torch.testing.assert_close(value[b], torch.tensor(expected), **ROUNDING)
-
-
-def test_class_token_value_reads_the_first_query_only() -> None:
-    """Catches the class token's column in place of its row."""
-    q, k, _ = attention_inputs()
-    torch.testing.assert_close(class_token_value(q, k)[0], attention_column_mean(q[:, :, :1], k)[0], **ROUNDING)
-    assert not torch.allclose(class_token_value(q, k), attention_column_mean(q, k))
 
 
 def test_half_attention_is_summed_in_float32() -> None:

@@ -118,6 +118,12 @@ def test_a_second_attachment_raises_and_changes_nothing():
     [
         (TurboProcessor(ratios={8: 0.5}), ValueError, r"ratios names downsample factors \[8\].*at \[1, 2, 4\]"),
         (TurboProcessor(num_levels=0), ValueError, "no layer would be reduced"),
+        (
+            TurboProcessor(layer_ratios={"up.*": 0.5}),
+            ValueError,
+            r"layer_ratios names 'up.\*', .*there are: down_blocks",
+        ),
+        (TurboProcessor(layer_ratios={"*.attn2": 0.5}), ValueError, r"which is no layer of UNet2D.* can be reduced"),
         ("turbo", TypeError, "expected a processor such as TurboProcessor"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from gen_turbo.contract import Frame, Site, TokenReducer
 
 _PLAIN, _ADDED = AttnProcessor2_0(), AttnAddedKVProcessor2_0()
-_NEEDS_ATTACH = ("keep_queries", "size_weighted", "text_ratio", "attention_backend")
+_NEEDS_ATTACH = ("keep_queries", "size_weighted", "text_ratio", "attention_backend", "layer_ratios", "step_scale")
 
 
 def bare_call(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 from torch import Tensor, nn
 
 from gen_turbo.contract import Frame, Grid, Site, TokenReducer
 from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.hosts.base import SiteReport
+from gen_turbo.hosts.base import OnModel, SiteReport
 from gen_turbo.hosts.denoiser import NoEffectWarning
 from gen_turbo.hosts.vlm.cross import CrossGate
-from gen_turbo.hosts.vlm.decoder import Cut
+from gen_turbo.hosts.vlm.decoder import Cut, check_cut
 from gen_turbo.hosts.vlm.family import Family, TowerFacts
 from gen_turbo.hosts.vlm.gate import Gate
 from gen_turbo.hosts.vlm.origin import Seen
@@ -22,7 +21,7 @@ from gen_turbo.hosts.vlm.settings import placement_of
 from gen_turbo.hosts.vlm.tower import Tower
 
 
-class VlmPart:
+class VlmPart(OnModel):
     """A reducer on one model.
 
     Raises:
@@ -30,8 +29,8 @@ class VlmPart:
     """
 
     def __init__(self, model: nn.Module, family: Family, reducer: TokenReducer) -> None:
+        super().__init__(model)
         self.reducer = reducer
-        self._model = weakref.ref(model)
         self._family = family
         self._placement = placement_of(reducer)
         self._handles: list[Any] = []
@@ -44,14 +43,6 @@ class VlmPart:
         self._cut: Cut | None = None
         self._cross: CrossGate | None = None
         self._prepare(model)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model; raises ReferenceError once it is gone."""
-        model = self._model()
-        if model is None:
-            raise ReferenceError("the model of this attachment no longer exists")
-        return model
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -97,7 +88,7 @@ class VlmPart:
 
     def _prepare(self, model: nn.Module) -> None:
         place, family = self._placement.place, self._family
-        facts = _tower_facts(model, family)
+        facts = tower_facts(model, family)
         if facts is not None and place != "decoder":
             self._tower = Tower(model, facts, self.reducer if place == "tower" else None)
             self._tower.on_block = self._note_block
@@ -110,7 +101,7 @@ class VlmPart:
             self._prepare_cross()
             return
         base, text = model.get_submodule(family.base), model.get_submodule(family.text)
-        self._cost = _token_flops(text)
+        self._cost = token_flops(text)
         planner = {"gate": self._plan_at_gate, "tower": self._plan_duplicates}.get(place)
         is_merged = place == "gate" and self._placement.combine == "merge"
         self._gate = Gate(base, text, family, planner, is_merged)
@@ -223,7 +214,7 @@ class VlmPart:
         )
 
 
-def _tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
+def tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
     """The tower's facts if it is of a kind that they hold for."""
     facts = family.tower
     if facts is None:
@@ -232,7 +223,7 @@ def _tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
     return facts if config.model_type in facts.kinds else None
 
 
-def _token_flops(text: nn.Module) -> int:
+def token_flops(text: nn.Module) -> int:
     """Operations of one token in all decoder layers, without attention between tokens."""
     layers: Any = text.layers
     total: int = sum(weight.numel() for layer in layers for weight in layer.parameters() if weight.ndim == 2)
@@ -243,17 +234,13 @@ def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
     """Says before anything is changed why a place does not fit a model."""
     placement = placement_of(reducer)
     name = type(model).__name__
-    if placement.place == "tower" and _tower_facts(model, family) is None:
+    denoising = [setting for setting in ("layer_ratios", "step_scale") if getattr(reducer, setting)]
+    if denoising:
+        raise ValueError(f"{' and '.join(denoising)} concern denoisers; {name} is none, leave them out")
+    if placement.place == "tower" and tower_facts(model, family) is None:
         raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='gate' or place='decoder'")
     if placement.place == "decoder" and family.is_cross:
         raise ValueError(f"{name} has no image tokens in its prompt; use place='tower' or place='gate'")
     if placement.place != "decoder":
         return
-    config = model.get_submodule(family.text).config
-    if not placement.layer < config.num_hidden_layers:  # type: ignore[union-attr,operator]
-        raise ValueError(f"layer {placement.layer} is not one of the {config.num_hidden_layers} layers of {name}")  # type: ignore[union-attr]
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut; use place='gate'")
-    stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
-    if placement.layer < stacked:
-        raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use layer={stacked} or later")
+    check_cut(model, model.get_submodule(family.text).config, placement.layer)
