@@ -50,15 +50,16 @@ def reduce_pictures(hidden_LC: Tensor, others: list[Tensor], ids: Tensor, size: 
 
 
 def run_layers(
-    text: nn.Module, hidden: Tensor, positions: Tensor, first: int, last: int, prefix: int, deep: Any
+    text: nn.Module, hidden: Tensor, positions: Tensor, first: int, last: int, prefix: int, deep: Any, skip: Any = ()
 ) -> Any:
-    """Decoder layers `first` to `last` on one row (1, n, C), causal but for the first `prefix` columns."""
+    """Decoder layers `first` to `last`, but those to skip, on one row (1, n, C), causal behind `prefix` columns."""
     length = hidden.shape[1]
     mask = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
     mask[..., :prefix, :prefix] = 0
     rotary = text.rotary_emb(hidden, position_ids=positions)
     for index in range(first, last):
-        hidden = text.layers[index](hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
+        if index not in skip:
+            hidden = text.layers[index](hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
         if index < len(deep):
             hidden = hidden + deep[index][None]
     return hidden

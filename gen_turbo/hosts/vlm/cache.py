@@ -8,10 +8,11 @@ import torch
 from transformers import DynamicCache
 
 from gen_turbo.core.columns import Columns
+from gen_turbo.hosts.vlm.routes import Route
 
 
 class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no types here
-    """A dynamic cache whose first layer, and again its later layers, hold only some of the tokens seen.
+    """A dynamic cache whose first layer, and again its later layers, hold only some of the tokens or rows seen.
 
     Its length is that in tokens, as a conversation counts it when it goes on with this cache. Masks and attention
     work on the columns that are really there. A default cache becomes one when the first token is dropped; its
@@ -20,9 +21,11 @@ class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no
     Attributes:
         columns: Which of the tokens seen the first layer holds; None while it holds all of them.
         cuts: By decoder layer, which of the first layer's columns that layer and the following ones hold.
+        route: Which rows run which layers; a layer holds only the rows that run it. None while all run all.
     """
 
     columns: Columns | None = None
+    route: Route | None = None
     cuts: dict[int, Columns]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,27 +76,28 @@ class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.columns, self.cuts = None, {}
+        self.columns, self.cuts, self.route = None, {}, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the rows for beam search."""
-        super().reorder_cache(beam_idx)
-        self._each(lambda columns: columns.rows(beam_idx.to(columns.index_BM.device)))
+        self._take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
-        super().batch_repeat_interleave(repeats)
-        self._each(lambda columns: columns.repeated(repeats))
+        held = self.layers[0].keys if self.layers else None
+        if held is not None:
+            self._take_rows(torch.arange(len(held), device=held.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps some rows."""
-        super().batch_select_indices(indices)
-        self._each(lambda columns: columns.rows(indices))
+        self._take_rows(indices)
 
-    def _each(self, change: Any) -> None:
-        if self.columns is not None:
-            self.columns = change(self.columns)
-        self.cuts = {layer: change(cut) for layer, cut in self.cuts.items()}
+    def _take_rows(self, index: torch.Tensor) -> None:
+        for number, layer in enumerate(self.layers):
+            layer.batch_select_indices(index if self.route is None else self.route.held(number, index))
+        self.route = self.route.select(index) if self.route is not None else None
+        self.columns = self.columns.rows(index) if self.columns is not None else None
+        self.cuts = {number: cut.rows(index) for number, cut in self.cuts.items()}
 
 
 def shortened(cache: Any) -> ShortenedCache:

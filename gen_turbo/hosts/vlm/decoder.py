@@ -28,11 +28,13 @@ class Cut:
     Attributes:
         first: The first layer without the dropped tokens.
         attention: Attention of the last token in the layer before the cut, for methods that ask for it.
+        is_skipped: Whether no row of this call runs a layer, which then needs no mask.
     """
 
     def __init__(self, text: nn.Module, gate: Gate, first: int, planner: Planner) -> None:
         self.first, self.attention = first, _no_attention
         self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
+        self.is_skipped: Callable[[int], bool] = lambda index: False
         self._text, self._gate, self._planner = text, gate, planner
         stack: Any = text
         self._layers: list[nn.Module] = list(stack.layers)[: stack.config.num_hidden_layers]
@@ -67,7 +69,8 @@ class Cut:
                 if index == self.first:
                     hidden = self._here.take(hidden, 1)
                 changed.update(self._positions(kwargs))
-            changed["attention_mask"] = self._mask(kwargs, hidden, total, index)
+            if not self.is_skipped(index):
+                changed["attention_mask"] = self._mask(kwargs, hidden, total, index)
             changed.pop("hidden_states", None)
             return (hidden, *args[1:]), changed
 
@@ -153,6 +156,22 @@ def last_attention(
         logits = logits.masked_fill(~real_BL[:, None], torch.finfo(logits.dtype).min)
     attention: Tensor = logits.softmax(-1).mean(1)
     return attention
+
+
+def check_cut(model: nn.Module, config: Any, first: int) -> None:
+    """Says before anything is changed why tokens cannot leave at a layer.
+
+    Raises:
+        ValueError: If the layer is none of the model's, has a sliding window, or comes before later image features.
+    """
+    name = type(model).__name__
+    if not first < config.num_hidden_layers:
+        raise ValueError(f"layer {first} is not one of the {config.num_hidden_layers} layers of {name}")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut; use place='gate'")
+    stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if first < stacked:
+        raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use layer={stacked} or later")
 
 
 def _heads(attn: Any, kind: str, normed: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Gate:
         real_BM: Which columns that reach the first layer, with those held, are no padding; None if all are.
         cuts: Columns that decoder layers of this call keep, by first layer, to be noted in the cache at the end.
         dropped: What spreads the output of the last decoder layer back; set by the decoder.
+        on_prompt: Is told the pictures, embeddings and mask of a call that brings pictures, before they are planned.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Gate:
     ) -> None:
         self.planner, self.is_merged = planner, is_merged
         self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
+        self.on_prompt: Callable[[Pictures, Tensor, Any], None] = lambda pictures, embeds, mask: None
         self._base, self._text, self._family = base, text, family
         self._arguments = list(inspect.signature(base.forward).parameters)
         self._given: dict[str, Any] = {}
@@ -133,6 +135,8 @@ class Gate:
         self.length = embeds.shape[1]
         self.pictures = self._pictures(embeds)
         reduction = None
+        if self.pictures is not None:
+            self.on_prompt(self.pictures, embeds, kwargs.get("attention_mask"))
         if self.pictures is not None and self.planner is not None:
             reduction = reduce(self.pictures, embeds, self.planner)
             self.on_reduction(self.pictures, reduction)
