@@ -77,9 +77,7 @@ def _hidden(mask: Tensor | None, key_BL: Tensor, hidden_BLC: Tensor) -> Tensor:
     length, dtype = hidden_BLC.shape[1], hidden_BLC.dtype
     least = torch.finfo(dtype).min
     if mask is not None and mask.ndim != 4:
-        raise ValueError(
-            "hiding tokens needs a kernel that takes masks; load with attn_implementation="sdpa""
-        )
+        raise ValueError("hiding tokens needs a kernel that takes masks; load with attn_implementation='sdpa'")
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=hidden_BLC.device).tril()[None, None]
     if mask.dtype == torch.bool:
