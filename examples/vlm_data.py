@@ -79,7 +79,7 @@ def pictures(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     drawings = [draw(*row) for row in rows]
     images = np.stack([np.asarray(drawing.image).transpose(2, 0, 1) for drawing in drawings])
     shown = torch.stack([_shown(row, drawing) for row, drawing in zip(rows, drawings, strict=True)])
-    return torch.from_numpy(images), shown
+    return torch.from_numpy(images).contiguous(), shown
 
 
 def _shown(row: Row, drawing: Drawing) -> Tensor:

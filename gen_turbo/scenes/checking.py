@@ -118,15 +118,16 @@ def _check_pair(pixels: Array, foreground: Mask, background: bool, scene: Pair) 
 
 
 def _components(mask: Mask) -> list[Mask]:
-    """Connected parts, the largest first: each pixel takes the greatest number among its neighbours, until none can."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        padded = np.pad(labels, 1)
-        around = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:], labels]
-        spread = np.where(mask, np.max(around, 0), 0)
-        if (spread == labels).all():
-            break
-        labels = spread
+    """Connected parts, the largest first: runs of pixels in a row, joined with those they touch in the row before."""
+    change = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8))
+    rows, begins = np.nonzero(change == 1)
+    ends = np.nonzero(change == -1)[1]
+    part = np.arange(len(rows))
+    overlaps = (begins[:, None] < ends) & (begins < ends[:, None])
+    for run, above in np.argwhere(overlaps & (rows[:, None] == rows + 1)):
+        part[part == part[run]] = part[above]
+    labels = np.full(mask.shape, -1)
+    labels[mask] = np.repeat(part, ends - begins)
     numbers, sizes = np.unique(labels[mask], return_counts=True)
     return [labels == number for number in numbers[np.argsort(-sizes, kind="stable")]]
 
