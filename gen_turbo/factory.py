@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -99,7 +99,7 @@ def _overridden_halves(
         if not isinstance(given, Mapping):
             raise ConfigError(f"{half} must be a mapping of settings, such as {{'processor': None}}; got {given!r}")
         halves[half], processors[half] = _overridden(tree.pop(half), {**both, **given}, f"{what}, {half}")
-    return replace(typed(type(config), {**tree, **overrides}, what), **halves), processors
+    return typed(type(config), {**tree, **overrides, **halves}, what), processors
 
 
 def _refuse_call_settings(overrides: Mapping[str, Any]) -> None:

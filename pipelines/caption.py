@@ -113,8 +113,8 @@ class CaptionPipeline:
         pictures = [images] if isinstance(images, Image.Image) else list(images)
         if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
             raise ConfigError(f"expected a PIL picture or a list of them; got {images!r:.80}")
-        length = _positive("max_new_tokens", max_new_tokens, self.config.max_new_tokens)
-        batch = _positive("batch_size", batch_size, self.config.batch_size)
+        length = positive("max_new_tokens", max_new_tokens, self.config.max_new_tokens)
+        batch = positive("batch_size", batch_size, self.config.batch_size)
         settings = {"max_new_tokens": length, "do_sample": False, **generate}
         texts: list[str] = []
         num_tokens = num_kept = 0
@@ -226,7 +226,8 @@ def _prompt_length(inputs: Any, output: Tensor) -> int:
     return int(ids.shape[1])
 
 
-def _positive(name: str, given: int | None, configured: int) -> int:
+def positive(name: str, given: int | None, configured: int) -> int:
+    """A number given to a call, or the configured one; raises ConfigError below 1."""
     if given is not None and given < 1:
         raise ConfigError(f"{name} must be at least 1; got {given}")
     return configured if given is None else given
