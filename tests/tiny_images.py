@@ -1,0 +1,176 @@
+"""Tiny real image transformers with random weights: a builder and the inputs of one call for each family."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    CogView3PlusTransformer2DModel,
+    CogView4Transformer2DModel,
+    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+from torch import nn
+
+from tests.tiny_family import HEADS, NUM_TEXT, Family, frames, patched, random, rising, rotary, text, thousandth
+
+
+def pixart(**settings: object) -> nn.Module:
+    """PixArt: the latents' grid fixes the positions."""
+    shape = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 16, "cross_attention_dim": 32}
+    return PixArtTransformer2DModel(**HEADS, **shape, caption_channels=32, use_additional_conditions=False, **settings)
+
+
+def hunyuan() -> nn.Module:
+    """HunyuanDiT with one long skip connection."""
+    return HunyuanDiT2DModel(
+        **HEADS,
+        in_channels=4,
+        patch_size=2,
+        sample_size=16,
+        hidden_size=32,
+        num_layers=4,
+        mlp_ratio=2.0,
+        cross_attention_dim=32,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=32,
+        text_len=NUM_TEXT,
+        text_len_t5=NUM_TEXT,
+        use_style_cond_and_image_meta_size=False,
+    )
+
+
+def hunyuan_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Two texts and rotary tables."""
+    mask = torch.ones(batch, NUM_TEXT)
+    return {
+        **text(batch),
+        "text_embedding_mask": mask,
+        "encoder_hidden_states_t5": random(batch, NUM_TEXT, 32, seed=3),
+        "text_embedding_mask_t5": mask,
+        "image_meta_size": None,
+        "style": None,
+        "image_rotary_emb": rotary(grid[0] * grid[1]),
+    }
+
+
+def sd3(**settings: object) -> nn.Module:
+    """SD3; `dual_attention_layers` and `qk_norm` make it SD3.5."""
+    shape = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 3, "pos_embed_max_size": 16}
+    widths = {"joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 16}
+    return SD3Transformer2DModel(**HEADS, **shape, **widths, **settings)
+
+
+def flux(num_layers: int = 1, num_single_layers: int = 2) -> nn.Module:
+    """Flux: double blocks and single blocks."""
+    widths = {"in_channels": 8, "joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)}
+    return FluxTransformer2DModel(**HEADS, num_layers=num_layers, num_single_layers=num_single_layers, **widths)
+
+
+def flux_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Text and image positions."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
+    pooled = random(batch, 16, seed=4)
+    return {**text(batch), "pooled_projections": pooled, "img_ids": ids, "txt_ids": torch.zeros(NUM_TEXT, 3)}
+
+
+def lumina() -> nn.Module:
+    """Lumina2 with grouped keys."""
+    widths = {"hidden_size": 32, "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 8, "cap_feat_dim": 32}
+    axes = {"axes_dim_rope": (4, 2, 2), "axes_lens": (64, 32, 32)}
+    return Lumina2Transformer2DModel(
+        sample_size=16, in_channels=4, num_layers=2, num_refiner_layers=1, **widths, **axes
+    )
+
+
+def z_image() -> nn.Module:
+    """Z-Image."""
+    widths = {"dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32}
+    model = ZImageTransformer2DModel(in_channels=4, **widths, axes_dims=[4, 6, 6], axes_lens=[256, 64, 64])
+    # The class leaves these two uninitialised.
+    for padding in (model.x_pad_token, model.cap_pad_token):
+        nn.init.normal_(padding)
+    return model
+
+
+def cogview(cls: type[nn.Module] = CogView4Transformer2DModel, **settings: object) -> nn.Module:
+    """CogView4 or CogView3Plus."""
+    shape = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "pos_embed_max_size": 16, "sample_size": 16}
+    return cls(**HEADS, **shape, text_embed_dim=32, time_embed_dim=16, condition_dim=4, **settings)
+
+
+def cogview_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Sizes as conditions."""
+    size = torch.tensor([[64.0, 64.0]]).repeat(batch, 1)
+    return {**text(batch), "original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
+
+
+def qwen() -> nn.Module:
+    """Qwen-Image."""
+    widths = {"in_channels": 16, "out_channels": 4, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
+    return QwenImageTransformer2DModel(**HEADS, num_layers=2, patch_size=2, **widths)
+
+
+def kandinsky() -> nn.Module:
+    """The UNet of Kandinsky 2.2: attention on maps, with keys of the text before its own."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+IMAGES: dict[str, Family] = {
+    "kandinsky": Family(kandinsky, lambda b, g: text(b), lambda g: (4, *g)),
+    "pixart-alpha": Family(pixart, lambda b, g: {**text(b), "added_cond_kwargs": {}}, patched()),
+    "pixart-sigma": Family(
+        lambda: pixart(interpolation_scale=2), lambda b, g: {**text(b), "added_cond_kwargs": {}}, patched()
+    ),
+    "hunyuan-dit": Family(hunyuan, hunyuan_inputs, patched()),
+    "sd3": Family(sd3, lambda b, g: {**text(b), "pooled_projections": random(b, 16)}, patched()),
+    "sd3.5-dual": Family(
+        lambda: sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm"),
+        lambda b, g: {**text(b), "pooled_projections": random(b, 16)},
+        patched(),
+    ),
+    "flux": Family(flux, flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),
+    "flux-double": Family(lambda: flux(2, 0), flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),
+    "flux-single": Family(lambda: flux(0, 2), flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),
+    "lumina2": Family(
+        lumina, lambda b, g: {**text(b), "encoder_attention_mask": torch.ones(b, NUM_TEXT).long()}, patched(), rising
+    ),
+    "z-image": Family(
+        z_image,
+        lambda b, g: {"cap_feats": list(random(b, NUM_TEXT, 32))},
+        frames(1),
+        lambda time, batch: {"t": torch.full((batch,), 1 - time / 1000)},
+    ),
+    "cogview4": Family(lambda: cogview(rope_axes_dim=(16, 16)), cogview_inputs, patched()),
+    "cogview3plus": Family(lambda: cogview(CogView3PlusTransformer2DModel), cogview_inputs, patched()),
+    "qwen-image": Family(
+        qwen,
+        lambda b, g: {
+            **text(b),
+            "encoder_hidden_states_mask": torch.ones(b, NUM_TEXT).bool(),
+            "img_shapes": [[(1, *g)]] * b,
+        },
+        lambda g: (g[0] * g[1], 16),
+        thousandth,
+    ),
+}
+"""Transformers that make pictures, and the UNet that they share their checks with, by name."""
