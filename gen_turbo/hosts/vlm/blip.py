@@ -10,6 +10,7 @@ _TOWER = TowerFacts(
     num_leading=lambda model: 1,
     has_qkv=True,
     is_restored=False,
+    output_norm="post_layernorm",
 )
 
 BLIP = VlmHost(

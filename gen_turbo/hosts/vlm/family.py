@@ -27,6 +27,9 @@ class TowerFacts:
         norm2: Name, in a block, of the norm between attention and MLP.
         has_qkv: Whether attention makes queries, keys and values in one layer `qkv` and takes no mask.
         is_restored: Whether later code needs every patch again.
+        projector: Path, in the model, of the one layer that reads the patches in raster order, and nothing else;
+            empty where other code lies between, or text reads them by cross-attention.
+        output_norm: Name, in the tower, of the norm behind the last block that its reader sees; empty if none is.
     """
 
     module: str
@@ -39,6 +42,8 @@ class TowerFacts:
     norm2: str = "layer_norm2"
     has_qkv: bool = False
     is_restored: bool = True
+    projector: str = ""
+    output_norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,13 @@ class VlmHost:
 
     def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Any:
         """Prepares a reducer for one model and changes nothing yet."""
+        from gen_turbo.hosts.vlm.grouping import GroupingPart
         from gen_turbo.hosts.vlm.part import VlmPart
+        from gen_turbo.hosts.vlm.routed import RoutedPart
+        from gen_turbo.hosts.vlm.routes import Routed
+        from gen_turbo.hosts.vlm.settings import placement_of
 
-        return VlmPart(model, self.family, reducer)
+        if isinstance(reducer, Routed):
+            return RoutedPart(model, self.family, reducer)
+        part = GroupingPart if placement_of(reducer).place == "projector" else VlmPart
+        return part(model, self.family, reducer)

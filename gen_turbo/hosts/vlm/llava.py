@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,8 @@ def num_class_tokens(model: nn.Module) -> int:
 
 
 _TOWER = TowerFacts("model.vision_tower", KINDS, num_leading=num_class_tokens, last_block=feature_block)
+_PROJECTED = replace(_TOWER, projector="model.multi_modal_projector")
 
-LLAVA = VlmHost(("LlavaForConditionalGeneration",), Family(tower=_TOWER, grids=square_grids))
+LLAVA = VlmHost(("LlavaForConditionalGeneration",), Family(tower=_PROJECTED, grids=square_grids))
 # The features of a picture are a thumbnail and tiles with newlines between, which make no grid.
 LLAVA_NEXT = VlmHost(("LlavaNextForConditionalGeneration",), Family(tower=_TOWER))

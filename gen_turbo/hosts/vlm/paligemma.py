@@ -5,7 +5,14 @@ from __future__ import annotations
 from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost, square_grids
 
 _FAMILY = Family(
-    tower=TowerFacts("model.vision_tower", ("siglip_vision_model",)), grids=square_grids, masks_in_base=True
+    tower=TowerFacts(
+        "model.vision_tower",
+        ("siglip_vision_model",),
+        projector="model.multi_modal_projector",
+        output_norm="post_layernorm",
+    ),
+    grids=square_grids,
+    masks_in_base=True,
 )
 
 PALIGEMMA = VlmHost(("PaliGemmaForConditionalGeneration",), _FAMILY)

@@ -29,7 +29,7 @@ class Projections:
         if not self._facts.has_qkv:
             hook = self._attn.register_forward_pre_hook(self._with_mask, with_kwargs=True)
             return [hook, self._watch("query", self._module("q")), self._watch("key", self._module("k"))]
-        return [self._watch("qkv", self._attn.qkv), _InstanceForward(self._attn, self._proportional)]
+        return [self._watch("qkv", self._attn.qkv), InstanceForward(self._attn, self._proportional)]
 
     def query_key(self) -> tuple[Tensor, Tensor]:
         """The queries and keys of the last call, each (B, H, N, D), with their norms."""
@@ -84,8 +84,8 @@ def _allows_all(mask: Tensor) -> bool:
     return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
 
 
-class _InstanceForward:
-    """A `forward` of one instance, in front of the one it had."""
+class InstanceForward:
+    """A `forward` of one instance, in front of the one it had, until `remove`."""
 
     def __init__(self, module: nn.Module, replacement: Any) -> None:
         self._module, self._had = module, vars(module).get("forward")
@@ -93,6 +93,7 @@ class _InstanceForward:
         module.forward = lambda *args, **kwargs: replacement(forward, *args, **kwargs)
 
     def remove(self) -> None:
+        """Puts back what was there."""
         if self._had is None:
             vars(self._module).pop("forward", None)
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gen_turbo.contract import Frame, Site, TokenReducer
 from gen_turbo.core.plan import ReductionPlan
 
-PLACES = ("tower", "gate", "decoder")
+PLACES = ("tower", "projector", "gate", "decoder")
 
 
 @dataclass
@@ -17,11 +17,13 @@ class Placement:
     """Settings of a method that works on the image tokens of a vision-language model.
 
     Attributes:
-        place: "tower" merges inside the vision tower, between self-attention and MLP of every block; "gate" reduces
-            the projected image tokens before the language model; "decoder" drops them from one decoder layer on.
+        place: "tower" merges inside the vision tower, between self-attention and MLP of every block; "projector"
+            merges what the tower returns, before it is projected; "gate" reduces the projected image tokens before
+            the language model; "decoder" drops them from one decoder layer on.
         layer: With "decoder", the first decoder layer without the dropped tokens; at least 1.
-        combine: At the gate, "merge" averages the tokens of a slot, "select" keeps the slot's anchor and drops the
-            others. In the decoder, where a token must not see later ones, tokens are always selected.
+        combine: At the gate or before the projector, "merge" averages the tokens of a slot, "select" keeps the slot's
+            anchor and drops the others. In the decoder, where a token must not see later ones, tokens are always
+            selected.
     """
 
     place: str = "gate"
@@ -39,6 +41,32 @@ class Placement:
             raise ValueError(f"combine must be 'merge' or 'select'; got {self.combine!r}")
         if self.layer < 1:
             raise ValueError(f"layer must be at least 1, the second decoder layer; got {self.layer}")
+
+
+@dataclass
+class Grouped(Placement):
+    """Settings of a method whose own tokens pass through the vision tower and gather the patches, as in VisToG.
+
+    Attributes:
+        num_tokens: Image tokens that the language model reads; 0 takes them from `weights`, else from the ratio.
+        weights: File of learned weights, or `embedded:NAME` for one inside the package; None groups untrained.
+        first_block: The block of the tower before which the semantic tokens enter. Raising it costs the tower less
+            and lets them read less. `weights` brings its own.
+    """
+
+    place: str = "projector"
+    num_tokens: int = 0
+    weights: str | None = None
+    first_block: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every setting, its own and those of the method's other bases; raises ValueError."""
+        super().__post_init__()
+        if self.place != "projector" or self.combine != "merge":
+            raise ValueError(f"groups are made before the projector alone; got place={self.place!r}, {self.combine!r}")
+        for setting in ("num_tokens", "first_block"):
+            if getattr(self, setting) < 0:
+                raise ValueError(f"{setting} must not be negative; got {getattr(self, setting)}")
 
 
 _DEFAULT = Placement()

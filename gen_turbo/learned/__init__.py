@@ -1,0 +1,1 @@
+"""Learned parts of methods: small modules and artefacts that are trained once and then only read."""

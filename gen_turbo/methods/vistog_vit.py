@@ -1,0 +1,39 @@
+"""VisToG in a vision encoder: semantic tokens gather similar patches before the language model reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Site
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.core.selection import pool_cells
+from gen_turbo.hosts.vlm.settings import Grouped
+from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.registry import METHODS
+
+
+@METHODS.register("vistog_vit")
+@dataclass
+class VisToGVisionProcessor(Grouped, ReductionProcessor):
+    """Groups the patches of a vision encoder around semantic tokens; the language model reads groups alone.
+
+    VisToG (arXiv 2411.17773): semantic tokens pass through the frozen encoder under isolated attention, so that the
+    patches stay what they were; a grouping layer then gives each patch to one of them. Training
+    (`gen-turbo calibrate vistog`) distils the model that reads every patch and needs no labels. Without `weights`
+    groups are the cells of the grid, averaged: what pooling before the projector gives.
+
+    Costs the encoder the share of its arithmetic that the semantic tokens add to the patches, less by `first_block`.
+
+    Differs from the paper: semantic tokens begin as the means of cells plus what is learned, and near patches are
+    preferred. Where it works outside a vision encoder, such as in a denoiser, it pools cells of the grid.
+    """
+
+    ratio: float = 0.75
+    restore: str = "copy"
+
+    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+        """Plans cells for tokens (B, N, C), the same for every row."""
+        num_tokens = tokens.shape[1]
+        return pool_cells(site.grid or (1, num_tokens), num_tokens - int(num_tokens * site.ratio), tokens.device)
