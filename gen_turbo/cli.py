@@ -25,13 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0, or 2 after one sentence on standard error about what was wrong.
+        0; 1 where some of many pictures failed; 2 after one sentence on standard error about what was wrong.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         namespace = _parse(sys.argv[1:] if arguments is None else list(arguments))
-        namespace.run(namespace)
+        code = namespace.run(namespace)
     except KeyboardInterrupt:
         return _fail("interrupted", _INTERRUPTED)
     except (ValueError, OSError, ImportError) as error:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_out_of_memory(error):
             raise
         return _fail("there is not enough memory; take a smaller height and width, or another device")
-    return 0
+    return int(code or 0)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,10 +66,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     from gen_turbo.bench.commands import add_arguments
 
-    parser = _Parser(prog="gen-turbo", description="Diffusion pipelines, faster without retraining.")
+    parser = _Parser(prog="gen-turbo", description="Diffusion and vision-language models, faster without retraining.")
     parser.add_argument("--version", action="version", version=f"gen-turbo {version('gen_turbo')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="make pictures from text", allow_abbrev=False))
+    _add_captioning(commands)
     listing = commands.add_parser("list", help="show methods and pipelines", allow_abbrev=False)
     listing.set_defaults(run=_list)
     _add_report(commands.add_parser("report", help="show which layers are reduced", allow_abbrev=False))
@@ -77,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(bench)
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _add_captioning(commands: Any) -> None:
+    from gen_turbo.captioning import add_caption_arguments, add_caption_generate_arguments
+
+    add_caption_arguments(commands.add_parser("caption", help="say what pictures show", allow_abbrev=False))
+    text = "make new pictures of what pictures show"
+    add_caption_generate_arguments(commands.add_parser("caption-generate", help=text, allow_abbrev=False))
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +124,7 @@ def _config(namespace: argparse.Namespace) -> PipelineConfig:
 def _generate(namespace: argparse.Namespace) -> None:
     """Checks everything that can be wrong, then loads, then draws."""
     config = _config(namespace)
-    from gen_turbo.factory import build_pipeline, build_processor
+    from gen_turbo.factory import build_pipeline, build_processor, quiet_loading
     from gen_turbo.generation import draw, plan_jobs, prompt_notes
     from gen_turbo.output import check_writable, picture_paths, record_path, write_picture
 
@@ -125,7 +134,7 @@ def _generate(namespace: argparse.Namespace) -> None:
     processor = build_processor(config.processor)
     if namespace.compare and processor is None:
         raise ConfigError("there is no processor to compare with the stock pipeline; add processor=turbo")
-    _quiet_loading()
+    quiet_loading()
     pipe = build_pipeline(config, processor)
     for note in dict.fromkeys(note for job in jobs for note in prompt_notes(pipe, job.prompt)):
         print(f"gen-turbo: note: {note}", file=sys.stderr)
@@ -186,14 +195,14 @@ def _list(namespace: argparse.Namespace) -> None:
 def _report(namespace: argparse.Namespace) -> None:
     """Draws one picture in a few steps and prints what was reduced on the way."""
     config = _config(namespace)
-    from gen_turbo.factory import build_pipeline, build_processor
+    from gen_turbo.factory import build_pipeline, build_processor, quiet_loading
     from gen_turbo.generation import Job, draw
     from gen_turbo.hosts.report import report
 
     processor = build_processor(config.processor)
     if processor is None:
         raise ConfigError("there is no processor to report on; add processor=turbo")
-    _quiet_loading()
+    quiet_loading()
     pipe = build_pipeline(config, processor)
     draw(pipe, config, Job(namespace.prompt, 0), "report")
     print(report(pipe))
@@ -203,16 +212,6 @@ def _bench(namespace: argparse.Namespace) -> None:
     from gen_turbo.bench.commands import run
 
     run(namespace)
-
-
-def _quiet_loading() -> None:
-    """Turns off the progress bars of loading where nobody looks at them."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
 
 
 def _fail(message: str, code: int = _USAGE_ERROR) -> int:

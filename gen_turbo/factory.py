@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
@@ -75,6 +76,16 @@ def processors_of(config: Settings) -> Any | None:
     if isinstance(config, CaptionGenerateConfig):
         return {half: build_processor(getattr(config, half).processor) for half in HALVES}
     return build_processor(config.processor)
+
+
+def quiet_loading() -> None:
+    """Turns off the progress bars of loading where nobody looks at them."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
 
 
 def _overridden(config: Settings, overrides: dict[str, Any], what: str) -> tuple[Settings, Any]:

@@ -74,7 +74,11 @@ def write_picture(path: Path, image: Image.Image) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it; folders are made."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text under a temporary name and renames it; folders are made."""
     _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 

@@ -16,11 +16,11 @@ from gen_turbo.registry import METHODS, Registry
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("core", "registry", "schemas", "config", "scenes"),
-    ("contract", "metrics", "output", "inputs"),
+    ("contract", "metrics", "output", "inputs", "manifest"),
     ("hosts", "learned"),
     ("methods",),
     ("pipelines",),
-    ("factory", "generation"),
+    ("factory", "generation", "captioning"),
     ("bench",),
     ("cli",),
 )
