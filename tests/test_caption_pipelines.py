@@ -1,0 +1,230 @@
+"""Pictures to captions to new pictures, by pipelines that YAML names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertTokenizer, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipProcessor
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from gen_turbo import TurboProcessor, attach, load_pipeline, report, scenes
+from gen_turbo.config import ConfigError, load_config
+from gen_turbo.inputs import find_pictures, open_picture, pictures_of
+from tests.snapshots import differences, model_state
+from tests.vlm.test_blip import _blip
+
+SMALL = {"num_inference_steps": 3, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory) -> Path:
+    """A checkpoint of the embedded vision-language model's classes at random weights."""
+    from gen_turbo.pipelines import tiny_vlm
+
+    folder = tmp_path_factory.mktemp("vlm")
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = tiny_vlm.make_model()
+    torch.set_rng_state(state)
+    model.save_pretrained(folder)
+    tiny_vlm.make_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [scenes.render(caption, 0) for caption in scenes.captions(3, 0)]
+
+
+@pytest.fixture(scope="module")
+def both(vlm, tiny_checkpoint):
+    """The combined pipeline on small checkpoints, stock."""
+    halves = {"caption": {"checkpoint": str(vlm)}, "picture": {"checkpoint": str(tiny_checkpoint)}}
+    pipe = load_pipeline("caption-generate", processor=None, **halves)
+    pipe.picture.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_caption_is_what_generate_writes(vlm, pictures):
+    """Catches a prompt left in the text, another prompt than the model's own, and tokens counted elsewhere."""
+    pipe = load_pipeline("caption", checkpoint=str(vlm), processor=TurboProcessor(0.5))
+    result = pipe(pictures, max_new_tokens=5)
+    inputs = pipe.preparer(images=pictures, text=["<image>describe the picture"] * 3, return_tensors="pt")
+    with torch.no_grad():
+        tokens = pipe.vlm.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert result.texts == pipe.preparer.batch_decode(tokens, skip_special_tokens=True)
+    assert (result.num_tokens, result.num_kept) == (3 * 256, 3 * 128)
+    assert result.text == result.texts[0]
+    assert result.seconds > 0
+
+
+def test_batches_change_nothing_and_reset_gives_stock(vlm, pictures):
+    """Catches pictures that swap their captions between batches, and a processor that stays."""
+    pipe = load_pipeline("caption", checkpoint=str(vlm), processor=None)
+    stock, before = pipe(pictures), model_state(pipe.vlm)
+    pipe.set_attn_processor(TurboProcessor(0.75))
+    together, apart = pipe(pictures), pipe(pictures, batch_size=1)
+    assert together.texts == apart.texts
+    assert together.num_kept == apart.num_kept == 3 * 64
+    assert [row.num_tokens for row in report(pipe).sites] == [256]
+    pipe.reset_attn_processor()
+    assert differences(before, model_state(pipe.vlm)) == []
+    assert pipe(pictures).texts == stock.texts
+
+
+def test_a_question_reaches_the_model(vlm, pictures):
+    """Catches a prompt that is dropped on the way."""
+    pipe = load_pipeline("caption", checkpoint=str(vlm), processor=None)
+    assert pipe.text_of("what shape") == "<image>what shape"
+    seen = []
+    with torch.no_grad():
+        handle = pipe.vlm.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+        pipe(pictures[0], prompt="what shape", max_new_tokens=1)
+        handle.remove()
+    asked = pipe.preparer.tokenizer("what shape")["input_ids"][1:]
+    assert seen[0]["input_ids"][0, -len(asked) :].tolist() == asked
+    pipe.config.template = "ask <image> {prompt} now"
+    assert pipe.text_of("it") == "ask <image> it now"
+    pipe.config.template = "ask <image>"
+    with pytest.raises(ConfigError, match="template must contain"):
+        pipe.text_of("it")
+
+
+@pytest.mark.parametrize("model", [BlipForConditionalGeneration, BlipForQuestionAnswering])
+def test_models_that_read_pictures_on_the_side(tmp_path, pictures, model):
+    """Catches a placeholder for models that want none, and tokens counted in a prompt that has no picture."""
+    made = _blip(model)
+    made.save_pretrained(tmp_path)
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{i}" for i in range(96))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    images = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    BlipProcessor(images, BertTokenizer(str(tmp_path / "vocab.txt"))).save_pretrained(tmp_path)
+    prompt = None if model is BlipForConditionalGeneration else "w5 w6"
+    pipe = load_pipeline("caption", checkpoint=str(tmp_path), processor="turbo_vit")
+    assert type(pipe.vlm) is model
+    pipe.config.prompt = prompt
+    result = pipe(pictures, max_new_tokens=4)
+    assert len(result.texts) == 3
+    assert (result.num_tokens, result.num_kept) == (3 * 16, 3 * 6)
+
+
+def test_the_whole_way(both, pictures):
+    """Catches halves with one processor for both, captions that are not what is drawn, and seeds that do not count."""
+    both.set_attn_processor({"caption": TurboProcessor(0.5), "picture": TurboProcessor(0.25, restore="copy")})
+    both.config.drawn = "a {caption}"
+    result = both(pictures, batch_size=2, seeds=[5, 6, 7], **SMALL)
+    both.config.drawn = "{caption}"
+    assert result.captions == both.caption(pictures).texts
+    assert result.prompts == [f"a {text}" for text in result.captions]
+    assert (result.num_tokens, result.num_kept) == (3 * 256, 3 * 128)
+    assert (result.drawn_tokens, result.drawn_kept) == (256, 192)
+    assert result.seconds == result.caption_seconds + result.picture_seconds
+    generator = [torch.Generator().manual_seed(7)]
+    again = both.picture([result.prompts[2]], generator=generator, guidance_scale=3.0, **SMALL).images[0]
+    assert np.array_equal(np.asarray(again), np.asarray(result.images[2]))
+    both.reset_attn_processor()
+    assert not report(both.picture).sites
+    assert not report(both.caption).sites
+
+
+def test_a_strength_starts_from_the_picture(both, pictures):
+    """Catches a strength that is ignored, a processor lost with the change of class, and a way back that is not."""
+    both.picture.set_attn_processor(TurboProcessor(0.25, restore="copy"))
+    settings = {"num_inference_steps": 4, "height": 32, "width": 32}
+    free = both(pictures[0], **settings).images[0]
+    call = {"num_inference_steps": 4, "strength": 0.5}
+    both.config.picture.height = both.config.picture.width = 32
+    started = both(pictures[0], **call)
+    assert "Img2Img" in type(both.picture).__name__
+    assert started.images[0].size == (32, 32)
+    assert started.drawn_kept == 192
+    assert not np.array_equal(np.asarray(started.images[0]), np.asarray(free))
+    assert not np.array_equal(*(np.asarray(both(one, **call).images[0]) for one in pictures[:2]))
+    assert np.array_equal(np.asarray(both(pictures[0], **settings).images[0]), np.asarray(free))
+    assert report(both.picture).sites
+    both.config.picture.height = both.config.picture.width = 128
+    both.reset_attn_processor()
+
+
+def test_two_halves_in_one_file(tmp_path):
+    """Catches overrides that reach the wrong half, and names that are not replaced by what they stand for."""
+    config = load_config("caption-generate", ["caption.processor=tome", "picture.processor.ratio=0.25", "strength=0.5"])
+    assert config.caption.processor["method"] == "tome"
+    assert config.picture.processor == {"method": "turbo", "ratio": 0.25}
+    assert config.strength == 0.5
+    (tmp_path / "own.yaml").write_text("pipeline: caption-generate\ncaption: caption\npicture: sd15\n")
+    own = load_config(tmp_path / "own.yaml")
+    assert (own.picture.steps, own.caption.prompt) == (25, "describe the picture")
+
+
+WRONG = {
+    "strength": (["strength=2"], "strength must be a number in"),
+    "drawn": (["drawn=nothing"], "drawn must contain {caption}"),
+    "batch": (["caption.batch_size=0"], "batch_size must be at least 1"),
+    "length": (["caption.max_new_tokens=0"], "max_new_tokens must be at least 1"),
+    "unknown": (["caption.stpes=1"], "stpes"),
+    "half": (["caption=nope"], "unknown pipeline configuration 'nope'"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_settings_say_what_is_wrong(overrides, message):
+    """Catches settings of a half that nobody checks."""
+    with pytest.raises(ConfigError) as caught:
+        load_config("caption-generate", overrides)
+    assert message in str(caught.value)
+
+
+def test_wrong_checkpoints_say_what_is_wrong(tmp_path, tiny_checkpoint, vlm):
+    """Catches tracebacks, pickled weights, and models without a preparer."""
+    with pytest.raises(ConfigError, match="is no transformers checkpoint: it holds no config.json"):
+        load_pipeline("caption", checkpoint=str(tiny_checkpoint))
+    with pytest.raises(ConfigError, match="there is no embedded model 'nope'"):
+        load_pipeline("caption", checkpoint="embedded:nope")
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes((vlm / name).read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot load"):
+        load_pipeline("caption", checkpoint=str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes((vlm / "model.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match="processor"):
+        load_pipeline("caption", checkpoint=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ConfigError, match="cannot load"):
+        load_pipeline("caption", checkpoint=str(tmp_path))
+
+
+def test_pictures_are_found_and_opened(tmp_path, pictures):
+    """Catches other files of a folder, doubles, transparency that turns black, and sideways photographs."""
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{index}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert [path.name for path in find_pictures([tmp_path, tmp_path / "1.png"])] == ["0.png", "1.png", "2.png"]
+    assert [path.name for path in find_pictures([f"{tmp_path}/[12].*"])] == ["1.png", "2.png"]
+    with pytest.raises(ConfigError, match="does not exist"):
+        find_pictures([tmp_path / "no*.png"])
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    turned = Image.new("RGB", (8, 4))
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (4, 8)
+    assert len(pictures_of([pictures[0], str(tmp_path / "1.png"), tmp_path])) == 7
+    with pytest.raises(ConfigError, match="cannot read the picture"):
+        open_picture(tmp_path / "notes.txt")
+    with pytest.raises(ConfigError, match="expected a picture"):
+        pictures_of(3)
+
+
+def test_attach_takes_the_pipeline(vlm):
+    """Catches a pipeline that `attach` and `report` do not know."""
+    pipe = load_pipeline("caption", checkpoint=str(vlm), processor=None)
+    with attach(pipe, TurboProcessor(0.5)):
+        assert report(pipe).sites
+    assert not report(pipe).sites
