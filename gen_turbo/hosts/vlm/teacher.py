@@ -105,8 +105,8 @@ class Teacher:
             encoded = {"image": _tiled(lesson.pictures, routes)}
             logits = self.model(**given, mm_encoder_outputs=encoded, use_cache=False).logits[:, -length - 1 :]
         own = lesson.logits_BTV.log_softmax(-1)
-        routed = logits.float().log_softmax(-1).unflatten(0, (routes, -1))
-        each = (own.exp() * (own - routed)).sum(-1) * lesson.counts_BT
+        routed = logits.float().log_softmax(-1).reshape(routes, *own.shape)
+        each: Tensor = (own.exp() * (own - routed)).sum(-1) * lesson.counts_BT
         return each.sum(-1) / lesson.counts_BT.sum(-1)
 
     def _listener(self, ids_BL: Tensor, seen: list[Prompt]) -> Any:
