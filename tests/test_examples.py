@@ -70,5 +70,6 @@ def test_an_own_method_works(capsys, monkeypatch):
 
 def test_every_example_is_run_by_a_test():
     """Catches an example that rots."""
-    tested = {"train_tiny", "train_tiny_dit", "training", "tiny_data", "muon", "own_method", "demo"}
+    trainings = {"train_tiny", "train_tiny_dit", "train_tiny_vlm", "training", "tiny_data", "vlm_data", "muon"}
+    tested = trainings | {"own_method", "demo"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested

@@ -13,6 +13,7 @@ BENCHES = {
     "quality": "distance to stock against measured and counted cost, on the embedded model",
     "flops": "counted arithmetic of whole denoisers of real size against the least that merging leaves",
     "check": "how many pictures show what their caption says",
+    "understanding": "answers of the embedded vision-language model, by kind, with ever fewer tokens",
 }
 
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         children[name].add_argument("--width", type=_positive, default=320, help="channels of a token")
     for name, rounds in (("primitives", 30), ("layer", 7), ("step", 3)):
         children[name].add_argument("--rounds", type=_positive, default=rounds, help="alternating timed rounds")
-    for name in ("step", "quality", "check"):
+    for name in ("step", "quality", "check", "understanding"):
         children[name].add_argument(
             "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns; all by default"
         )
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     children["quality"].add_argument(
         "--timed", type=_positive, default=10, help="captions, from the first, that are timed against stock"
     )
+    understanding = children["understanding"]
+    understanding.add_argument(
+        "--pictures", type=_positive, default=100, help="held-out scenes, six or so questions each"
+    )
+    understanding.add_argument("--model", type=Path, help="folder of a trained model; the embedded one by default")
     text = "bring the tables of a Markdown file up to date with the records"
     _add_readme_arguments(subparsers.add_parser("readme", help=text, description=text))
 

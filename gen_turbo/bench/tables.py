@@ -99,6 +99,20 @@ def flops(folder: Path) -> str:
     return _table(("", *(f"{scope} {ratio:g}" for scope, ratio in cases)), rows, records, "Counted, not timed")
 
 
+def understanding(folder: Path) -> str:
+    """Right answers by kind of question, for every method and number of tokens, the most tokens first."""
+    records = _of_one_workload(load(folder, "understanding"))
+    kinds = list(dict.fromkeys(kind for record in records for kind in record.values))
+    rows = []
+    for record in sorted(records, key=lambda r: (-r.counts["kept"], r.family)):
+        every = [value for values in record.values.values() for value in values]
+        shares = [_share(record.values.get(kind, [])) for kind in kinds]
+        rows.append(
+            (record.family, f"{record.counts['kept']} of {record.counts['image_tokens']}", *shares, _share(every))
+        )
+    return _table(("", "image tokens", *kinds, "all"), rows, records, "Share of right answers, in per cent")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "primitives": primitives,
     "layer": layer,
@@ -107,6 +121,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality8": lambda folder: quality(folder, 8),
     "check": check,
     "flops": flops,
+    "understanding": understanding,
 }
 """The name between a README's markers -> what stands there, given the folder of the records."""
 
@@ -154,11 +169,18 @@ def _passed(values: Sequence[float]) -> str:
     return f"{int(sum(values))} of {len(values)}"
 
 
+def _share(values: Sequence[float]) -> str:
+    return f"{100 * statistics.fmean(values):.1f}" if values else ""
+
+
 def _of_one_workload(records: Sequence[BenchRecord]) -> list[BenchRecord]:
     """Those that draw what the last one draws: rows of other weights or captions are no comparison."""
 
     def drawn(record: BenchRecord) -> tuple[object, ...]:
-        return (record.seed, *(record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance")))
+        return (
+            record.seed,
+            *(record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance", "pictures")),
+        )
 
     return [record for record in records if drawn(record) == drawn(records[-1])]
 

@@ -1,0 +1,177 @@
+"""`gen-turbo bench understanding`: answers of the embedded vision-language model, by kind, with ever fewer tokens.
+
+A setting that is finished becomes one record, so a run that was interrupted goes on with the setting it was at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from gen_turbo import scenes
+from gen_turbo.bench import records
+from gen_turbo.bench.settings import Method, Setting, Stock, selected
+from gen_turbo.factory import build_processor
+from gen_turbo.hosts.attach import attach
+from gen_turbo.hosts.report import report
+from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.pipelines import tiny_vlm
+
+KEPT = (0.5, 0.33, 0.22, 0.11)
+"""Share of the image tokens that are kept; whole numbers of tokens are rounded."""
+BENCH = "understanding"
+_ROWS = 16
+
+
+class Ask(NamedTuple):
+    """A picture, what is asked of it, the one right answer and the kind of the question."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Selecting(Method):
+    """A method whose slots keep their anchor alone, so that a random one drops tokens and mixes none."""
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Attaches the method's processor at the gate."""
+        processor: Any = build_processor({"method": self.method, **self.options})
+        return attach(target, Placed(processor, combine="select"))
+
+
+def asked(count: int, seed: int) -> list[Ask]:
+    """One question of each kind about every held-out picture, half of them with one object, half with two.
+
+    Every picture has a dot, so each is asked for its caption, for five or six plain things and for a fine detail.
+
+    Args:
+        count: Pictures.
+        seed: Of the scenes, their rendering and the choice of questions.
+
+    Raises:
+        ValueError: If `count` is negative.
+    """
+    rng = random.Random(seed)
+    single, pairs = (scenes.captions(count, seed, number) for number in (1, 2))
+    asks = []
+    for number in range(count):
+        caption, look, dot = (single, pairs)[number % 2][number], rng.randrange(2**31), rng.choice(list(scenes.COLORS))
+        image, scene = scenes.render(caption, look, dot), scenes.parse(caption)
+        told = scene.canonical.caption if isinstance(scene, scenes.Pair) else caption
+        asks.append(Ask(image, tiny_vlm.CAPTION_PROMPT, told, "caption"))
+        by_kind = {question.kind: question for question in scenes.questions(caption, look, dot)}
+        asks += [Ask(image, *by_kind[kind]) for kind in scenes.KINDS if kind in by_kind]
+    return asks
+
+
+def catalogue() -> list[Setting]:
+    """Stock, and every method at every number of tokens that it can reach."""
+    settings: list[Setting] = [Stock()]
+    for kept in KEPT:
+        total = tiny_vlm.NUM_IMAGE_TOKENS
+        # The least ratio of four digits, as a record writes it, that removes so many.
+        ratio = math.ceil(1e4 * (1 - round(kept * total) / total)) / 1e4
+        percent, options = f"{kept:.0%}".rstrip("%"), {"ratio": ratio}
+        if ratio <= 0.75:
+            settings.append(Method(f"turbo-{percent}", "turbo", "turbo", options))
+        settings.append(
+            Method(f"turbo_vit-gate-{percent}", "turbo_vit, gate", "turbo_vit", options | {"place": "gate"})
+        )
+        settings.append(Method(f"turbo_vit-tower-{percent}", "turbo_vit, tower", "turbo_vit", options))
+        settings.append(Selecting(f"random-{percent}", "random", "random", options))
+        settings += [
+            Method(f"{method}-{percent}", method, method, options)
+            for method in ("stride", "pool", "fastv", "visionzip", "divprune")
+        ]
+    return settings
+
+
+@torch.no_grad()
+def answers(model: Any, processor: Any, asks: Sequence[Ask]) -> Iterator[str]:
+    """Generates greedily in batches; yields what the model says to each question."""
+    for start in range(0, len(asks), _ROWS):
+        part = asks[start : start + _ROWS]
+        texts = [tiny_vlm.prompt_of(ask.question) for ask in part]
+        inputs = processor(images=[ask.image for ask in part], text=texts, padding=True, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=tiny_vlm.MAX_NEW_TOKENS, do_sample=False)
+        yield from processor.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def accuracy(
+    model: Any, processor: Any, asks: Sequence[Ask], setting: Setting
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Asks everything under one setting.
+
+    Returns:
+        For each kind, 1 or 0 for every question in order; the image tokens of a picture, and how many of them the
+        language model saw (FastV: from its layer on).
+    """
+    values: dict[str, list[float]] = {}
+    # Captions are long and answers short: apart, no batch waits for its longest row.
+    ordered = sorted(asks, key=lambda ask: ask.kind != "caption")
+    with setting.applied(model):
+        told = tqdm(answers(model, processor, ordered), total=len(ordered), desc=setting.name, disable=None)
+        for ask, said in zip(ordered, told, strict=True):
+            values.setdefault(ask.kind, []).append(float(said == ask.answer))
+        reduced = [] if isinstance(setting, Stock) else report(model).sites
+    counts = {"image_tokens": tiny_vlm.NUM_IMAGE_TOKENS, "kept": tiny_vlm.NUM_IMAGE_TOKENS}
+    if reduced:
+        last = reduced[-1]
+        counts["kept"] = round(tiny_vlm.NUM_IMAGE_TOKENS * last.num_kept / last.num_tokens)
+    return {kind: values[kind] for kind in ("caption", *scenes.KINDS) if kind in values}, counts
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Twelve hexadecimal digits that change with any weight."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Asks under every selected setting that has no record yet.
+
+    Raises:
+        ValueError: If there is no model in the folder, or no setting of that name.
+    """
+    torch.set_num_threads(options.threads)
+    settings = selected(catalogue(), options.settings)
+    folder: Path = options.model or tiny_vlm.weights_folder()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"there is no model in {folder}; train one with examples/train_tiny_vlm.py and pass --model")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    asks = asked(options.pictures, options.seed)
+    workload = {"weights": fingerprint(model), "pictures": options.pictures}
+    for setting in settings:
+        params = workload | setting.params()
+        if records.is_finished(options.records, BENCH, setting.name, params):
+            print(f"{setting.name}: finished before")
+            continue
+        values, counts = accuracy(model, processor, asks, setting)
+        record = records.BenchRecord(
+            BENCH, setting.name, setting.family, params, [], [], [], [], options.seed, values, counts
+        )
+        records.append(options.records, record)
+        print(f"{setting.name}: {counts['kept']} tokens, " + ", ".join(_shares(values)), flush=True)
+
+
+def _shares(values: dict[str, list[float]]) -> list[str]:
+    return [f"{kind} {sum(right) / len(right):.1%}" for kind, right in values.items()]

@@ -1,0 +1,75 @@
+"""Answers of a vision-language model under settings: a real one at its size, with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from gen_turbo import scenes
+from gen_turbo.bench import records, understanding
+from gen_turbo.bench.tables import TABLES
+from gen_turbo.cli import main
+from gen_turbo.pipelines import tiny_vlm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without training, as the training script would leave it."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tiny_vlm.make_model().save_pretrained(folder)
+    tiny_vlm.make_processor().save_pretrained(folder)
+    return folder
+
+
+def test_every_kind_is_asked_with_its_true_answer() -> None:
+    """Catches a kind that is never asked, and a caption or a dot of another picture."""
+    asks = understanding.asked(4, seed=0)
+    assert {ask.kind for ask in asks} == {"caption", *scenes.KINDS}
+    assert [ask.kind for ask in asks].count("caption") == [ask.kind for ask in asks].count("detail") == 4
+    for ask in asks:
+        if ask.kind == "caption":
+            scene = scenes.parse(ask.answer)
+            assert scenes.is_held_out(scene)
+        elif ask.kind == "detail":
+            pixels = set(ask.image.get_flattened_data())
+            assert scenes.COLORS[ask.answer] in pixels
+
+
+def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) -> None:
+    """Catches a budget that differs between methods, a run that starts over, and a table that mixes them up."""
+    arguments = ["bench", "understanding", "--model", str(folder), "--pictures", "1", "--records", str(tmp_path)]
+    arguments += ["--settings", "turbo-50", "fastv-11", "random-11"]
+    assert main(arguments) == 0
+    found = {record.setting: record for record in records.load(tmp_path, "understanding")}
+    kept = {name: record.counts["kept"] for name, record in found.items()}
+    assert kept == {"turbo-50": 128, "fastv-11": 28, "random-11": 28}
+    assert all(set(map(len, record.values.values())) == {1} for record in found.values())
+    before = (tmp_path / "understanding.jsonl").read_bytes()
+    assert main(arguments) == 0
+    assert (tmp_path / "understanding.jsonl").read_bytes() == before
+    rows = TABLES["understanding"](tmp_path).splitlines()[2:5]
+    assert [row.split(" | ")[1] for row in rows] == ["128 of 256", "28 of 256", "28 of 256"]
+
+
+def test_right_answers_are_told_from_wrong_ones(folder: Path) -> None:
+    """Catches a comparison that passes anything: the model's own answers are right, others are not."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    asks = understanding.asked(1, seed=0)
+    own = list(understanding.answers(model, processor, asks))
+    right = [ask._replace(answer=said) for ask, said in zip(asks, own, strict=True)]
+    mixed = [right[0]._replace(answer="no"), *right[1:]]
+    values, counts = understanding.accuracy(model, processor, mixed, understanding.Stock())
+    assert values.pop(mixed[0].kind) == [0.0]
+    assert all(right == [1.0] for right in values.values())
+    assert counts["kept"] == 256
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback of another library where the model is missing."""
+    assert main(["bench", "understanding", "--model", str(tmp_path), "--records", str(tmp_path)]) == 2
+    assert "train one with examples/train_tiny_vlm.py" in capsys.readouterr().err
