@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gen_turbo.learned.files import EMBEDDED, artefact_folder, artefact_path
-from gen_turbo.learned.layouts import Layout
+from gen_turbo.learned.layouts import Layout, PromptCost
 from gen_turbo.learned.probe import is_same_model, weight_probe
 from gen_turbo.learned.router import Router, RouterShape
 
@@ -57,6 +57,23 @@ class RouterArtefact:
         partial = path.with_name(path.name + ".partial")
         save_file({**weights, _PROBE: self.probe}, partial, metadata={**self.notes, **known})
         partial.replace(path)
+
+    def layout_at(self, budget: float, text: nn.Module) -> Layout:
+        """How to spend a budget on a typical prompt: layers as measured, tokens as the budget allows.
+
+        Raises:
+            ValueError: If the budget is below all that was measured.
+        """
+        cost = PromptCost.of(text, self.length, self.image_tokens, self.router.flops(1, self.length) // 2)
+        measured = [
+            self.layouts[other] for other in sorted(self.layouts, key=lambda one: (one < budget, abs(one - budget)))
+        ]
+        for layout in measured:
+            fitting = cost.fit(budget, layout.layers, layout.first)
+            if fitting is not None:
+                return fitting
+        least = min(self.layouts, default=1.0)
+        raise ValueError(f"this router cannot meet a budget of {budget}; the least it was calibrated for is {least}")
 
     @classmethod
     def load(cls, path: str | Path) -> RouterArtefact:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_turbo.contract import Frame, Site, TokenReducer
 from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.hosts.vlm.routes import Routed, Routing
+from gen_turbo.learned.choosers import CONTROLS, Trained, control
+from gen_turbo.learned.layouts import Layout
+from gen_turbo.learned.router_file import router_for
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
 
 
 @METHODS.register("par")
 @dataclass
-class PARProcessor(ReductionProcessor):
+class PARProcessor(Routed, ReductionProcessor):
     """Prunes tokens and layers together so that a run costs what the budget allows.
 
     Pruning All-Rounder (PAR, ICCV 2025): one controller decides over tokens and layers. In a denoiser it is a
@@ -31,7 +35,13 @@ class PARProcessor(ReductionProcessor):
     Attributes:
         budget: Share of the stock model's cost that may be spent, in (0, 1]; 1 leaves the model as it is.
         schedule: For denoisers, the file of a schedule; None takes the one that ships for this model.
-        router: For vision-language models, the file of a trained router; None takes the one that ships for this model.
+        router: For vision-language models, the file of a trained router; None takes the one that ships for this model;
+            "random" and "uniform" are controls that do not look at the prompt.
+        tokens: For vision-language models, the share of the image tokens that is kept, instead of what the router's
+            calibration found best for the budget; alone, every layer runs.
+        layers: The same for the number of decoder layers that run; alone, every token stays.
+        first: The first decoder layer without the dropped tokens, where `tokens` or `layers` are given; 2 in the paper.
+        mode: "drop", or "mask" to compute everything and hide what was dropped, as the released code does.
         inner: How tokens are merged where the model runs on fewer: a method's name, which works with the settings of
             this object that all methods share, a mapping with `method` and its settings, a processor, or None to
             merge none.
@@ -41,6 +51,10 @@ class PARProcessor(ReductionProcessor):
     budget: float = 0.5
     schedule: str | None = None
     router: str | None = None
+    tokens: float | None = None
+    layers: int | None = None
+    first: int = 2
+    mode: str = "drop"
     inner: Any = "turbo"
 
     def __post_init__(self) -> None:
@@ -48,6 +62,10 @@ class PARProcessor(ReductionProcessor):
         super().__post_init__()
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget must be a share of the stock model's cost, 0 < budget <= 1; got {self.budget}")
+        if self.tokens is not None and not 0 < self.tokens <= 1:
+            raise ValueError(f"tokens must be the share of image tokens kept, 0 < tokens <= 1; got {self.tokens}")
+        if self.mode not in ("drop", "mask"):
+            raise ValueError(f"mode must be 'drop' or 'mask'; got {self.mode!r}")
 
     @property
     def max_ratio(self) -> float:
@@ -71,6 +89,25 @@ class PARProcessor(ReductionProcessor):
             raise ValueError(f"inner must name a method that merges tokens; got {name!r}, known: {known}")
         reducer: TokenReducer = METHODS[name](**shared | given)
         return reducer
+
+    def routing(self, model: nn.Module, text: nn.Module) -> Routing:
+        """Makes the routing of a vision-language model whose language model is `text`.
+
+        Raises:
+            ValueError: If there is no router for it, or the budget cannot be met.
+        """
+        config: Any = text.config
+        depth: int = config.num_hidden_layers
+        is_given = self.tokens is not None or self.layers is not None
+        layout = Layout(self.tokens or 1.0, depth if self.layers is None else self.layers, self.first)
+        if self.router in CONTROLS or (self.budget == 1 and not is_given):
+            if self.budget < 1 and not is_given:
+                raise ValueError(f"router={self.router!r} has no calibration; give tokens and layers")
+            chooser = control(self.router or "uniform", depth)
+            return Routing(chooser, 1 - layout.tokens, layout.layers, layout.first, self.mode)
+        artefact = router_for(model, self.router)
+        layout = layout if is_given else artefact.layout_at(self.budget, text)
+        return Routing(Trained(artefact.router), 1 - layout.tokens, layout.layers, layout.first, self.mode)
 
     def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
         """Plans the merge of tokens (B, N, C) as the inner method does."""
