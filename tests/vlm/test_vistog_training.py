@@ -1,0 +1,103 @@
+"""Training of VisToG: learns without labels, stops and goes on to the bit, leaves the model alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gen_turbo import attach
+from gen_turbo.hosts.attach import attachments
+from gen_turbo.learned.train_vistog import VisToGTrainer, VisToGTraining
+from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
+from tests.snapshots import differences, model_state
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
+
+SETTINGS = VisToGTraining(align_steps=3, tune_steps=2, max_new_tokens=3)
+VLM = VLMS["llava"]
+
+
+def batches(index):
+    """Prompts with pictures of their own for each step."""
+    inputs = PROMPTS["padded"].inputs(VLM, index)
+    generator = torch.Generator().manual_seed(index % 4)
+    return inputs | {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+
+
+def trainer(folder, settings=SETTINGS, model=None, batches=batches):
+    """A trainer on a fresh model, and the attachment."""
+    model = model or VLM.make("sdpa")
+    attach(model, VisToGVisionProcessor(num_tokens=5), replace=True)
+    return VisToGTrainer(attachments(model)[0], batches, settings, folder)
+
+
+def test_the_divergence_falls_without_labels(tmp_path):
+    """Catches a loss without a gradient to what is learned, and one that ignores the answers of the full model."""
+    settings = VisToGTraining(align_steps=30, tune_steps=5, align_rate=1e-2, max_new_tokens=3)
+    made = trainer(tmp_path, settings, batches=lambda index: batches(0))
+    before = made.divergence(0, 1)
+    path = made.run({})
+    assert made.divergence(0, 1) < 0.6 * before
+    with attach(made.part.model, VisToGVisionProcessor(weights=str(path)), replace=True):
+        loaded = attachments(made.part.model)[0]
+        pairs = zip(loaded.grouping.parameters(), made._grouping.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_training_that_stops_goes_on_to_the_bit(tmp_path, lora_rank):
+    """Catches moments, step, noise or adapter that are lost between runs."""
+    settings = replace(SETTINGS, lora_rank=lora_rank)
+    whole = trainer(tmp_path / "whole", settings).run({"data": "x"})
+    for until in (2, 4, 5):
+        path = trainer(tmp_path / "parts", settings).run({"data": "x"}, until)
+        assert (path is None) == (until < 5)
+    ours, theirs = load_file(path), load_file(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any("connector" in name for name in ours)
+    if lora_rank:
+        adapters = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "parts")]
+        assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+        assert any(weight.abs().max() > 0 for name, weight in adapters[0].items() if "lora_B" in name)
+
+
+def test_the_model_is_left_alone(tmp_path):
+    """Catches frozen weights that move, flags that stay off, and hooks of the teacher that stay on."""
+    model = VLM.make("sdpa")
+    model.model.language_model.norm.weight.requires_grad_(False)
+    model.generate(**batches(0), max_new_tokens=2)
+    before = model_state(model)
+    trainer(tmp_path, model=model).run({})
+    attachments(model)[0].remove()
+    after = model_state(model)
+    assert differences(before, after) == []
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == [
+        "model.language_model.norm.weight"
+    ]
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    """Catches a state that is read into another training."""
+    trainer(tmp_path).run({}, 1)
+    with pytest.raises(ValueError, match="another align_rate; choose another folder"):
+        trainer(tmp_path, replace(SETTINGS, align_rate=1.0))
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    """Catches a training that fails in its first step, or trains nothing."""
+    with pytest.raises(ValueError, match="dtype=float32"):
+        trainer(tmp_path, model=VLM.make("sdpa").half())
+    model = VLM.make("sdpa")
+    attach(model, VisToGVisionProcessor(0.0))
+    with pytest.raises(ValueError, match="that removes tokens"):
+        VisToGTrainer(attachments(model)[0], batches, SETTINGS, tmp_path)
+
+
+def test_the_rate_rises_and_falls_in_each_stage():
+    """Catches a second stage at the first one's rate, and a cosine over both."""
+    settings = VisToGTraining(align_steps=100, tune_steps=50, align_rate=1.0, tune_rate=0.1)
+    rates = [settings.rate(step) for step in range(150)]
+    assert max(range(100), key=lambda step: rates[step]) == 9 and max(rates[100:]) < 0.1
+    assert rates[99] < 0.01 and rates[149] < 0.001 and rates[104] > rates[101]
