@@ -38,6 +38,7 @@ def vlm(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
+    """Three scenes."""
     return [scenes.render(caption, 0) for caption in scenes.captions(3, 0)]
 
 
