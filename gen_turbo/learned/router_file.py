@@ -65,11 +65,9 @@ class RouterArtefact:
             ValueError: If the budget is below all that was measured.
         """
         cost = PromptCost.of(text, self.length, self.image_tokens, self.router.flops(1, self.length) // 2)
-        measured = [
-            self.layouts[other] for other in sorted(self.layouts, key=lambda one: (one < budget, abs(one - budget)))
-        ]
-        for layout in measured:
-            fitting = cost.fit(budget, layout.layers, layout.first)
+        nearest = sorted(self.layouts, key=lambda other: (other < budget, abs(other - budget)))
+        for measured in (self.layouts[other] for other in nearest):
+            fitting = cost.fit(budget, measured.layers, measured.first)
             if fitting is not None:
                 return fitting
         least = min(self.layouts, default=1.0)

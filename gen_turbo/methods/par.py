@@ -13,7 +13,9 @@ from gen_turbo.hosts.vlm.routes import Routed, Routing
 from gen_turbo.learned.choosers import CONTROLS, Trained, control
 from gen_turbo.learned.layouts import Layout
 from gen_turbo.learned.router_file import router_for
+from gen_turbo.learned.schedule import Schedule, read, shipped
 from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.methods.identity import IdentityProcessor
 from gen_turbo.registry import METHODS
 
 
@@ -42,12 +44,15 @@ class PARProcessor(Routed, ReductionProcessor):
         layers: The same for the number of decoder layers that run; alone, every token stays.
         first: The first decoder layer without the dropped tokens, where `tokens` or `layers` are given; 2 in the paper.
         mode: "drop", or "mask" to compute everything and hide what was dropped, as the released code does.
+        threshold: For denoisers, the largest relative error of a unit's last forecast, taken where it ran, at which a
+            skip of the schedule is still made; None makes all. Costs a forecast where the unit runs.
         inner: How tokens are merged where the model runs on fewer: a method's name, which works with the settings of
             this object that all methods share, a mapping with `method` and its settings, a processor, or None to
             merge none.
     """
 
     ratio: float = 0.7
+    refresh: int = 5
     budget: float = 0.5
     schedule: str | None = None
     router: str | None = None
@@ -108,6 +113,35 @@ class PARProcessor(Routed, ReductionProcessor):
         artefact = router_for(model, self.router)
         layout = layout if is_given else artefact.layout_at(self.budget, text)
         return Routing(Trained(artefact.router), 1 - layout.tokens, layout.layers, layout.first, self.mode)
+
+    def merging(self) -> TokenReducer:
+        """What merges tokens in a denoiser; within a budget of 1, or without an inner method, it keeps all."""
+        reducer = self.reducer()
+        return IdentityProcessor(0.0) if reducer is None or self.budget == 1 else reducer
+
+    def schedules(self, model: nn.Module) -> list[Schedule]:
+        """The schedules within the budget for a denoiser, one for each length of run; none within a budget of 1.
+
+        Raises:
+            ValueError: If there is none for this model, or all cost more than the budget.
+        """
+        if self.budget == 1:
+            return []
+        if self.schedule is not None:
+            file = read(self.schedule)
+            if not file.is_for(model):
+                raise ValueError(
+                    f"{self.schedule} was calibrated for another model, a {file.model}; calibrate one for this "
+                    f"{type(model).__name__} by gen-turbo calibrate par"
+                )
+            return [file.at(self.budget)]
+        files = shipped(model, None if self.reducer() is None else "any")
+        if not files:
+            raise ValueError(
+                f"no schedule ships for this {type(model).__name__}; make one by gen-turbo calibrate par and give its "
+                "path as schedule"
+            )
+        return [file.at(self.budget) for file in files]
 
     def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
         """Plans the merge of tokens (B, N, C) as the inner method does."""
