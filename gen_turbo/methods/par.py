@@ -60,6 +60,7 @@ class PARProcessor(Routed, ReductionProcessor):
     layers: int | None = None
     first: int = 2
     mode: str = "drop"
+    threshold: float | None = None
     inner: Any = "turbo"
 
     def __post_init__(self) -> None:
@@ -71,6 +72,8 @@ class PARProcessor(Routed, ReductionProcessor):
             raise ValueError(f"tokens must be the share of image tokens kept, 0 < tokens <= 1; got {self.tokens}")
         if self.mode not in ("drop", "mask"):
             raise ValueError(f"mode must be 'drop' or 'mask'; got {self.mode!r}")
+        if self.threshold is not None and self.threshold < 0:
+            raise ValueError(f"threshold must not be negative; got {self.threshold}")
 
     @property
     def max_ratio(self) -> float:

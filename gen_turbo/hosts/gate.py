@@ -1,0 +1,156 @@
+"""A gate in front of one module: it lets a call through, answers it by a forecast, or with zeros that nobody reads."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gen_turbo.hosts.base import Form
+from gen_turbo.hosts.call import flat, like
+from gen_turbo.hosts.compiled import outside
+from gen_turbo.hosts.values import mapped, refilled, tensors
+
+if TYPE_CHECKING:
+    from gen_turbo.hosts.routing import Routing
+
+_OTHER_STREAM = "encoder_hidden_states"
+
+
+class Gate:
+    """Takes the place of a module's `forward`; its result is what is remembered and forecast."""
+
+    def __init__(self, name: str, module: nn.Module, routing: Routing) -> None:
+        self.name = name
+        self.routing = routing
+        self._module = weakref.ref(module)
+        self._before: Any = None
+        self._placed: Any = None
+
+    def install(self) -> None:
+        """Replaces the module's forward by one of the same signature."""
+        module: Any = self._module()
+        self._before = vars(module).get("forward")
+        inner = module.forward
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.answer(inner, args, kwargs)
+
+        self._placed = module.forward = outside(forward)
+
+    def remove(self) -> None:
+        """Puts back what was there; a forward that was placed over ours stays, and finds the gate open."""
+        module: Any = self._module()
+        if module is None or vars(module).get("forward") is not self._placed:
+            return
+        if self._before is None:
+            del module.forward
+        else:
+            module.forward = self._before
+        self._placed = self._before = None
+
+    def answer(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the module or stands for it, as the route of the running call asks."""
+        memory, action = self.routing.memory, self.routing.actions.get(self.name)
+        if memory is None:
+            return inner(*args, **kwargs)
+        if action == "idle":
+            return mapped(memory.shapes[self.name], _zeros)
+        if action is not None:
+            return refilled(memory.shapes[self.name], self.routing.forecast(self.name))
+        result = inner(*args, **kwargs)
+        memory.note_shape(self.name, result)
+        self.routing.keep(self.name, lambda: [tensor.detach().clone() for tensor in tensors(result)])
+        return result
+
+
+class RootGate(Gate):
+    """The gate of the whole model, which opens and closes the route of a call."""
+
+    def answer(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers within the route of the running call."""
+        self.routing.begin(kwargs.get("return_dict", True))
+        try:
+            return super().answer(inner, args, kwargs)
+        finally:
+            self.routing.end()
+
+
+class BlockGate(Gate):
+    """The gate of a block with a residual stream: the change that it adds is remembered and forecast.
+
+    Hooks see what goes in and comes out of the whole block, also where another hook shortens it on the way.
+    """
+
+    def __init__(self, name: str, module: nn.Module, routing: Routing, form: Form) -> None:
+        super().__init__(name, module, routing)
+        self.form = form
+        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._handles: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        """Replaces the forward and hooks the block."""
+        super().install()
+        module: Any = self._module()
+        self._handles = [
+            module.register_forward_pre_hook(outside(self._enter), with_kwargs=True, prepend=True),
+            module.register_forward_hook(outside(self._leave)),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off and puts the forward back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        super().remove()
+
+    def answer(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the block, or adds the change as it is forecast."""
+        memory = self.routing.memory
+        if memory is None or self.name not in self.routing.actions:
+            return inner(*args, **kwargs)
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        changes = self.routing.forecast(self.name)
+        outputs = flat(memory.shapes[self.name])
+        given = [self._given(arguments, index, shape) for index, shape in enumerate(outputs)]
+        left = iter(changes)
+        return like(
+            [
+                None if shape is None else next(left) if before is None else before + next(left)
+                for shape, before in zip(outputs, given, strict=True)
+            ]
+        )
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.routing.is_kept(self.name):
+            self.routing.entered[self.name] = {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        memory, arguments = self.routing.memory, self.routing.entered.pop(self.name, None)
+        if memory is None or arguments is None:
+            return
+        outputs = flat(output)
+        memory.note_shape(self.name, output)
+        given = [self._given(arguments, index, value) for index, value in enumerate(outputs)]
+        changes = [
+            value.detach().clone() if before is None else value.detach() - before.detach()
+            for value, before in zip(outputs, given, strict=True)
+            if value is not None
+        ]
+        self.routing.keep(self.name, lambda: changes)
+
+    def _given(self, arguments: dict[str, Any], index: int, output: Tensor | None) -> Tensor | None:
+        """The input that an output adds to; None where there is none of its shape."""
+        given = arguments.get(self.form.tokens if index in self.form.outputs else _OTHER_STREAM)
+        is_same = isinstance(given, Tensor) and output is not None and given.shape == output.shape
+        return given if is_same else None
+
+
+def _zeros(shape: Tensor) -> Tensor:
+    return shape.new_zeros(shape.shape)
