@@ -95,6 +95,39 @@ def pool_cells(grid: tuple[int, int], num_kept: int, device: torch.device | str 
     return ReductionPlan.from_destinations(destination.reshape(1, -1).to(device), num_kept)
 
 
+def shrunk_grid(grid: tuple[int, int], num_kept: int) -> tuple[int, int]:
+    """The (height, width) of a smaller picture of at most `num_kept` tokens, of the same shape as near as can be.
+
+    Raises:
+        ValueError: If no token or more than all are to be kept.
+    """
+    height, width = grid
+    _check(num_kept, height * width)
+    # The small number keeps 8 of 16 rows at a quarter from becoming 7.999.
+    rows = max(1, int(height * (num_kept / (height * width)) ** 0.5 + 1e-9))
+    return rows, max(1, min(width, int(num_kept / rows), round(rows * width / height)))
+
+
+def shrink_cells(
+    grid: tuple[int, int], smaller: tuple[int, int], device: torch.device | str | None = None
+) -> ReductionPlan:
+    """Covers a grid with the tokens of a smaller picture, in raster order: a plan of one row.
+
+    A token belongs to the cell that its own middle lies in. A cell's anchor is its middle token.
+    """
+    (height, width), (rows, columns) = grid, smaller
+
+    def line(num_tokens: int, num_cells: int) -> tuple[Tensor, Tensor]:
+        cell = (2 * torch.arange(num_tokens, device=device) + 1) * num_cells // (2 * num_tokens)
+        anchor = (2 * torch.arange(num_cells, device=device) + 1) * num_tokens // (2 * num_cells)
+        return cell, anchor
+
+    (row_cell, row_anchor), (column_cell, column_anchor) = line(height, rows), line(width, columns)
+    slot = row_cell[:, None] * columns + column_cell
+    anchor = row_anchor[:, None] * width + column_anchor
+    return ReductionPlan(slot.reshape(1, -1), anchor.reshape(1, -1))
+
+
 def _check(num_kept: int, num_tokens: int) -> None:
     if not 1 <= num_kept <= num_tokens:
         raise ValueError(f"cannot keep {num_kept} of {num_tokens} tokens; choose a ratio that leaves at least one")

@@ -18,6 +18,7 @@ from gen_turbo.hosts.vlm.gate import Gate
 from gen_turbo.hosts.vlm.origin import Seen
 from gen_turbo.hosts.vlm.run import Group, Pictures, Reduction
 from gen_turbo.hosts.vlm.settings import placement_of
+from gen_turbo.hosts.vlm.shrink import Shrink, can_shrink
 from gen_turbo.hosts.vlm.tower import Tower
 
 
@@ -38,7 +39,7 @@ class VlmPart(OnModel):
         self._had_features: Any = None
         self._cost = 0
         _check(model, family, reducer)
-        self._tower: Tower | None = None
+        self._tower: Tower | Shrink | None = None
         self._gate: Gate | None = None
         self._cut: Cut | None = None
         self._cross: CrossGate | None = None
@@ -89,11 +90,13 @@ class VlmPart(OnModel):
     def _prepare(self, model: nn.Module) -> None:
         place, family = self._placement.place, self._family
         facts = tower_facts(model, family)
-        if facts is not None and place != "decoder":
+        if place == "picture":
+            self._prepare_picture(model)
+        elif facts is not None and place != "decoder":
             self._tower = Tower(model, facts, self.reducer if place == "tower" else None)
             self._tower.on_block = self._note_block
         if place == "tower":
-            assert self._tower is not None
+            assert isinstance(self._tower, Tower)
             self._rows.update(
                 {name: SiteReport(name, 1, "reduced") for name in map(self._block_name, self._tower.watched)}
             )
@@ -102,7 +105,9 @@ class VlmPart(OnModel):
             return
         base, text = model.get_submodule(family.base), model.get_submodule(family.text)
         self._cost = token_flops(text)
-        planner = {"gate": self._plan_at_gate, "tower": self._plan_duplicates}.get(place)
+        planner = {"gate": self._plan_at_gate, "tower": self._plan_duplicates, "picture": self._plan_duplicates}.get(
+            place
+        )
         is_merged = place == "gate" and self._placement.combine == "merge"
         self._gate = Gate(base, text, family, planner, is_merged)
         if place == "decoder":
@@ -115,9 +120,16 @@ class VlmPart(OnModel):
             self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
         self._rows[name] = SiteReport(name, 1, "reduced")
 
+    def _prepare_picture(self, model: nn.Module) -> None:
+        facts = tower_facts(model, self._family)
+        assert facts is not None
+        self._tower = Shrink(model, facts, self.reducer)
+        self._tower.on_shrink = lambda grid, before, after: self._count(facts.module, grid, before, after, 0, 0)
+        self._rows[facts.module] = SiteReport(facts.module, 1, "reduced")
+
     def _prepare_cross(self) -> None:
-        assert self._tower is not None
         if self._placement.place == "gate":
+            assert isinstance(self._tower, Tower)
             name = self._tower.facts.module
             self._cross = CrossGate(self._tower, self.reducer, self._placement.combine == "merge")
             self._cross.on_reduction = lambda before, after: self._count(name, None, before, after, 0, 0)
@@ -237,7 +249,12 @@ def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
     denoising = [setting for setting in ("layer_ratios", "step_scale") if getattr(reducer, setting)]
     if denoising:
         raise ValueError(f"{' and '.join(denoising)} concern denoisers; {name} is none, leave them out")
-    if placement.place == "tower" and tower_facts(model, family) is None:
+    facts = tower_facts(model, family)
+    if placement.place == "picture":
+        if facts is None or not can_shrink(model, facts) or (family.grids is None and not family.is_cross):
+            raise ValueError(f"the vision tower of this {name} reads no smaller pictures; use the method pool instead")
+        return
+    if placement.place == "tower" and facts is None:
         raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='gate' or place='decoder'")
     if placement.place == "decoder" and family.is_cross:
         raise ValueError(f"{name} has no image tokens in its prompt; use place='tower' or place='gate'")

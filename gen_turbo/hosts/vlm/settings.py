@@ -9,7 +9,7 @@ from torch import Tensor
 from gen_turbo.contract import Frame, Site, TokenReducer
 from gen_turbo.core.plan import ReductionPlan
 
-PLACES = ("tower", "projector", "gate", "decoder")
+PLACES = ("picture", "tower", "projector", "gate", "decoder")
 
 
 @dataclass
@@ -17,9 +17,10 @@ class Placement:
     """Settings of a method that works on the image tokens of a vision-language model.
 
     Attributes:
-        place: "tower" merges inside the vision tower, between self-attention and MLP of every block; "projector"
-            merges what the tower returns, before it is projected; "gate" reduces the projected image tokens before
-            the language model; "decoder" drops them from one decoder layer on.
+        place: "picture" makes the picture smaller before the vision tower; "tower" merges inside the tower, between
+            self-attention and MLP of every block; "projector" merges what the tower returns, before it is projected;
+            "gate" reduces the projected image tokens before the language model; "decoder" drops them from one decoder
+            layer on.
         layer: With "decoder", the first decoder layer without the dropped tokens; at least 1.
         combine: At the gate or before the projector, "merge" averages the tokens of a slot, "select" keeps the slot's
             anchor and drops the others. In the decoder, where a token must not see later ones, tokens are always

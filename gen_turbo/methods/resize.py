@@ -1,0 +1,54 @@
+"""The trivial baseline that shows the model a smaller picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gen_turbo.contract import Frame, Site
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.core.selection import shrink_cells, shrunk_grid
+from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.registry import METHODS
+
+
+@METHODS.register("resize")
+@dataclass
+class ResizeProcessor(Placement, ReductionProcessor):
+    """Makes pictures smaller before the vision tower reads them.
+
+    The baseline that every selection of tokens has to beat: the tower gets cheaper too. Pictures keep their shape as
+    well as whole patches allow, so at most the wanted number of tokens stays, often a few less. Weak on small things.
+
+    The tower's position embeddings are interpolated by the model's own code; a tower that does not offer it is
+    refused, as are models that cut pictures into tiles. Models of dynamic resolution need no method: give their
+    preparer a smaller `max_pixels`.
+    """
+
+    ratio: float = 0.5
+    restore: str = "copy"
+    place: str = "picture"
+
+    needs = ("picture",)
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ValueError."""
+        super().__post_init__()
+        if self.place != "picture":
+            raise ValueError(f"resize makes pictures smaller; place must be 'picture', got {self.place!r}")
+
+    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+        """Plans for tokens (B, N, C) of a grid, the same for every row.
+
+        Raises:
+            ValueError: If there is no picture to make smaller, as everywhere but before a vision tower.
+        """
+        num_tokens = tokens.shape[1]
+        if site.ratio == 0:
+            return ReductionPlan.identity(1, num_tokens, tokens.device)
+        if site.name != "picture" or site.grid is None:
+            raise ValueError("resize makes a vision-language model's pictures smaller, which are not here; use pool")
+        smaller = shrunk_grid(site.grid, num_tokens - int(num_tokens * site.ratio))
+        return shrink_cells(site.grid, smaller, tokens.device)
