@@ -77,7 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure speed and quality", allow_abbrev=False)
     add_arguments(bench)
     bench.set_defaults(run=_bench)
+    _add_learning(commands)
     return parser
+
+
+def _add_learning(commands: Any) -> None:
+    from gen_turbo.calibration import add_calibrate_arguments
+
+    add_calibrate_arguments(commands.add_parser("calibrate", help="learn or measure what a method needs"))
 
 
 def _add_captioning(commands: Any) -> None:

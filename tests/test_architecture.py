@@ -20,7 +20,7 @@ LAYERS = (
     ("hosts", "learned"),
     ("methods",),
     ("pipelines",),
-    ("factory", "generation", "captioning"),
+    ("factory", "generation", "captioning", "calibration", "calibrate_vistog", "calibrate_par", "asking"),
     ("bench",),
     ("cli",),
 )

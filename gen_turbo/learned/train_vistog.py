@@ -124,11 +124,11 @@ class VisToGTrainer:
         self.save()
         return self._export(notes) if self.step == self.num_steps else None
 
-    def divergence(self, first: int, count: int) -> float:
-        """Mean divergence from the full model, in evaluation mode, over the batches `first` to `first + count`."""
+    def divergence(self, batches: Batches, count: int) -> float:
+        """Mean divergence from the full model over `count` batches from the first, in evaluation mode."""
         self._grouping.eval()
         with torch.no_grad():
-            losses = [float(self._loss(index)) for index in range(first, first + count)]
+            losses = [float(self._loss(batches(index))) for index in range(count)]
         return sum(losses) / len(losses)
 
     def save(self) -> None:
@@ -198,7 +198,9 @@ class VisToGTrainer:
         for group in self._optimiser.param_groups:
             group["lr"] = self.settings.rate(self.step)
         self._grouping.train()
-        loss = self._loss(self.step)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+            loss = self._loss(self.batches(self.step))
         self._optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
@@ -206,14 +208,11 @@ class VisToGTrainer:
         self.step += 1
         return float(loss.detach())
 
-    def _loss(self, index: int) -> Tensor:
-        """KL(full || grouped) of the words of the full model's own answers, mean over answers."""
-        inputs = self.batches(index)
+    def _loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """KL(full || grouped) of the words of the full model's own answers, mean over words."""
         with self._stock():
             lesson = self._teacher.lesson(inputs)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed * 1_000_003 + index)
-            logits = self._model(**_answered(inputs, lesson), use_cache=False).logits
+        logits = self._model(**_answered(inputs, lesson), use_cache=False).logits
         own = lesson.logits_BTV.log_softmax(-1)
         grouped = logits[:, -own.shape[1] :].float().log_softmax(-1)
         each_BT = (own.exp() * (own - grouped)).sum(-1) * lesson.counts_BT

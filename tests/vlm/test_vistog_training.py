@@ -35,11 +35,11 @@ def trainer(folder, settings=SETTINGS, model=None, batches=batches):
 
 def test_the_divergence_falls_without_labels(tmp_path):
     """Catches a loss without a gradient to what is learned, and one that ignores the answers of the full model."""
-    settings = VisToGTraining(align_steps=30, tune_steps=5, align_rate=1e-2, max_new_tokens=3)
+    settings = VisToGTraining(align_steps=18, tune_steps=2, align_rate=1e-2, max_new_tokens=3)
     made = trainer(tmp_path, settings, batches=lambda index: batches(0))
-    before = made.divergence(0, 1)
+    before = made.divergence(batches, 1)
     path = made.run({})
-    assert made.divergence(0, 1) < 0.6 * before
+    assert made.divergence(batches, 1) < 0.7 * before
     with attach(made.part.model, VisToGVisionProcessor(weights=str(path)), replace=True):
         loaded = attachments(made.part.model)[0]
         pairs = zip(loaded.grouping.parameters(), made._grouping.parameters(), strict=True)

@@ -56,6 +56,8 @@ class Teacher:
         self.model = model
         self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
+            # A picture's mark is no word: an answer that held one could not be read again.
+            "suppress_tokens": [model.config.image_token_id],
             "do_sample": False,
             "num_beams": 1,
             "output_logits": True,
@@ -107,7 +109,8 @@ class Teacher:
         own = lesson.logits_BTV.log_softmax(-1)
         routed = logits.float().log_softmax(-1).reshape(routes, *own.shape)
         each: Tensor = (own.exp() * (own - routed)).sum(-1) * lesson.counts_BT
-        return each.sum(-1) / lesson.counts_BT.sum(-1)
+        divergence: Tensor = each.sum(-1) / lesson.counts_BT.sum(-1)
+        return divergence
 
     def _listener(self, ids_BL: Tensor, seen: list[Prompt]) -> Any:
         """Keeps the prompt of the first call."""

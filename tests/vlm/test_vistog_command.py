@@ -1,0 +1,70 @@
+"""`gen-turbo calibrate vistog`: from pictures or drawn scenes to weights that attach, in one command."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import attach, scenes
+from gen_turbo.cli import main
+from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
+from gen_turbo.pipelines import tiny_vlm
+
+SMALL = ["--num-tokens", "16", "--steps", "1", "1", "--batch", "2"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The embedded architecture with random weights."""
+    folder = tmp_path_factory.mktemp("vlm")
+    torch.manual_seed(0)
+    tiny_vlm.make_model(16).save_pretrained(folder)
+    tiny_vlm.make_processor(16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twenty pictures and two questions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, caption in enumerate(scenes.captions(20, 0)):
+        scenes.render(caption, number).save(folder / f"{number}.png")
+    (folder / "questions.txt").write_text("what color is the background\n\nhow many objects are there\n")
+    return folder
+
+
+def test_scenes_become_weights(checkpoint, tmp_path, capsys):
+    """Catches a command that trains another model than the one it loads, or writes what cannot be attached."""
+    given = ["calibrate", "vistog", *SMALL, "--output", str(tmp_path), f"checkpoint={checkpoint}"]
+    assert main(given) == 0
+    told = capsys.readouterr().out
+    path = tmp_path / "vistog.safetensors"
+    assert "on 12 held-out questions" in told and told.splitlines()[-1] == str(path)
+    model = tiny_vlm.LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    with attach(model, VisToGVisionProcessor(weights=str(path))):
+        assert len(model.get_image_features(pixel_values=torch.zeros(1, 3, 128, 128)).pooler_output[0]) == 64
+
+
+def test_pictures_of_ones_own_become_weights(checkpoint, pictures, tmp_path, capsys):
+    """Catches questions that are not asked, and pictures that are judged by after they were trained on."""
+    files = ["--images", str(pictures), "--questions", str(pictures / "questions.txt")]
+    assert main(["calibrate", "vistog", *SMALL, *files, "--output", str(tmp_path), f"checkpoint={checkpoint}"]) == 0
+    assert (tmp_path / "vistog.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--num-tokens", "64"], "num_tokens must be below the 64 patches"),
+        (["--num-tokens", "4", "--questions", "x"], "name pictures too"),
+        (["--num-tokens", "4", "--images", "few"], "1 pictures are too few to train on; give at least 20"),
+        (["--num-tokens", "4", "--images", "many", "--questions", "empty"], "holds no question"),
+    ],
+)
+def test_what_does_not_fit_is_said_first(checkpoint, pictures, tmp_path, capsys, given, words):
+    """Catches an error after minutes of training, or a traceback."""
+    (tmp_path / "empty").write_text("\n")
+    places = {"few": str(pictures / "0.png"), "many": str(pictures), "empty": str(tmp_path / "empty")}
+    arguments = [places.get(text, text) for text in given]
+    assert main(["calibrate", "vistog", *arguments, "--output", str(tmp_path), f"checkpoint={checkpoint}"]) == 2
+    assert words in capsys.readouterr().err
