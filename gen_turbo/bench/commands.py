@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     understanding.add_argument(
         "--pictures", type=_positive, default=100, help="held-out scenes, six or so questions each"
     )
+    understanding.add_argument("--picture", type=Path, help="picture to draw of the tokens that the settings keep")
     understanding.add_argument("--model", type=Path, help="folder of a trained model; the embedded one by default")
     text = "bring the tables of a Markdown file up to date with the records"
     _add_readme_arguments(subparsers.add_parser("readme", help=text, description=text))

@@ -33,6 +33,7 @@ KEPT = (0.5, 0.33, 0.22, 0.11)
 """Share of the image tokens that are kept; whole numbers of tokens are rounded."""
 BENCH = "understanding"
 _ROWS = 16
+_DRAWN = 6
 
 
 class Ask(NamedTuple):
@@ -171,6 +172,12 @@ def run(options: argparse.Namespace) -> None:
         )
         records.append(options.records, record)
         print(f"{setting.name}: {counts['kept']} tokens, " + ", ".join(_shares(values)), flush=True)
+    if options.picture is not None:
+        from gen_turbo.bench.kept import draw_kept
+
+        drawn = [setting for setting in settings if isinstance(setting, Method) and "tower" not in setting.name]
+        draw_kept(model, processor, [ask for ask in asks if ask.kind == "detail"][:_DRAWN], drawn, options.picture)
+        print(f"{options.picture}: drawn")
 
 
 def _shares(values: dict[str, list[float]]) -> list[str]:

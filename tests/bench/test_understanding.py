@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from gen_turbo import scenes
@@ -49,10 +51,21 @@ def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) ->
     assert kept == {"turbo-50": 128, "fastv-11": 28, "random-11": 28}
     assert all(set(map(len, record.values.values())) == {1} for record in found.values())
     before = (tmp_path / "understanding.jsonl").read_bytes()
-    assert main(arguments) == 0
+    assert main([*arguments, "--picture", str(tmp_path / "kept.png")]) == 0
     assert (tmp_path / "understanding.jsonl").read_bytes() == before
+    _compare_kept(tmp_path / "kept.png")
     rows = TABLES["understanding"](tmp_path).splitlines()[2:5]
     assert [row.split(" | ")[1] for row in rows] == ["128 of 256", "28 of 256", "28 of 256"]
+
+
+def _compare_kept(path: Path) -> None:
+    """The rows of the picture: as it is, halved by merging, 28 patches by FastV, 28 at random."""
+    with Image.open(path) as sheet:
+        stock, turbo, random, fastv = (sheet.crop((0, 144 * row + 16, 128, 144 * row + 144)) for row in range(4))
+    assert turbo.tobytes() != stock.tobytes()
+    for chosen in (random, fastv):
+        same = (np.asarray(chosen) == np.asarray(stock)).all(-1).reshape(16, 8, 16, 8).all((1, 3))
+        assert same.sum() == 28
 
 
 def test_right_answers_are_told_from_wrong_ones(folder: Path) -> None:
