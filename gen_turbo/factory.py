@@ -67,7 +67,7 @@ def build_pipeline(config: Settings, processor: Any | None = None) -> Any:
     return pipe
 
 
-def processors_of(config: Settings) -> Any | None:
+def processors_of(config: Settings) -> Any:
     """Makes what a configuration has under `processor`: one processor or None, or for two halves one of each by name.
 
     Raises:

@@ -14,6 +14,8 @@ BENCHES = {
     "flops": "counted arithmetic of whole denoisers of real size against the least that merging leaves",
     "check": "how many pictures show what their caption says",
     "understanding": "answers of the embedded vision-language model, by kind, with ever fewer tokens",
+    "vlm-step": "reading a picture with a LLaVA-1.5 of real widths, few layers and random weights",
+    "caption-generate": "pictures drawn anew from their captions: how many still show the scene, and times",
 }
 
 
@@ -28,15 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("primitives", "layer"):
         children[name].add_argument("--side", type=_positive, default=64, help="tokens along each side of the grid")
         children[name].add_argument("--width", type=_positive, default=320, help="channels of a token")
-    for name, rounds in (("primitives", 30), ("layer", 7), ("step", 3)):
+    for name, rounds in (("primitives", 30), ("layer", 7), ("step", 3), ("vlm-step", 3)):
         children[name].add_argument("--rounds", type=_positive, default=rounds, help="alternating timed rounds")
-    for name in ("step", "quality", "check", "understanding"):
+    for name in ("step", "quality", "check", "understanding", "vlm-step"):
         children[name].add_argument(
             "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns; all by default"
         )
     children["flops"].add_argument("--models", nargs="*", default=[], help="denoisers by name; all by default")
     children["flops"].add_argument("--pixels", nargs="*", type=_positive, default=[], help="sides of the pictures")
     _add_step_arguments(children["step"])
+    _add_vlm_step_arguments(children["vlm-step"])
+    _add_caption_generate_arguments(children["caption-generate"])
     for name, captions in (("quality", 50), ("check", 200)):
         _add_picture_arguments(children[name], captions)
     children["quality"].add_argument(
@@ -59,13 +63,28 @@ def run(namespace: argparse.Namespace) -> None:
         ValueError: If an argument does not fit; the message says which.
         ImportError: If the benchmark needs a package of an extra; the message names it.
     """
-    import_module(f"gen_turbo.bench.{namespace.bench}").run(namespace)
+    import_module(f"gen_turbo.bench.{namespace.bench.replace('-', '_')}").run(namespace)
 
 
 def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=_positive, default=64, help="side of the latent image")
     parser.add_argument("--width-scale", type=float, default=1.0, help="factor on all widths of the UNet")
     parser.add_argument("--steps", type=_positive, default=5, help="consecutive steps of one run")
+
+
+def _add_vlm_step_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=_positive, default=2, help="decoder layers")
+    parser.add_argument("--tower-layers", type=_positive, default=24, help="blocks of the vision tower")
+    parser.add_argument("--width-scale", type=float, default=1.0, help="factor on all widths")
+    parser.add_argument("--new-tokens", type=_positive, default=32, help="tokens to generate")
+
+
+def _add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pipeline", default="caption-generate", help="name or YAML of such a pipeline")
+    parser.add_argument("--pictures", type=_positive, default=50, help="held-out scenes")
+    parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="objects in every scene")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th picture, from the I-th")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench/work"), help="folder of unfinished runs")
 
 
 def _add_picture_arguments(parser: argparse.ArgumentParser, captions: int) -> None:

@@ -113,6 +113,44 @@ def understanding(folder: Path) -> str:
     return _table(("", "image tokens", *kinds, "all"), rows, records, "Share of right answers, in per cent")
 
 
+def vlm_step(folder: Path) -> str:
+    """Times and counted arithmetic of reading one picture, and of reading it and writing, as ratios to stock."""
+    records = load(folder, "vlm-step")
+    phases = {(r.setting, r.params["phase"]): r for r in records}
+    rows = []
+    for name in dict.fromkeys(record.setting for record in records):
+        prefill, generate = phases[name, "prefill"], phases[name, "generate"]
+        kept = prefill.counts["kv_bytes"] / prefill.counts["stock_kv_bytes"]
+        rows.append((name, *(cell for record in (prefill, generate) for cell in _fewer(record)), f"{kept:.2f}"))
+    head = ("", "prefill, times faster", "times fewer FLOPs", "with answer, times faster", "times fewer FLOPs")
+    return _table((*head, "cache of stock's"), rows, records)
+
+
+def _fewer(record: BenchRecord) -> tuple[str, str]:
+    fewer = record.counts["stock_flops"] / record.counts["flops"]
+    return f"{Spread.of(_speedups(record)):.2f}", f"{fewer:.2f}"
+
+
+def caption_generate(folder: Path) -> str:
+    """Regenerated pictures that still show their source scene, and how much faster the whole way is."""
+    rows = []
+    records = load(folder, "caption-generate")
+    for record in records:
+        faster = f"{Spread.of(_speedups(record)):.2f}" if record.setting != "stock" else ""
+        values = record.values
+        rows.append(
+            (record.setting, faster, _passed(values["captioned"]), _passed(values["passed"]), _tokens(record.counts))
+        )
+    head = ("", "times faster, end to end", "caption is the scene's", "new picture shows the scene", "tokens kept")
+    return _table(head, rows, records)
+
+
+def _tokens(counts: dict[str, int]) -> str:
+    read = f"{counts['kept']} of {counts['tokens']}"
+    drawn = f", {counts['drawn_kept']} of {counts['drawn_tokens']}" if counts["drawn_tokens"] else ""
+    return read + drawn
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "primitives": primitives,
     "layer": layer,
@@ -122,6 +160,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "check": check,
     "flops": flops,
     "understanding": understanding,
+    "vlm-step": vlm_step,
+    "caption-generate": caption_generate,
 }
 """The name between a README's markers -> what stands there, given the folder of the records."""
 

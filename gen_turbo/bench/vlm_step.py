@@ -1,0 +1,189 @@
+"""`gen-turbo bench vlm-step`: reading one picture with a LLaVA-1.5 of real widths, few layers and random weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from gen_turbo.bench import records
+from gen_turbo.bench.settings import Method, Setting, Stock, selected
+from gen_turbo.bench.timing import Timing, alternate
+
+BENCH = "vlm-step"
+KEPT = (192, 128, 64)
+"""Image tokens of 576 that published methods are compared at."""
+SIDE_PX, PATCH_PX = 336, 14
+NUM_IMAGE_TOKENS = (SIDE_PX // PATCH_PX) ** 2
+PHASES = ("prefill", "generate")
+_IMAGE = 3
+_TEXT_BEFORE, _TEXT_AFTER = 35, 20
+_TOWER, _TEXT = (1024, 4096, 64), (4096, 11008, 128)
+"""Width, width of the MLP, width of a head: of CLIP-L and of Vicuna 7B."""
+_VOCABULARY = 32064
+
+
+def catalogue() -> list[Setting]:
+    """Every method at every budget; the baseline is stock."""
+    settings: list[Setting] = []
+    for kept in KEPT:
+        # Half a token more, so that rounding down removes exactly this number.
+        options: dict[str, Any] = {"ratio": 1 - (kept - 0.5) / NUM_IMAGE_TOKENS}
+        settings.append(Method(f"turbo_vit-tower-{kept}", "turbo_vit, tower", "turbo_vit", options))
+        gate = options | {"place": "gate"}
+        settings.append(Method(f"turbo_vit-gate-{kept}", "turbo_vit, gate", "turbo_vit", gate))
+        settings += [Method(f"{name}-{kept}", name, name, options) for name in ("pool", "resize", "divprune")]
+        # From the second layer on, because there may be no more than two.
+        settings.append(Method(f"fastv-{kept}", "fastv", "fastv", options | {"layer": 1}))
+    return settings
+
+
+def run(options: argparse.Namespace) -> None:
+    """Times the selected settings in alternating rounds with stock, prefill and generation apart."""
+    torch.set_num_threads(options.threads)
+    params = {
+        "layers": options.layers,
+        "tower_layers": options.tower_layers,
+        "scale": options.width_scale,
+        "new_tokens": options.new_tokens,
+        "rounds": options.rounds,
+    }
+    settings = selected(catalogue(), options.settings)
+    settings = [s for s in settings if not _is_finished(options, s, params)]
+    if not settings:
+        print(f"{BENCH}: finished before; delete the records to measure again")
+        return
+    model = make_model(options.width_scale, options.layers, options.tower_layers, options.seed)
+    runs: list[Setting] = [Stock(), *settings]
+    counts = {setting.name: _counted(model, setting, options.new_tokens) for setting in tqdm(runs, desc="counting")}
+    for phase in PHASES:
+        steps = options.new_tokens if phase == "generate" else 1
+        functions = {setting.name: _reading(model, setting, steps) for setting in runs}
+        with tqdm(total=len(runs) * options.rounds, desc=phase) as bar:
+            timings = alternate(functions, options.rounds, warmup=0, progress=bar.update)
+        for setting in settings:
+            own = params | setting.params() | {"phase": phase}
+            records.append(options.records, _record(setting, own, timings, counts, options.seed))
+
+
+def make_model(width_scale: float, layers: int, tower_layers: int, seed: int) -> LlavaForConditionalGeneration:
+    """A CLIP-L/336 tower and a Llama of 4,096 channels, all widths scaled, with random weights.
+
+    Raises:
+        ValueError: If a scaled width is no multiple of a head's width.
+    """
+    (tower, tower_mlp, tower_head), (text, text_mlp, text_head) = _TOWER, _TEXT
+    tower, tower_mlp, text, text_mlp = (int(width * width_scale) for width in (tower, tower_mlp, text, text_mlp))
+    if not text or text % text_head or tower % tower_head:
+        raise ValueError(f"--width-scale {width_scale} gives widths {tower} and {text}; take 1, 0.5, 0.25 or 0.0625")
+    vision = CLIPVisionConfig(
+        hidden_size=tower,
+        intermediate_size=tower_mlp,
+        num_hidden_layers=tower_layers,
+        num_attention_heads=tower // tower_head,
+        image_size=SIDE_PX,
+        patch_size=PATCH_PX,
+    )
+    language = LlamaConfig(
+        vocab_size=max(64, int(_VOCABULARY * width_scale)),
+        hidden_size=text,
+        intermediate_size=text_mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=text // text_head,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=_IMAGE, tie_word_embeddings=True)
+    return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def _inputs(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    """A prompt as long as LLaVA-1.5's with a short question."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 64, (1, _TEXT_BEFORE + NUM_IMAGE_TOKENS + _TEXT_AFTER), generator=generator)
+    ids[:, _TEXT_BEFORE : _TEXT_BEFORE + NUM_IMAGE_TOKENS] = _IMAGE
+    pixels = torch.randn(1, 3, SIDE_PX, SIDE_PX, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def _reading(model: LlavaForConditionalGeneration, setting: Setting, new_tokens: int) -> Callable[[], Any]:
+    """Reads the prompt and writes tokens; the setting is applied anew each time. Returns the cache."""
+    inputs = _inputs(model)
+
+    def read() -> Any:
+        with torch.inference_mode(), setting.applied(model):
+            done = model.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+        return done.past_key_values
+
+    return read
+
+
+def _counted(model: LlavaForConditionalGeneration, setting: Setting, new_tokens: int) -> dict[str, int]:
+    """Operations of both phases, and bytes of the cache right after the prompt."""
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    counts = {}
+    for phase, steps in zip(PHASES, (1, new_tokens), strict=True):
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            cache = _reading(model, setting, steps)()
+        counts[phase] = counter.get_total_flops()
+        if phase == "prefill":
+            counts["kv_bytes"] = _num_bytes(cache)
+    return counts
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **more: Any) -> int:
+    """Products of attention, whose kernel for CPUs torch does not count; masked ones count too."""
+    batch, heads, num_queries, _ = query
+    return 2 * batch * heads * num_queries * key[2] * (key[3] + value[3])
+
+
+def _num_bytes(cache: DynamicCache) -> int:
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def _is_finished(options: argparse.Namespace, setting: Setting, params: dict[str, Any]) -> bool:
+    return all(
+        records.is_finished(options.records, BENCH, setting.name, params | setting.params() | {"phase": phase})
+        for phase in PHASES
+    )
+
+
+def _record(
+    setting: Setting,
+    params: dict[str, Any],
+    timings: dict[str, list[Timing]],
+    counts: dict[str, dict[str, int]],
+    seed: int,
+) -> records.BenchRecord:
+    own, stock, phase = timings[setting.name], timings["stock"], params["phase"]
+    return records.BenchRecord(
+        bench=BENCH,
+        setting=setting.name,
+        family=setting.family,
+        params=params,
+        cpu_s=[t.cpu_s for t in own],
+        baseline_cpu_s=[t.cpu_s for t in stock],
+        wall_s=[t.wall_s for t in own],
+        baseline_wall_s=[t.wall_s for t in stock],
+        counts={
+            "flops": counts[setting.name][phase],
+            "stock_flops": counts["stock"][phase],
+            "kv_bytes": counts[setting.name]["kv_bytes"],
+            "stock_kv_bytes": counts["stock"]["kv_bytes"],
+        },
+        seed=seed,
+    )
