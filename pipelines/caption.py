@@ -175,7 +175,8 @@ class CaptionPipeline:
         return 0 if token is None else int((inputs["input_ids"] == token).sum())
 
     def _num_kept(self, num_tokens: int) -> int:
-        rows = [site for site in report(self).sites if site.num_tokens]
+        # Words are no image tokens.
+        rows = [site for site in report(self).sites if site.num_tokens and site.name != "text_encoder"]
         if not rows:
             return num_tokens
         # A tower that text reads on the side has a row for each block; elsewhere the last row is the language model.

@@ -69,10 +69,10 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         """Plans the merge of tokens (B, N, C): the mean keys of a block, or features before the language model."""
         batch, num_tokens, _ = tokens.shape
         total = ReductionPlan.identity(batch, num_tokens, tokens.device)
-        if self.ratio == 0 or num_tokens + 1 < self.threshold:
+        in_tower = self.num_removed > 0 and site.name != "text"
+        if (self.ratio if in_tower else site.ratio) == 0 or num_tokens + 1 < self.threshold:
             return total
         value = self._value(site)
-        in_tower = self.num_removed > 0
         left = min(self.num_removed, num_tokens // 2) if in_tower else int(num_tokens * site.ratio)
         while left:
             now = min(left, total.num_slots // 2)

@@ -19,6 +19,7 @@ from gen_turbo.hosts.vlm.origin import Seen
 from gen_turbo.hosts.vlm.run import Group, Pictures, Reduction
 from gen_turbo.hosts.vlm.settings import placement_of
 from gen_turbo.hosts.vlm.shrink import Shrink, can_shrink
+from gen_turbo.hosts.vlm.text import TEXT_ENCODER, TextMerge, check_text
 from gen_turbo.hosts.vlm.tower import Tower
 
 
@@ -43,6 +44,7 @@ class VlmPart(OnModel):
         self._gate: Gate | None = None
         self._cut: Cut | None = None
         self._cross: CrossGate | None = None
+        self._text = TextMerge(model, reducer) if reducer.text_ratio else None
         self._prepare(model)
 
     @property
@@ -66,7 +68,7 @@ class VlmPart(OnModel):
 
     def install(self) -> None:
         """Puts every hook in place."""
-        for stage in (self._tower, self._cross, self._gate, self._cut):
+        for stage in (self._tower, self._cross, self._gate, self._cut, self._text):
             if stage is not None:
                 self._handles += stage.install()
         if self._gate is not None:
@@ -100,6 +102,9 @@ class VlmPart(OnModel):
             self._rows.update(
                 {name: SiteReport(name, 1, "reduced") for name in map(self._block_name, self._tower.watched)}
             )
+        if self._text is not None:
+            self._text.on_merge = self._note_text
+            self._rows[TEXT_ENCODER] = SiteReport(TEXT_ENCODER, 1, "reduced")
         if family.is_cross:
             self._prepare_cross()
             return
@@ -196,6 +201,15 @@ class VlmPart(OnModel):
     def _note_block(self, index: int, before: int, after: int) -> None:
         self._count(self._block_name(index), None, before, after, 0, 0)
 
+    def _note_text(self, before: int, after: int, words: int) -> None:
+        self._count(TEXT_ENCODER, None, before, after, 0, 0)
+        if before == after and int(self.reducer.text_ratio * words) == 0:
+            warnings.warn(
+                f"no word was removed from texts of {words} words at text_ratio {self.reducer.text_ratio}; raise it",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
     def _note_reduction(self, name: str, pictures: Pictures, reduction: Reduction) -> None:
         before, after = sum(pictures.lengths), sum(reduction.lengths())
         grid = pictures.grids[0] if pictures.grids else None
@@ -249,6 +263,7 @@ def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
     denoising = [setting for setting in ("layer_ratios", "step_scale") if getattr(reducer, setting)]
     if denoising:
         raise ValueError(f"{' and '.join(denoising)} concern denoisers; {name} is none, leave them out")
+    check_text(model, reducer)
     facts = tower_facts(model, family)
     if placement.place == "picture":
         if facts is None or not can_shrink(model, facts) or (family.grids is None and not family.is_cross):
