@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gen_turbo.core.plan import ReductionPlan
     from gen_turbo.factory import list_methods, list_pipelines, load_pipeline
-    from gen_turbo.hosts.attach import attach, detach
+    from gen_turbo.hosts.attach import attach, detach, reattach
     from gen_turbo.hosts.report import report
     from gen_turbo.methods.identity import IdentityProcessor
     from gen_turbo.methods.par import PARProcessor
@@ -33,6 +33,7 @@ _HOME = {
     "list_methods": "factory",
     "list_pipelines": "factory",
     "load_pipeline": "factory",
+    "reattach": "hosts.attach",
     "report": "hosts.report",
 }
 
@@ -49,6 +50,7 @@ __all__ = [
     "list_methods",
     "list_pipelines",
     "load_pipeline",
+    "reattach",
     "report",
 ]
 

@@ -74,6 +74,8 @@ class TokenReducer(ABC):
             the stock model. None sets no limit.
         scope: "attention" shortens the attention layers; "block" whole transformer blocks, with cross-attention and
             feed-forward, restoring each token by adding its slot's change. Saves more, further from stock.
+        run_length: With scope "block", how many consecutive blocks of a stack share one short sequence, restored after
+            the last of them; 0 is all. Raising it remembers less, restores less often, and is further from stock.
         keep_queries: Merges keys and values only; every token still asks. Closer to stock, saves less.
         size_weighted: Lets a key that stands for several tokens weigh as much as they did.
         text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
@@ -95,6 +97,7 @@ class TokenReducer(ABC):
     plan_steps: int = 0
     memory_limit_mb: float | None = None
     scope: str = "attention"
+    run_length: int = 1
     keep_queries: bool = False
     size_weighted: bool = False
     text_ratio: float = 0.0
@@ -113,7 +116,7 @@ class TokenReducer(ABC):
             raise ValueError(f"restore must be 'correct' or 'copy'; got {self.restore!r}")
         if self.order not in (0, 1):
             raise ValueError(f"order must be 0 (hold) or 1 (linear); got {self.order}")
-        least: dict[str, int] = {"num_levels": 0, "refresh": 2, "warmup": 1, "plan_steps": 0}
+        least: dict[str, int] = {"num_levels": 0, "refresh": 2, "warmup": 1, "plan_steps": 0, "run_length": 0}
         for setting, minimum in least.items():
             if getattr(self, setting) < minimum:
                 raise ValueError(f"{setting} must be at least {minimum}; got {getattr(self, setting)}")
@@ -140,6 +143,8 @@ class TokenReducer(ABC):
     def _check_scope(self) -> None:
         if self.scope not in ("attention", "block"):
             raise ValueError(f"scope must be 'attention' or 'block'; got {self.scope!r}")
+        if self.scope == "attention" and self.run_length != 1:
+            raise ValueError(f"run_length={self.run_length} is of whole blocks; use scope='block', got 'attention'")
         inside = [name for name in ("keep_queries", "size_weighted") if getattr(self, name)]
         if self.scope == "block" and inside:
             raise ValueError(f"{' and '.join(inside)} concern attention alone; use scope='attention', got 'block'")

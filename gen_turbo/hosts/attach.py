@@ -73,17 +73,23 @@ def attach(target: Any, reducer: TokenReducer, *, replace: bool = False) -> Atta
             f"{type(attached[0]).__name__} already has a {type(_ATTACHED[attached[0]].reducer).__name__} attached; "
             "call gen_turbo.detach first"
         )
-    hosts = [_host_of(model) for model in models]
-    before = [_ATTACHED[model] for model in attached]
-    for part in before:
-        _release(part)
-    try:
-        parts = [host.attachment(model, reducer, pipeline) for model, host in zip(models, hosts, strict=True)]
-    except Exception:
-        _install(before)
-        raise
-    _install(parts)
-    return Attachment(parts)
+    return _exchanged([_ATTACHED[model] for model in attached], [(model, reducer) for model in models], pipeline)
+
+
+def reattach(target: Any) -> Attachment:
+    """Attaches what is attached once more, to the layers as they are now.
+
+    Calls that give layers other processors, such as `enable_attention_slicing` and `fuse_qkv_projections`, take them
+    from the reducer; `report` calls these layers lost.
+
+    Raises:
+        ValueError: If nothing is attached, or the reducer does not fit the layers now. Nothing was changed then.
+    """
+    pipeline, models = denoisers(target)
+    before = [_ATTACHED[model] for model in models if model in _ATTACHED]
+    if not before:
+        raise ValueError(f"nothing is attached to this {type(target).__name__}; call gen_turbo.attach")
+    return _exchanged(before, [(part.model, part.reducer) for part in before], pipeline)
 
 
 def detach(target: Any) -> None:
@@ -114,6 +120,22 @@ def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
     return target, found
 
 
+def _exchanged(before: list[Part], wanted: list[tuple[nn.Module, TokenReducer]], pipeline: Any | None) -> Attachment:
+    """Takes parts off and installs others; if one of those cannot be, the first are back."""
+    hosts = [host_of(model) for model, _ in wanted]
+    for part in before:
+        _release(part)
+    try:
+        parts = [
+            host.attachment(model, reducer, pipeline) for (model, reducer), host in zip(wanted, hosts, strict=True)
+        ]
+    except Exception:
+        _install(before)
+        raise
+    _install(parts)
+    return Attachment(parts)
+
+
 def _release(part: Part) -> None:
     """Takes one part off its model; a part that is off already changes nothing."""
     part.remove()
@@ -133,7 +155,7 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _host_of(model: nn.Module) -> Host:
+def host_of(model: nn.Module) -> Host:
     """Finds the host by the names of the model's class and its bases, importing only the libraries they come from."""
     bases = [cls for cls in type(model).__mro__ if cls.__module__.startswith(tuple(_FAMILIES))]
     for cls in bases:

@@ -100,7 +100,7 @@ class Observation:
         num_frames: Frames of a video, each a grid; 1 for a picture.
         num_text: Text tokens in every row, where they share a sequence with image tokens.
         text_sizes: How many text tokens each of them stands for, (b, T); None for one each.
-        has_equal_halves: Whether both halves of the batch show one picture, as under guidance.
+        num_pictures: Rows of the batch before it repeats itself, as it does under guidance; 0 where that is not known.
     """
 
     timestep: float
@@ -110,7 +110,7 @@ class Observation:
     num_frames: int = 1
     num_text: int = 0
     text_sizes: Tensor | None = None
-    has_equal_halves: bool = False
+    num_pictures: int = 0
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,13 @@ def bound_processor(binding: Binding) -> BoundProcessor:
     return made()
 
 
+def unbound(processor: Any) -> Any:
+    """The stock processor behind one that other code has kept from an attachment and put back after its end."""
+    while isinstance(processor, BoundProcessor):
+        processor = processor.binding.inner
+    return processor
+
+
 def positional_names(inner: Any) -> tuple[str, ...]:
     """Names of what a processor's call takes by position, behind itself and the layer."""
     parameters = inspect.signature(type(inner).__call__).parameters.values()

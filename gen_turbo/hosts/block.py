@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,11 +34,13 @@ class BlockBinding:
 
     Attributes:
         names: Names of what the block takes by position.
+        is_skipped: Whether the running call does without the block, so that there is nothing to shorten.
     """
 
     reduction: Reduction
     names: tuple[str, ...]
-    _running: list[_Running] = field(default_factory=list)
+    is_skipped: Callable[[], bool] = lambda: False
+    _running: dict[int, _Running] = field(default_factory=dict)
 
     @classmethod
     def of(cls, block: nn.Module, reduction: Reduction) -> BlockBinding:
@@ -51,9 +55,9 @@ class BlockBinding:
         ]
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._running.clear()
+        self._running.pop(get_ident(), None)
         layer, stream = self.reduction.layer, self.reduction.clock.current
-        if stream is None or len(args) > len(self.names):
+        if stream is None or len(args) > len(self.names) or self.is_skipped():
             return None
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         call = Call.of(block.forward, arguments, layer.form, stream.observation, layer.downsample)
@@ -61,13 +65,13 @@ class BlockBinding:
             return None
         plan = self.reduction.plan(call, stream, _no_value)
         short = None if plan is None else call.merged(plan)
-        self._running.append(_Running(call, stream, plan, short))
+        self._running[get_ident()] = _Running(call, stream, plan, short)
         return None if plan is None or short is None else ((), call.shortened(plan, short))
 
     def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self._running:
+        running = self._running.pop(get_ident(), None)
+        if running is None:
             return None
-        running = self._running.pop()
         call, plan = running.call, running.plan
         if plan is None or running.short is None:
             self.reduction.remember(call, running.stream, _no_value, output, call.on_slots)

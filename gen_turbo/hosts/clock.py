@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_turbo.contract import Grid
 from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.hosts.base import Observation
 from gen_turbo.hosts.text import MergedText
@@ -29,10 +29,15 @@ class PlannedAt:
 
 @dataclass
 class Memory:
-    """What one layer remembers of its last full step: the plan used there and the detail that merging missed."""
+    """What one layer remembers of its last full step: the plan used there and the detail that merging missed.
+
+    Attributes:
+        shape: Of the sequence that the layer ran on; a call of another shape can have none of it.
+    """
 
     planned: PlannedAt
     step: int
+    shape: tuple[int, ...]
     detail: list[Tensor | None]
     slope: list[Tensor | None] | None = None
 
@@ -51,10 +56,9 @@ class Stream:
     """One sequence of calls: a run, or the conditional or unconditional half of one that calls twice per step."""
 
     observation: Observation
-    is_guided: bool
     step: int = 0
     num_reduced: int = 0
-    plans: dict[tuple[Grid | None, int, float], PlannedAt] = field(default_factory=dict)
+    plans: dict[tuple[object, ...], PlannedAt] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
     text: MergedText | None = None
 
@@ -72,32 +76,42 @@ class RunFacts:
         marker: An object that is another one in every run, the scheduler's timestep tensor.
         last_timestep: The denoising time of the run's last call.
         tolerance: How far from it a time still is that time; models are told rounded or scaled times.
-        is_guided: Whether the batch is [unconditional; conditional]; None where the pipeline does not tell.
     """
 
     marker: object
     last_timestep: float
     tolerance: float
-    is_guided: bool | None
 
     def is_last(self, observation: Observation) -> bool:
         """Whether a call is the run's last, by its time."""
         return abs(abs(observation.timestep) - self.last_timestep) <= self.tolerance
 
 
+class _Here(threading.local):
+    """What a clock knows in one thread."""
+
+    def __init__(self) -> None:
+        self.facts: RunFacts | None = None
+        self.streams: list[Stream] = []
+        self.current: Stream | None = None
+
+
 class Clock:
     """Tells runs, streams and steps apart, and forgets everything when a run ends or another begins.
 
     Within a run the denoising time falls. A pipeline also shows when a run begins and which call is its last; for
-    a bare model a time that does not fall begins a new run.
+    a bare model a time that does not fall begins a new run. Every thread has runs of its own.
     """
 
     def __init__(self, run_facts: Callable[[], RunFacts | None]) -> None:
         self._run_facts = run_facts
-        self._facts: RunFacts | None = None
-        self._streams: list[Stream] = []
-        self.current: Stream | None = None
+        self._here = _Here()
         self.most_bytes = 0
+
+    @property
+    def current(self) -> Stream | None:
+        """The stream of the call that runs now in this thread."""
+        return self._here.current
 
     def note_bytes(self) -> None:
         """Keeps the most that was ever remembered."""
@@ -106,9 +120,9 @@ class Clock:
     def begin(self, observation: Observation) -> Stream:
         """Notes that the root is called, and gives the stream that the call belongs to."""
         facts = self._run_facts()
-        if (facts.marker if facts else None) is not (self._facts.marker if self._facts else None):
+        if (facts.marker if facts else None) is not (self._here.facts.marker if self._here.facts else None):
             self.forget()
-        self._facts = facts
+        self._here.facts = facts
         stream = self._find(observation)
         if stream is not None and self._restarts(observation, stream):
             self.forget()
@@ -118,43 +132,42 @@ class Clock:
         else:
             stream.step += 1
             stream.observation = observation
-        self.current = stream
+        self._here.current = stream
         return stream
 
     def end(self) -> Stream | None:
         """Notes that the root has returned; after a run's last call its memory goes and the stream is given back."""
-        stream, self.current = self.current, None
-        if stream is None or self._facts is None or not self._facts.is_last(stream.observation):
+        stream, self._here.current = self.current, None
+        if stream is None or self._here.facts is None or not self._here.facts.is_last(stream.observation):
             return None
-        self._streams = [other for other in self._streams if other is not stream]
+        self._here.streams = [other for other in self._here.streams if other is not stream]
         return stream
 
     def forget(self) -> None:
         """Drops all that is remembered."""
-        self._streams.clear()
-        self.current = None
+        self._here.streams.clear()
+        self._here.current = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes remembered now."""
-        return sum(stream.num_bytes for stream in self._streams)
+        return sum(stream.num_bytes for stream in self._here.streams)
 
     def _restarts(self, observation: Observation, stream: Stream) -> bool:
         before = stream.observation.timestep
         # Second-order schedulers call twice at one time; without a pipeline that cannot be told from a new run.
-        return observation.timestep > before or (self._facts is None and observation.timestep == before)
+        return observation.timestep > before or (self._here.facts is None and observation.timestep == before)
 
     def _find(self, observation: Observation) -> Stream | None:
-        for stream in self._streams:
+        for stream in self._here.streams:
             seen = stream.observation
             if seen.layout == observation.layout and _is_same(seen.condition, observation.condition):
                 return stream
         return None
 
     def _open(self, observation: Observation) -> Stream:
-        told = self._facts.is_guided if self._facts is not None else None
-        stream = Stream(observation, observation.has_equal_halves if told is None else told)
-        self._streams = [*self._streams[-_MAX_STREAMS + 1 :], stream]
+        stream = Stream(observation)
+        self._here.streams = [*self._here.streams[-_MAX_STREAMS + 1 :], stream]
         return stream
 
 
@@ -180,7 +193,7 @@ def run_facts_of(pipeline: Any | None) -> Callable[[], RunFacts | None]:
         if last[0] is not times:
             values = [float(time) for time in times]
             last[:] = [times, values[-1], _half_gap(values)]
-        return RunFacts(times, last[1], last[2], getattr(owner, "do_classifier_free_guidance", None))
+        return RunFacts(times, last[1], last[2])
 
     return read
 

@@ -16,12 +16,13 @@ from torch.utils.hooks import RemovableHandle
 from gen_turbo.contract import TokenReducer
 from gen_turbo.hosts.attention import check_backend, reaches_attention
 from gen_turbo.hosts.base import SELF_ATTENTION, DenoiserHost, Layer, OnModel, SiteReport
-from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names
+from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names, unbound
 from gen_turbo.hosts.block import BlockBinding
 from gen_turbo.hosts.choice import chosen_layers, layers_of
 from gen_turbo.hosts.clock import Clock, Stream, run_facts_of
 from gen_turbo.hosts.compiled import begun, ended, number_of, outside
 from gen_turbo.hosts.reduction import Cost, Reduction
+from gen_turbo.hosts.runs import check_between, runs_of
 from gen_turbo.hosts.text import merge_text
 
 _NOT_PER_TOKEN = ("add_", "norm", "context", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
@@ -55,8 +56,9 @@ class DenoiserPart(OnModel):
         self.blocks = {
             name: BlockBinding.of(model.get_submodule(name), reduction)
             for name, reduction in self.reductions.items()
-            if is_block
+            if is_block and reducer.run_length == 1
         }
+        self.runs = runs_of(model, self.reductions.values(), reducer.run_length) if is_block and not self.blocks else []
         attended = {} if is_block else self.reductions
         if reducer.attention_backend is not None:
             check_backend(reducer.attention_backend, model)
@@ -73,7 +75,7 @@ class DenoiserPart(OnModel):
         return Reduction(layer, self.reducer, ratio, self.clock, index, _cost(model.get_submodule(layer.name)))
 
     def _binding(self, model: nn.Module, reduction: Reduction) -> Binding:
-        inner = _processor(model, reduction.layer.name)
+        inner = unbound(_processor(model, reduction.layer.name))
         needs = [name for name in _INSIDE_ATTENTION if getattr(self.reducer, name)]
         if needs and not reaches_attention(inner):
             raise ValueError(
@@ -106,6 +108,8 @@ class DenoiserPart(OnModel):
         ]
         for name, block in self.blocks.items():
             self._handles += block.install(model.get_submodule(name))
+        for run in self.runs:
+            self._handles += run.install(model)
         self._is_installed = True
 
     @property
@@ -116,6 +120,13 @@ class DenoiserPart(OnModel):
 
     def begin(self, arguments: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         """Notes a call of the root; gives other arguments where its text is merged."""
+        if self.runs:
+            check_between(arguments)
+        if self.reducer.scope == "block" and getattr(self.model, "is_cache_enabled", False):
+            raise ValueError(
+                f"scope='block' cannot run with the cache that is on in {type(self.model).__name__}, which compares "
+                "whole sequences; use scope='attention' or call disable_cache"
+            )
         stream = self.clock.begin(self._host.observe(self.model, arguments))
         return self._with_short_text(arguments, stream) if self.reducer.text_ratio > 0 else None
 

@@ -18,15 +18,17 @@ Semantic = Callable[[Tensor, str], Tensor | None]
 
 
 def plan_call(
-    reducer: TokenReducer, call: Call, name: str, ratio: float, frame: Frame, is_guided: bool, semantic: Semantic
+    reducer: TokenReducer, call: Call, name: str, ratio: float, frame: Frame, semantic: Semantic
 ) -> ReductionPlan:
     """Plans the reduction of the image tokens of a call.
 
-    Guidance halves show one picture: the conditional half plans for both. Where positions have no batch axis, one
-    plan serves all samples, by the mean of their similarities. Frames of a video are planned one by one.
+    Under guidance the batch repeats its pictures: the second rows, which are conditional, plan for all. Where positions
+    have no batch axis, one plan serves all samples, by the mean of their similarities. Frames of a video are planned
+    one by one.
     """
     tokens = call.tokens
-    rows = tokens[len(tokens) // 2 :] if is_guided and len(tokens) % 2 == 0 else tokens
+    num = call.observation.num_pictures
+    rows = tokens[num : 2 * num] if 0 < num < len(tokens) and len(tokens) % num == 0 else tokens
     shares = call.form.shares_plan and len(rows) > 1
     metric = _side_by_side(rows) if shares else rows
     num_frames = call.num_frames if call.grid else 1

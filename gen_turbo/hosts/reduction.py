@@ -78,8 +78,8 @@ class Reduction:
         if self.reducer.restore == "copy":
             plan = self._served(self._planned(call, stream, semantic), stream)
         else:
-            memory = stream.memories.get(self.layer.name)
-            if memory is None or self._is_full_step(stream.step):
+            memory = self._memory(call, stream)
+            if memory is None or self._is_due(memory.step, stream.step):
                 self._count_full(call)
                 return None
             plan = self._served(memory.planned, stream)
@@ -91,6 +91,27 @@ class Reduction:
         self.stats.num_reduced += 1
         self._spend(call, plan)
         return plan
+
+    def remembered_plan(self, call: Call, stream: Stream, semantic: Semantic) -> ReductionPlan | None:
+        """The plan whose misses a full call is going to remember; None where it remembers nothing."""
+        if self._ratio_at(stream.step) == 0 or self.reducer.restore == "copy":
+            return None
+        plan = self._planned(call, stream, semantic).plan
+        if plan.is_identity:
+            stream.num_reduced += 1
+            return None
+        return plan if self._fits([call.sequence], self._memory(call, stream), stream) else None
+
+    def follow(self, call: Call, plan: ReductionPlan | None, is_full: bool) -> None:
+        """Counts a call whose plan another layer made; in a full call it is run by the plan as well."""
+        self._note(call)
+        if is_full:
+            self._count_full(call)
+        else:
+            self.stats.num_reduced += 1
+        if plan is not None:
+            self.stats.num_kept = plan.num_slots
+            self._spend(call, plan)
 
     def remember(
         self,
@@ -108,7 +129,7 @@ class Reduction:
         if plan.is_identity:
             stream.num_reduced += 1
             return
-        full, memory = flat(output), stream.memories.get(self.layer.name)
+        full, memory = flat(output), self._memory(call, stream)
         if not self._fits(full, memory, stream):
             return
         self._spend(call, plan)
@@ -117,7 +138,7 @@ class Reduction:
         if self.reducer.order == 1 and memory is not None and stream.step > memory.step and memory.is_for(plan):
             steps = stream.step - memory.step
             slope = [_difference(a, b, steps) for a, b in zip(detail, memory.detail, strict=True)]
-        stream.memories[self.layer.name] = Memory(planned, stream.step, detail, slope)
+        stream.memories[self.layer.name] = Memory(planned, stream.step, call.sequence.shape, detail, slope)
         self.clock.note_bytes()
         self.stats.num_kept = plan.num_slots
 
@@ -141,10 +162,16 @@ class Reduction:
         num_queries = call.num_image if self.reducer.keep_queries else plan.num_slots
         self.stats.flops += self.cost.flops(call, num_queries, plan.num_slots)
 
-    def _is_full_step(self, step: int) -> bool:
+    def _memory(self, call: Call, stream: Stream) -> Memory | None:
+        memory = stream.memories.get(self.layer.name)
+        return memory if memory is not None and memory.shape == call.sequence.shape else None
+
+    def _is_due(self, last: int, step: int) -> bool:
+        """Whether a full step lies after the last one that ran and not after this one, which may have been left out."""
         settings = self.reducer
         offset = self.index % settings.refresh if settings.stagger else 0
-        return step < settings.warmup or (step - settings.warmup + 1 + offset) % settings.refresh == 0
+        periods = [(at - settings.warmup + 1 + offset) // settings.refresh for at in (last, step)]
+        return step < settings.warmup or periods[1] > periods[0]
 
     def _fits(self, outputs: list[Any], memory: Memory | None, stream: Stream) -> bool:
         limit = self.reducer.memory_limit_mb
@@ -157,11 +184,11 @@ class Reduction:
     def _planned(self, call: Call, stream: Stream, semantic: Semantic) -> PlannedAt:
         """The plan of this resolution, made by the first layer that needs it and served to the others."""
         ratio = self._ratio_at(stream.step)
-        key = (call.grid, call.num_image, ratio)
+        key = (call.grid, call.num_image, call.sequence.shape[0], ratio)
         entry = stream.plans.get(key)
         if entry is None or self._is_stale(entry, stream.step):
             frame = Frame(stream.step, entry.num_plans + 1 if entry else 0)
-            plan = plan_call(self.reducer, call, self.layer.name, ratio, frame, stream.is_guided, semantic)
+            plan = plan_call(self.reducer, call, self.layer.name, ratio, frame, semantic)
             entry = stream.plans[key] = PlannedAt(plan, stream.step, frame.num_plans)
         return entry
 

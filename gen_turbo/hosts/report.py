@@ -47,7 +47,7 @@ class Report:
             if site.status not in ("reduced", "lost"):
                 left[site.status] = left.get(site.status, 0) + 1
         if any(site.status == "lost" for site in self.sites):
-            lines.append("  a later call took the lost layers; attach again with replace=True to have them back")
+            lines.append("  a later call took the lost layers; gen_turbo.reattach has them back")
         lines += [f"  left alone, {reason}: {count}" for reason, count in left.items()]
         lines.append(f"  remembered at most: {self.most_remembered_bytes / 1e6:.1f} MB")
         return "\n".join(lines)

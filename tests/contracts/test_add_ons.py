@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from PIL import Image
-from safetensors.torch import save_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
 from tests.snapshots import differences, model_state
-from tests.tiny_hosts import TEXT_WIDTH, sd_pipeline
 from tests.tiny_hosts import picture as picture_of_steps
+from tests.tiny_hosts import sd_pipeline
+from tests.tiny_pipelines import control_pipeline, ip_adapter_pipeline, prompt_image, save_lora
 
 NOTHING = [TurboProcessor(0.0), IdentityProcessor(0.4)]
 SOMETHING = [TurboProcessor(0.4), TurboProcessor(0.4, restore="copy")]
 ONE_OF_EACH = [NOTHING[0], SOMETHING[0]]
-IMAGE_WIDTH, IMAGE_TOKENS = 16, 4
 
 
 def picture(pipe, **kwargs):
@@ -35,44 +27,6 @@ def picture(pipe, **kwargs):
 def num_reduced(pipe) -> int:
     """How many layers have run on fewer tokens."""
     return sum(site.num_reduced > 0 for site in report(pipe).sites)
-
-
-def prompt_image() -> Image.Image:
-    """A picture of noise."""
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
-def ip_adapter_pipeline(folder: Path):
-    """A pipeline with an image encoder, and the IP-Adapter file for its UNet in the published layout."""
-    pipe = sd_pipeline()
-    torch.manual_seed(1)
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-        projection_dim=IMAGE_WIDTH,
-    )
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    pipe.register_modules(
-        image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=CLIPImageProcessor(**size)
-    )
-    weights = {
-        "image_proj.proj.weight": torch.randn(IMAGE_TOKENS * TEXT_WIDTH, IMAGE_WIDTH),
-        "image_proj.proj.bias": torch.zeros(IMAGE_TOKENS * TEXT_WIDTH),
-        "image_proj.norm.weight": torch.ones(TEXT_WIDTH),
-        "image_proj.norm.bias": torch.zeros(TEXT_WIDTH),
-    }
-    cross = [name for name in pipe.unet.attn_processors if "attn2" in name]
-    for index, name in enumerate(cross):
-        layer = pipe.unet.get_submodule(name.removesuffix(".processor"))
-        for projection in ("to_k_ip", "to_v_ip"):
-            weights[f"ip_adapter.{2 * index + 1}.{projection}.weight"] = torch.randn(layer.inner_dim, TEXT_WIDTH)
-    save_file(weights, folder / "adapter.safetensors")
-    return pipe
 
 
 def load_adapter(pipe, folder: Path) -> None:
@@ -132,16 +86,6 @@ def test_the_adapters_processors_stay_where_they_are(tmp_path):
         assert list(pipe.unet.state_dict()) == keys
 
 
-def save_lora(folder: Path) -> None:
-    """Saves a LoRA of all attention projections of the UNet in the layout of diffusers."""
-    pipe = sd_pipeline()
-    torch.manual_seed(2)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=targets))
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-    pipe.save_lora_weights(folder, unet_lora_layers=layers)
-
-
 @pytest.mark.parametrize("processor", ONE_OF_EACH, ids=["nothing", "corrected"])
 def test_lora_before_while_and_after(tmp_path, processor):
     """Catches projections that a binding has kept from before the LoRA, and a LoRA that detaching takes along."""
@@ -178,20 +122,6 @@ def test_a_fused_lora_reaches_reduced_attention(tmp_path):
     reduced = picture(pipe)
     pipe.reset_attn_processor()
     assert not torch.equal(picture(pipe), reduced)
-
-
-def control_pipeline() -> StableDiffusionControlNetPipeline:
-    """A stock ControlNet pipeline over the tiny UNet; the controls are not zero, as in a trained one."""
-    pipe = sd_pipeline()
-    torch.manual_seed(3)
-    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16)).eval()
-    with torch.no_grad():
-        for block in [*control.controlnet_down_blocks, control.controlnet_mid_block]:
-            block.weight.normal_(0, 0.1)
-        control.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.1)
-    made = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control, requires_safety_checker=False)
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def test_controlnet_guides_a_reduced_unet():

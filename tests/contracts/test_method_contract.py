@@ -76,6 +76,8 @@ def test_better_than_random_on_smooth_tokens(name):
         ({"layer_ratios": {"a": 2.0}}, r"layer_ratios\['a'\] must be"),
         ({"ratio": 0.5, "step_scale": {3: 2.0}}, r"ratio times step_scale\[3\] must be .*; got 0.5 \* 2.0 = 1"),
         ({"step_scale": {0: -1.0}}, "step_scale must give factors >= 0 by step >= 0; got 0: -1.0"),
+        ({"run_length": 0}, "run_length=0 is of whole blocks; use scope='block'"),
+        ({"scope": "block", "run_length": -1}, "run_length must be at least 0; got -1"),
         ({"restore": "magic"}, "restore must be 'correct' or 'copy'; got 'magic'"),
         ({"refresh": 1}, "refresh must be at least 2; got 1"),
         ({"order": 2}, "order must be 0"),

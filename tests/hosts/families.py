@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "kernel by name": {"attention_backend": "native"},
     "block corrected": {"scope": "block"},
     "block copied": {"scope": "block", "restore": "copy"},
+    "runs of blocks": {"scope": "block", "run_length": 0},
 }
 CELLS = {
     "nothing removed": "bit-identical",

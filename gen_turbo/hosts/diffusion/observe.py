@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_COPIES = (2, 3)
+
 
 def time_of(timestep: Any) -> float:
     """The denoising time, which a model is told as a number or a tensor of equal ones."""
@@ -18,7 +20,10 @@ def layout_of(sample: Tensor) -> tuple[object, ...]:
     return tuple(sample.shape), sample.dtype, sample.device
 
 
-def has_equal_halves(sample: Tensor) -> bool:
-    """Whether the batch is one picture twice, as pipelines call a model for guidance."""
-    half = len(sample) // 2
-    return len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])
+def num_pictures(sample: Tensor) -> int:
+    """Rows before the batch repeats itself: pipelines call a model on all pictures twice or thrice for guidance."""
+    for count in _COPIES:
+        num, rest = divmod(len(sample), count)
+        if rest == 0 and torch.equal(sample[num:], sample[:-num]):
+            return num
+    return len(sample)

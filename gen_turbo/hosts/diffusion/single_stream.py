@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gen_turbo.contract import Grid
 from gen_turbo.hosts.base import Form, Observation, Table
-from gen_turbo.hosts.diffusion.observe import has_equal_halves, layout_of, time_of
+from gen_turbo.hosts.diffusion.observe import layout_of, num_pictures, time_of
 from gen_turbo.hosts.diffusion.transformer import TransformerHost
 
 _LUMINA = Table("image_rotary_emb", axis=1, has_batch=True)
@@ -75,7 +75,7 @@ class ZImageHost(TransformerHost):
         frames, grid = self.grid(model, {**arguments, "hidden_states": sample})
         text = arguments["cap_feats"][0]
         return Observation(
-            _falling(arguments), grid, layout_of(sample), text, frames, has_equal_halves=has_equal_halves(sample)
+            _falling(arguments), grid, layout_of(sample), text, frames, num_pictures=num_pictures(sample)
         )
 
     def grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, Grid | None]:

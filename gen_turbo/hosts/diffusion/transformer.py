@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gen_turbo.contract import Grid, TokenReducer
 from gen_turbo.core.scoring import attention_column_mean
-from gen_turbo.hosts.base import Form, Layer, Observation
-from gen_turbo.hosts.denoiser import DenoiserPart
-from gen_turbo.hosts.diffusion.observe import has_equal_halves, layout_of, time_of
+from gen_turbo.hosts.base import Form, Layer, Observation, Part
+from gen_turbo.hosts.diffusion.observe import layout_of, num_pictures, time_of
+from gen_turbo.hosts.routed import denoiser_part
+from gen_turbo.hosts.units import Unit, units_of
 
 _NUM_QUERIES = 256
 
@@ -32,9 +33,13 @@ class TransformerHost:
     whole: Mapping[str, Form] = {}
     text: tuple[str, ...] = ()
 
-    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> DenoiserPart:
+    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Part:
         """Prepares a reducer for the transformer."""
-        return DenoiserPart(model, self, reducer, pipeline)
+        return denoiser_part(model, self, reducer, pipeline)
+
+    def units(self, model: nn.Module) -> dict[str, Unit]:
+        """What can be skipped: the whole transformer and its blocks."""
+        return units_of(model, self)
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Every module with an attention processor, whether the model lists them or not."""
@@ -66,7 +71,7 @@ class TransformerHost:
             arguments.get("encoder_hidden_states"),
             num_frames,
             self.num_text(arguments),
-            has_equal_halves=has_equal_halves(sample),
+            num_pictures=num_pictures(sample),
         )
 
     def sample(self, arguments: Mapping[str, Any]) -> Tensor:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from gen_turbo.contract import TokenReducer
 from gen_turbo.core.scoring import attention_column_mean, text_attention
-from gen_turbo.hosts.base import Form, Layer, Observation
-from gen_turbo.hosts.denoiser import DenoiserPart
-from gen_turbo.hosts.diffusion.observe import has_equal_halves, layout_of, time_of
+from gen_turbo.hosts.base import Form, Layer, Observation, Part
+from gen_turbo.hosts.diffusion.cuts import unet_cuts
+from gen_turbo.hosts.diffusion.observe import layout_of, num_pictures, time_of
+from gen_turbo.hosts.routed import denoiser_part
+from gen_turbo.hosts.units import Unit, units_of
 
 _NUM_QUERIES = 256
 _BLOCK = Form(is_residual=True)
@@ -30,9 +32,13 @@ class UNetHost:
     models = ("UNet2DConditionModel",)
     text = ()
 
-    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> DenoiserPart:
+    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Part:
         """Prepares a reducer for the UNet."""
-        return DenoiserPart(model, self, reducer, pipeline)
+        return denoiser_part(model, self, reducer, pipeline)
+
+    def units(self, model: nn.Module) -> dict[str, Unit]:
+        """What can be skipped: the whole UNet, all that is deeper than a layer of the way up, transformer blocks."""
+        return units_of(model, self, unet_cuts(model))
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Every attention layer with its downsample factor, from the block that holds it."""
@@ -70,7 +76,7 @@ class UNetHost:
             tuple(sample.shape[-2:]),
             layout_of(sample),
             arguments.get("encoder_hidden_states"),
-            has_equal_halves=has_equal_halves(sample),
+            num_pictures=num_pictures(sample),
         )
 
     def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:

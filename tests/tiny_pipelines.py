@@ -1,0 +1,151 @@
+"""Tiny real pipelines with random weights beside the plain one, and what people hang on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtAlphaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    T2IAdapter,
+)
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from tests import tiny_transformers
+from tests.tiny_hosts import TEXT_WIDTH, sd_pipeline
+from tests.tiny_transformers import NUM_TEXT, random
+
+IMAGE_WIDTH, IMAGE_TOKENS = 16, 4
+
+
+def prompt_image() -> Image.Image:
+    """A picture of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def ip_adapter_pipeline(folder: Path):
+    """A pipeline with an image encoder, and the IP-Adapter file for its UNet in the published layout."""
+    pipe = sd_pipeline()
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        projection_dim=IMAGE_WIDTH,
+    )
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    pipe.register_modules(
+        image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=CLIPImageProcessor(**size)
+    )
+    weights = {
+        "image_proj.proj.weight": torch.randn(IMAGE_TOKENS * TEXT_WIDTH, IMAGE_WIDTH),
+        "image_proj.proj.bias": torch.zeros(IMAGE_TOKENS * TEXT_WIDTH),
+        "image_proj.norm.weight": torch.ones(TEXT_WIDTH),
+        "image_proj.norm.bias": torch.zeros(TEXT_WIDTH),
+    }
+    cross = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    for index, name in enumerate(cross):
+        layer = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        for projection in ("to_k_ip", "to_v_ip"):
+            weights[f"ip_adapter.{2 * index + 1}.{projection}.weight"] = torch.randn(layer.inner_dim, TEXT_WIDTH)
+    save_file(weights, folder / "adapter.safetensors")
+    return pipe
+
+
+def save_lora(folder: Path) -> None:
+    """Saves a LoRA of all attention projections of the UNet in the layout of diffusers."""
+    pipe = sd_pipeline()
+    torch.manual_seed(2)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=targets))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def control_pipeline() -> StableDiffusionControlNetPipeline:
+    """A stock ControlNet pipeline over the tiny UNet; the controls are not zero, as in a trained one."""
+    pipe = sd_pipeline()
+    torch.manual_seed(3)
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16)).eval()
+    with torch.no_grad():
+        for block in [*control.controlnet_down_blocks, control.controlnet_mid_block]:
+            block.weight.normal_(0, 0.1)
+        control.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.1)
+    made = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def adapter_pipeline() -> StableDiffusionAdapterPipeline:
+    """A stock T2I-Adapter pipeline over the tiny UNet."""
+    pipe = sd_pipeline()
+    torch.manual_seed(4)
+    adapter = T2IAdapter(
+        in_channels=3, channels=[16, 32, 32], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter"
+    )
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    made = StableDiffusionAdapterPipeline(**parts, adapter=adapter.eval(), requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _autoencoder() -> AutoencoderKL:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=32, **blocks)
+
+
+def flux():
+    """Flux: one call per step, thousandths as time."""
+    model = tiny_transformers.build("flux")
+    model.register_to_config(in_channels=8)
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), _autoencoder(), None, None, None, None, model)
+    latents = random(1, 64, 8)
+    return pipe, {"prompt_embeds": random(1, NUM_TEXT, 32), "pooled_prompt_embeds": random(1, 16), "latents": latents}
+
+
+def sd3():
+    """SD3: guidance in one batch."""
+    model = tiny_transformers.build("sd3")
+    nothing = [None] * 6
+    pipe = StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(), _autoencoder(), *nothing)
+    texts = {"prompt_embeds": random(1, NUM_TEXT, 32), "negative_prompt_embeds": random(1, NUM_TEXT, 32, seed=3)}
+    pooled = {"pooled_prompt_embeds": random(1, 16), "negative_pooled_prompt_embeds": random(1, 16, seed=3)}
+    return pipe, {**texts, **pooled, "latents": random(1, 4, 16, 16)}
+
+
+def pixart():
+    """PixArt: guidance that the pipeline does not tell of."""
+    model = tiny_transformers.build("pixart-alpha")
+    pipe = PixArtAlphaPipeline(None, None, _autoencoder(), model, DDIMScheduler())
+    texts = {"prompt_embeds": random(1, NUM_TEXT, 32), "negative_prompt_embeds": random(1, NUM_TEXT, 32, seed=3)}
+    mask = torch.ones(1, NUM_TEXT)
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "negative_prompt": None}
+    return pipe, {**texts, **masks, "latents": random(1, 4, 16, 16), "use_resolution_binning": False}
+
+
+TRANSFORMERS = {"flux": flux, "sd3": sd3, "pixart": pixart}
+
+
+def latents_of(pipe: object, call: dict[str, object], steps: int = 5, **kwargs: object) -> torch.Tensor:
+    """One run of a pipeline of a transformer on 8 x 8 tokens."""
+    fixed = {"height": 32, "width": 32, "num_inference_steps": steps, "output_type": "latent"}
+    return pipe(**call, **fixed, **kwargs).images
