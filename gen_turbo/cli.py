@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_learning(commands: Any) -> None:
     from gen_turbo.calibration import add_calibrate_arguments
+    from gen_turbo.explain import add_explain_arguments
 
+    add_explain_arguments(commands.add_parser("explain", help="draw what a method does to a picture's tokens"))
     add_calibrate_arguments(commands.add_parser("calibrate", help="learn or measure what a method needs"))
 
 

@@ -16,11 +16,21 @@ from gen_turbo.registry import METHODS, Registry
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("core", "registry", "schemas", "config", "scenes"),
-    ("contract", "metrics", "output", "inputs", "manifest"),
+    ("contract", "metrics", "output", "overlay", "inputs", "manifest"),
     ("hosts", "learned"),
     ("methods",),
     ("pipelines",),
-    ("factory", "generation", "captioning", "calibration", "calibrate_vistog", "calibrate_par", "asking"),
+    (
+        "factory",
+        "generation",
+        "captioning",
+        "calibration",
+        "calibrate_vistog",
+        "calibrate_par",
+        "calibrate_schedule",
+        "asking",
+        "explain",
+    ),
     ("bench",),
     ("cli",),
 )
