@@ -5,9 +5,10 @@ Without a checkpoint in the output folder it begins from the weights inside the 
 python examples/train_tiny_vlm.py --seconds 480 2000 --output runs/tiny-vlm
 
 The two budgets are CPU seconds with patches of 16 pixels (64 image tokens) and of 8 (256). One sequence holds a
-picture, its caption and several questions, none of which sees another. While training, a linear layer also says what
-each patch shows; it teaches the tower to see before the language model has learnt to ask, and is thrown away. Small
-patches begin with steps in which the language model reads one picture in four, for it is the tower that has to learn.
+picture, its caption and several questions, none of which sees another. While training, linear layers also say what
+each patch shows and, half-way through the tower, its outline and where in its object it lies; they teach the tower to
+see before the language model has learnt to ask (without them shapes stay guesses), and are thrown away. Small patches
+begin with steps in which the language model reads one picture in four, for it is the tower that has to learn.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import Stage, Trainer, parsed
 from transformers import LlavaForConditionalGeneration
-from vlm_data import SHOWN, Packed, drawn, pack, pictures, training_set, turns
+from vlm_data import OUTLINE, SHOWN, Packed, centres, drawn, outlines, pack, pictures, training_set, turns
 
 from gen_turbo.pipelines import tiny_vlm
 
 STAGES = (
     Stage("64", 16, batch=32, learning_rate=2e-3, decay_from=1.0),
-    Stage("256", 8, batch=16, learning_rate=1.4e-3, decay_from=0.4),
+    Stage("256", 8, batch=16, learning_rate=2e-3, decay_from=0.4),
 )
 QUESTIONS = 5
-SHOWN_WEIGHT = 0.2
 SEEING_UNTIL = 0.25
 HELD_OUT = 96
 
 
-def see(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
-    """What the tower makes of each patch of pictures (B, 3, 128, 128) of 0 to 255: (B, N, C)."""
-    return model.model.vision_tower(images.float() / 127.5 - 1).last_hidden_state[:, 1:]
+def see(model: LlavaForConditionalGeneration, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the tower makes of the patches of pictures (B, 3, 128, 128), half-way and at its end: (B, N, C) each."""
+    states = model.model.vision_tower(images.float() / 127.5 - 1, output_hidden_states=True).hidden_states
+    return states[len(states) // 2][:, 1:], states[-1][:, 1:]
 
 
 def read(model: LlavaForConditionalGeneration, seen: Tensor, packed: Packed) -> Tensor:
@@ -57,7 +58,7 @@ def accuracy(model: LlavaForConditionalGeneration, patch: int, count: int) -> di
         part = rows[start : start + 16]
         asked = [turns(row, seed) for seed, row in enumerate(part, start)]
         packed = pack(asked, (tiny_vlm.SIZE_PX // patch) ** 2)
-        said = model.lm_head(read(model, see(model, pictures(part)[0]), packed)).argmax(-1)
+        said = model.lm_head(read(model, see(model, pictures(part)[0])[1], packed)).argmax(-1)
         is_wrong = (said != packed.target) & (packed.target >= 0)
         for kinds, wrong, turn in zip(asked, is_wrong, packed.turn, strict=True):
             for number, (_, _, kind) in enumerate(kinds, 1):
@@ -70,14 +71,18 @@ class VlmTraining:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder = folder
-        self.trainer = Trainer(folder, rank, ("embeddings", "embed_tokens", "shown"))
+        self.trainer = Trainer(folder, rank, ("embeddings", "embed_tokens", "shown", "outline"))
         if not self.trainer.resume(self.make):
             self.begin()
 
     def make(self, patch: int) -> list[nn.Module]:
-        """Fresh models with patches of this size: the one that is wanted and the layer that says what patches show."""
+        """Fresh models with patches of this size: the one that is wanted, and layers that tell what the tower sees."""
         model = tiny_vlm.make_model(patch)
-        return [model, nn.ModuleDict({"shown": nn.Linear(model.config.vision_config.hidden_size, len(SHOWN))})]
+        width = model.config.vision_config.hidden_size
+        return [
+            model,
+            nn.ModuleDict({"shown": nn.Linear(width, len(SHOWN)), "outline": nn.Linear(width, OUTLINE**2 + 4)}),
+        ]
 
     def begin(self) -> None:
         """Begins from the weights inside the package, if there are any."""
@@ -112,21 +117,30 @@ class VlmTraining:
         self.trainer.use(fine, patch)
 
     def loss(self, rows: Sequence, images: Tensor, shown: Tensor, batch: int, told: int) -> Tensor:
-        """Cross-entropy of what each patch shows, and of the words of the answers about the first `told` pictures."""
-        model, labels = self.trainer.models
-        side = tiny_vlm.SIZE_PX // self.trainer.size
+        """How wrong the tower is about patches, and the language model about the first `told` pictures."""
+        model = self.trainer.models[0]
         chosen = torch.randint(0, len(rows), (batch,))
-        seen = see(model, images[chosen])
-        wanted = F.max_pool2d(shown[chosen].float(), shown.shape[-1] // side).flatten(2).transpose(1, 2)
-        patches = F.binary_cross_entropy_with_logits(labels["shown"](seen), wanted) * len(SHOWN)
+        half, seen = see(model, images[chosen])
+        patches = self.patch_loss(half, seen, images[chosen], shown[chosen])
         seeds = torch.randint(0, 2**31, (told,)).tolist()
         asked = [turns(rows[i], seed, QUESTIONS) for i, seed in zip(chosen[:told].tolist(), seeds, strict=True)]
-        packed = pack(asked, side**2)
+        packed = pack(asked, seen.shape[1])
         is_answer = packed.target >= 0
         said = model.lm_head(read(model, seen[:told], packed)[is_answer])
         answers = F.cross_entropy(said, packed.target[is_answer])
-        self.last = (answers.item(), patches.item())
-        return answers + SHOWN_WEIGHT * patches
+        self.last = (answers.item(), *(part.item() for part in patches))
+        return answers + sum(patches)
+
+    def patch_loss(self, half: Tensor, seen: Tensor, images: Tensor, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What patches show, read at the tower's end; their outlines and places in objects, read half-way."""
+        labels, side = self.trainer.models[1], tiny_vlm.SIZE_PX // self.trainer.size
+        pooled = F.max_pool2d(shown.float(), shown.shape[-1] // side)
+        told, (place, is_object) = labels["outline"](half), centres(pooled)
+        outline = F.mse_loss(told[..., :-4], outlines(images, side))
+        centre = F.mse_loss(told[..., -4:][is_object], place[is_object])
+        wanted = pooled.flatten(2).transpose(1, 2)
+        named = F.binary_cross_entropy_with_logits(labels["shown"](seen), wanted)
+        return len(SHOWN) * named, 10 * outline, 10 * centre
 
     def export(self) -> None:
         """Writes the averaged weights and the processor as transformers would, and says how good they are."""

@@ -32,7 +32,10 @@ from gen_turbo.scenes import (
 
 SHOWN = (*COLORS, *SHAPES, *SIZES, *BACKGROUNDS, *(f"{color} dot" for color in COLORS))
 """What a patch may show."""
+OUTLINE = 4
+"""Parts of a patch, along each side, whose coverage is told apart."""
 _PAIRS, _DOTS = 0.55, 0.6
+_FOREGROUND_DISTANCE = 60.0
 _LEAST_COVERAGE, _LEAST_DOT_PX = 0.2, 3.0
 
 
@@ -99,6 +102,34 @@ def _shown(row: Row, drawing: Drawing) -> Tensor:
         area = F.avg_pool2d(torch.from_numpy(drawing.dot)[None].float(), side)[0] * side**2
         shown[SHOWN.index(f"{row.dot} dot")] = area >= _LEAST_DOT_PX
     return shown
+
+
+def outlines(images: Tensor, side: int) -> Tensor:
+    """How much of each of the 16 parts of a patch is no background: (B, N, 16) in [0, 1], from (B, 3, H, W) bytes."""
+    pixels = images.float()
+    border = torch.cat([pixels[..., :4].flatten(2), pixels[..., -4:].flatten(2)], 2).mean(2)
+    is_drawn = (pixels - border[..., None, None]).norm(dim=1, keepdim=True) > _FOREGROUND_DISTANCE
+    parts = F.avg_pool2d(is_drawn.float(), images.shape[-1] // (side * OUTLINE))
+    return F.unfold(parts, OUTLINE, stride=OUTLINE).transpose(1, 2)
+
+
+def centres(shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each patch lies in its object, from what patches show, (B, 21, S, S).
+
+    Returns:
+        Offset (x, y) from the object's centre and the object's half extent (x, y), as shares of the picture's half
+        side, (B, N, 4); and which patches show an object, (B, N).
+    """
+    first, side = len(COLORS), shown.shape[-1]
+    covered = shown[:, first : first + len(SHAPES)].bool()
+    x = ((torch.arange(side) + 0.5) / side * 2 - 1).expand(side, side)
+    found = torch.zeros(len(shown), 4, side, side)
+    for part, place in enumerate((x, x.T)):
+        low = torch.where(covered, place, 9.0).amin((2, 3), keepdim=True)
+        high = torch.where(covered, place, -9.0).amax((2, 3), keepdim=True)
+        found[:, part] = torch.where(covered, place - (low + high) / 2, 0.0).sum(1)
+        found[:, 2 + part] = torch.where(covered, (high - low) / 2, 0.0).sum(1)
+    return found.flatten(2).transpose(1, 2), covered.any(1).flatten(1)
 
 
 def training_set(folder: Path, count: int, seed: int) -> tuple[list[Row], Tensor, Tensor]:

@@ -102,7 +102,7 @@ def test_packed_turns_are_those_of_single_prompts(model, data):
     asked = data.turns(row, 0)
     packed = data.pack([asked, asked[:2]], 64)
     images = data.pictures([row, row])[0]
-    logits = model.lm_head(train.read(model, train.see(model, images), packed))
+    logits = model.lm_head(train.read(model, train.see(model, images)[1], packed))
     for number, (question, answer, _) in enumerate(asked, 1):
         inputs = prompts([question])
         own = (packed.turn[0] == number).nonzero()[:, 0]
