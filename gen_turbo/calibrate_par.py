@@ -1,4 +1,4 @@
-"""`gen-turbo calibrate par`: PAR's router for a vision-language model, trained on the model's own answers."""
+"""`gen-turbo calibrate par`: a vision-language model's router or a denoiser's schedule, from own outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gen_turbo.config import CaptionConfig, ConfigError, load_config
+from gen_turbo.calibrate_schedule import add_schedule_arguments, calibrate_schedule
+from gen_turbo.config import CaptionConfig, ConfigError, PipelineConfig, load_config
 
 _OBJECTIVES = ("preference", "reward", "divergence")
 
@@ -14,7 +15,7 @@ _OBJECTIVES = ("preference", "reward", "divergence")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--config", default="caption", help="a pipeline: a name or a YAML file (caption)")
-    parser.add_argument("--output", type=Path, help="the .safetensors file (runs/par/router.safetensors)")
+    parser.add_argument("--output", type=Path, help="the .safetensors or .yaml file (in runs/par)")
     parser.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("vision-language models")
     group.add_argument("--images", nargs="+", default=[], metavar="PATH", help="own pictures; rendered scenes without")
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--depth", type=int, default=1, help="blocks of the router (1)")
     group.add_argument("--causal", action="store_true", help="let the router's tokens see earlier ones only")
     group.add_argument("--folder", type=Path, help="keep checkpoints here, and go on from them")
+    add_schedule_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the pipeline")
     parser.set_defaults(run=run)
 
@@ -41,8 +43,11 @@ def run(namespace: argparse.Namespace) -> None:
         ValueError: If an argument, the model or the output does not fit.
     """
     config = load_config(namespace.config, [*namespace.overrides, "processor=null"])
+    if isinstance(config, PipelineConfig):
+        calibrate_schedule(namespace, config)
+        return
     if not isinstance(config, CaptionConfig):
-        raise ConfigError(f"{namespace.config} is no captioning pipeline; a router is for a vision-language model")
+        raise ConfigError(f"{namespace.config} has two halves; calibrate one by its own configuration")
     _calibrate_router(namespace, config)
 
 

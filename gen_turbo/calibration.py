@@ -6,7 +6,10 @@ import argparse
 from importlib import import_module
 
 CALIBRATIONS = {
-    "par": ("gen_turbo.calibrate_par", "train PAR's router for a vision-language model, no labels"),
+    "par": (
+        "gen_turbo.calibrate_par",
+        "make PAR's router or schedule for a vision-language model or a denoiser, no labels",
+    ),
     "vistog": ("gen_turbo.calibrate_vistog", "train VisToG's semantic tokens for a vision-language model, no labels"),
 }
 """For each method the module with its `add_arguments`, which sets `run`, and what the command does."""

@@ -23,11 +23,17 @@ _OTHER_STREAM = "encoder_hidden_states"
 
 
 class Gate:
-    """Takes the place of a module's `forward`; its result is what is remembered and forecast."""
+    """Takes the place of a module's `forward`; its result is what is remembered and forecast.
+
+    Attributes:
+        name: Path of the module; empty for the model itself.
+        names: Names of what the module takes by position.
+    """
 
     def __init__(self, name: str, module: nn.Module, routing: Routing) -> None:
         self.name = name
         self.routing = routing
+        self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._module = weakref.ref(module)
         self._before: Any = None
         self._placed: Any = None
@@ -91,7 +97,6 @@ class BlockGate(Gate):
     def __init__(self, name: str, module: nn.Module, routing: Routing, form: Form) -> None:
         super().__init__(name, module, routing)
         self.form = form
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._handles: list[RemovableHandle] = []
 
     def install(self) -> None:
@@ -115,7 +120,7 @@ class BlockGate(Gate):
         memory = self.routing.memory
         if memory is None or self.name not in self.routing.actions:
             return inner(*args, **kwargs)
-        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         changes = self.routing.forecast(self.name)
         outputs = flat(memory.shapes[self.name])
         given = [self._given(arguments, index, shape) for index, shape in enumerate(outputs)]
@@ -129,7 +134,7 @@ class BlockGate(Gate):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.routing.is_kept(self.name):
-            self.routing.entered[self.name] = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            self.routing.entered[self.name] = {**dict(zip(self.names, args, strict=False)), **kwargs}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         memory, arguments = self.routing.memory, self.routing.entered.pop(self.name, None)

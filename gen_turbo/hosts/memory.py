@@ -14,7 +14,7 @@ from gen_turbo.hosts.clock import Stream
 from gen_turbo.hosts.values import mapped
 from gen_turbo.learned.schedule import Schedule
 
-_NUM_KEPT = 2
+_NUM_USED = 2
 
 
 @dataclass
@@ -27,6 +27,7 @@ class RouteMemory:
         recent: The last results by module, newest first, with the call that gave them.
         shapes: The last result by module with tensors that hold one number each.
         form: Of the results that the whole model is asked for.
+        num_kept: Results remembered of each module.
         errors: How far the last forecast of a module would have been off, relative, where it ran.
     """
 
@@ -36,6 +37,7 @@ class RouteMemory:
     shapes: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     form: object = None
+    num_kept: int = 2
 
     @property
     def num_bytes(self) -> int:
@@ -52,7 +54,7 @@ class RouteMemory:
 
     def is_ready(self, module: str) -> bool:
         """Whether a module can be forecast: from its last two results, or the only one of a run that has just begun."""
-        return len(self.recent.get(module, ())) >= min(_NUM_KEPT, self.call)
+        return len(self.recent.get(module, ())) >= min(_NUM_USED, self.call)
 
     def note_shape(self, module: str, result: Any) -> None:
         """Keeps what a result looks like."""
@@ -61,9 +63,9 @@ class RouteMemory:
     def keep(self, module: str, result: list[Tensor], is_checked: bool) -> None:
         """Keeps a result, the oldest gives way; a check first sees how well it would have been forecast."""
         known = self.recent.get(module, [])
-        if is_checked and len(known) == _NUM_KEPT:
+        if is_checked and len(known) >= _NUM_USED:
             self.errors[module] = _distance(self.forecast(module, 1.0), result)
-        self.recent[module] = [(self.call, result), *known][:_NUM_KEPT]
+        self.recent[module] = [(self.call, result), *known][: self.num_kept]
 
     def forecast(self, module: str, slope: float) -> list[Tensor]:
         """What a module would give at the running call."""

@@ -10,11 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from gen_turbo.contract import TokenReducer
-from gen_turbo.hosts.base import DenoiserHost, OnModel, SiteReport
+from gen_turbo.hosts.base import OnModel, SiteReport
 from gen_turbo.hosts.clock import run_facts_of
 from gen_turbo.hosts.denoiser import DenoiserPart, NoEffectWarning
 from gen_turbo.hosts.routing import Routing, UnitStats
-from gen_turbo.hosts.units import Unit, units_of
+from gen_turbo.hosts.units import SkippingHost
 from gen_turbo.learned.schedule import Schedule
 
 
@@ -44,16 +44,14 @@ class LayerPruner(Protocol):
 class RoutedPart(OnModel):
     """A reducer of tokens on one denoiser with a schedule around it."""
 
-    def __init__(
-        self, model: nn.Module, host: DenoiserHost, reducer: Any, pipeline: Any | None, cuts: Sequence[Unit]
-    ) -> None:
+    def __init__(self, model: nn.Module, host: SkippingHost, reducer: Any, pipeline: Any | None) -> None:
         super().__init__(model)
         self.reducer: TokenReducer = reducer
         schedules = reducer.schedules(model)
         self.tokens = DenoiserPart(model, host, reducer.merging(), pipeline)
-        facts, units = run_facts_of(pipeline), units_of(model, host, cuts)
+        facts, clock = run_facts_of(pipeline), self.tokens.clock
         self.routing = Routing(
-            model, self.tokens.clock, facts, units, schedules, reducer.threshold, lambda: _warn(schedules)
+            model, clock, facts, host.units(model), schedules, reducer.threshold, lambda: _warn(schedules)
         )
         for name, block in self.tokens.blocks.items():
             block.is_skipped = partial(self.routing.is_skipped, name)
@@ -94,11 +92,11 @@ class RoutedPart(OnModel):
 
 
 def denoiser_part(
-    model: nn.Module, host: DenoiserHost, reducer: TokenReducer, pipeline: Any | None, cuts: Sequence[Unit] = ()
+    model: nn.Module, host: SkippingHost, reducer: TokenReducer, pipeline: Any | None
 ) -> DenoiserPart | RoutedPart:
     """Prepares a reducer for one denoiser, with a schedule where it has one, and changes nothing yet."""
     if isinstance(reducer, LayerPruner):
-        return RoutedPart(model, host, reducer, pipeline, cuts)
+        return RoutedPart(model, host, reducer, pipeline)
     return DenoiserPart(model, host, reducer, pipeline)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
@@ -26,6 +27,14 @@ class Unit:
     module: str
     idle: tuple[str, ...] = ()
     form: Form | None = None
+
+
+class SkippingHost(DenoiserHost, Protocol):
+    """A family of denoisers that knows what can be skipped in them."""
+
+    def units(self, model: nn.Module) -> dict[str, Unit]:
+        """Everything that can be skipped, by name."""
+        ...
 
 
 def units_of(model: nn.Module, host: DenoiserHost, cuts: Sequence[Unit] = ()) -> dict[str, Unit]:

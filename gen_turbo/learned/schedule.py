@@ -17,7 +17,7 @@ from gen_turbo.learned.probe import is_same_model, weight_probe
 WHOLE = "output"
 """The unit that is the whole model: its output is forecast and no layer runs."""
 _PROBE_VALUES = 32
-_KEYS = ("model", "probe", "scheduler", "times", "inner", "slopes", "levels")
+_KEYS = ("model", "probe", "scheduler", "times", "slopes", "levels")
 _TOLERANCE = 1e-3
 
 
@@ -29,8 +29,9 @@ class Schedule:
         times: The denoising time of every call of the model, falling; equal ones where a scheduler calls twice.
         skips: The calls, counted from 0, at which a unit is skipped, by unit.
         slopes: Share of the last slope that a unit's forecast continues: 0 holds, 1 (the default) is a line.
-        cost: Share of the stock model's cost that it spends, measured.
-        psnr_db: Distance of its results to stock on the calibration prompts; None where it was not measured.
+        cost: Share of the stock pipeline's time that it takes, measured.
+        psnr_db: Distance of its pictures to stock on the calibration prompts; None where it was not measured.
+        inner: Name of the method that merged tokens meanwhile; None for none.
     """
 
     times: tuple[float, ...]
@@ -38,6 +39,7 @@ class Schedule:
     slopes: Mapping[str, float] = field(default_factory=dict)
     cost: float = 1.0
     psnr_db: float | None = None
+    inner: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the calls; raises ValueError where one does not exist, or nothing could be known at a skip."""
@@ -70,14 +72,12 @@ class ScheduleFile:
         model: Class of the model.
         probe: A short sample of its weights.
         scheduler: Class of the scheduler that ran it.
-        inner: Name of the method that merged tokens meanwhile; None for none.
-        schedules: By falling cost.
+        schedules: All of the same times.
     """
 
     model: str
     probe: tuple[float, ...]
     scheduler: str
-    inner: str | None
     schedules: tuple[Schedule, ...]
 
     @property
@@ -85,20 +85,21 @@ class ScheduleFile:
         """Calls of the model in a run."""
         return len(self.schedules[0].times)
 
-    def at(self, budget: float) -> Schedule:
-        """The most expensive schedule within a budget.
+    def at(self, budget: float, is_merged: bool) -> Schedule:
+        """The schedule nearest to stock within a budget, of those that were measured with or without merging.
 
         Raises:
             ValueError: If all cost more.
         """
-        within = [schedule for schedule in self.schedules if schedule.cost <= budget + _TOLERANCE]
+        known = [schedule for schedule in self.schedules if (schedule.inner is not None) == is_merged]
+        within = [schedule for schedule in known or self.schedules if schedule.cost <= budget + _TOLERANCE]
         if not within:
-            least = min(schedule.cost for schedule in self.schedules)
+            least = min(schedule.cost for schedule in known or self.schedules)
             raise ValueError(
                 f"budget={budget:g} is less than the cheapest schedule for {self.num_calls} calls costs, {least:.3f}; "
                 "raise the budget or calibrate a cheaper one"
             )
-        return max(within, key=lambda schedule: schedule.cost)
+        return max(within, key=lambda schedule: (schedule.psnr_db or 0.0, schedule.cost))
 
     def is_for(self, model: nn.Module) -> bool:
         """Whether it was made for these weights."""
@@ -112,11 +113,11 @@ def probe_of(model: nn.Module) -> torch.Tensor:
     return whole[torch.arange(_PROBE_VALUES) * len(whole) // _PROBE_VALUES]
 
 
-def shipped(model: nn.Module, inner: str | None) -> list[ScheduleFile]:
-    """The files inside the package that were made for a model, with or without merging."""
+def shipped(model: nn.Module) -> list[ScheduleFile]:
+    """The files inside the package that were made for a model."""
     folder = _folder()
     files = [read(path) for path in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
-    return [file for file in files if (file.inner is None) == (inner is None) and file.is_for(model)]
+    return [file for file in files if file.is_for(model)]
 
 
 def read(path: str | Path) -> ScheduleFile:
@@ -145,13 +146,13 @@ def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
         "model": file.model,
         "probe": [float(f"{value:.5g}") for value in file.probe],
         "scheduler": file.scheduler,
-        "inner": file.inner,
         "times": list(first.times),
         "slopes": dict(first.slopes),
         "levels": [
             {
                 "cost": schedule.cost,
                 "psnr_db": schedule.psnr_db,
+                "inner": schedule.inner,
                 "skips": {unit: sorted(calls) for unit, calls in schedule.skips.items()},
             }
             for schedule in file.schedules
@@ -168,14 +169,13 @@ def _file_of(tree: dict[str, Any]) -> ScheduleFile:
         str(tree["model"]),
         tuple(float(value) for value in tree["probe"]),
         str(tree["scheduler"]),
-        tree["inner"],
         tuple(_schedule_of(level, times, slopes) for level in tree["levels"]),
     )
 
 
 def _schedule_of(level: Mapping[str, Any], times: Sequence[float], slopes: Mapping[str, float]) -> Schedule:
     skips = {str(unit): frozenset(int(call) for call in calls) for unit, calls in level["skips"].items()}
-    return Schedule(tuple(times), skips, slopes, float(level["cost"]), level["psnr_db"])
+    return Schedule(tuple(times), skips, slopes, float(level["cost"]), level["psnr_db"], level["inner"])
 
 
 def _folder() -> Path:

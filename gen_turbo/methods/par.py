@@ -13,7 +13,7 @@ from gen_turbo.hosts.vlm.routes import Routed, Routing
 from gen_turbo.learned.choosers import CONTROLS, Trained, control
 from gen_turbo.learned.layouts import Layout
 from gen_turbo.learned.router_file import router_for
-from gen_turbo.learned.schedule import Schedule, read, shipped
+from gen_turbo.learned.schedule import Schedule, ScheduleFile, read, shipped
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.methods.identity import IdentityProcessor
 from gen_turbo.registry import METHODS
@@ -36,7 +36,8 @@ class PARProcessor(Routed, ReductionProcessor):
 
     Attributes:
         budget: Share of the stock model's cost that may be spent, in (0, 1]; 1 leaves the model as it is.
-        schedule: For denoisers, the file of a schedule; None takes the one that ships for this model.
+        schedule: For denoisers, the path of a file of schedules, or what `read` gives of it; None takes those that
+            ship for this model.
         router: For vision-language models, the file of a trained router; None takes the one that ships for this model;
             "random" and "uniform" are controls that do not look at the prompt.
         tokens: For vision-language models, the share of the image tokens that is kept, instead of what the router's
@@ -54,7 +55,7 @@ class PARProcessor(Routed, ReductionProcessor):
     ratio: float = 0.7
     refresh: int = 5
     budget: float = 0.5
-    schedule: str | None = None
+    schedule: Any = None
     router: str | None = None
     tokens: float | None = None
     layers: int | None = None
@@ -130,21 +131,22 @@ class PARProcessor(Routed, ReductionProcessor):
         """
         if self.budget == 1:
             return []
+        is_merged = self.reducer() is not None
         if self.schedule is not None:
-            file = read(self.schedule)
+            file = self.schedule if isinstance(self.schedule, ScheduleFile) else read(self.schedule)
             if not file.is_for(model):
                 raise ValueError(
-                    f"{self.schedule} was calibrated for another model, a {file.model}; calibrate one for this "
+                    f"the schedule was calibrated for another model, a {file.model}; calibrate one for this "
                     f"{type(model).__name__} by gen-turbo calibrate par"
                 )
-            return [file.at(self.budget)]
-        files = shipped(model, None if self.reducer() is None else "any")
+            return [file.at(self.budget, is_merged)]
+        files = shipped(model)
         if not files:
             raise ValueError(
                 f"no schedule ships for this {type(model).__name__}; make one by gen-turbo calibrate par and give its "
                 "path as schedule"
             )
-        return [file.at(self.budget) for file in files]
+        return [file.at(self.budget, is_merged) for file in files]
 
     def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
         """Plans the merge of tokens (B, N, C) as the inner method does."""

@@ -1,0 +1,136 @@
+"""`gen-turbo calibrate par` on a diffusion pipeline: prompts in, a file of schedules out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gen_turbo import scenes
+from gen_turbo.config import CALL_SETTINGS, ConfigError, PipelineConfig
+
+_PROMPTS = (
+    "a photo of a street market with many people",
+    "a portrait of an old woman, soft light",
+    "a mountain lake at sunrise, wide angle",
+    "a red bicycle leaning on a white wall",
+)
+_OWN_SEED = 1000
+"""Keeps captions and noise apart from those of the benchmarks, whose seeds begin at 0."""
+_ALMOST_ALL, _MOST_DB = 0.999, 100.0
+_COSTS = (0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that concern diffusion pipelines."""
+    group = parser.add_argument_group("diffusion pipelines")
+    group.add_argument(
+        "--prompt", action="append", default=[], help="what to draw meanwhile; may be given several times"
+    )
+    group.add_argument("--prompts", type=int, default=2, help="how many prompts are recorded and compared (2)")
+    group.add_argument("--steps", type=int, help="the same as steps=...")
+    group.add_argument("--budgets", type=float, nargs="+", default=_COSTS, help="shares of the stock cost to fill")
+    group.add_argument("--inner", nargs="+", default=["turbo", "none"], help="merging methods meanwhile (turbo none)")
+
+
+def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) -> None:
+    """Measures a pipeline's denoiser, searches schedules, runs them and writes the file."""
+    from gen_turbo.factory import build_pipeline, quiet_loading
+    from gen_turbo.hosts.attach import denoisers, host_of
+    from gen_turbo.hosts.groups import groups_of, insides
+    from gen_turbo.hosts.probing import Probe
+    from gen_turbo.learned.calibrate_denoiser import choices, measure
+    from gen_turbo.learned.schedule import Schedule, ScheduleFile, probe_of, write
+    from gen_turbo.output import check_writable
+
+    steps = namespace.steps or config.steps
+    output = namespace.output or Path(f"runs/par/schedule-{steps}.yaml")
+    check_writable(output.parent)
+    quiet_loading()
+    pipe = build_pipeline(config)
+    pipe.set_progress_bar_config(disable=True)
+    draw = _drawer(pipe, replace(config, steps=steps), _prompts(namespace, config), namespace.seed + _OWN_SEED)
+    model = denoisers(pipe)[1][0]
+    host: Any = host_of(model)
+    units = host.units(model)
+    groups = groups_of(model, host, units)
+    used = {name: units[name] for names in groups.values() for name in names}
+    pipe.scheduler.set_timesteps(steps)
+    probe = Probe(model, host, used, groups)
+    prices = measure(probe, draw, len(pipe.scheduler.timesteps), namespace.prompts, _note)
+    for group, share in prices.shares.items():
+        _note(f"{group}: {len(groups[group])} units, {share:.1%} of a call")
+    found = choices(prices, insides(groups, used), sorted(namespace.budgets, reverse=True))
+    times = tuple(prices.recordings[0].times)
+    title = f"{config.checkpoint}, {steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
+    names, kind, scheduler = probe_of(model).tolist(), type(model).__name__, type(pipe.scheduler).__name__
+    slopes = {unit: slope for unit, slope in prices.slopes.items() if any(unit in skips for skips in found)}
+    stock = [_drawn(draw, index) for index in range(namespace.prompts)]
+    done: list[Schedule] = []
+    for inner in namespace.inner:
+        for skips in found:
+            schedule = Schedule(times, skips, slopes, inner=None if inner == "none" else inner)
+            done.append(_tried(pipe, ScheduleFile(kind, tuple(names), scheduler, (schedule,)), draw, stock))
+            write(output, ScheduleFile(kind, tuple(names), scheduler, tuple(done)), title)
+    print(output)
+
+
+def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], stock: list[tuple[Any, float]]) -> Any:
+    """Runs a schedule on every prompt and gives it with its cost and its distance to stock."""
+    from gen_turbo.hosts.attach import attach
+    from gen_turbo.methods.par import PARProcessor
+    from gen_turbo.metrics.image import psnr
+
+    schedule = file.schedules[0]
+    shares, distances = [], []
+    for index, (picture, seconds) in enumerate(stock):
+        with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=file, inner=schedule.inner)):
+            own, own_seconds = _drawn(draw, index)
+        shares.append(own_seconds / seconds)
+        distances.append(min(_MOST_DB, psnr(picture, own)))
+    cost, distance = sum(shares) / len(shares), sum(distances) / len(distances)
+    _note(f"inner {schedule.inner}: {cost:.3f} of the time of stock, {distance:.1f} dB")
+    return replace(schedule, cost=round(cost, 4), psnr_db=round(distance, 2))
+
+
+def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) -> Callable[[int, str], Any]:
+    """A function that makes the i-th picture, always from the same noise."""
+    given = {call: getattr(config, name) for name, call in CALL_SETTINGS.items() if getattr(config, name) is not None}
+
+    def draw(index: int, output_type: str) -> Any:
+        generator = torch.Generator().manual_seed(seed + index)
+        return pipe(prompt=prompts[index], generator=generator, output_type=output_type, **given)
+
+    return draw
+
+
+def _drawn(draw: Callable[[int, str], Any], index: int) -> tuple[Any, float]:
+    """A picture and the seconds that it took."""
+    from gen_turbo.hosts.probing import seconds_now
+
+    start = seconds_now()
+    picture = draw(index, "pil").images[0]
+    return picture, seconds_now() - start
+
+
+def _prompts(namespace: argparse.Namespace, config: PipelineConfig) -> list[str]:
+    """As many prompts as were asked for: those given, scenes for the embedded models, or some of our own."""
+    if namespace.prompt:
+        known: list[str] = namespace.prompt
+    elif config.checkpoint.startswith("embedded:"):
+        known = list(scenes.captions(namespace.prompts, namespace.seed + _OWN_SEED))
+    else:
+        known = list(_PROMPTS)
+    if not 1 <= namespace.prompts <= len(known):
+        raise ConfigError(
+            f"--prompts must be between 1 and {len(known)}, or give more --prompt; got {namespace.prompts}"
+        )
+    return known[: namespace.prompts]
+
+
+def _note(text: str) -> None:
+    print(text, flush=True)

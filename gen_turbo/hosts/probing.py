@@ -1,0 +1,198 @@
+"""Measuring a denoiser for its schedule: what each unit costs, and how far the result moves where one is forecast."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gen_turbo.hosts.base import DenoiserHost
+from gen_turbo.hosts.clock import Clock
+from gen_turbo.hosts.gate import RootGate
+from gen_turbo.hosts.memory import RouteMemory
+from gen_turbo.hosts.routing import Routing
+from gen_turbo.hosts.units import Unit
+from gen_turbo.hosts.values import refilled, tensors
+from gen_turbo.learned.schedule import WHOLE, Schedule
+
+_NUM_KEPT = 3
+_NUM_SAMPLED = 4096
+
+
+@dataclass
+class Recording:
+    """One run of the stock model.
+
+    Attributes:
+        times: Denoising time of every call.
+        outputs: Result of every call.
+        seconds: Of the whole model and of every unit, summed over the run.
+        samples: Of every unit, up to 4,096 evenly spaced numbers of what is forecast, for every call.
+        moved: Relative move of the model's output at a call where a group is forecast from the two calls before it.
+    """
+
+    times: list[float] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[Tensor]] = field(default_factory=dict)
+    moved: dict[tuple[str, int], float] = field(default_factory=dict)
+
+
+class Probe(Routing):
+    """Gates on every unit that record runs of the stock model, and replay the beginning of one.
+
+    Args:
+        model: The model.
+        host: Its family.
+        units: What can be skipped.
+        groups: Names of the units that are skipped together, by the name of the group.
+    """
+
+    def __init__(
+        self, model: nn.Module, host: DenoiserHost, units: Mapping[str, Unit], groups: Mapping[str, Sequence[str]]
+    ) -> None:
+        everything = Schedule((0.0, 0.0), {name: frozenset({1}) for name in units})
+        super().__init__(model, Clock(lambda: None), lambda: None, dict(units), [everything], None, lambda: None)
+        self.groups = groups
+        self._model, self._host = model, host
+        self._recording = Recording()
+        self._replayed: Sequence[Any] = ()
+        self._probed: frozenset[int] = frozenset()
+        self._seen = RouteMemory(None)
+        self._gates = [_ProbeGate("", model, self), *(gate for gate in self._gates if gate.name)]
+
+    @contextmanager
+    def recording(self, probed: Sequence[int] = ()) -> Iterator[Recording]:
+        """Records the run inside the `with` block; at some of its calls every group is forecast too."""
+        self._recording, self._replayed, self._probed = Recording(), (), frozenset(probed)
+        self._seen = RouteMemory(None, num_kept=_NUM_KEPT)
+        timers = self._timers()
+        self.install()
+        try:
+            yield self._recording
+        finally:
+            self.remove()
+            for timer in timers:
+                timer.remove()
+
+    @contextmanager
+    def replaying(self, outputs: Sequence[Any]) -> Iterator[None]:
+        """Answers the first calls of the run inside the `with` block by given results; the others run."""
+        self._recording, self._replayed, self._probed = Recording(), outputs, frozenset()
+        self.install()
+        try:
+            yield
+        finally:
+            self.remove()
+
+    def line(self, outputs: Sequence[Any], call: int) -> Any:
+        """The result of a call as a straight line through the two before it."""
+        newer, older = tensors(outputs[call - 1]), tensors(outputs[call - 2])
+        return refilled(outputs[call], [2 * a - b for a, b in zip(newer, older, strict=True)])
+
+    def answer(self, names: Sequence[str], inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """One call of the model, replayed or recorded."""
+        call = len(self._recording.outputs)
+        if self._replayed:
+            result = self._replayed[call] if call < len(self._replayed) else inner(*args, **kwargs)
+            self._recording.outputs.append(result)
+            return result
+        self._here.memory, self._here.actions, self._seen.call = self._seen, {}, call
+        try:
+            return self._recorded(call, dict(zip(names, args, strict=False)) | kwargs, lambda: inner(*args, **kwargs))
+        finally:
+            self.end()
+
+    def _recorded(self, call: int, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        start = seconds_now()
+        result = run()
+        self._add_seconds(WHOLE, start)
+        self._seen.note_shape("", result)
+        self.keep("", lambda: [tensor.clone() for tensor in tensors(result)])
+        self._recording.times.append(self._host.observe(self._model, arguments).timestep)
+        self._recording.outputs.append(result)
+        if call in self._probed:
+            for group in self.groups:
+                self._recording.moved[group, call] = self._moved(group, run, result)
+        return result
+
+    def is_kept(self, module: str) -> bool:
+        """Every unit's is, in a recorded call."""
+        return self._here.memory is self._seen and module in self._unit_of
+
+    def keep(self, module: str, result: Callable[[], list[Tensor]]) -> None:
+        """Remembers a result and takes a sample of it."""
+        if not self.is_kept(module):
+            return
+        values = result()
+        self._seen.keep(module, values, is_checked=False)
+        flat = torch.cat([value.reshape(-1) for value in values])
+        sample = flat[:: max(1, len(flat) // _NUM_SAMPLED)].float().cpu()
+        self._recording.samples.setdefault(self._unit_of[module].name, []).append(sample)
+
+    def forecast(self, module: str) -> list[Tensor]:
+        """A straight line."""
+        memory = self.memory
+        assert memory is not None
+        return memory.forecast(module, 1.0)
+
+    def _moved(self, group: str, run: Callable[[], Any], result: Any) -> float:
+        """Runs the call again with a group forecast from the two calls before, and compares the output."""
+        earlier = {name: entries[1:] for name, entries in self._seen.recent.items()}
+        self._here.memory = RouteMemory(None, self._seen.call, earlier, dict(self._seen.shapes))
+        self._here.actions = {}
+        for name in self.groups[group]:
+            self._skip(self.units[name], self._here.memory)
+        other = self._here.memory.forecast("", 1.0) if "" in self.actions else tensors(run())
+        self._here.memory, self._here.actions = self._seen, {}
+        off = sum(float((a - b).float().square().sum()) for a, b in zip(other, tensors(result), strict=True))
+        return float((off / sum(float(value.float().square().sum()) for value in tensors(result))) ** 0.5)
+
+    def _timers(self) -> list[RemovableHandle]:
+        """Hooks that add up the seconds of every unit's modules."""
+        handles = []
+        for unit in self.units.values():
+            for name in (unit.module, *unit.idle):
+                if name:
+                    handles += _timed(self._model.get_submodule(name), unit.name, self)
+        return handles
+
+    def _add_seconds(self, unit: str, start: float) -> None:
+        if self._here.memory is self._seen:
+            self._recording.seconds[unit] = self._recording.seconds.get(unit, 0.0) + seconds_now() - start
+
+
+class _ProbeGate(RootGate):
+    """The gate of the whole model, which hands every call to the probe."""
+
+    def answer(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Records or replays."""
+        probe = self.routing
+        assert isinstance(probe, Probe)
+        return probe.answer(self.names, inner, args, kwargs)
+
+
+def _timed(module: nn.Module, unit: str, probe: Probe) -> list[RemovableHandle]:
+    starts: list[float] = []
+
+    def begin(module: nn.Module, args: Any) -> None:
+        starts.append(seconds_now())
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        probe._add_seconds(unit, starts.pop())
+
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+
+def seconds_now() -> float:
+    """CPU seconds of this thread; on an accelerator, seconds when its work is done."""
+    if not torch.cuda.is_available():
+        return time.thread_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
