@@ -1,0 +1,242 @@
+"""What people combine with a processor; each is a row of COMBINATIONS.md, which tests.contracts.outcomes writes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+    TaylorSeerCacheConfig,
+)
+from torch import Tensor
+
+from tests.tiny_hosts import picture, sd_pipeline
+from tests.tiny_pipelines import (
+    adapter_pipeline,
+    control_pipeline,
+    flux,
+    ip_adapter_pipeline,
+    latents_of,
+    prompt_image,
+    save_lora,
+)
+from tests.tiny_transformers import NUM_TEXT, random
+
+CPU = torch.device("cpu")
+STEPS = 3
+draw_picture = partial(picture, steps=STEPS)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One use.
+
+    Attributes:
+        make: Makes the pipeline, or whatever `draw` takes.
+        draw: Draws with it.
+        add: Adds to the pipeline what is combined, after it was made.
+        target: What a processor is attached to.
+    """
+
+    make: Callable[[], Any] = sd_pipeline
+    draw: Callable[[Any], Tensor] = draw_picture
+    add: Callable[[Any], object] = lambda pipe: None
+    target: Callable[[Any], Any] = lambda pipe: pipe
+
+    def model(self, made: Any) -> torch.nn.Module:
+        """The denoiser."""
+        target = self.target(made)
+        return target if isinstance(target, torch.nn.Module) else getattr(target, "unet", None) or target.transformer
+
+    def whole(self) -> Any:
+        """The pipeline with everything added."""
+        made = self.make()
+        self.add(made)
+        return made
+
+
+def _of(cls: type, **kwargs: object) -> Any:
+    pipe = cls(**sd_pipeline().components, **kwargs, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@cache
+def _folder() -> Path:
+    folder = tempfile.TemporaryDirectory()
+    _KEPT.append(folder)
+    return Path(folder.name)
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@cache
+def _lora() -> Path:
+    save_lora(_folder() / "lora")
+    return _folder() / "lora"
+
+
+def _fuse_lora(pipe: Any) -> None:
+    pipe.load_lora_weights(_lora())
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
+def _load_adapter(pipe: Any) -> None:
+    pipe.load_ip_adapter(str(_folder()), subfolder="", weight_name="adapter.safetensors")
+
+
+def _tile(pipe: Any) -> None:
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 16, 8
+
+
+def _offload_models(pipe: Any) -> None:
+    # `enable_model_cpu_offload` asks for an accelerator; this is the hook that it installs.
+    accelerate.cpu_offload_with_hook(pipe.unet, CPU)
+
+
+def _mixed(pipe: Any) -> Tensor:
+    for call in ({"height": 48, "width": 24}, {"num_images_per_prompt": 2}, {"guidance_scale": 1.0}):
+        draw_picture(pipe, **call)
+    return draw_picture(pipe)
+
+
+def _with_another() -> Any:
+    """Two pipelines of one UNet, each with a scheduler of its own."""
+    first = sd_pipeline()
+    rest = first.components | {"scheduler": DDIMScheduler(clip_sample=False)}
+    first.other = StableDiffusionImg2ImgPipeline(**rest, requires_safety_checker=False)
+    first.other.set_progress_bar_config(disable=True)
+    return first
+
+
+def _alternating(pipe: Any) -> Tensor:
+    first = draw_picture(pipe, seed=1)
+    return torch.cat([first, draw_picture(pipe.other, image=prompt_image(), seed=2), draw_picture(pipe)])
+
+
+def _two_pipelines() -> list[Any]:
+    pipe = sd_pipeline()
+    return [pipe, _sharing(pipe)]
+
+
+def _sharing(pipe: Any) -> Any:
+    parts = pipe.components | {"scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)}
+    other = type(pipe)(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def _in_threads(pipes: list[Any]) -> Tensor:
+    with ThreadPoolExecutor(len(pipes)) as pool:
+        return torch.cat(list(pool.map(draw_picture, pipes, range(len(pipes)))))
+
+
+def _flux() -> Any:
+    pipe, pipe.call = flux()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _draw_flux(pipe: Any, steps: int = 8, **kwargs: object) -> Tensor:
+    return latents_of(pipe, pipe.call, steps=steps, **kwargs)
+
+
+def _true_guidance(pipe: Any) -> Tensor:
+    texts = {"negative_prompt_embeds": random(1, NUM_TEXT, 32, seed=6)}
+    return _draw_flux(pipe, **texts, negative_pooled_prompt_embeds=random(1, 16, seed=7), true_cfg_scale=3.0)
+
+
+def _cached(make: Callable[[Any], Any]) -> Combination:
+    return Combination(_flux, _draw_flux, lambda pipe: pipe.transformer.enable_cache(make(pipe)))
+
+
+def _now(pipe: Any) -> Callable[[], float]:
+    return lambda: pipe.current_timestep
+
+
+def _drawn(**kwargs: object) -> Combination:
+    return Combination(draw=partial(draw_picture, **kwargs))
+
+
+def _faster(pipe: Any) -> FasterCacheConfig:
+    ranges = {"spatial_attention_timestep_skip_range": (-1, 901)}
+    return FasterCacheConfig(current_timestep_callback=_now(pipe), is_guidance_distilled=True, **ranges)
+
+
+COMBINATIONS: dict[str, Combination] = {
+    "text to image": Combination(),
+    "image to image": Combination(
+        lambda: _of(StableDiffusionImg2ImgPipeline), partial(picture, steps=4, image=prompt_image(), strength=0.8)
+    ),
+    "inpaint": Combination(
+        lambda: _of(StableDiffusionInpaintPipeline),
+        partial(draw_picture, image=prompt_image(), mask_image=prompt_image(), height=32, width=32),
+    ),
+    "ControlNet": Combination(control_pipeline, partial(draw_picture, image=prompt_image())),
+    "T2I-Adapter": Combination(adapter_pipeline, partial(draw_picture, image=prompt_image())),
+    "IP-Adapter": Combination(
+        lambda: ip_adapter_pipeline(_folder()), partial(draw_picture, ip_adapter_image=prompt_image()), _load_adapter
+    ),
+    "LoRA": Combination(add=lambda pipe: pipe.load_lora_weights(_lora())),
+    "LoRA, fused and unloaded": Combination(add=_fuse_lora),
+    "perturbed-attention guidance": Combination(lambda: _of(StableDiffusionPAGPipeline), draw_picture),
+    "the same in two pictures": Combination(
+        lambda: _of(StableDiffusionPAGPipeline), partial(draw_picture, num_images_per_prompt=2)
+    ),
+    "the same in a layer that is reduced": Combination(
+        lambda: _of(StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0"]), draw_picture
+    ),
+    "fused projections": Combination(add=lambda pipe: pipe.fuse_qkv_projections(vae=False)),
+    "attention slicing": Combination(add=lambda pipe: pipe.enable_attention_slicing(1)),
+    "FreeU": Combination(add=lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)),
+    "autoencoder in tiles": Combination(add=_tile),
+    "offloading of models": Combination(add=_offload_models),
+    "offloading of layers": Combination(add=lambda pipe: accelerate.cpu_offload(pipe.unet, CPU)),
+    "offloading of groups": Combination(
+        add=lambda pipe: pipe.unet.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+    ),
+    "layerwise casting": Combination(
+        add=lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    ),
+    "no guidance": _drawn(guidance_scale=1.0),
+    "negative prompt": _drawn(negative_prompt="a small blue cross"),
+    "several prompts": _drawn(prompt=["a large red circle", "a small blue cross"]),
+    "several pictures of a prompt": _drawn(num_images_per_prompt=3),
+    "72 x 104 latents": _drawn(height=144, width=208, guidance_scale=1.0),
+    "other sizes and batches between": Combination(draw=_mixed),
+    "two pipelines of one UNet": Combination(_with_another, _alternating),
+    "two threads, one UNet": Combination(_two_pipelines, _in_threads, target=lambda pipes: pipes[0].unet),
+    "Flux, separate calls for guidance": Combination(_flux, _true_guidance),
+    "Flux, FirstBlockCache": _cached(lambda pipe: FirstBlockCacheConfig(threshold=0.05)),
+    "Flux, FasterCache": _cached(_faster),
+    "Flux, PyramidAttentionBroadcast": _cached(
+        lambda pipe: PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(100, 900),
+            current_timestep_callback=_now(pipe),
+        )
+    ),
+    "Flux, TaylorSeerCache": _cached(lambda pipe: TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2)),
+    "Flux, MagCache": _cached(
+        lambda pipe: MagCacheConfig(num_inference_steps=8, mag_ratios=torch.ones(8), threshold=0.1)
+    ),
+}
+"""Every use by the name of its row."""

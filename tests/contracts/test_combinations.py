@@ -1,0 +1,65 @@
+"""Everything that people combine with a processor, as COMBINATIONS.md says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import TurboProcessor, attach, detach, reattach, report
+from tests.contracts.combinations import COMBINATIONS, draw_picture
+from tests.contracts.outcomes import COLUMNS, cell, read
+from tests.tiny_hosts import sd_pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_every_cell_of_the_table_is_so(name, column):
+    """Catches whatever breaks, changes nothing or leaves something when two accelerations meet; and a stale table."""
+    assert read()[name, column] == cell(name, column)
+
+
+def test_the_table_has_no_empty_cell():
+    """Catches a use that nobody checked."""
+    cells = read()
+    assert set(cells) == {(name, column) for name in COMBINATIONS for column in COLUMNS}
+    assert all(value.strip() for value in cells.values())
+
+
+def test_threads_draw_what_they_draw_alone():
+    """Catches steps and plans of one thread's run that serve another's."""
+    row = COMBINATIONS["two threads, one UNet"]
+    pipes = row.make()
+    with attach(row.target(pipes), TurboProcessor(0.4, warmup=1)):
+        alone = torch.cat([draw_picture(pipe, seed) for seed, pipe in enumerate(pipes)])
+        assert torch.equal(row.draw(pipes), alone)
+
+
+def test_what_unfusing_puts_back_is_harmless():
+    """Catches a processor of an ended attachment, which diffusers had kept, that still reduces or is wrapped again."""
+    pipe = sd_pipeline()
+    stock, owned = draw_picture(pipe), dict(pipe.unet.attn_processors)
+    with attach(pipe, TurboProcessor(0.4)):
+        reduced = draw_picture(pipe)
+        pipe.fuse_qkv_projections(vae=False)
+    pipe.unfuse_qkv_projections(vae=False)
+    assert torch.equal(draw_picture(pipe), stock)
+    with attach(pipe, TurboProcessor(0.4)):
+        assert torch.equal(draw_picture(pipe), reduced)
+    assert {name: id(processor) for name, processor in pipe.unet.attn_processors.items()} == {
+        name: id(processor) for name, processor in owned.items()
+    }
+
+
+def test_reattach_needs_something_attached():
+    """Catches a call that attaches nothing in silence."""
+    pipe = sd_pipeline()
+    with pytest.raises(ValueError, match="nothing is attached to this StableDiffusionPipeline"):
+        reattach(pipe)
+    attach(pipe, TurboProcessor(0.4))
+    pipe.enable_attention_slicing(1)
+    assert "3 of" not in str(report(pipe)) and "gen_turbo.reattach has them back" in str(report(pipe))
+    reattach(pipe)
+    assert "lost" not in str(report(pipe))
+    detach(pipe)
