@@ -17,7 +17,9 @@ RATIOS = (0.3, 0.5, 0.75)
 REFRESHES = (2, 3, 5)
 ORDERS = (0, 1)
 CACHE_INTERVALS = (2, 5)
-_STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.4)
+DEEP_INTERVALS = (2, 3, 5)
+BUDGETS = (0.85, 0.7, 0.6, 0.5, 0.42, 0.35)
+_STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.4, 0.32)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,19 @@ class OutputCache(Setting):
 
 
 @dataclass(frozen=True)
+class DeepCache(Setting):
+    """The published package DeepCache at its fastest branch."""
+
+    interval: int = 2
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Wraps the UNet's blocks."""
+        from gen_turbo.bench.deepcache_baseline import deep_features_cached
+
+        return deep_features_cached(target, self.interval)
+
+
+@dataclass(frozen=True)
 class FewerSteps(Setting):
     """The stock pipeline with fewer denoising steps: what every acceleration has to beat."""
 
@@ -120,11 +135,13 @@ def quality_catalogue(steps: int) -> list[Setting]:
     ]
     rivals: list[Setting] = [Tomesd(f"tomesd-r{ratio:g}", "package tomesd", ratio) for ratio in RATIOS]
     rivals += [OutputCache(f"cache-k{k}", "attention output caching", k) for k in CACHE_INTERVALS]
+    rivals += [DeepCache(f"deepcache-k{k}", "package DeepCache", k) for k in DEEP_INTERVALS]
     fewer = sorted({round(share * steps) for share in _STEP_SHARES} - {0, steps}, reverse=True)
     rivals += [FewerSteps(f"steps-{number}", "fewer steps", number) for number in fewer]
     copies = [_copied(method, ratio) for method in ("turbo", "tome", "random") for ratio in RATIOS]
     default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})
-    return [default, *rivals, *corrected, *copies, _corrected("random", 0.75, 3, 1)]
+    routed = [_routed(budget, inner) for inner in ("turbo", None) for budget in BUDGETS]
+    return [default, *routed, *rivals, *corrected, *copies, _corrected("random", 0.75, 3, 1)]
 
 
 def step_catalogue() -> list[Setting]:
@@ -156,6 +173,12 @@ def _corrected(method: str, ratio: float, refresh: int, order: int) -> Method:
     options = {"ratio": ratio, "restore": "correct", "refresh": refresh, "order": order}
     name = f"{method}-correct-r{ratio:g}-k{refresh}-o{order}"
     return Method(name, f"{method}, corrected, r {ratio:g}, order {order}", method, options)
+
+
+def _routed(budget: float, inner: str | None) -> Method:
+    """PAR on the schedule that ships for the model, with tokens merged where it runs or without."""
+    name, family = ("turbo-par", "turbo + PAR") if inner else ("par", "PAR")
+    return Method(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner})
 
 
 def _copied(method: str, ratio: float) -> Method:
