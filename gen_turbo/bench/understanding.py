@@ -97,7 +97,7 @@ def catalogue() -> list[Setting]:
         settings.append(Selecting(f"random-{percent}", "random", "random", options))
         settings += [
             Method(f"{method}-{percent}", method, method, options)
-            for method in ("stride", "pool", "fastv", "visionzip", "divprune")
+            for method in ("stride", "pool", "resize", "fastv", "visionzip", "divprune")
         ]
     return settings
 
