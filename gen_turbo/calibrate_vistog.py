@@ -21,7 +21,7 @@ Examples = Callable[[random.Random, int], "list[tuple[Image.Image, str | None]]"
 """Draws that many pictures with something to ask about each; None asks what the configuration says."""
 _LEAST_HELD_OUT, _HELD_OUT_SHARE = 20, 10
 _JUDGED = 6
-_CAPTION_SHARE, _PAIR_SHARE = 0.3, 0.5
+_CAPTION_SHARE, _PAIR_SHARE, _DETAIL_SHARE = 0.4, 0.5, 0.3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
     parser.add_argument("--first-block", type=int, default=0, help="where the semantic tokens enter the tower (0)")
     parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on the language model (0: none)")
+    parser.add_argument("--no-connector", action="store_true", help="leave the projector as it is")
+    parser.add_argument("--start", help="weights to begin from, made with --no-connector for a kindred model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the pipeline")
     parser.set_defaults(run=run)
@@ -58,6 +60,7 @@ def run(namespace: argparse.Namespace) -> None:
         tune_steps=namespace.steps[1],
         align_rate=namespace.rates[0],
         tune_rate=namespace.rates[1],
+        has_connector=not namespace.no_connector,
         lora_rank=namespace.lora_rank,
         max_new_tokens=config.max_new_tokens,
         seed=namespace.seed,
@@ -78,13 +81,16 @@ def _trainer(
 ) -> VisToGTrainer:
     from gen_turbo.hosts.attach import attach
     from gen_turbo.hosts.vlm.grouping import GroupingPart
+    from gen_turbo.learned.files import artefact_path
     from gen_turbo.learned.train_vistog import VisToGTrainer
+    from gen_turbo.learned.vistog import VisToGArtefact
     from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 
     processor = VisToGVisionProcessor(num_tokens=namespace.num_tokens, first_block=namespace.first_block)
     part = attach(pipe, processor).parts[0]
     assert isinstance(part, GroupingPart)
-    return VisToGTrainer(part, batches, settings, folder)
+    start = VisToGArtefact.load(artefact_path(namespace.start)) if namespace.start else None
+    return VisToGTrainer(part, batches, settings, folder, start)
 
 
 def _first_divergence(trainer: VisToGTrainer, judged: Batches, folder: Path) -> float:
@@ -144,20 +150,24 @@ def _files(paths: Sequence[Path], questions: Sequence[str | None]) -> Examples:
 
 
 def _scenes(held_out: bool) -> Examples:
-    """Drawn scenes with one or two objects and often a dot; what is asked is a caption or one of their questions."""
+    """Drawn scenes with one or two objects and often a dot; a batch asks for captions, or questions of all kinds."""
     from gen_turbo.scenes import COLORS, all_pairs, all_scenes, is_held_out, questions, render
 
     pools = [
         [scene.caption for scene in pool if is_held_out(scene) == held_out] for pool in (all_scenes(), all_pairs())
     ]
 
-    def example(rng: random.Random) -> tuple[Image.Image, str | None]:
+    def example(rng: random.Random, is_captioned: bool) -> tuple[Image.Image, str | None]:
         caption = rng.choice(pools[rng.random() < _PAIR_SHARE])
         look, dot = rng.randrange(2**31), rng.choice([None, *COLORS, *COLORS])
         asked = questions(caption, look, dot)
         details = [one for one in asked if one.kind == "detail"]
-        pool = details if details and rng.random() < _CAPTION_SHARE else asked
-        question = None if rng.random() < _CAPTION_SHARE else rng.choice(pool).question
-        return render(caption, look, dot), question
+        pool = details if details and rng.random() < _DETAIL_SHARE else asked
+        return render(caption, look, dot), None if is_captioned else rng.choice(pool).question
 
-    return lambda rng, count: [example(rng) for _ in range(count)]
+    def drawn(rng: random.Random, count: int) -> list[tuple[Image.Image, str | None]]:
+        # Captions are long and answers short: apart, no answer waits for a caption.
+        is_captioned = rng.random() < _CAPTION_SHARE
+        return [example(rng, is_captioned) for _ in range(count)]
+
+    return drawn

@@ -43,6 +43,10 @@ class VisToGTraining:
         lora_rank: Rank of an adapter on the language model's queries and values, made by peft in the second stage. It
             stays on the model and is written beside the result, to be loaded by `model.load_adapter`; 0 makes none.
         max_new_tokens: The longest answer of the teacher.
+        num_lessons: Batches whose answers are held at once and gone through in turn. Raising it varies more and holds
+            the logits of more answers.
+        num_rounds: How often these are gone through before the next ones are drawn and answered. Raising it saves the
+            full model's part of the work.
         seed: Of the noise in the assignments.
         save_every_s: Seconds between checkpoints.
     """
@@ -54,6 +58,8 @@ class VisToGTraining:
     has_connector: bool = True
     lora_rank: int = 0
     max_new_tokens: int = 16
+    num_lessons: int = 16
+    num_rounds: int = 3
     seed: int = 0
     save_every_s: float = 60.0
 
@@ -66,6 +72,11 @@ class VisToGTraining:
         rise = min(1.0, 10 * (place + 1) / steps)
         return peak * rise * 0.5 * (1 + math.cos(math.pi * place / steps))
 
+    def lesson(self, step: int) -> int:
+        """The number of the batch that a step learns from."""
+        block, place = divmod(step, self.num_lessons * self.num_rounds)
+        return block * self.num_lessons + place % self.num_lessons
+
 
 class VisToGTrainer:
     """The learned parts of an attachment, their optimiser and a folder from which an interrupted training goes on.
@@ -75,9 +86,17 @@ class VisToGTrainer:
         batches: The data; steps take numbers from 0.
         settings: How long and how fast.
         folder: Where state and result are; a state of other settings there is an error.
+        start: Weights to begin from where the folder has no state, such as those for an earlier state of the model.
     """
 
-    def __init__(self, part: GroupingPart, batches: Batches, settings: VisToGTraining, folder: Path) -> None:
+    def __init__(
+        self,
+        part: GroupingPart,
+        batches: Batches,
+        settings: VisToGTraining,
+        folder: Path,
+        start: VisToGArtefact | None = None,
+    ) -> None:
         if part.grouping is None or part.connector is not None:
             raise ValueError("attach an untrained VisToGVisionProcessor that removes tokens, without weights")
         if next(part.model.parameters()).dtype != torch.float32:
@@ -88,11 +107,14 @@ class VisToGTrainer:
         self._teacher = Teacher(self._model, settings.max_new_tokens)
         self._grouping, self._probe = part.grouping, part.probe()
         learned: dict[str, nn.Module] = {"grouping": part.grouping}
+        if start is not None:
+            self._begin(start)
         if settings.has_connector:
             learned["connector"] = part.copy_connector()
         self._weights = {
             f"{name}.{path}": weight for name, module in learned.items() for path, weight in module.named_parameters()
         }
+        self._lessons: dict[int, tuple[Mapping[str, Tensor], Lesson]] = {}
         self._optimiser = torch.optim.AdamW(self._weights.values(), betas=(0.9, 0.99), weight_decay=0.0)
         self._resume()
 
@@ -128,7 +150,7 @@ class VisToGTrainer:
         """Mean divergence from the full model over `count` batches from the first, in evaluation mode."""
         self._grouping.eval()
         with torch.no_grad():
-            losses = [float(self._loss(batches(index))) for index in range(count)]
+            losses = [float(self._loss(*self._taught(batches(index)))) for index in range(count)]
         return sum(losses) / len(losses)
 
     def save(self) -> None:
@@ -142,6 +164,11 @@ class VisToGTrainer:
         notes = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial, notes)
         partial.replace(self.folder / _STATE)
+
+    def _begin(self, start: VisToGArtefact) -> None:
+        if start.grouping.shape != self._grouping.shape or start.connector:
+            raise ValueError(f"expected weights of shape {self._grouping.shape} without a projector to begin from")
+        self._grouping.load_state_dict(start.grouping.state_dict())
 
     def _resume(self) -> None:
         path = self.folder / _STATE
@@ -200,7 +227,7 @@ class VisToGTrainer:
         self._grouping.train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
-            loss = self._loss(self.batches(self.step))
+            loss = self._loss(*self._lesson(self.settings.lesson(self.step)))
         self._optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
@@ -208,10 +235,20 @@ class VisToGTrainer:
         self.step += 1
         return float(loss.detach())
 
-    def _loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """KL(full || grouped) of the words of the full model's own answers, mean over words."""
+    def _lesson(self, index: int) -> tuple[Mapping[str, Tensor], Lesson]:
+        """A batch and the full model's answers, which are held until the next ones are due."""
+        if index not in self._lessons:
+            if len(self._lessons) >= self.settings.num_lessons:
+                self._lessons.clear()
+            self._lessons[index] = self._taught(self.batches(index))
+        return self._lessons[index]
+
+    def _taught(self, inputs: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Lesson]:
         with self._stock():
-            lesson = self._teacher.lesson(inputs)
+            return inputs, self._teacher.lesson(inputs)
+
+    def _loss(self, inputs: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
+        """KL(full || grouped) of the words of the full model's own answers, mean over words."""
         logits = self._model(**_answered(inputs, lesson), use_cache=False).logits
         own = lesson.logits_BTV.log_softmax(-1)
         grouped = logits[:, -own.shape[1] :].float().log_softmax(-1)

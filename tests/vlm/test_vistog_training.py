@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from gen_turbo import attach
 from gen_turbo.hosts.attach import attachments
 from gen_turbo.learned.train_vistog import VisToGTrainer, VisToGTraining
+from gen_turbo.learned.vistog import VisToGArtefact
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from tests.snapshots import differences, model_state
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
-SETTINGS = VisToGTraining(align_steps=3, tune_steps=2, max_new_tokens=3)
+SETTINGS = VisToGTraining(align_steps=3, tune_steps=2, max_new_tokens=3, num_lessons=2, num_rounds=2)
 VLM = VLMS["llava"]
 
 
@@ -26,11 +27,11 @@ def batches(index):
     return inputs | {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
 
 
-def trainer(folder, settings=SETTINGS, model=None, batches=batches):
+def trainer(folder, settings=SETTINGS, model=None, batches=batches, start=None):
     """A trainer on a fresh model, and the attachment."""
     model = model or VLM.make("sdpa")
     attach(model, VisToGVisionProcessor(num_tokens=5), replace=True)
-    return VisToGTrainer(attachments(model)[0], batches, settings, folder)
+    return VisToGTrainer(attachments(model)[0], batches, settings, folder, start)
 
 
 def test_the_divergence_falls_without_labels(tmp_path):
@@ -93,6 +94,27 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     attach(model, VisToGVisionProcessor(0.0))
     with pytest.raises(ValueError, match="that removes tokens"):
         VisToGTrainer(attachments(model)[0], batches, SETTINGS, tmp_path)
+
+
+def test_lessons_are_gone_through_in_rounds():
+    """Catches batches that are answered for one step alone, and batches that never come."""
+    settings = VisToGTraining(num_lessons=3, num_rounds=2)
+    assert [settings.lesson(step) for step in range(14)] == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
+
+
+def test_weights_of_a_kindred_model_are_a_start(tmp_path):
+    """Catches a start that is ignored, and one that overrules the state of the folder."""
+    settings = replace(SETTINGS, has_connector=False)
+    start = VisToGArtefact.load(trainer(tmp_path / "first", settings).run({}))
+    made = trainer(tmp_path / "second", settings, start=start)
+    assert torch.equal(made._grouping.query.weight, start.grouping.query.weight)
+    made.run({}, 1)
+    again = trainer(tmp_path / "second", settings, start=start)
+    assert torch.equal(again._grouping.query.weight, made._grouping.query.weight)
+    assert not torch.equal(again._grouping.query.weight, start.grouping.query.weight)
+    other = VisToGArtefact.load(trainer(tmp_path / "third").run({}))
+    with pytest.raises(ValueError, match="without a projector to begin from"):
+        trainer(tmp_path / "fourth", settings, start=other)
 
 
 def test_the_rate_rises_and_falls_in_each_stage():
