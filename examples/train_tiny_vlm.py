@@ -28,10 +28,10 @@ from gen_turbo.pipelines import tiny_vlm
 
 STAGES = (
     Stage("64", 16, batch=32, learning_rate=2e-3, decay_from=1.0),
-    Stage("256", 8, batch=16, learning_rate=2e-3, decay_from=0.4),
+    Stage("256", 8, batch=16, learning_rate=2e-3, decay_from=0.5),
 )
 QUESTIONS = 5
-SEEING_UNTIL = 0.25
+SEEING_UNTIL = 0.6
 HELD_OUT = 96
 
 
