@@ -27,6 +27,7 @@ from gen_turbo.factory import build_processor
 from gen_turbo.hosts.attach import attach
 from gen_turbo.hosts.report import report
 from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.learned.files import artefact_folder
 from gen_turbo.pipelines import tiny_vlm
 
 KEPT = (0.5, 0.33, 0.22, 0.11)
@@ -99,6 +100,23 @@ def catalogue() -> list[Setting]:
             Method(f"{method}-{percent}", method, method, options)
             for method in ("stride", "pool", "resize", "fastv", "visionzip", "divprune")
         ]
+        settings.append(Method(f"vistog_vit-untrained-{percent}", "vistog_vit, untrained", "vistog_vit", options))
+    return settings + _trained_groups()
+
+
+def _trained_groups() -> list[Setting]:
+    """VisToG with the weights that ship, and at the same numbers of tokens what it has to beat."""
+    settings: list[Setting] = []
+    for path in sorted((artefact_folder() / "vistog").glob("tiny-vlm-*.safetensors")):
+        number = int(path.stem.rpartition("-")[2])
+        ratio = math.ceil(1e4 * (1 - number / tiny_vlm.NUM_IMAGE_TOKENS)) / 1e4
+        weights = {"weights": f"embedded:vistog/{path.stem}"}
+        settings.append(Method(f"vistog_vit-{number}", "vistog_vit, trained", "vistog_vit", weights))
+        settings += [
+            Method(f"{method}-{number}", method, method, {"ratio": ratio}) for method in ("pool", "turbo_vit", "vistog")
+        ]
+        untrained = {"num_tokens": number}
+        settings.append(Method(f"vistog_vit-untrained-{number}", "vistog_vit, untrained", "vistog_vit", untrained))
     return settings
 
 
