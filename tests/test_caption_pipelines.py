@@ -89,6 +89,10 @@ def test_a_question_reaches_the_model(vlm, pictures):
         handle.remove()
     asked = pipe.preparer.tokenizer("what shape")["input_ids"][1:]
     assert seen[0]["input_ids"][0, -len(asked) :].tolist() == asked
+    turn = "{% for part in messages[0].content %}[{{ part.type }}{{ part.text }}]{% endfor %} ASSISTANT:"
+    pipe.preparer.chat_template = turn
+    assert pipe.text_of("what shape") == "[image][textwhat shape] ASSISTANT:"
+    assert pipe.text_of(None) == "[image] ASSISTANT:"
     pipe.config.template = "ask <image> {prompt} now"
     assert pipe.text_of("it") == "ask <image> it now"
     pipe.config.template = "ask <image>"
