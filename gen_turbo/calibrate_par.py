@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", type=int, default=4, help="prompts of a step (4)")
     group.add_argument("--width", type=int, default=64, help="channels of the router; 0: the language model's (64)")
     group.add_argument("--depth", type=int, default=1, help="blocks of the router (1)")
+    group.add_argument("--judged", type=int, default=8, help="batches of other prompts to measure on (8)")
     group.add_argument("--causal", action="store_true", help="let the router's tokens see earlier ones only")
     group.add_argument("--folder", type=Path, help="keep checkpoints here, and go on from them")
     add_schedule_arguments(parser)
@@ -69,7 +70,9 @@ def _calibrate_router(namespace: argparse.Namespace, config: CaptionConfig) -> N
     check_writable(output.parent)
     pipe, prompts = _asked(namespace, config)
     sizes = RouterSizes(namespace.width, namespace.depth, "causal" if namespace.causal else "full")
-    calibration = RouterCalibration(pipe.vlm, prompts, training, sizes, namespace.folder, config.max_new_tokens)
+    calibration = RouterCalibration(
+        pipe.vlm, prompts, training, sizes, namespace.folder, config.max_new_tokens, namespace.judged
+    )
     artefact = _run(calibration, training.steps)
     artefact.notes["pictures"] = "own" if namespace.images else "rendered scenes"
     artefact.save(output)

@@ -27,8 +27,7 @@ class Trained:
         device = prompt.embeds_BLC.device
         if self.router.head.weight.device != device:
             self.router.to(device)
-        scores: Scores = self.router(prompt)
-        return scores
+        return self.router.choose(prompt)
 
     def flops(self, batch: int, length: int) -> int:
         """Operations that scoring such a prompt costs."""

@@ -46,8 +46,8 @@ def kept(scores: Scores, prompt: Prompt, tokens: float, layers: int) -> Scores:
     return Scores(token_BL, torch.zeros_like(layer).scatter(1, layer.topk(layers, dim=1).indices, 1.0))
 
 
-def log_probability(scores: Scores, action: Scores, prompt: Prompt) -> Tensor:
-    """Mean log-probability of an action, tokens and layers each kept on their own: (K * B,).
+def log_probability(scores: Scores, action: Scores, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """Mean log-probability of what an action does to tokens and to layers, each kept on its own: (K * B,) both.
 
     Args:
         scores: Logits of B prompts.
@@ -58,7 +58,7 @@ def log_probability(scores: Scores, action: Scores, prompt: Prompt) -> Tensor:
     is_image = prompt.is_image_BL.repeat(times, 1)
     token = -F.binary_cross_entropy_with_logits(scores.token_BL.repeat(times, 1), action.token_BL, reduction="none")
     layer = -F.binary_cross_entropy_with_logits(scores.layer_BD.repeat(times, 1), action.layer_BD, reduction="none")
-    return (token * is_image).sum(1) / is_image.sum(1) + layer[:, 1:].mean(1)
+    return (token * is_image).sum(1) / is_image.sum(1), layer[:, 1:].mean(1)
 
 
 def preference_loss(log_pi_KB: Tensor, divergence_KB: Tensor, beta: float, margin: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_turbo.core.partition import hash_cells
 from gen_turbo.hosts.vlm.routes import Prompt, Scores
 
 ATTENTION = ("full", "causal")
@@ -30,6 +31,8 @@ class RouterShape:
         depth: Blocks of the router.
         num_heads: Heads of each block.
         attention: "full" lets image tokens see the question behind them; "causal" is as released.
+        dither: Scale of fixed noise on the scores of image tokens; 0 is as released. Neighbours have similar scores
+            and say similar things: with noise, scores set how densely a region is kept, not whether.
     """
 
     text_width: int
@@ -38,6 +41,7 @@ class RouterShape:
     depth: int = 1
     num_heads: int = 4
     attention: str = "full"
+    dither: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks every size; raises ValueError."""
@@ -56,7 +60,8 @@ class Router(nn.Module):
     scores both by one head. A column is scored the same whatever padding its row has.
 
     Differs from the paper: width and depth are free, layer tokens begin as small random vectors (zero ones differ by
-    their place alone), and attention is full by default, so that image tokens see a question that comes after them.
+    their place alone), attention is full by default, so that image tokens see a question that comes after them, and
+    fixed noise spreads what is kept; an untrained router keeps tokens at random.
     """
 
     def __init__(self, shape: RouterShape) -> None:
@@ -68,6 +73,7 @@ class Router(nn.Module):
         self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.depth))
         self.norm = nn.RMSNorm(shape.width, eps=1e-6)
         self.head = nn.Linear(shape.width, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
 
     def forward(self, prompt: Prompt, noise: float = 0.0) -> Scores:
         """Scores prompts in float32.
@@ -90,6 +96,16 @@ class Router(nn.Module):
             x = block(x, mask, rotary, noise)
         logits = self.head(self.norm(x))[..., 0]
         return Scores(logits[:, :length], logits[:, length:])
+
+    def choose(self, prompt: Prompt) -> Scores:
+        """Scores prompts as they are routed: without noise of the moment, with the fixed one."""
+        scores: Scores = self(prompt)
+        if not self.shape.dither:
+            return scores
+        place_BL = prompt.is_image_BL.cumsum(1)
+        uniform_BL = (hash_cells(place_BL, 0).to(torch.float64) + 0.5) / 2**32
+        gumbel_BL = -(-uniform_BL.log()).log()
+        return Scores(scores.token_BL + self.shape.dither * gumbel_BL.to(scores.token_BL), scores.layer_BD)
 
     def flops(self, batch: int, length: int) -> int:
         """Operations that scoring such a prompt costs."""

@@ -25,6 +25,7 @@ from gen_turbo.learned.router import Router
 Prompts = Callable[[int], Mapping[str, Tensor]]
 """Gives the inputs of a batch of prompts, by number; the same number gives the same batch."""
 OBJECTIVES = ("preference", "reward", "divergence")
+_LAYERS_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class RouterTraining:
         first: The first decoder layer without the dropped tokens.
         samples: Prunings of each prompt, the first without noise; "divergence" takes one.
         noise: Scale of normal noise on the router's attention logits.
-        spread: Scale of Gumbel noise on its scores; 0 leaves exploration to `noise` alone, as in the paper.
+        spread: Scale of Gumbel noise on its scores; 0 leaves exploration to `noise` alone, as in the paper. Prunings
+            of one step differ in tokens or in layers.
         beta: Sharpness of the preference.
         margin: Smallest difference in KL that a preference is drawn from.
         sparsity: Weight of the distance between mean probabilities and the shares to be kept.
@@ -141,21 +143,38 @@ class RouterTrainer:
             plain = self.router(prompt)
             return each.mean() + self._budget(plain, lesson), each.mean().item()
         with torch.no_grad():
-            drawn = [self._draw(lesson, is_plain=sample == 0) for sample in range(training.samples)]
+            drawn = [self._draw(lesson, sample) for sample in range(training.samples)]
             routes = Scores(torch.cat([one.token_BL for one in drawn]), torch.cat([one.layer_BD for one in drawn]))
             each = self.teacher.divergence(lesson, routes, self.routing)
             action = objectives.kept(routes, prompt, training.tokens, self.layers)
         scores = self.router(prompt)
-        log_pi = objectives.log_probability(scores, action, prompt).reshape(training.samples, -1)
+        token, layer = objectives.log_probability(scores, action, prompt)
+        log_pi = (layer if self._is_about_layers else token).reshape(training.samples, -1)
         if training.objective == "reward":
             learned = objectives.reward_loss(log_pi, each)
         else:
             learned = objectives.preference_loss(log_pi, each, training.beta, training.margin)
         return learned + self._budget(scores, lesson), each[0].mean().item()
 
-    def _draw(self, lesson: Lesson, is_plain: bool) -> Scores:
-        scores: Scores = self.router(lesson.prompt, 0.0 if is_plain else self.training.noise)
-        return scores if is_plain else objectives.perturbed(scores, self.training.spread)
+    @property
+    def _is_about_layers(self) -> bool:
+        """Whether the prunings of this step differ in layers, the other steps' in tokens.
+
+        A wrong layer costs far more than a wrong token: where both differ, tokens would learn from layers' mistakes.
+        """
+        if self.layers == self.router.shape.num_layers:
+            return False
+        return self.training.tokens == 1 or self.step % _LAYERS_EVERY == 0
+
+    def _draw(self, lesson: Lesson, sample: int) -> Scores:
+        """One pruning: the first as the router would route, the others with noise on layers or on tokens."""
+        own = self.router.choose(lesson.prompt)
+        if sample == 0:
+            return own
+        noisy = objectives.perturbed(self.router(lesson.prompt, self.training.noise), self.training.spread)
+        if self._is_about_layers:
+            return Scores(own.token_BL, noisy.layer_BD)
+        return Scores(noisy.token_BL, own.layer_BD)
 
     def _budget(self, scores: Scores, lesson: Lesson) -> Tensor:
         distance = objectives.budget_loss(scores, lesson.prompt, self.training.tokens, self.layers)

@@ -29,6 +29,7 @@ def router(**settings) -> Router:
     with torch.no_grad():
         for weight in made.parameters():
             weight.mul_(3.0)
+        made.head.weight.normal_()
     return made
 
 
@@ -63,6 +64,18 @@ def test_noise_is_drawn_only_when_asked():
     assert torch.equal(made(prompt).token_BL, made(prompt).token_BL)
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(made(prompt, noise=1.0).token_BL, made(prompt, noise=1.0).token_BL)
+
+
+@torch.no_grad()
+def test_equal_scores_keep_tokens_everywhere():
+    """Catches an untrained router that keeps the top of the picture, and scores that noise drowns."""
+    made, prompt = Router(RouterShape(WIDTH, DEPTH, width=16, num_heads=2)), prompt_of((400,))
+    prompt.is_image_BL[:] = True
+    kept = made.choose(prompt).token_BL[0].topk(100).indices
+    assert all(15 <= int(((kept >= start) & (kept < start + 100)).sum()) <= 35 for start in range(0, 400, 100))
+    assert torch.equal(made.choose(prompt).token_BL, made.choose(prompt).token_BL)
+    plain = Router(RouterShape(WIDTH, DEPTH, width=16, num_heads=2, dither=0.0))
+    assert torch.equal(plain.choose(prompt).token_BL, plain(prompt).token_BL)
 
 
 def test_everything_learns():

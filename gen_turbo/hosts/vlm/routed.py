@@ -19,6 +19,8 @@ from gen_turbo.hosts.vlm.run import Pictures, Reduction
 from gen_turbo.hosts.vlm.weighing import Weighing
 
 _ROUTER = "the router itself"
+_DENOISING = ("layer_ratios", "step_scale", "text_ratio", "schedule", "threshold")
+"""Settings that concern denoisers, or tokens of text."""
 
 
 class RoutedPart(OnModel):
@@ -38,6 +40,9 @@ class RoutedPart(OnModel):
         if family.is_cross:
             raise ValueError(f"{name} has no image tokens in its prompt; a router cannot choose among them")
         text: Any = model.get_submodule(family.text)
+        in_vain = [setting for setting in _DENOISING if getattr(reducer, setting, None)]
+        if in_vain:
+            raise ValueError(f"{' and '.join(in_vain)} would have no effect on {name}; leave them out")
         self._routing = routing = reducer.routing(model, text)
         _check(model, text, routing)
         self._choice = Choice(routing)
