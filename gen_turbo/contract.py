@@ -80,6 +80,7 @@ class TokenReducer(ABC):
         size_weighted: Lets a key that stands for several tokens weigh as much as they did.
         text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
             (SD3, Flux); attention counts each by its size. Equal tokens, such as padding, merge without loss.
+        reuse_text: Computes keys and values of the text in cross-attention once per prompt (UNets): the same picture.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
             every attention layer; None leaves the model's own.
     """
@@ -101,6 +102,7 @@ class TokenReducer(ABC):
     keep_queries: bool = False
     size_weighted: bool = False
     text_ratio: float = 0.0
+    reuse_text: bool = True
     attention_backend: str | None = None
 
     def __post_init__(self) -> None:

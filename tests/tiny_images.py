@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
+    ChromaTransformer2DModel,
     CogView3PlusTransformer2DModel,
     CogView4Transformer2DModel,
+    DiTTransformer2DModel,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
     Lumina2Transformer2DModel,
@@ -24,6 +27,17 @@ def pixart(**settings: object) -> nn.Module:
     """PixArt: the latents' grid fixes the positions."""
     shape = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 16, "cross_attention_dim": 32}
     return PixArtTransformer2DModel(**HEADS, **shape, caption_channels=32, use_additional_conditions=False, **settings)
+
+
+def dit() -> nn.Module:
+    """DiT, told a class."""
+    return DiTTransformer2DModel(**HEADS, in_channels=4, num_layers=2, sample_size=16, num_embeds_ada_norm=10)
+
+
+def aura_flow() -> nn.Module:
+    """AuraFlow; the class leaves positions and registers as they come."""
+    widths = {"joint_attention_dim": 32, "caption_projection_dim": 32, "pos_embed_max_size": 256}
+    return AuraFlowTransformer2DModel(**HEADS, **widths, sample_size=16, num_mmdit_layers=1, num_single_dit_layers=2)
 
 
 def hunyuan() -> nn.Module:
@@ -78,6 +92,22 @@ def flux_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
     ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
     pooled = random(batch, 16, seed=4)
     return {**text(batch), "pooled_projections": pooled, "img_ids": ids, "txt_ids": torch.zeros(NUM_TEXT, 3)}
+
+
+def chroma() -> nn.Module:
+    """Chroma: its blocks' modulation comes from a small network."""
+    widths = {"in_channels": 8, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)}
+    small = {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    return ChromaTransformer2DModel(**HEADS, **widths, **small, num_layers=1, num_single_layers=2)
+
+
+def chroma_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Positions and a mask that hides the last text token of the last row."""
+    mask = torch.ones(batch, NUM_TEXT + grid[0] * grid[1])
+    mask[-1, NUM_TEXT - 1] = 0
+    given = flux_inputs(batch, grid)
+    del given["pooled_projections"]
+    return {**given, "attention_mask": mask}
 
 
 def lumina() -> nn.Module:
@@ -141,6 +171,12 @@ IMAGES: dict[str, Family] = {
     "pixart-sigma": Family(
         lambda: pixart(interpolation_scale=2), lambda b, g: {**text(b), "added_cond_kwargs": {}}, patched()
     ),
+    "dit": Family(
+        dit,
+        lambda b, g: {"class_labels": torch.arange(b)},
+        patched(),
+        lambda time, batch: {"timestep": torch.full((batch,), int(time))},
+    ),
     "hunyuan-dit": Family(hunyuan, hunyuan_inputs, patched()),
     "sd3": Family(sd3, lambda b, g: {**text(b), "pooled_projections": random(b, 16)}, patched()),
     "sd3.5-dual": Family(
@@ -148,6 +184,8 @@ IMAGES: dict[str, Family] = {
         lambda b, g: {**text(b), "pooled_projections": random(b, 16)},
         patched(),
     ),
+    "aura-flow": Family(aura_flow, lambda b, g: text(b), patched(), thousandth),
+    "chroma": Family(chroma, chroma_inputs, lambda g: (g[0] * g[1], 8), thousandth),
     "flux": Family(flux, flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),
     "flux-double": Family(lambda: flux(2, 0), flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),
     "flux-single": Family(lambda: flux(0, 2), flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
     WanTransformer3DModel,
 )
 from torch import nn
 
-from tests.tiny_family import HEADS, NUM_TEXT, Family, frames, rotary, text
+from tests.tiny_family import HEADS, NUM_TEXT, Family, frames, random, rotary, text
 
 
 def wan() -> nn.Module:
@@ -39,6 +40,20 @@ def mochi() -> nn.Module:
     return MochiTransformer3DModel(**HEADS, num_layers=2, max_sequence_length=NUM_TEXT, **widths)
 
 
+def hunyuan_video() -> nn.Module:
+    """HunyuanVideo."""
+    widths = {"text_embed_dim": 32, "pooled_projection_dim": 16, "rope_axes_dim": (4, 6, 6), "guidance_embeds": False}
+    shape = {"in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+    return HunyuanVideoTransformer3DModel(**HEADS, **shape, **widths)
+
+
+def hunyuan_video_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Text of which the last row has less."""
+    mask = torch.ones(batch, NUM_TEXT).long()
+    mask[-1, NUM_TEXT - 1] = 0
+    return {**text(batch), "encoder_attention_mask": mask, "pooled_projections": random(batch, 16, seed=4)}
+
+
 VIDEOS: dict[str, Family] = {
     "wan": Family(wan, lambda b, g: text(b), frames(3), num_frames=3),
     "ltx-video": Family(
@@ -60,6 +75,7 @@ VIDEOS: dict[str, Family] = {
         lambda g: (3, 4, 2 * g[0], 2 * g[1]),
         num_frames=3,
     ),
+    "hunyuan-video": Family(hunyuan_video, hunyuan_video_inputs, frames(3), num_frames=3),
     "mochi": Family(
         mochi,
         lambda b, g: {**text(b), "encoder_attention_mask": torch.ones(b, NUM_TEXT).bool()},

@@ -18,7 +18,7 @@ class Table:
 
     Attributes:
         name: The argument; a tensor or a tuple of tensors.
-        axis: Where the tokens are, 0 or 1.
+        axis: Where the tokens are; an argument with two such axes, such as a mask of pairs, has a table for each.
         has_batch: Whether there is a row per sample at axis 0; otherwise the whole batch must share one plan.
         has_text_before: Whether the rows of the text tokens come first.
         items: Which items of a tuple they are; empty for all.
@@ -228,6 +228,10 @@ class DenoiserHost(Protocol):
 
     def blocks(self, model: nn.Module) -> list[Layer]:
         """Every transformer block, for whole-block merging; empty where the family has none that can be merged."""
+        ...
+
+    def text_projections(self, model: nn.Module) -> list[str]:
+        """Modules that project the text of a prompt alike in every step; empty where there are none."""
         ...
 
     def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:

@@ -104,8 +104,9 @@ class Call:
             if value is not None:
                 changed[name] = changed[self.form.tokens] if value is given else self._wide(plan).merge(value)
         for table in self.form.tables:
-            if self.arguments.get(table.name) is not None:
-                changed[table.name] = self._taken(self.arguments[table.name], table, plan)
+            value = changed.get(table.name, self.arguments.get(table.name))
+            if value is not None:
+                changed[table.name] = self._taken(value, table, plan)
         return {**self.arguments, **changed}
 
     def restored(self, output: Any, plan: ReductionPlan, short: Tensor) -> list[Any]:
@@ -134,7 +135,11 @@ class Call:
             return type(value)(self._taken(v, table, plan) if ours else v for v, ours in zip(value, taken, strict=True))
         before = self.observation.num_text if table.has_text_before else 0
         wide = plan.between(before, value.shape[table.axis] - before - self.num_image)
-        return wide.select(value[None])[0] if table.axis == 0 else wide.select(value)
+        return (
+            wide.select(value[None])[0]
+            if table.axis == 0
+            else wide.select(value.movedim(table.axis, 1)).movedim(1, table.axis)
+        )
 
 
 def flat(output: Any) -> list[Any]:

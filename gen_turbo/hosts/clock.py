@@ -52,6 +52,27 @@ class Memory:
 
 
 @dataclass
+class Projected:
+    """What a projection of text gave, and for what: the very tensors, and how often each had been written to."""
+
+    text: Tensor
+    weights: list[tuple[Tensor, int]]
+    version: int
+    output: Tensor
+
+    def is_for(self, text: Tensor, weights: list[tuple[Tensor, int]]) -> bool:
+        """Whether text and weights are the same objects, and as often written to."""
+        same = zip(self.weights, weights, strict=False)
+        is_same = len(weights) == len(self.weights) and all(a is b and n == m for (a, n), (b, m) in same)
+        return is_same and text is self.text and text._version == self.version
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.output.numel() * self.output.element_size()
+
+
+@dataclass
 class Stream:
     """One sequence of calls: a run, or the conditional or unconditional half of one that calls twice per step."""
 
@@ -61,11 +82,13 @@ class Stream:
     plans: dict[tuple[object, ...], PlannedAt] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
     text: MergedText | None = None
+    projected: dict[str, Projected] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Bytes remembered by all layers."""
-        return sum(memory.num_bytes for memory in self.memories.values())
+        held = sum(memory.num_bytes for memory in self.memories.values())
+        return held + sum(projected.num_bytes for projected in self.projected.values())
 
 
 @dataclass(frozen=True)

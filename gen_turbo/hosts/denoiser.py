@@ -24,6 +24,7 @@ from gen_turbo.hosts.compiled import begun, ended, number_of, outside
 from gen_turbo.hosts.reduction import Cost, Reduction
 from gen_turbo.hosts.runs import check_between, runs_of
 from gen_turbo.hosts.text import merge_text
+from gen_turbo.hosts.text_keys import TextProjection
 
 _NOT_PER_TOKEN = ("add_", "norm", "context", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
 
@@ -69,6 +70,10 @@ class DenoiserPart(OnModel):
         if reducer.attention_backend is not None or reducer.text_ratio > 0:
             others = [layer for layer in host.layers(model) if layer.name not in attended and _is_free(model, layer)]
             attended = attended | {layer.name: self._reduction(model, _passive(layer), 0.0, 0) for layer in others}
+        self._projections = [
+            TextProjection(name, model.get_submodule(name), self.clock, reducer.memory_limit_mb)
+            for name in (host.text_projections(model) if reducer.reuse_text else ())
+        ]
         self.bindings = {name: self._binding(model, reduction) for name, reduction in attended.items()}
 
     def _reduction(self, model: nn.Module, layer: Layer, ratio: float, index: int) -> Reduction:
@@ -110,6 +115,8 @@ class DenoiserPart(OnModel):
             self._handles += block.install(model.get_submodule(name))
         for run in self.runs:
             self._handles += run.install(model)
+        for projection in self._projections:
+            projection.install()
         self._is_installed = True
 
     @property
@@ -158,6 +165,8 @@ class DenoiserPart(OnModel):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for projection in self._projections if self._is_installed else ():
+            projection.remove()
         self.clock.forget()
         if model is None or not self._is_installed:
             return

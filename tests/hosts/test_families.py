@@ -13,7 +13,17 @@ from tests.tiny_transformers import FAMILIES, build, random, run
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 
 TRANSFORMERS = tuple(FAMILIES)
-SHARED = ("flux", "hunyuan-dit", "cogview4", "qwen-image", "wan", "cogvideox-rotary", "mochi")
+SHARED = (
+    "flux",
+    "chroma",
+    "hunyuan-video",
+    "hunyuan-dit",
+    "cogview4",
+    "qwen-image",
+    "wan",
+    "cogvideox-rotary",
+    "mochi",
+)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -117,11 +127,12 @@ def _call(name, model, latents, time):
 
 def test_what_is_not_supported_names_what_is():
     """Catches a bare refusal, and silence on a diffusers model that no host knows."""
-    from diffusers import DiTTransformer2DModel
+    from diffusers import SanaTransformer2DModel
 
     shape = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 8}
-    with pytest.raises(ValueError, match=r"DiTTransformer2DModel is not supported; supported: .*Flux.*Wan"):
-        attach(DiTTransformer2DModel(**shape, patch_size=2), ToMeProcessor(0.4))
+    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
+    with pytest.raises(ValueError, match=r"SanaTransformer2DModel is not supported; supported: .*Flux.*Wan"):
+        attach(SanaTransformer2DModel(**shape, **cross, caption_channels=16), ToMeProcessor(0.4))
 
 
 def test_text_only_layers_and_cross_attention_are_left_alone():

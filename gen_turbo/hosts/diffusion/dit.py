@@ -1,4 +1,4 @@
-"""Transformers with self-attention over image tokens alone: PixArt, HunyuanDiT."""
+"""Transformers with self-attention over image tokens alone: DiT, PixArt, HunyuanDiT."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from gen_turbo.hosts.diffusion.transformer import TransformerHost
 
 
 class PixArtHost(TransformerHost):
-    """PixArt-alpha and Sigma: positions are in the tokens, text in cross-attention."""
+    """DiT, PixArt-alpha and Sigma: positions are in the tokens, text, if any, in cross-attention."""
 
-    models = ("PixArtTransformer2DModel",)
+    models = ("PixArtTransformer2DModel", "DiTTransformer2DModel")
     attention = {"transformer_blocks.*.attn1": SELF_ATTENTION}
     whole = {"transformer_blocks.*": Form(is_residual=True)}
 

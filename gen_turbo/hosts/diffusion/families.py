@@ -2,18 +2,20 @@
 
 from gen_turbo.hosts.base import Host
 from gen_turbo.hosts.diffusion.dit import HunyuanDiTHost, PixArtHost
-from gen_turbo.hosts.diffusion.flux import FluxHost
-from gen_turbo.hosts.diffusion.joint import CogViewHost, QwenImageHost, SD3Host
+from gen_turbo.hosts.diffusion.flux import ChromaHost, FluxHost
+from gen_turbo.hosts.diffusion.joint import AuraFlowHost, CogViewHost, QwenImageHost, SD3Host
 from gen_turbo.hosts.diffusion.single_stream import Lumina2Host, ZImageHost
 from gen_turbo.hosts.diffusion.unet import UNetHost
-from gen_turbo.hosts.diffusion.video import CogVideoXHost, LTXHost, MochiHost, WanHost
+from gen_turbo.hosts.diffusion.video import CogVideoXHost, HunyuanVideoHost, LTXHost, MochiHost, WanHost
 
 HOSTS: tuple[Host, ...] = (
     UNetHost(),
     PixArtHost(),
     HunyuanDiTHost(),
     SD3Host(),
+    AuraFlowHost(),
     FluxHost(),
+    ChromaHost(),
     CogViewHost(),
     QwenImageHost(),
     Lumina2Host(),
@@ -22,4 +24,5 @@ HOSTS: tuple[Host, ...] = (
     LTXHost(),
     CogVideoXHost(),
     MochiHost(),
+    HunyuanVideoHost(),
 )

@@ -1,4 +1,4 @@
-"""Flux: blocks of two streams, then blocks of one stream, text first, rotary positions over both."""
+"""Flux and Chroma: blocks of two streams, then blocks of one stream, text first, rotary positions over both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FluxHost(TransformerHost):
         "single_transformer_blocks.*": Form(is_residual=True, outputs=(1,), none=(), tables=_TABLES),
     }
 
-    text = ("encoder_hidden_states", "txt_ids")
+    text: tuple[str, ...] = ("encoder_hidden_states", "txt_ids")
 
     def time(self, arguments: Mapping[str, Any]) -> float:
         """The pipeline passes thousandths."""
@@ -48,3 +48,24 @@ class FluxHost(TransformerHost):
         height, width = (int(last) + 1 for last in arguments["img_ids"].reshape(-1, 3)[:, 1:].amax(0).tolist())
         num_frames, rest = divmod(arguments["hidden_states"].shape[1], height * width)
         return (num_frames, (height, width)) if rest == 0 else (1, None)
+
+
+_PAIRS = tuple(Table("attention_mask", axis=axis, has_batch=True, has_text_before=True) for axis in (2, 3))
+_MASK = (Table("attention_mask", axis=1, has_batch=True, has_text_before=True),)
+
+
+class ChromaHost(FluxHost):
+    """Chroma: a mask for the padding of the text, and single blocks that get both streams as one."""
+
+    models = ("ChromaTransformer2DModel",)
+    attention = {
+        "transformer_blocks.*.attn": Form(keys_before=True, none=(), outputs=(0, 2), tables=_TABLES + _PAIRS),
+        "single_transformer_blocks.*.attn": Form(
+            none=("encoder_hidden_states",), has_text_before=True, keys_before=True, tables=_TABLES + _PAIRS
+        ),
+    }
+    whole = {
+        "transformer_blocks.*": Form(is_residual=True, outputs=(1,), none=(), tables=_TABLES + _MASK),
+        "single_transformer_blocks.*": Form(is_residual=True, none=(), has_text_before=True, tables=_TABLES + _MASK),
+    }
+    text = ()

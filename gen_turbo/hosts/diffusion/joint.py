@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from gen_turbo.contract import Grid
-from gen_turbo.hosts.base import SELF_ATTENTION, Form, Table
+from gen_turbo.hosts.base import SELF_ATTENTION, Form, Observation, Table
 from gen_turbo.hosts.diffusion.transformer import TransformerHost, text_length
 
 _TEXT_FIRST = Form(keys_before=True, none=())
@@ -30,6 +31,30 @@ class SD3Host(JointHost):
     attention = {"transformer_blocks.*.attn": Form(has_text_keys=True), "transformer_blocks.*.attn2": SELF_ATTENTION}
     whole = {"transformer_blocks.*": Form(is_residual=True, none=(), outputs=(1,))}
     text = ("encoder_hidden_states",)
+
+
+class AuraFlowHost(JointHost):
+    """AuraFlow: joint blocks, then blocks of one stream, registers and text first."""
+
+    models = ("AuraFlowTransformer2DModel",)
+    attention = {
+        "joint_transformer_blocks.*.attn": _TEXT_FIRST,
+        "single_transformer_blocks.*.attn": Form(has_text_before=True, keys_before=True),
+    }
+    whole = {
+        "joint_transformer_blocks.*": Form(is_residual=True, none=(), outputs=(1,)),
+        "single_transformer_blocks.*": Form(is_residual=True, none=(), has_text_before=True),
+    }
+
+    def time(self, arguments: Mapping[str, Any]) -> float:
+        """The pipeline passes thousandths."""
+        return 1000 * super().time(arguments)
+
+    def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
+        """The model puts its registers before the text."""
+        seen = super().observe(model, arguments)
+        registers: Any = model.register_tokens
+        return replace(seen, num_text=seen.num_text + int(registers.shape[1]))
 
 
 class CogViewHost(JointHost):

@@ -60,6 +60,10 @@ class TransformerHost:
         named = ((name, _matching(self.whole, name)) for name, _ in model.named_modules())
         return [Layer(name, form=form) for name, form in named if form]
 
+    def text_projections(self, model: nn.Module) -> list[str]:
+        """None: the text that reaches the layers is made anew in every step."""
+        return []
+
     def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
         """Reads latents, time and text of one call."""
         sample = self.sample(arguments)

@@ -68,6 +68,10 @@ class UNetHost:
             if isinstance(block, BasicTransformerBlock)
         ]
 
+    def text_projections(self, model: nn.Module) -> list[str]:
+        """Keys and values of every cross-attention of a transformer block."""
+        return [name for name, _ in model.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
+
     def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
         """Reads sample, timestep and encoder_hidden_states."""
         sample = arguments["sample"]

@@ -1,4 +1,4 @@
-"""Video transformers, whose tokens are frames of one grid: Wan, LTX-Video, CogVideoX, Mochi."""
+"""Video transformers, whose tokens are frames of one grid: Wan, LTX-Video, CogVideoX, Mochi, HunyuanVideo."""
 
 from __future__ import annotations
 
@@ -69,6 +69,29 @@ class MochiHost(TransformerHost):
     def time(self, arguments: Mapping[str, Any]) -> float:
         """Its negative falls."""
         return -super().time(arguments)
+
+    def num_text(self, arguments: Mapping[str, Any]) -> int:
+        """Every row of the text that the root is given."""
+        return text_length(arguments)
+
+
+_HUNYUAN = (Table("attention_mask", axis=3, has_batch=True),)
+
+
+class HunyuanVideoHost(TransformerHost):
+    """HunyuanVideo: joint attention, text behind, a mask of keys; a first frame that is given stays with attention."""
+
+    models = ("HunyuanVideoTransformer3DModel",)
+    attention = {
+        "transformer_blocks.*.attn": Form(none=(), tables=_ROTARY + _HUNYUAN),
+        "single_transformer_blocks.*.attn": Form(none=(), tables=_ROTARY + _HUNYUAN),
+    }
+    whole = {
+        "transformer_blocks.*": Form(
+            is_residual=True, none=("token_replace_emb",), tables=(Table("freqs_cis"), *_HUNYUAN)
+        ),
+        "single_transformer_blocks.*": Form(is_residual=True, none=("token_replace_emb",), tables=_ROTARY + _HUNYUAN),
+    }
 
     def num_text(self, arguments: Mapping[str, Any]) -> int:
         """Every row of the text that the root is given."""
