@@ -65,9 +65,11 @@ def reason(error: Exception, is_local: bool) -> str:
     status = next(filter(None, statuses), None)
     if status is not None:
         return f"the hub answered {status}; check the name, or log in if access to it is restricted"
-    if any(isinstance(cause, ConnectionError) or type(cause).__module__ in _NETWORK for cause in causes):
+    is_absent = any(type(cause).__name__ == "LocalEntryNotFoundError" for cause in causes)
+    is_cut_off = any(isinstance(cause, ConnectionError) or type(cause).__module__ in _NETWORK for cause in causes)
+    if is_cut_off or (is_absent and not is_local):
         return "it is not in the local cache and the hub cannot be reached; give a local folder as checkpoint"
-    if is_local and any(type(cause).__name__ == "LocalEntryNotFoundError" for cause in causes):
+    if is_absent:
         return "it is not in the local cache; set local_files_only=false to fetch it, or give a local folder"
     return " ".join(str(error).split())[:300] or type(error).__name__
 

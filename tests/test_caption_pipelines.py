@@ -191,6 +191,10 @@ def test_wrong_checkpoints_say_what_is_wrong(tmp_path, tiny_checkpoint, vlm):
         load_pipeline("caption", checkpoint=str(tiny_checkpoint))
     with pytest.raises(ConfigError, match="there is no embedded model 'nope'"):
         load_pipeline("caption", checkpoint="embedded:nope")
+    with pytest.raises(ConfigError, match="not in the local cache and the hub cannot be reached"):
+        load_pipeline("caption", checkpoint="somebody/not-cached")
+    with pytest.raises(ConfigError, match="set local_files_only=false to fetch it"):
+        load_pipeline("caption", checkpoint="somebody/not-cached", local_files_only=True)
     for name in ("config.json", "generation_config.json"):
         (tmp_path / name).write_bytes((vlm / name).read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
