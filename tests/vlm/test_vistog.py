@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gen_turbo import attach, report
+from gen_turbo.core.selection import pool_cells
 from gen_turbo.factory import build_processor
 from gen_turbo.hosts.attach import attachments
 from gen_turbo.learned.vistog import VisToGArtefact
@@ -135,6 +136,21 @@ def test_untrained_it_is_pooling_before_the_projector(family, ratio):
     assert (logits[0] - generate(model, inputs)[1]).abs().max() > 0.1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_untrained_features_are_those_of_pooled_patches(family):
+    """Catches pooling of something else than what the projector reads, or in other cells."""
+    model, images, seen = VLMS[family].make("sdpa"), pixels(2), {}
+    projector, cells = projector_of(model), pool_cells((4, 4), 5)
+    hook = projector.register_forward_pre_hook(lambda m, args: seen.update(patches=args[0]))
+    model.get_image_features(pixel_values=images)
+    hook.remove()
+    expected = projector(cells.merge(seen["patches"]))
+    with attach(model, VisToGVisionProcessor(num_tokens=5)):
+        found = torch.stack(list(model.get_image_features(pixel_values=images).pooler_output))
+    assert (cells.select(found) - expected).abs().max() < TOLERANCE
+
+
 def test_pictures_of_a_batch_keep_their_own_groups():
     """Catches one picture's groups in another's places."""
     vlm = VLMS["llava"]
@@ -249,6 +265,7 @@ def test_other_connectors_are_refused(family):
     ("settings", "words"),
     [
         ({"num_tokens": 16}, "num_tokens must be below the 16 patches"),
+        ({"ratio": 0.01}, "none of the 16 patches of a picture would leave"),
         ({"num_tokens": 5, "first_block": 2}, "one of the 2 blocks that the projector reads; got 2"),
     ],
 )

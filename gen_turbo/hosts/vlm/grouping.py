@@ -103,20 +103,13 @@ class GroupingPart(VlmPart):
         self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
         self._rows[name] = SiteReport(name, 1, "reduced")
 
-    def _make_grouper(self, model: nn.Module) -> Grouper | None:
+    def _make_grouper(self, model: nn.Module) -> Grouper:
         if not isinstance(self.reducer, Grouped):
             return _Planned(self.reducer)
-        tower: Any = model.get_submodule(self._facts.module)
-        num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
         artefact = _artefact(model, self._facts, self.reducer)
         if artefact is None:
-            num_groups = self.reducer.num_tokens or num_patches - int(num_patches * self.reducer.ratio)
-            if self.reducer.num_tokens >= num_patches:
-                raise ValueError(f"num_tokens must be below the {num_patches} patches of a picture; got {num_groups}")
-            if num_groups == num_patches:
-                return None
-            shape = VisToGShape(num_groups, tower.config.hidden_size, self.reducer.first_block)
-            artefact = VisToGArtefact(SemanticGrouping(shape).eval(), {}, weight_probe([]), {})
+            grouping = SemanticGrouping(_shape(model, self._facts, self.reducer, self.reducer.ratio)).eval()
+            artefact = VisToGArtefact(grouping, {}, weight_probe([]), {})
         self.grouping = artefact.grouping
         self.connector = _connector(model, self._facts, artefact)
         return SemanticStream(model, self._facts, self.grouping)
@@ -176,6 +169,18 @@ def grouping_facts(model: nn.Module, family: Family) -> TowerFacts:
 
 def _probe(model: nn.Module, facts: TowerFacts) -> Tensor:
     return weight_probe(model.get_submodule(path) for path in (facts.module, facts.projector) if path)
+
+
+def _shape(model: nn.Module, facts: TowerFacts, settings: Grouped, ratio: float) -> VisToGShape:
+    """The sizes of untrained groups; raises ValueError if no patch would leave."""
+    tower: Any = model.get_submodule(facts.module)
+    num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    num_groups = settings.num_tokens or num_patches - int(num_patches * ratio)
+    if settings.num_tokens >= num_patches:
+        raise ValueError(f"num_tokens must be below the {num_patches} patches of a picture; got {num_groups}")
+    if num_groups == num_patches:
+        raise ValueError(f"none of the {num_patches} patches of a picture would leave; raise ratio or set num_tokens")
+    return VisToGShape(num_groups, tower.config.hidden_size, settings.first_block)
 
 
 def _artefact(model: nn.Module, facts: TowerFacts, settings: Grouped) -> VisToGArtefact | None:

@@ -48,6 +48,8 @@ class Placement:
 class Grouped(Placement):
     """Settings of a method whose own tokens pass through the vision tower and gather the patches, as in VisToG.
 
+    A ratio of 0 leaves the model as it is, whatever these say.
+
     Attributes:
         num_tokens: Image tokens that the language model reads; 0 takes them from `weights`, else from the ratio.
         weights: File of learned weights, or `embedded:NAME` for one inside the package; None groups untrained.
