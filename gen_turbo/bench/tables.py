@@ -50,9 +50,8 @@ def step(folder: Path) -> str:
     rows = []
     for record in records:
         share = (record.counts["attention_flops"] + record.counts["matching_flops"]) / stock[_workload(record)]
-        rows.append(
-            (record.setting, f"{Spread.of(record.cpu_s):.2f}", f"{Spread.of(_speedups(record)):.2f}", f"{share:.2f}")
-        )
+        name = f"{record.params['model']} {record.params['latents']} {record.setting}"
+        rows.append((name, f"{Spread.of(record.cpu_s):.2f}", f"{Spread.of(_speedups(record)):.2f}", f"{share:.2f}"))
     return _table(("", "s", "times faster than stock", "counted attention"), rows, records)
 
 
@@ -119,14 +118,17 @@ def vlm_step(folder: Path) -> str:
     phases = {(r.setting, r.params["phase"]): r for r in records}
     rows = []
     for name in dict.fromkeys(record.setting for record in records):
-        prefill, generate = phases[name, "prefill"], phases[name, "generate"]
-        kept = prefill.counts["kv_bytes"] / prefill.counts["stock_kv_bytes"]
-        rows.append((name, *(cell for record in (prefill, generate) for cell in _fewer(record)), f"{kept:.2f}"))
+        own = [phases.get((name, phase)) for phase in ("prefill", "generate")]
+        counts = next(record.counts for record in own if record is not None)
+        kept = counts["kv_bytes"] / counts["stock_kv_bytes"]
+        rows.append((name, *(cell for record in own for cell in _fewer(record)), f"{kept:.2f}"))
     head = ("", "prefill, times faster", "times fewer FLOPs", "with answer, times faster", "times fewer FLOPs")
     return _table((*head, "cache of stock's"), rows, records)
 
 
-def _fewer(record: BenchRecord) -> tuple[str, str]:
+def _fewer(record: BenchRecord | None) -> tuple[str, str]:
+    if record is None:
+        return "", ""
     fewer = record.counts["stock_flops"] / record.counts["flops"]
     return f"{Spread.of(_speedups(record)):.2f}", f"{fewer:.2f}"
 
@@ -226,7 +228,7 @@ def _of_one_workload(records: Sequence[BenchRecord]) -> list[BenchRecord]:
 
 
 def _workload(record: BenchRecord) -> tuple[object, ...]:
-    return tuple(record.params[name] for name in ("latents", "width_scale", "steps"))
+    return tuple(record.params.get(name) for name in ("model", "latents", "blocks", "width_scale", "steps"))
 
 
 def _table(

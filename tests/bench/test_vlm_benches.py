@@ -117,6 +117,9 @@ def test_vlm_step_records_times_beside_counts(tmp_path):
         assert record.counts["flops"] < record.counts["stock_flops"]
         assert found[name, "generate"].counts["flops"] > record.counts["flops"]
     assert "| pool-192 | " in tables.vlm_step(tmp_path)
+    path = tmp_path / "vlm-step.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert "|  |  | 0.39 |" in tables.vlm_step(tmp_path)
 
 
 def test_counted_attention_is_that_of_the_formula():
