@@ -39,6 +39,7 @@ def catalogue() -> list[Setting]:
         gate = options | {"place": "gate"}
         settings.append(Method(f"turbo_vit-gate-{kept}", "turbo_vit, gate", "turbo_vit", gate))
         settings += [Method(f"{name}-{kept}", name, name, options) for name in ("pool", "resize", "divprune")]
+        settings.append(Method(f"vistog_vit-{kept}", "vistog_vit, untrained", "vistog_vit", {"num_tokens": kept}))
         # From the second layer on, because there may be no more than two.
         settings.append(Method(f"fastv-{kept}", "fastv", "fastv", options | {"layer": 1}))
     return settings

@@ -63,14 +63,10 @@ class SemanticGrouping(nn.Module):
     def _make(self, width: int) -> None:
         self.tokens = nn.Parameter(torch.zeros(self.shape.num_groups, width))
         self.norm_group, self.norm_patch, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
-        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        self.value, self.semantic = nn.Linear(width, width), nn.Linear(width, width)
-        last = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), last)
+        self.query, self.value, self.semantic = (_zero_linear(width) for _ in range(3))
+        self.key = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), _zero_linear(width))
         self.log_locality = nn.Parameter(torch.tensor(_START_LOCALITY).log())
-        for layer in (self.query, self.value, self.semantic, last):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def enter(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """The semantic tokens (B, M, D) of pictures whose patches are about to enter the tower's blocks."""
@@ -111,6 +107,13 @@ class SemanticGrouping(nn.Module):
         soft = (logits - (-uniform.log()).log()).softmax(1)
         one_hot: Tensor = _one_hot(soft) + soft - soft.detach()
         return one_hot
+
+
+def _zero_linear(width: int) -> nn.Linear:
+    layer = nn.Linear(width, width, device="meta").to_empty(device="cpu")
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
+    return layer
 
 
 def _one_hot(score_BMN: Tensor) -> Tensor:
