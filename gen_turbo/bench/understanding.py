@@ -22,6 +22,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from gen_turbo import scenes
 from gen_turbo.bench import records
+from gen_turbo.bench.par_settings import par_settings
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
 from gen_turbo.factory import build_processor
 from gen_turbo.hosts.attach import attach
@@ -117,7 +118,7 @@ def _trained_groups() -> list[Setting]:
         ]
         untrained = {"num_tokens": number}
         settings.append(Method(f"vistog_vit-untrained-{number}", "vistog_vit, untrained", "vistog_vit", untrained))
-    return settings
+    return settings + par_settings()
 
 
 @torch.no_grad()
@@ -138,7 +139,8 @@ def accuracy(
 
     Returns:
         For each kind, 1 or 0 for every question in order; the image tokens of a picture, and how many of them the
-        language model saw (FastV: from its layer on).
+        language model saw (FastV: from its layer on; PAR: mean over layers, words included), and what its layers
+        cost, in thousandths of stock.
     """
     values: dict[str, list[float]] = {}
     # Captions are long and answers short: apart, no batch waits for its longest row.
@@ -147,11 +149,13 @@ def accuracy(
         told = tqdm(answers(model, processor, ordered), total=len(ordered), desc=setting.name, disable=None)
         for ask, said in zip(ordered, told, strict=True):
             values.setdefault(ask.kind, []).append(float(said == ask.answer))
-        reduced = [] if isinstance(setting, Stock) else report(model).sites
-    counts = {"image_tokens": tiny_vlm.NUM_IMAGE_TOKENS, "kept": tiny_vlm.NUM_IMAGE_TOKENS}
+        found = report(model)
+        reduced = [row for row in found.sites if row.stock_flops]
+    counts = {"image_tokens": tiny_vlm.NUM_IMAGE_TOKENS, "kept": tiny_vlm.NUM_IMAGE_TOKENS, "cost": 1000}
     if reduced:
-        last = reduced[-1]
-        counts["kept"] = round(tiny_vlm.NUM_IMAGE_TOKENS * last.num_kept / last.num_tokens)
+        share = sum(row.num_kept for row in reduced) / sum(row.num_tokens for row in reduced)
+        counts["kept"] = round(tiny_vlm.NUM_IMAGE_TOKENS * share)
+        counts["cost"] = round(1000 * (1 - found.flops_saved))
     return {kind: values[kind] for kind in ("caption", *scenes.KINDS) if kind in values}, counts
 
 
@@ -193,7 +197,8 @@ def run(options: argparse.Namespace) -> None:
     if options.picture is not None:
         from gen_turbo.bench.kept import draw_kept
 
-        drawn = [setting for setting in settings if isinstance(setting, Method) and "tower" not in setting.name]
+        methods = [setting for setting in settings if isinstance(setting, Method) and setting.method != "par"]
+        drawn = [setting for setting in methods if "tower" not in setting.name]
         draw_kept(model, processor, [ask for ask in asks if ask.kind == "detail"][:_DRAWN], drawn, options.picture)
         print(f"{options.picture}: drawn")
 

@@ -44,18 +44,19 @@ def test_every_kind_is_asked_with_its_true_answer() -> None:
 def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) -> None:
     """Catches a budget that differs between methods, a run that starts over, and a table that mixes them up."""
     arguments = ["bench", "understanding", "--model", str(folder), "--pictures", "1", "--records", str(tmp_path)]
-    arguments += ["--settings", "turbo-50", "fastv-11", "random-11"]
+    arguments += ["--settings", "turbo-50", "fastv-11", "random-11", "par_random-l4"]
     assert main(arguments) == 0
     found = {record.setting: record for record in records.load(tmp_path, "understanding")}
     kept = {name: record.counts["kept"] for name, record in found.items()}
-    assert kept == {"turbo-50": 128, "fastv-11": 28, "random-11": 28}
+    assert kept == {"turbo-50": 128, "fastv-11": 28, "random-11": 28, "par_random-l4": round(256 * 4 / 6)}
+    assert found["par_random-l4"].counts["cost"] == round(1000 * 4 / 6) and found["turbo-50"].counts["cost"] < 600
     assert all(set(map(len, record.values.values())) == {1} for record in found.values())
     before = (tmp_path / "understanding.jsonl").read_bytes()
     assert main([*arguments, "--picture", str(tmp_path / "kept.png")]) == 0
     assert (tmp_path / "understanding.jsonl").read_bytes() == before
     _compare_kept(tmp_path / "kept.png")
-    rows = TABLES["understanding"](tmp_path).splitlines()[2:5]
-    assert [row.split(" | ")[1] for row in rows] == ["128 of 256", "28 of 256", "28 of 256"]
+    rows = TABLES["understanding"](tmp_path).splitlines()[2:6]
+    assert {row.split(" | ")[1] for row in rows} == {"128 of 256", "28 of 256", "171 of 256"}
 
 
 def _compare_kept(path: Path) -> None:

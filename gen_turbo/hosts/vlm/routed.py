@@ -102,8 +102,8 @@ class RoutedPart(OnModel):
         # Operations of one token in a layer, without attention between tokens.
         self._costs = [2 * sum(weight.numel() for weight in one.parameters() if weight.ndim == 2) for one in layers]
         self._names = [f"{self._family.text}.layers.{index}" for index in range(len(layers))]
-        self._rows = {name: SiteReport(name, 1, "reduced") for name in self._names}
-        self._rows[_ROUTER] = SiteReport("router", 1, _ROUTER)
+        self._rows = {_ROUTER: SiteReport("router", 1, _ROUTER)}
+        self._rows |= {name: SiteReport(name, 1, "reduced") for name in self._names}
         self._prompt: tuple[int, int] | None = None
         self._keep_BL: Tensor | None = None
         self._route: Route | None = None
