@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gen_turbo.contract import Grid
 from gen_turbo.hosts.attach import attachments
 from gen_turbo.hosts.base import SiteReport as SiteReport
+from gen_turbo.hosts.routed import RoutedPart
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,13 @@ class Report:
         sites: One row per attention layer.
         remembered_bytes: Bytes held now for corrected reduction; 0 between the runs of a pipeline.
         most_remembered_bytes: The most held at once so far.
+        skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
     remembered_bytes: int = 0
     most_remembered_bytes: int = 0
+    skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def flops_saved(self) -> float:
@@ -29,12 +33,24 @@ class Report:
         stock = sum(site.stock_flops for site in self.sites)
         return 1 - sum(site.flops for site in self.sites) / stock if stock else 0.0
 
+    @property
+    def tokens_by_grid(self) -> dict[Grid, tuple[int, int, int]]:
+        """Tokens, the fewest that are kept of them, and reached layers, by the (height, width) that layers last saw."""
+        found: dict[Grid, tuple[int, int, int]] = {}
+        for site in self.sites:
+            if site.status == "reduced" and site.grid is not None:
+                _, kept, layers = found.get(site.grid, (site.num_tokens, site.num_kept, 0))
+                found[site.grid] = site.num_tokens, min(kept, site.num_kept), layers + 1
+        return found
+
     def __str__(self) -> str:
         if not self.sites:
             return "no gen_turbo processor is attached"
         reached = [site for site in self.sites if site.status == "reduced"]
         saved = f"{self.flops_saved:.0%} of their FLOPs saved"
-        lines = [f"{len(reached)} of {len(self.sites)} attention layers reduced, {saved}"]
+        lines = [f"{len(reached)} of {len(self.sites)} layers reduced, {saved}"]
+        for (height, width), (before, kept, layers) in self.tokens_by_grid.items():
+            lines.append(f"  {height} x {width}: {before} -> {kept} tokens in {layers} layers")
         for site in self.sites:
             if site.status in ("reduced", "lost"):
                 grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else "not run yet"
@@ -42,6 +58,8 @@ class Report:
                 tokens = f"{site.num_tokens} -> {site.num_kept} tokens"
                 age = f"plans up to {site.plan_age} steps old"
                 lines.append(f"  {site.name}: {site.status}, {grid}, {tokens}, {calls}, {age}")
+        for unit, (num_skipped, num_run) in self.skipped.items():
+            lines.append(f"  {unit}: skipped in {num_skipped} of {num_skipped + num_run} calls")
         left: dict[str, int] = {}
         for site in self.sites:
             if site.status not in ("reduced", "lost"):
@@ -64,4 +82,10 @@ def report(target: Any) -> Report:
         [row for part in parts for row in part.rows()],
         sum(part.remembered_bytes for part in parts),
         sum(part.most_remembered_bytes for part in parts),
+        {
+            unit: (stats.num_skipped, stats.num_run)
+            for part in parts
+            if isinstance(part, RoutedPart)
+            for unit, stats in part.skipped_units.items()
+        },
     )

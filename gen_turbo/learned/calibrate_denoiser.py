@@ -152,15 +152,18 @@ def _relative(samples: Sequence[Tensor], call: int, newer: int, older: int, slop
 
 
 def _slope(runs: Sequence[Sequence[Tensor]]) -> float:
-    """Least squares over forecasts from the last two calls and from every second call, between 0 and 1."""
-    total = [0.0, 0.0]
+    """The median of the best slopes of forecasts from the last two calls and from every second call, 0 to 1.
+
+    Least squares over all calls would follow the first few, where most changes and little can be skipped.
+    """
+    best = []
     for samples in runs:
         for step in (1, 2):
             for call in range(2 * step, len(samples)):
                 steps = (call - step, call - 2 * step, call)
-                parts = best_slope(samples[steps[0]], samples[steps[1]], samples[call], steps)
-                total = [a + float(b) for a, b in zip(total, parts, strict=True)]
-    return round(min(1.0, max(0.0, total[0] / max(total[1], _LEAST))), 3)
+                along, line = best_slope(samples[steps[0]], samples[steps[1]], samples[call], steps)
+                best.append(float(along) / max(float(line), _LEAST))
+    return round(float(np.clip(np.median(best), 0.0, 1.0)), 3)
 
 
 def _summed(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,0 +1,96 @@
+"""PAR's settings for denoisers: which schedule a budget takes, and what is refused."""
+
+import pytest
+import torch
+
+from gen_turbo import PARProcessor, TurboProcessor, attach
+from gen_turbo.core.forecast import best_slope, forecast
+from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, read, write
+from gen_turbo.learned.search import Search
+from tests.schedules import TIMES, by_hand
+from tests.tiny_hosts import sd15_unet, sdxl_unet
+
+
+def test_a_forecast_continues_the_line_by_its_slope():
+    """Catches a slope over calls instead of over the distance between them."""
+    older, newer = torch.tensor([1.0]), torch.tensor([3.0])
+    assert forecast([newer, older], [4, 2], 7, 1.0).item() == 6
+    assert forecast([newer, older], [4, 2], 7, 0.5).item() == 4.5
+    assert forecast([newer], [4], 7).item() == 3
+    numerator, denominator = best_slope(newer, older, torch.tensor([4.5]), (4, 2, 7))
+    assert (numerator / denominator).item() == 0.5
+
+
+def test_a_file_comes_back_as_it_was_written(tmp_path):
+    """Catches a field that is written and not read."""
+    unet = sd15_unet()
+    file = by_hand(unet, {WHOLE: [2], "deep.1": [3]})
+    write(tmp_path / "s.yaml", file, "a test")
+    again = read(tmp_path / "s.yaml")
+    assert again.schedules == file.schedules and again.is_for(unet) and not again.is_for(sdxl_unet())
+
+
+def test_the_best_schedule_within_the_budget_is_taken():
+    """Catches a budget that takes a schedule that costs more, or the cheapest of those that fit."""
+    levels = [
+        Schedule(TIMES, {WHOLE: frozenset({2})}, cost=cost, psnr_db=psnr, inner=inner)
+        for cost, psnr, inner in [(0.8, 70.0, None), (0.5, 50.0, None), (0.3, 40.0, None), (0.6, 60.0, "turbo")]
+    ]
+    file = ScheduleFile("UNet2DConditionModel", (), "DDIMScheduler", tuple(levels))
+    assert file.at(0.7, is_merged=False).cost == 0.5
+    assert file.at(0.7, is_merged=True).cost == 0.6
+    with pytest.raises(ValueError, match=r"budget=0.2 is less than the cheapest schedule for 4 calls costs, 0.300"):
+        file.at(0.2, is_merged=False)
+
+
+def test_another_model_and_a_missing_schedule_are_refused():
+    """Catches a schedule that is laid over weights that it was not measured on."""
+    unet = sd15_unet()
+    with pytest.raises(ValueError, match="calibrated for another model, a UNet2DConditionModel"):
+        attach(sdxl_unet(), PARProcessor(schedule=by_hand(unet, {WHOLE: [2]})))
+    with pytest.raises(ValueError, match="no schedule ships for this UNet2DConditionModel"):
+        attach(unet, PARProcessor())
+    with pytest.raises(ValueError, match=r"skips up_blocks.9, which UNet2DConditionModel does not have"):
+        attach(unet, PARProcessor(schedule=by_hand(unet, {"up_blocks.9": [2]})))
+    with pytest.raises(ValueError, match="cannot read the schedule nowhere.yaml"):
+        attach(unet, PARProcessor(schedule="nowhere.yaml"))
+    with pytest.raises(ValueError, match=r"output cannot be skipped at calls \[0\]"):
+        by_hand(unet, {WHOLE: [0]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget": 0.0}, "budget must be a share"),
+        ({"budget": 1.5}, "budget must be a share"),
+        ({"threshold": -1.0}, "threshold must not be negative"),
+    ],
+)
+def test_wrong_settings_are_named(settings, words):
+    """Catches a setting that is clipped in silence."""
+    with pytest.raises(ValueError, match=words):
+        PARProcessor(**settings)
+
+
+def test_inner_methods():
+    """Catches an inner method that loses the shared settings, and one that is PAR itself."""
+    assert PARProcessor(0.4).reducer() == TurboProcessor(0.4, refresh=5)
+    assert PARProcessor(inner=None).reducer() is None
+    assert PARProcessor(inner={"method": "tome", "ratio": 0.2}).reducer().ratio == 0.2
+    with pytest.raises(ValueError, match="inner must name a method that merges tokens; got 'par'"):
+        PARProcessor(inner="par").reducer()
+
+
+def test_the_search_takes_what_is_cheap_and_fills_the_budget():
+    """Catches a search that ignores prices, that prices a skip after another as the first, or stops early."""
+
+    def error(group: str, call: int, newer: int, older: int) -> float:
+        return {"cheap": 1e-6, "dear": 1.0, WHOLE: 1e-2}[group] * (call - newer) ** 4
+
+    search = Search(12, {WHOLE: 1.0, "cheap": 0.3, "dear": 0.3}, {WHOLE: ["cheap", "dear"]}, error)
+    light, heavy = search.run([0.8, 0.4])
+    assert set(light) == {"cheap"} and len(light["cheap"]) >= 8
+    assert search.cost() <= 0.4 and "dear" not in heavy and heavy[WHOLE]
+    assert not heavy[WHOLE] & heavy["cheap"] and min(heavy[WHOLE]) >= 2
+    gaps = sorted(heavy[WHOLE])
+    assert not any({call, call + 1, call + 2, call + 3} <= set(gaps) for call in gaps)
