@@ -20,6 +20,7 @@ from torch import Tensor
 from gen_turbo.hosts.vlm.routes import Routing, Scores
 from gen_turbo.hosts.vlm.teacher import Lesson, Teacher
 from gen_turbo.learned import objectives
+from gen_turbo.learned.probe import weight_probe
 from gen_turbo.learned.router import Router
 
 Prompts = Callable[[int], Mapping[str, Tensor]]
@@ -97,7 +98,7 @@ class RouterTrainer:
         folder: Where the checkpoint `state.safetensors` goes; None keeps none.
 
     Raises:
-        ValueError: If the folder holds a checkpoint of other settings or another router.
+        ValueError: If the folder holds a checkpoint of other settings, another router or another model.
     """
 
     def __init__(
@@ -143,7 +144,8 @@ class RouterTrainer:
             plain = self.router(prompt)
             return each.mean() + self._budget(plain, lesson), each.mean().item()
         with torch.no_grad():
-            drawn = [self._draw(lesson, sample) for sample in range(training.samples)]
+            own = self.router.choose(prompt)
+            drawn = [own, *(self._drawn(lesson, own) for _ in range(training.samples - 1))]
             routes = Scores(torch.cat([one.token_BL for one in drawn]), torch.cat([one.layer_BD for one in drawn]))
             each = self.teacher.divergence(lesson, routes, self.routing)
             action = objectives.kept(routes, prompt, training.tokens, self.layers)
@@ -166,11 +168,8 @@ class RouterTrainer:
             return False
         return self.training.tokens == 1 or self.step % _LAYERS_EVERY == 0
 
-    def _draw(self, lesson: Lesson, sample: int) -> Scores:
-        """One pruning: the first as the router would route, the others with noise on layers or on tokens."""
-        own = self.router.choose(lesson.prompt)
-        if sample == 0:
-            return own
+    def _drawn(self, lesson: Lesson, own: Scores) -> Scores:
+        """What the router would route by itself, with noise on layers or on tokens."""
         noisy = objectives.perturbed(self.router(lesson.prompt, self.training.noise), self.training.spread)
         if self._is_about_layers:
             return Scores(own.token_BL, noisy.layer_BD)
@@ -206,7 +205,9 @@ class RouterTrainer:
             notes: Mapping[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if notes.get("settings") != self._settings():
-            raise ValueError(f"{path} is of a training with other settings; give another folder or delete it")
+            raise ValueError(
+                f"{path} is of a training with other settings or of another model; give another folder or delete it"
+            )
         with torch.no_grad():
             for index, weight in enumerate(self._weights):
                 weight.copy_(tensors[f"weight.{index}"])
@@ -215,7 +216,8 @@ class RouterTrainer:
         self.step, self.data_hash = int(notes["step"]), notes["data"]
 
     def _settings(self) -> str:
-        return json.dumps([asdict(self.training), asdict(self.router.shape)], sort_keys=True)
+        model = hashlib.sha256(weight_probe([self.teacher.model]).numpy().tobytes()).hexdigest()
+        return json.dumps([asdict(self.training), asdict(self.router.shape), model], sort_keys=True)
 
 
 @torch.no_grad()

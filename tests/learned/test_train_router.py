@@ -58,7 +58,7 @@ def quiet(*figures: object) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_router_learns_which_layer_is_idle(objective):
     """Catches a preference the wrong way round, a ranking by the wrong KL, and scores that get no gradient."""
-    training = RouterTraining(objective, samples=6, steps=40, layers=3, tokens=1.0, learning_rate=1e-2)
+    training = RouterTraining(objective, samples=5, steps=25, layers=3, tokens=1.0, learning_rate=2e-2)
     made = trainer(training)
     made.fit(quiet)
     lesson = made.teacher.lesson(prompts(1000))
@@ -108,6 +108,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     trainer(QUICK, tmp_path).fit(quiet)
     with pytest.raises(ValueError, match="of a training with other settings"):
         trainer(RouterTraining(samples=4, steps=4, layers=3, tokens=0.5), tmp_path)
+    with pytest.raises(ValueError, match="or of another model"):
+        RouterTrainer(fresh(), Teacher(VLMS["llava"].make("sdpa"), 3), prompts, QUICK, tmp_path)
 
 
 def test_the_teacher_measures_the_kl_of_routed_answers():

@@ -62,7 +62,8 @@ class Skipping:
     """The hooks that run each decoder layer for the rows that chose it only.
 
     A layer's cache holds those rows alone, so nothing has to be masked. The choice stays with the cache: later calls
-    that go on with it, later pictures included, run the layers that its first prompt chose.
+    that go on with it, later pictures included, run the layers that its first prompt chose. Without a cache every call
+    is a prompt and chooses anew.
 
     Attributes:
         on_route: Is told the route of a prompt; None where every row runs every layer.
