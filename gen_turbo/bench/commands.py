@@ -9,7 +9,7 @@ from pathlib import Path
 BENCHES = {
     "primitives": "merge and unmerge against the package tomesd",
     "layer": "one attention layer, matching included",
-    "step": "denoising steps of the Stable Diffusion 1.5 UNet, random weights",
+    "step": "denoising steps of the UNets of Stable Diffusion 1.5 and XL and of Flux, random weights",
     "quality": "distance to stock against measured and counted cost, on the embedded model",
     "flops": "counted arithmetic of whole denoisers of real size against the least that merging leaves",
     "check": "how many pictures show what their caption says",
@@ -67,8 +67,10 @@ def run(namespace: argparse.Namespace) -> None:
 
 
 def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=("sd15", "sdxl", "flux"), default="sd15")
+    parser.add_argument("--blocks", type=_positive, help="the most equal blocks of each kind; all by default")
     parser.add_argument("--latents", type=_positive, default=64, help="side of the latent image")
-    parser.add_argument("--width-scale", type=float, default=1.0, help="factor on all widths of the UNet")
+    parser.add_argument("--width-scale", type=float, default=1.0, help="factor on all widths of the model")
     parser.add_argument("--steps", type=_positive, default=5, help="consecutive steps of one run")
 
 

@@ -40,10 +40,10 @@ class Denoiser:
     patch: int = 1
     joins_text: bool = False
 
-    def build(self, depths: Mapping[str, int] | None = None) -> nn.Module:
-        """Makes the model on the meta device, with its own depths or with others."""
+    def build(self, depths: Mapping[str, int] | None = None, device: str = "meta") -> nn.Module:
+        """Makes the model, on the meta device unless told otherwise, with its own depths or with others."""
         config = self.config | _NESTED.get(self.name, dict)(self.depths if depths is None else depths)
-        with torch.device("meta"):
+        with torch.device(device):
             model: nn.Module = getattr(import_module("diffusers"), self.model)(**config)
         return model.eval().requires_grad_(False)
 

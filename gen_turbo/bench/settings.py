@@ -78,12 +78,13 @@ class Tomesd(Setting):
 
     ratio: float = 0.5
     max_downsample: int = 1
+    is_whole: bool = False
 
     def applied(self, target: Any) -> AbstractContextManager[object]:
-        """Patches the UNet's blocks."""
+        """Patches the UNet's blocks: self-attention, or where it is whole, cross-attention and feed-forward too."""
         from gen_turbo.bench.tomesd_baseline import patched
 
-        return patched(getattr(target, "unet", target), self.ratio, self.max_downsample)
+        return patched(getattr(target, "unet", target), self.ratio, self.max_downsample, self.is_whole)
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,27 @@ def quality_catalogue(steps: int) -> list[Setting]:
     return [default, *routed, *rivals, *corrected, *copies, _corrected("random", 0.75, 3, 1)]
 
 
-def step_catalogue() -> list[Setting]:
-    """Settings of the step benchmark: stock, tomesd and Turbo at equal coverage of one and of two levels."""
-    settings: list[Setting] = [Stock()]
-    for levels in (1, 2):
+def step_catalogue(model: str = "sd15") -> list[Setting]:
+    """Settings of the step benchmark: stock, tomesd and Turbo at equal coverage, ToDo-style pooling of keys.
+
+    Args:
+        model: One of `step_models.MODELS`. SDXL has no attention at its finest level, Flux has one level alone.
+    """
+    settings: list[Setting] = [Stock(), _pooled_keys()]
+    for levels in (1,) if model == "flux" else (1, 2):
         where = f"{levels}level" + "s" * (levels > 1)
-        settings.append(Tomesd(f"tomesd-{where}", "package tomesd", 0.5, levels))
         copy = {"ratio": 0.5, "num_levels": levels, "restore": "copy"}
+        block = copy | {"scope": "block"}
+        if model != "flux":
+            coarsest = 2 ** (levels - (model == "sd15"))
+            settings.append(Tomesd(f"tomesd-{where}", "package tomesd", 0.5, coarsest))
+            settings.append(Tomesd(f"tomesd-block-{where}", "package tomesd", 0.5, coarsest, is_whole=True))
         settings.append(Method(f"turbo-copy-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 1}))
         settings.append(Method(f"turbo-copy-reuse5-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 5}))
-    return settings
+        settings.append(Method(f"turbo-block-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 1}))
+        settings.append(Method(f"turbo-block-reuse5-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 5}))
+    runs = {"ratio": 0.5, "restore": "copy", "scope": "block", "plan_steps": 5, "run_length": 0}
+    return [*settings, Method("turbo-runs-reuse5-1level", "turbo, blocks", "turbo", runs)]
 
 
 def selected(settings: Sequence[Setting], patterns: Sequence[str]) -> list[Setting]:
@@ -184,3 +196,8 @@ def _routed(budget: float, inner: str | None) -> Method:
 def _copied(method: str, ratio: float) -> Method:
     options = {"ratio": ratio, "restore": "copy", "plan_steps": 1}
     return Method(f"{method}-copy-r{ratio:g}", f"{method}, copied", method, options)
+
+
+def _pooled_keys() -> Method:
+    """ToDo (Smith et al., 2024, arXiv 2402.13573) keeps every fourth key and value; here each is the mean of four."""
+    return Method("pool-keys-r0.75", "pooled keys", "pool", {"ratio": 0.75, "keep_queries": True})

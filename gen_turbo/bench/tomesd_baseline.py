@@ -48,9 +48,10 @@ def same_plan(unmerge: TokenMap, batch: int, grid: Grid, num_removed: int) -> tu
 
 
 @contextmanager
-def patched(model: nn.Module, ratio: float, max_downsample: int = 1) -> Iterator[None]:
+def patched(model: nn.Module, ratio: float, max_downsample: int = 1, is_whole: bool = False) -> Iterator[None]:
     """Merges by tomesd inside the `with` block; afterwards the model is as it was."""
-    tomesd.apply_patch(model, ratio=ratio, max_downsample=max_downsample)
+    whole = {"merge_crossattn": is_whole, "merge_mlp": is_whole}
+    tomesd.apply_patch(model, ratio=ratio, max_downsample=max_downsample, **whole)
     try:
         yield
     finally:

@@ -79,6 +79,17 @@ def test_steps_compare_at_equal_coverage(tmp_path: Path) -> None:
     assert counts["tomesd-1level"] == counts["turbo-copy-1level"] < counts["stock"]
 
 
+@pytest.mark.parametrize(("model", "rival"), [("sdxl", "tomesd-block-1level"), ("flux", "pool-keys-r0.75")])
+def test_steps_of_other_models(model: str, rival: str, tmp_path: Path) -> None:
+    """Catches blocks that run in full, and a rival that reduces another level than Turbo."""
+    names = (rival, "turbo-block-1level", "turbo-runs-reuse5-1level")
+    _run("step", "--model", model, "--width-scale", "0.1", "--blocks", "1", "--latents", "16", "--steps", "2",
+         "--rounds", "1", "--records", str(tmp_path), "--settings", *names)  # fmt: skip
+    counts = {r.setting: r.counts["attention_flops"] for r in load(tmp_path, "step")}
+    assert counts["turbo-block-1level"] == counts["turbo-runs-reuse5-1level"] < counts["stock"] > counts[rival]
+    assert model == "flux" or counts[rival] == counts["turbo-block-1level"]
+
+
 def test_quality_measures_a_setting_once(pipeline: str, tmp_path: Path) -> None:
     """Catches numbers of captions that were not drawn, and a finished setting that is run again."""
     (record,) = _quality(pipeline, tmp_path, "--settings", "turbo-copy-r0.5")
