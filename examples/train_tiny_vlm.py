@@ -30,7 +30,9 @@ STAGES = (
     Stage("64", 16, batch=32, learning_rate=2e-3, decay_from=1.0),
     Stage("256", 8, batch=16, learning_rate=2e-3, decay_from=0.5),
 )
-QUESTIONS = 5
+QUESTIONS = 8
+PAIRS = 2.5
+"""How much oftener a picture of two objects is taken than one of one; those are learnt first."""
 SEEING_UNTIL = 0.45
 HELD_OUT = 96
 
@@ -119,7 +121,8 @@ class VlmTraining:
     def loss(self, rows: Sequence, images: Tensor, shown: Tensor, batch: int, told: int) -> Tensor:
         """How wrong the tower is about patches, and the language model about the first `told` pictures."""
         model = self.trainer.models[0]
-        chosen = torch.randint(0, len(rows), (batch,))
+        weights = torch.tensor([1.0 if " on the " in row.caption else PAIRS for row in rows])
+        chosen = weights.multinomial(batch, replacement=True)
         half, seen = see(model, images[chosen])
         patches = self.patch_loss(half, seen, images[chosen], shown[chosen])
         seeds = torch.randint(0, 2**31, (told,)).tolist()
