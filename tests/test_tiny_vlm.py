@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from gen_turbo import TurboProcessor, attach, report, scenes
+from gen_turbo.bench import understanding
 from gen_turbo.pipelines import tiny_vlm
 from tests.test_examples import EXAMPLES, load
 
@@ -146,3 +147,13 @@ def test_training_goes_on_where_it_stopped_and_ships_a_stock_model(data, tmp_pat
     assert shipped.config.vision_config.patch_size == tiny_vlm.PATCH_PX
     assert all(value.dtype == torch.float16 for value in load_file(tmp_path / "shipped" / "model.safetensors").values())
     AutoProcessor.from_pretrained(tmp_path / "shipped")
+
+
+def test_the_shipped_model_reads_scenes_that_it_never_saw():
+    """Catches weights of another vocabulary, a processor of another scale, and a half precision that spoils them."""
+    folder = tiny_vlm.weights_folder()
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    kinds = ("color", "size", "position", "detail")
+    asks = [ask for ask in understanding.asked(6, seed=1) if ask.kind in kinds]
+    said = list(understanding.answers(model, AutoProcessor.from_pretrained(folder), asks))
+    assert sum(one == ask.answer for one, ask in zip(said, asks, strict=True)) >= 0.9 * len(asks)
