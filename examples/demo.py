@@ -1,4 +1,4 @@
-"""The main job end to end on the embedded model: pictures by the stock pipeline and by Turbo, side by side."""
+"""The main jobs end to end on the embedded models, stock and Turbo side by side: drawing; reading and drawing anew."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import gen_turbo
 from gen_turbo import scenes
+from gen_turbo.config import ConfigError
 from gen_turbo.metrics.image import psnr
 
 SCALE = 2
@@ -34,7 +35,7 @@ class Drawing:
 
 
 def main() -> None:
-    """Draws every prompt with and without Turbo, in turn, and prints a table."""
+    """Draws every prompt, and goes from pictures to captions to new pictures, with and without Turbo in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", default="tiny", help="name or YAML of a text-to-image pipeline")
     parser.add_argument("--prompts", type=int, default=3, help="how many captions to draw")
@@ -44,6 +45,9 @@ def main() -> None:
         "--limit", type=float, default=90, help="seconds that drawing may take; a slow machine draws fewer"
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
+    parser.add_argument("--workflow", default="caption-generate", help="name or YAML of a caption-generate pipeline")
+    parser.add_argument("--pictures", type=int, default=2, help="how many pictures go the whole way; 0 leaves it out")
+    parser.add_argument("--workflow-output", type=Path, default=Path("outputs/demo-caption-generate.png"))
     options = parser.parse_args()
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -56,9 +60,12 @@ def main() -> None:
     pairs = draw_pairs(pipe, processor, captions, options)
     captions = captions[: len(pairs)]
     print_table(captions, pairs, processor)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    side_by_side(captions, pairs).save(options.output)
-    print(f"\npicture: {options.output.resolve()}")
+    save(options.output, [(caption, pair_row(pair)) for caption, pair in zip(captions, pairs, strict=True)])
+    if options.pictures:
+        try:
+            show_workflow(options, gen_turbo.load_pipeline(options.workflow, processor=None))
+        except ConfigError as error:
+            print(f"\npicture -> caption -> new picture is left out: {error}")
 
 
 def draw_pairs(
@@ -112,22 +119,51 @@ def print_table(captions: list[str], pairs: list[tuple[Drawing, Drawing]], proce
     print(f"tokens in the top self-attention: {pairs[0][1].tokens}")
 
 
-def side_by_side(captions: list[str], pairs: list[tuple[Drawing, Drawing]]) -> Image.Image:
-    """Puts stock left and Turbo right, one row per caption, with the caption above."""
-    side = SCALE * pairs[0][0].image.width
-    row = side + 2 * LINE_PX + MARGIN_PX
-    canvas = Image.new("RGB", (2 * side + 3 * MARGIN_PX, MARGIN_PX + row * len(pairs)), "white")
-    pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=14)
-    for number, (caption, pair) in enumerate(zip(captions, pairs, strict=True)):
-        top = MARGIN_PX + number * row
+def show_workflow(options: argparse.Namespace, pipe: Any) -> None:
+    """Reads rendered scenes, draws new pictures from what was said, and prints how both halves did."""
+    pipe.picture.set_progress_bar_config(disable=True)
+    processors = {"caption": gen_turbo.TurboProcessor(0.66), "picture": gen_turbo.TurboProcessor()}
+    captions = scenes.captions(options.pictures, options.seed + 1)
+    rows = []
+    print("\npicture -> caption -> new picture, Turbo in both halves")
+    for number, caption in enumerate(captions):
+        source, made = scenes.render(caption, options.seed + number), {}
+        for kind in (None, processors)[:: 1 if number % 2 == 0 else -1]:
+            pipe.set_attn_processor(kind)
+            made[kind is None] = pipe(source, seeds=options.seed + number)
+        stock, turbo = made[True], made[False]
+        passed = [("no", "yes")[scenes.check(one.images[0], caption).passed] for one in (stock, turbo)]
+        print(f"source: {caption}\n  said: {turbo.captions[0]} ({turbo.num_tokens} -> {turbo.num_kept} image tokens)")
+        print(f"  stock {stock.seconds:.1f} s, Turbo {turbo.seconds:.1f} s; new picture shows it: {' / '.join(passed)}")
+        both = [(f"{name}, {one.seconds:.1f} s", one.images[0]) for name, one in (("stock", stock), ("Turbo", turbo))]
+        rows.append((turbo.captions[0], [("source", source), *both]))
+    save(options.workflow_output, rows)
+
+
+def pair_row(pair: tuple[Drawing, Drawing]) -> list[tuple[str, Image.Image]]:
+    """Stock left and Turbo right, each with its name and time."""
+    named = zip(("stock", "Turbo"), pair, strict=True)
+    return [(f"{name}, {drawing.seconds:.1f} s", drawing.image) for name, drawing in named]
+
+
+def save(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> None:
+    """Writes a sheet of labelled pictures, one row per caption, with the caption above, and says where."""
+    side = SCALE * rows[0][1][-1][1].width
+    height = side + 2 * LINE_PX + MARGIN_PX
+    columns = max(len(pictures) for _, pictures in rows)
+    size = (columns * (side + MARGIN_PX) + MARGIN_PX, MARGIN_PX + height * len(rows))
+    canvas = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+    for number, (caption, pictures) in enumerate(rows):
+        top = MARGIN_PX + number * height
         pen.text((MARGIN_PX, top), caption, "black", font)
-        for column, (label, drawing) in enumerate(zip(("stock", "Turbo"), pair, strict=True)):
+        for column, (label, image) in enumerate(pictures):
             left = MARGIN_PX + column * (side + MARGIN_PX)
-            pen.text((left, top + LINE_PX), f"{label}, {drawing.seconds:.1f} s", "gray", font)
-            picture = drawing.image.resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left, top + 2 * LINE_PX))
-    return canvas
+            pen.text((left, top + LINE_PX), label, "gray", font)
+            canvas.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, top + 2 * LINE_PX))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+    print(f"\npicture: {path.resolve()}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from gen_turbo import TurboProcessor
+from gen_turbo.pipelines import tiny_vlm
 from tests.tiny_hosts import sd_pipeline
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
@@ -17,21 +18,35 @@ checkpoint: {folder}
 dtype: float32
 device: cpu
 """
+WORKFLOW = """
+pipeline: caption-generate
+caption: {{checkpoint: {folder}/vlm, max_new_tokens: 3, device: cpu}}
+picture: {{checkpoint: {folder}/pipeline, device: cpu, steps: 5}}
+"""
 
 
 def test_the_demo_draws_pairs_and_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a demo whose Turbo column is stock again, or that hides where the picture is."""
+    """Catches a demo whose Turbo column is stock again, that hides where the pictures are, or leaves out a half."""
     sd_pipeline().save_pretrained(tmp_path / "pipeline")
+    tiny_vlm.make_model().save_pretrained(tmp_path / "vlm")
+    tiny_vlm.make_processor().save_pretrained(tmp_path / "vlm")
     settings, output = tmp_path / "toy.yaml", tmp_path / "demo.png"
     settings.write_text(SETTINGS.format(folder=tmp_path / "pipeline"))
+    workflow, anew = tmp_path / "workflow.yaml", tmp_path / "anew.png"
+    workflow.write_text(WORKFLOW.format(folder=tmp_path))
     arguments = ["--pipeline", str(settings), "--prompts", "2", "--steps", "5", "--output", str(output)]
+    arguments += ["--workflow", str(workflow), "--pictures", "1", "--workflow-output", str(anew)]
     monkeypatch.setattr(sys, "argv", [str(DEMO), *arguments])
     runpy.run_path(str(DEMO), run_name="__main__")
     printed = capsys.readouterr().out
     assert f"256 -> {256 - int(256 * TurboProcessor().ratio)}" in printed
     assert "inf dB" not in printed
     assert str(output) in printed
+    assert str(anew) in printed and "left out" not in printed
+    assert "(256 -> 88 image tokens)" in printed
+    with Image.open(anew) as image:
+        assert image.width > 3 * 64
     with Image.open(output) as image:
         assert image.width > 2 * 64
