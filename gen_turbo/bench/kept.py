@@ -17,7 +17,6 @@ from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.factory import build_processor
 from gen_turbo.hosts.attach import attach
 from gen_turbo.hosts.vlm.settings import Placed, placement_of
-from gen_turbo.pipelines import tiny_vlm
 
 _LABEL_PX = 16
 _DARK = 0.2
@@ -37,14 +36,13 @@ class _Watched(Placed):
         return self.last
 
 
-def draw_kept(model: Any, processor: Any, asks: list[Ask], settings: list[Method], path: Path) -> None:
+def draw_kept(pipe: Any, asks: list[Ask], settings: list[Method], path: Path) -> None:
     """Draws one row for each setting: what the language model is left with to answer each question.
 
     A method that drops tokens leaves dark patches; one that merges paints each patch with the mean of its slot.
 
     Args:
-        model: The vision-language model.
-        processor: Of the model.
+        pipe: The caption pipeline.
         asks: One column each, about one picture each.
         settings: Methods that work before or inside the language model.
         path: The picture, by its ending.
@@ -59,22 +57,22 @@ def draw_kept(model: Any, processor: Any, asks: list[Ask], settings: list[Method
         top = row * (side + _LABEL_PX)
         pen.text((2, top + 2), setting.name, fill="black", font_size=11)
         for column, ask in enumerate(asks):
-            sheet.paste(_left(model, processor, ask, setting), (column * side, top + _LABEL_PX))
+            sheet.paste(_left(pipe, ask, setting), (column * side, top + _LABEL_PX))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
 @torch.no_grad()
-def _left(model: Any, processor: Any, ask: Ask, setting: Method) -> Image.Image:
+def _left(pipe: Any, ask: Ask, setting: Method) -> Image.Image:
     reducer: Any = build_processor({"method": setting.method, **setting.options})
     watched = _Watched(reducer, "select" if isinstance(setting, Selecting) else None)
-    inputs = processor(images=ask.image, text=tiny_vlm.prompt_of(ask.question), return_tensors="pt")
-    with attach(model, watched):
-        model(**inputs)
+    inputs = pipe.preparer(images=ask.image, text=pipe.text_of(ask.question), return_tensors="pt")
+    with attach(pipe.vlm, watched):
+        pipe.vlm(**inputs)
     plan = watched.last
     assert plan is not None
     pixels = inputs["pixel_values"]
-    patch = tiny_vlm.PATCH_PX
+    patch = pipe.vlm.config.vision_config.patch_size
     patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2)
     is_selecting = watched.combine == "select" or watched.place == "decoder"
     if is_selecting:

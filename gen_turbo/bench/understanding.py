@@ -12,24 +12,21 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from gen_turbo import scenes
 from gen_turbo.bench import records
 from gen_turbo.bench.par_settings import par_settings
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
-from gen_turbo.factory import build_processor
+from gen_turbo.factory import build_processor, load_pipeline
 from gen_turbo.hosts.attach import attach
 from gen_turbo.hosts.report import report
 from gen_turbo.hosts.vlm.settings import Placed
 from gen_turbo.learned.files import artefact_folder
-from gen_turbo.pipelines import tiny_vlm
 
 KEPT = (0.5, 0.33, 0.22, 0.11)
 """Share of the image tokens that are kept; whole numbers of tokens are rounded."""
@@ -57,7 +54,7 @@ class Selecting(Method):
         return attach(target, Placed(processor, combine="select"))
 
 
-def asked(count: int, seed: int) -> list[Ask]:
+def asked(count: int, seed: int, prompt: str = "describe the picture") -> list[Ask]:
     """One question of each kind about every held-out picture, half of them with one object, half with two.
 
     Every picture has a dot, so each is asked for its caption, for five or six plain things and for a fine detail.
@@ -65,6 +62,7 @@ def asked(count: int, seed: int) -> list[Ask]:
     Args:
         count: Pictures.
         seed: Of the scenes, their rendering and the choice of questions.
+        prompt: What asks for a caption.
 
     Raises:
         ValueError: If `count` is negative.
@@ -76,17 +74,16 @@ def asked(count: int, seed: int) -> list[Ask]:
         caption, look, dot = (single, pairs)[number % 2][number], rng.randrange(2**31), rng.choice(list(scenes.COLORS))
         image, scene = scenes.render(caption, look, dot), scenes.parse(caption)
         told = scene.canonical.caption if isinstance(scene, scenes.Pair) else caption
-        asks.append(Ask(image, tiny_vlm.CAPTION_PROMPT, told, "caption"))
+        asks.append(Ask(image, prompt, told, "caption"))
         by_kind = {question.kind: question for question in scenes.questions(caption, look, dot)}
         asks += [Ask(image, *by_kind[kind]) for kind in scenes.KINDS if kind in by_kind]
     return asks
 
 
-def catalogue() -> list[Setting]:
-    """Stock, and every method at every number of tokens that it can reach."""
+def catalogue(total: int = 256) -> list[Setting]:
+    """Stock, and every method at every number of tokens that it can reach, of `total`."""
     settings: list[Setting] = [Stock()]
     for kept in KEPT:
-        total = tiny_vlm.NUM_IMAGE_TOKENS
         # The least ratio of four digits, as a record writes it, that removes so many.
         ratio = math.ceil(1e4 * (1 - round(kept * total) / total)) / 1e4
         percent, options = f"{kept:.0%}".rstrip("%"), {"ratio": ratio}
@@ -102,15 +99,15 @@ def catalogue() -> list[Setting]:
             for method in ("stride", "pool", "resize", "fastv", "visionzip", "divprune")
         ]
         settings.append(Method(f"vistog_vit-untrained-{percent}", "vistog_vit, untrained", "vistog_vit", options))
-    return settings + _trained_groups()
+    return settings + _trained_groups(total)
 
 
-def _trained_groups() -> list[Setting]:
+def _trained_groups(total: int) -> list[Setting]:
     """VisToG with the weights that ship, and at the same numbers of tokens what it has to beat."""
     settings: list[Setting] = []
     for path in sorted((artefact_folder() / "vistog").glob("tiny-vlm-*.safetensors")):
         number = int(path.stem.rpartition("-")[2])
-        ratio = math.ceil(1e4 * (1 - number / tiny_vlm.NUM_IMAGE_TOKENS)) / 1e4
+        ratio = math.ceil(1e4 * (1 - number / total)) / 1e4
         weights = {"weights": f"embedded:vistog/{path.stem}"}
         settings.append(Method(f"vistog_vit-{number}", "vistog_vit, trained", "vistog_vit", weights))
         settings += [
@@ -122,19 +119,23 @@ def _trained_groups() -> list[Setting]:
 
 
 @torch.no_grad()
-def answers(model: Any, processor: Any, asks: Sequence[Ask]) -> Iterator[str]:
-    """Generates greedily in batches; yields what the model says to each question."""
+def answers(pipe: Any, asks: Sequence[Ask]) -> Iterator[str]:
+    """Lets a caption pipeline generate greedily in batches; yields what its model says to each question."""
     for start in range(0, len(asks), _ROWS):
         part = asks[start : start + _ROWS]
-        texts = [tiny_vlm.prompt_of(ask.question) for ask in part]
-        inputs = processor(images=[ask.image for ask in part], text=texts, padding=True, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=tiny_vlm.MAX_NEW_TOKENS, do_sample=False)
-        yield from processor.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        texts = [pipe.text_of(ask.question) for ask in part]
+        inputs = pipe.preparer(images=[ask.image for ask in part], text=texts, padding=True, return_tensors="pt")
+        output = pipe.vlm.generate(**inputs, max_new_tokens=pipe.config.max_new_tokens, do_sample=False)
+        yield from pipe.preparer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def accuracy(
-    model: Any, processor: Any, asks: Sequence[Ask], setting: Setting
-) -> tuple[dict[str, list[float]], dict[str, int]]:
+def num_image_tokens(pipe: Any) -> int:
+    """Patches of a picture."""
+    vision = pipe.vlm.config.vision_config
+    return int(vision.image_size // vision.patch_size) ** 2
+
+
+def accuracy(pipe: Any, asks: Sequence[Ask], setting: Setting) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Asks everything under one setting.
 
     Returns:
@@ -145,16 +146,17 @@ def accuracy(
     values: dict[str, list[float]] = {}
     # Captions are long and answers short: apart, no batch waits for its longest row.
     ordered = sorted(asks, key=lambda ask: ask.kind != "caption")
-    with setting.applied(model):
-        told = tqdm(answers(model, processor, ordered), total=len(ordered), desc=setting.name, disable=None)
+    with setting.applied(pipe.vlm):
+        told = tqdm(answers(pipe, ordered), total=len(ordered), desc=setting.name, disable=None)
         for ask, said in zip(ordered, told, strict=True):
             values.setdefault(ask.kind, []).append(float(said == ask.answer))
-        found = report(model)
+        found = report(pipe.vlm)
         reduced = [row for row in found.sites if row.stock_flops]
-    counts = {"image_tokens": tiny_vlm.NUM_IMAGE_TOKENS, "kept": tiny_vlm.NUM_IMAGE_TOKENS, "cost": 1000}
+    total = num_image_tokens(pipe)
+    counts = {"image_tokens": total, "kept": total, "cost": 1000}
     if reduced:
         share = sum(row.num_kept for row in reduced) / sum(row.num_tokens for row in reduced)
-        counts["kept"] = round(tiny_vlm.NUM_IMAGE_TOKENS * share)
+        counts["kept"] = round(total * share)
         counts["cost"] = round(1000 * (1 - found.flops_saved))
     return {kind: values[kind] for kind in ("caption", *scenes.KINDS) if kind in values}, counts
 
@@ -176,19 +178,16 @@ def run(options: argparse.Namespace) -> None:
     """
     torch.set_num_threads(options.threads)
     settings = selected(catalogue(), options.settings)
-    folder: Path = options.model or tiny_vlm.weights_folder()
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no model in {folder}; train one with examples/train_tiny_vlm.py and pass --model")
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    asks = asked(options.pictures, options.seed)
-    workload = {"weights": fingerprint(model), "pictures": options.pictures}
+    checkpoint = {"checkpoint": str(options.model)} if options.model else {}
+    pipe = load_pipeline("caption", processor=None, device="cpu", dtype="float32", **checkpoint)
+    asks = asked(options.pictures, options.seed, pipe.config.prompt)
+    workload = {"weights": fingerprint(pipe.vlm), "pictures": options.pictures}
     for setting in settings:
         params = workload | setting.params()
         if records.is_finished(options.records, BENCH, setting.name, params):
             print(f"{setting.name}: finished before")
             continue
-        values, counts = accuracy(model, processor, asks, setting)
+        values, counts = accuracy(pipe, asks, setting)
         record = records.BenchRecord(
             BENCH, setting.name, setting.family, params, [], [], [], [], options.seed, values, counts
         )
@@ -199,7 +198,7 @@ def run(options: argparse.Namespace) -> None:
 
         methods = [setting for setting in settings if isinstance(setting, Method) and setting.method != "par"]
         drawn = [setting for setting in methods if "tower" not in setting.name]
-        draw_kept(model, processor, [ask for ask in asks if ask.kind == "detail"][:_DRAWN], drawn, options.picture)
+        draw_kept(pipe, [ask for ask in asks if ask.kind == "detail"][:_DRAWN], drawn, options.picture)
         print(f"{options.picture}: drawn")
 
 
