@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(BIN) -m mypy
 
 unit: $(STAMP)
-	$(BIN) -m pytest
+	$(BIN) -m pytest -n 2 --dist worksteal
 
 format: $(STAMP)
 	$(BIN) -m ruff check --fix .
