@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from gen_turbo import PARProcessor, TurboProcessor, attach
+from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline
 from gen_turbo.core.forecast import best_slope, forecast
+from gen_turbo.hosts.attach import attachments
 from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, read, write
 from gen_turbo.learned.search import Search
 from tests.schedules import TIMES, by_hand
@@ -94,3 +95,13 @@ def test_the_search_takes_what_is_cheap_and_fills_the_budget():
     assert not heavy[WHOLE] & heavy["cheap"] and min(heavy[WHOLE]) >= 2
     gaps = sorted(heavy[WHOLE])
     assert not any({call, call + 1, call + 2, call + 3} <= set(gaps) for call in gaps)
+
+
+def test_a_schedule_ships_for_the_embedded_model():
+    """Catches weights and schedule that no longer belong together, and a file that the package leaves out."""
+    pipe = load_pipeline("tiny", processor=PARProcessor(budget=0.65))
+    units = attachments(pipe)[0].skipped_units
+    assert any(name.startswith("up_blocks.4.") for name in units)
+    with pytest.raises(ValueError, match="is less than the cheapest schedule for 25 calls"):
+        pipe.set_attn_processor(PARProcessor(budget=0.05))
+    assert attachments(pipe)[0].skipped_units is units
