@@ -178,8 +178,11 @@ class Reduction:
         if limit is None:
             return True
         once = sum(y.numel() * y.element_size() for y in outputs if y is not None)
-        held = stream.num_bytes - (memory.num_bytes if memory else 0)
-        return bool(held + (1 + self.reducer.order) * once <= limit * 1e6)
+        room = limit * 1e6 - (1 + self.reducer.order) * once + (memory.num_bytes if memory else 0)
+        if stream.num_bytes > room:
+            # Keys and values of text save little; they give way.
+            stream.projected.clear()
+        return stream.num_bytes <= room
 
     def _planned(self, call: Call, stream: Stream, semantic: Semantic) -> PlannedAt:
         """The plan of this resolution, made by the first layer that needs it and served to the others."""

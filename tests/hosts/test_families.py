@@ -44,12 +44,14 @@ def test_the_table_has_no_empty_cell():
 def test_odd_grids_and_single_pictures(name):
     """Catches a square root of the number of tokens, and a batch of two that is taken for granted."""
     model, run_model = family(name)
-    shape = {"batch": 1, "grid": (6, 10)}
+    # diffusers' DiT is square: it takes the root itself.
+    grid = (6, 6) if name == "dit" else (6, 10)
+    shape = {"batch": 1, "grid": grid}
     stock = run_model(**shape)
     with attach(model, TurboProcessor(0.4, restore="copy")):
         reduced = run_model(**shape)
         grids = {site.grid for site in report(model).sites if site.status == "reduced"}
-    assert reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.5 and grids == {(6, 10)}
+    assert reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.5 and grids == {grid}
 
 
 @pytest.mark.parametrize("name", SHARED)
