@@ -30,7 +30,7 @@ STAGES = (
     Stage("64", 16, batch=32, learning_rate=2e-3, decay_from=1.0),
     Stage("256", 8, batch=16, learning_rate=2e-3, decay_from=0.5),
 )
-QUESTIONS = 8
+QUESTIONS = 6
 PAIRS = 2.5
 """How much oftener a picture of two objects is taken than one of one; those are learnt first."""
 SEEING_UNTIL = 0.45

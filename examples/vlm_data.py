@@ -24,6 +24,7 @@ from gen_turbo.scenes import (
     Scene,
     all_pairs,
     all_scenes,
+    counts,
     draw,
     is_held_out,
     parse,
@@ -145,11 +146,16 @@ def training_set(folder: Path, count: int, seed: int) -> tuple[list[Row], Tensor
 
 
 def turns(row: Row, seed: int, most: int | None = None) -> list[tuple[str, str, str]]:
-    """(question, answer, kind) of one picture: its caption first, then questions, the one for the dot first of all."""
+    """(question, answer, kind) of one picture: its caption first, then questions, the one for the dot first of all.
+
+    With `most`, for training, at most so many questions, and then how many there are of each shape: one at a time they
+    teach too seldom that the answer depends on the picture.
+    """
     scene = parse(row.caption)
     caption = row.caption if isinstance(scene, Scene) else scene.canonical.caption
     asked = sorted(questions(row.caption, seed, row.dot), key=lambda question: question.kind != "detail")
-    return [(tiny_vlm.CAPTION_PROMPT, caption, "caption"), *asked[:most]]
+    numbers = [] if most is None else counts(row.caption)
+    return [(tiny_vlm.CAPTION_PROMPT, caption, "caption"), *asked[:most], *numbers]
 
 
 @cache

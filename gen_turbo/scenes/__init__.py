@@ -6,7 +6,7 @@ background. `check` reads them back from any 128 x 128 picture. Unlimited, licen
 show what the caption says" has an exact answer.
 """
 
-from gen_turbo.scenes.asking import KINDS, QUESTION_WORDS, Question, questions
+from gen_turbo.scenes.asking import KINDS, QUESTION_WORDS, Question, counts, questions
 from gen_turbo.scenes.checking import CheckResult, PairCheckResult, check
 from gen_turbo.scenes.drawing import Drawing, draw, render
 from gen_turbo.scenes.grammar import Pair, Scene, all_pairs, all_scenes, captions, is_held_out, parse
@@ -33,6 +33,7 @@ __all__ = [
     "all_scenes",
     "captions",
     "check",
+    "counts",
     "draw",
     "is_held_out",
     "parse",

@@ -44,13 +44,26 @@ def questions(caption: str, seed: int, dot: str | None = None) -> list[Question]
     present = [scene.shape] if isinstance(scene, Scene) else [scene.shape, scene.other_shape]
     asked.append(Question("how many objects are there", "one" if len(present) == 1 else "two", "count"))
     absent = [shape for shape in SHAPES if shape not in present]
-    counted = rng.choice([rng.choice(present), rng.choice(absent)])
-    answer = "one" if counted in present else "none"
-    asked.append(Question(f"how many {_PLURAL[counted]} are there", answer, "count"))
+    asked.append(_about_number(rng.choice([rng.choice(present), rng.choice(absent)]), present))
     if dot is not None:
         asked.append(Question("what color is the dot", dot, "detail"))
     rng.shuffle(asked)
     return asked
+
+
+def counts(caption: str) -> list[Question]:
+    """Asks of each shape how many there are.
+
+    Raises:
+        ValueError: If the caption is not of the grammar.
+    """
+    scene = parse(caption)
+    present = [scene.shape] if isinstance(scene, Scene) else [scene.shape, scene.other_shape]
+    return [_about_number(shape, present) for shape in SHAPES]
+
+
+def _about_number(shape: str, present: list[str]) -> Question:
+    return Question(f"how many {_PLURAL[shape]} are there", "one" if shape in present else "none", "count")
 
 
 def _about_object(color: str, shape: str) -> list[Question]:
