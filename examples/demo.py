@@ -46,7 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
     parser.add_argument("--workflow", default="caption-generate", help="name or YAML of a caption-generate pipeline")
-    parser.add_argument("--pictures", type=int, default=2, help="how many pictures go the whole way; 0 leaves it out")
+    parser.add_argument("--pictures", type=int, default=1, help="how many pictures go the whole way; 0 leaves it out")
     parser.add_argument("--workflow-output", type=Path, default=Path("outputs/demo-caption-generate.png"))
     options = parser.parse_args()
 

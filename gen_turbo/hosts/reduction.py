@@ -182,7 +182,7 @@ class Reduction:
         if stream.num_bytes > room:
             # Keys and values of text save little; they give way.
             stream.projected.clear()
-        return stream.num_bytes <= room
+        return bool(stream.num_bytes <= room)
 
     def _planned(self, call: Call, stream: Stream, semantic: Semantic) -> PlannedAt:
         """The plan of this resolution, made by the first layer that needs it and served to the others."""

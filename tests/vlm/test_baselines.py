@@ -157,7 +157,7 @@ def test_spaced_tokens_are_evenly_spaced():
     ("make", "words"),
     [
         (lambda: FastVProcessor(place="gate"), "place must be 'decoder', got 'gate'"),
-        (lambda: StrideProcessor(place="roof"), "place must be one of picture, tower, projector, gate, decoder; got 'roof'"),
+        (lambda: StrideProcessor(place="roof"), "one of picture, tower, projector, gate, decoder; got 'roof'"),
         (lambda: StrideProcessor(combine="glue"), "combine must be 'merge' or 'select'"),
         (lambda: StrideProcessor(layer=0), "layer must be at least 1"),
         (lambda: VisionZipProcessor(contextual=2.0), "contextual must be a fraction"),
