@@ -146,3 +146,14 @@ def test_shapes_are_counted_with_every_answer():
     assert answers == {"none", "one"}
     known = set(scenes.QUESTION_WORDS)
     assert all(set(question.question.split()) | {question.answer} <= known for question in asked)
+
+
+def test_every_shape_is_counted():
+    """Catches numbers that do not follow the caption."""
+    asked = scenes.counts(PAIR)
+    assert {question.question.split()[2]: question.answer for question in asked} == {
+        "circles": "one",
+        "squares": "one",
+        "triangles": "none",
+        "crosses": "none",
+    }
