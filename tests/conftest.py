@@ -30,3 +30,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.assemble(tiny.make_autoencoder(), text_encoder, tiny.make_unet()).save_pretrained(folder)
     torch.set_rng_state(state)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the embedded vision-language model's classes at random weights."""
+    from gen_turbo.pipelines import tiny_vlm
+
+    folder = tmp_path_factory.mktemp("vlm")
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = tiny_vlm.make_model()
+    torch.set_rng_state(state)
+    model.save_pretrained(folder)
+    tiny_vlm.make_processor().save_pretrained(folder)
+    return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,21 +18,6 @@ from tests.snapshots import differences, model_state
 from tests.vlm.test_blip import _blip
 
 SMALL = {"num_inference_steps": 3, "height": 32, "width": 32}
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory) -> Path:
-    """A checkpoint of the embedded vision-language model's classes at random weights."""
-    from gen_turbo.pipelines import tiny_vlm
-
-    folder = tmp_path_factory.mktemp("vlm")
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    model = tiny_vlm.make_model()
-    torch.set_rng_state(state)
-    model.save_pretrained(folder)
-    tiny_vlm.make_processor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,26 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from gen_turbo import captioning, cli, scenes
 from gen_turbo.config import ConfigError
 from gen_turbo.manifest import Item, Manifest
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory) -> Path:
-    """A checkpoint of the embedded vision-language model's classes at random weights."""
-    from gen_turbo.pipelines import tiny_vlm
-
-    folder = tmp_path_factory.mktemp("vlm")
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    model = tiny_vlm.make_model()
-    torch.set_rng_state(state)
-    model.save_pretrained(folder)
-    tiny_vlm.make_processor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from gen_turbo.hosts.base import Form
 from gen_turbo.hosts.call import flat, like
 from gen_turbo.hosts.compiled import outside
+from gen_turbo.hosts.forward import InForward
 from gen_turbo.hosts.values import mapped, refilled, tensors
 
 if TYPE_CHECKING:
@@ -22,44 +21,21 @@ if TYPE_CHECKING:
 _OTHER_STREAM = "encoder_hidden_states"
 
 
-class Gate:
+class Gate(InForward):
     """Takes the place of a module's `forward`; its result is what is remembered and forecast.
 
     Attributes:
-        name: Path of the module; empty for the model itself.
         names: Names of what the module takes by position.
     """
 
     def __init__(self, name: str, module: nn.Module, routing: Routing) -> None:
-        self.name = name
+        super().__init__(name, module)
         self.routing = routing
         self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        self._module = weakref.ref(module)
-        self._before: Any = None
-        self._placed: Any = None
 
-    def install(self) -> None:
-        """Replaces the module's forward by one of the same signature."""
-        module: Any = self._module()
-        self._before = vars(module).get("forward")
-        inner = module.forward
-
-        @functools.wraps(inner)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self.answer(inner, args, kwargs)
-
-        self._placed = module.forward = outside(forward)
-
-    def remove(self) -> None:
-        """Puts back what was there; a forward that was placed over ours stays, and finds the gate open."""
-        module: Any = self._module()
-        if module is None or vars(module).get("forward") is not self._placed:
-            return
-        if self._before is None:
-            del module.forward
-        else:
-            module.forward = self._before
-        self._placed = self._before = None
+    def as_placed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that compiled code does not look into."""
+        return outside(forward)
 
     def answer(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module or stands for it, as the route of the running call asks."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gen_turbo.hosts.clock import Clock, Projected
+from gen_turbo.hosts.forward import InForward
 
 
-class TextProjection:
+class TextProjection(InForward):
     """Takes the place of the `forward` of one projection of text; its results die with the run.
 
     Exact: a result serves only the same tensor object under the same weights, neither written to in between. It
@@ -20,39 +20,26 @@ class TextProjection:
     """
 
     def __init__(self, name: str, module: nn.Module, clock: Clock, limit_mb: float | None) -> None:
-        self.name = name
-        self._module = weakref.ref(module)
+        super().__init__(name, module)
         self._clock = clock
         self._limit_mb = limit_mb
         self._is_installed = False
-        self._before: Any = None
-        self._placed: Any = None
 
     def install(self) -> None:
         """Replaces the module's forward by one of the same signature."""
-        module: Any = self._module()
-        self._before = vars(module).get("forward")
-        inner = module.forward
-
-        @functools.wraps(inner)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self._is_installed or torch.compiler.is_compiling() or len(args) != 1 or kwargs:
-                return inner(*args, **kwargs)
-            return self._projected(inner, args[0])
-
-        self._placed = module.forward = forward
+        super().install()
         self._is_installed = True
 
     def remove(self) -> None:
-        """Puts back what was there; a forward that was placed over ours stays, and ours lets everything through."""
-        module: Any = self._module()
+        """Puts back what was there."""
         self._is_installed = False
-        if module is None or vars(module).get("forward") is not self._placed:
-            return
-        if self._before is None:
-            del module.forward
-        else:
-            module.forward = self._before
+        super().remove()
+
+    def answer(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Gives the text's projection, from the run's memory where it is known."""
+        if not self._is_installed or torch.compiler.is_compiling() or len(args) != 1 or kwargs:
+            return inner(*args, **kwargs)
+        return self._projected(inner, args[0])
 
     def _projected(self, inner: Any, text: Tensor) -> Any:
         stream, module = self._clock.current, self._module()

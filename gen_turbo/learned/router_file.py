@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gen_turbo.learned.files import EMBEDDED, artefact_folder, artefact_path
+from gen_turbo.learned.files import EMBEDDED, artefact_folder, artefact_path, read_artefact
 from gen_turbo.learned.layouts import Layout, PromptCost
 from gen_turbo.learned.probe import is_same_model, weight_probe
 from gen_turbo.learned.router import Router, RouterShape
@@ -111,12 +110,4 @@ def router_for(model: nn.Module, name_or_path: str | None) -> RouterArtefact:
 
 
 def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes: Mapping[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read the router {path}: {error}") from error
-    if notes.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no router; make one with: gen-turbo calibrate par")
-    return notes, tensors
+    return read_artefact(path, FORMAT, "router", "make one with: gen-turbo calibrate par")

@@ -6,18 +6,17 @@ Shape names: B pictures, N patches, M groups, D channels of the vision tower.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.core.selection import pool_cells
+from gen_turbo.learned.files import read_artefact
 
 FORMAT = "gen_turbo.vistog.1"
 _PROBE, _CONNECTOR = "probe", "connector."
@@ -174,14 +173,7 @@ class VisToGArtefact:
         Raises:
             ValueError: If there is no such file or it holds something else.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                notes: Mapping[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read the VisToG weights {path}: {error}") from error
-        if notes.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no VisToG weights; make some with: gen-turbo calibrate vistog")
+        notes, tensors = read_artefact(path, FORMAT, "VisToG weights", "make some with: gen-turbo calibrate vistog")
         probe = tensors.pop(_PROBE)
         connector = {n.removeprefix(_CONNECTOR): w.float() for n, w in tensors.items() if n.startswith(_CONNECTOR)}
         grouping = SemanticGrouping(VisToGShape(**json.loads(notes["shape"])))
