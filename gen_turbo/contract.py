@@ -69,7 +69,8 @@ class TokenReducer(ABC):
         warmup: With "correct", how many first steps run in full. Two give order 1 its slope at once.
         stagger: With "correct", spreads the full steps of the layers over the steps, which evens out their times.
         plan_steps: How many steps a plan serves; 0 means the whole run. With "correct" a new plan waits for the
-            layer's next full step.
+            layer's next full step. None takes 1 with "copy", for a plan made in the noise of the first step serves
+            the later ones badly, and 0 with "correct", which repairs what such a plan misses.
         memory_limit_mb: With "correct", the most that may be remembered, in megabytes; layers beyond it run as in
             the stock model. None sets no limit.
         scope: "attention" shortens the attention layers; "block" whole transformer blocks, with cross-attention and
@@ -95,7 +96,7 @@ class TokenReducer(ABC):
     order: int = 1
     warmup: int = 2
     stagger: bool = False
-    plan_steps: int = 0
+    plan_steps: int | None = None
     memory_limit_mb: float | None = None
     scope: str = "attention"
     run_length: int = 1
@@ -120,7 +121,7 @@ class TokenReducer(ABC):
             raise ValueError(f"order must be 0 (hold) or 1 (linear); got {self.order}")
         least: dict[str, int] = {"num_levels": 0, "refresh": 2, "warmup": 1, "plan_steps": 0, "run_length": 0}
         for setting, minimum in least.items():
-            if getattr(self, setting) < minimum:
+            if getattr(self, setting) is not None and getattr(self, setting) < minimum:
                 raise ValueError(f"{setting} must be at least {minimum}; got {getattr(self, setting)}")
         if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
             raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
@@ -150,6 +151,13 @@ class TokenReducer(ABC):
         inside = [name for name in ("keep_queries", "size_weighted") if getattr(self, name)]
         if self.scope == "block" and inside:
             raise ValueError(f"{' and '.join(inside)} concern attention alone; use scope='attention', got 'block'")
+
+    @property
+    def plan_life(self) -> int:
+        """How many steps a plan serves, the default resolved; 0 is the whole run."""
+        if self.plan_steps is None:
+            return 1 if self.restore == "copy" else 0
+        return self.plan_steps
 
     @property
     def max_ratio(self) -> float:

@@ -146,7 +146,9 @@ def count_reduced(
 
     Tokens have shapes but no values: all that a call reads from values, its time and its grid, is told to the host.
     """
-    reducer = _ShapesTurbo(ratio, restore="copy", scope=scope, num_levels=_ALL_LEVELS, text_ratio=text_ratio)
+    reducer = _ShapesTurbo(
+        ratio, restore="copy", plan_steps=0, scope=scope, num_levels=_ALL_LEVELS, text_ratio=text_ratio
+    )
     host: Any = _ToldHost(_host_of(model), denoiser.observation(pixels))
     part = DenoiserPart(model, host, reducer, None)
     part.install()

@@ -140,10 +140,13 @@ def quality_catalogue(steps: int) -> list[Setting]:
     rivals += [DeepCache(f"deepcache-k{k}", "package DeepCache", k) for k in DEEP_INTERVALS]
     fewer = sorted({round(share * steps) for share in _STEP_SHARES} - {0, steps}, reverse=True)
     rivals += [FewerSteps(f"steps-{number}", "fewer steps", number) for number in fewer]
-    copies = [_copied(method, ratio) for method in ("turbo", "tome", "random") for ratio in RATIOS]
+    copies = [_copied(method, ratio) for ratio in RATIOS for method in ("turbo", "turbo-weighted", "tome", "random")]
+    deeper: list[Setting] = [_copied(method, 0.5, 2) for method in ("turbo", "turbo-weighted", "tome", "random")]
+    deeper += [_corrected(method, 0.75, 3, 1, 2) for method in ("turbo", "random")]
+    deeper += [Tomesd("tomesd-r0.5-2levels", "package tomesd, two levels", 0.5, 2)]
     default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})
     routed = [_routed(budget, inner) for inner, budgets in BUDGETS.items() for budget in budgets]
-    return [default, *routed, *rivals, *corrected, *copies, _corrected("random", 0.75, 3, 1)]
+    return [default, *routed, *rivals, *corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
 
 
 def step_catalogue(model: str = "sd15") -> list[Setting]:
@@ -182,10 +185,11 @@ def selected(settings: Sequence[Setting], patterns: Sequence[str]) -> list[Setti
     return [s for s in settings if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
 
 
-def _corrected(method: str, ratio: float, refresh: int, order: int) -> Method:
-    options = {"ratio": ratio, "restore": "correct", "refresh": refresh, "order": order}
-    name = f"{method}-correct-r{ratio:g}-k{refresh}-o{order}"
-    return Method(name, f"{method}, corrected, r {ratio:g}, order {order}", method, options)
+def _corrected(method: str, ratio: float, refresh: int, order: int, levels: int = 1) -> Method:
+    options = {"ratio": ratio, "restore": "correct", "refresh": refresh, "order": order, **_deep(levels)}
+    name = f"{method}-correct-r{ratio:g}-k{refresh}-o{order}" + _where(levels)
+    family = f"{method}, corrected, " + ("two levels" if levels == 2 else f"r {ratio:g}, order {order}")
+    return Method(name, family, method, options)
 
 
 def _routed(budget: float, inner: str | None) -> Method:
@@ -194,9 +198,21 @@ def _routed(budget: float, inner: str | None) -> Method:
     return Method(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner})
 
 
-def _copied(method: str, ratio: float) -> Method:
-    options = {"ratio": ratio, "restore": "copy", "plan_steps": 1}
-    return Method(f"{method}-copy-r{ratio:g}", f"{method}, copied", method, options)
+def _copied(method: str, ratio: float, levels: int = 1) -> Method:
+    """Outputs copied from fresh plans; "-weighted" counts a merged key by its size."""
+    plain = method.removesuffix("-weighted")
+    options = {"ratio": ratio, "restore": "copy", "plan_steps": 1, **_deep(levels)}
+    options |= {"size_weighted": True} if plain != method else {}
+    family = f"{method.replace('-', ', ')}, copied" + (", two levels" if levels == 2 else "")
+    return Method(f"{method}-copy-r{ratio:g}{_where(levels)}", family, plain, options)
+
+
+def _deep(levels: int) -> dict[str, Any]:
+    return {"num_levels": levels} if levels > 1 else {}
+
+
+def _where(levels: int) -> str:
+    return f"-{levels}levels" if levels > 1 else ""
 
 
 def _pooled_keys() -> Method:

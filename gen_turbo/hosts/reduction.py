@@ -200,7 +200,7 @@ class Reduction:
         return planned.plan
 
     def _is_stale(self, entry: PlannedAt, step: int) -> bool:
-        serve = self.reducer.plan_steps
+        serve = self.reducer.plan_life
         return serve > 0 and step - entry.step >= serve
 
     def _note(self, call: Call) -> None:

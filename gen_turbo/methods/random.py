@@ -26,7 +26,7 @@ class RandomProcessor(ReductionProcessor):
     """
 
     restore: str = "copy"
-    plan_steps: int = 1
+    plan_steps: int | None = 1
     seed: int = 0
 
     def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:

@@ -36,7 +36,7 @@ class ToMeProcessor(ReductionProcessor):
     """
 
     restore: str = "copy"
-    plan_steps: int = 1
+    plan_steps: int | None = 1
     is_hashed: bool = True
     seed: int = 0
 

@@ -8,6 +8,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach
+from gen_turbo.hosts.attention import AttentionMode
 from gen_turbo.hosts.base import Observation
 from tests.hosts.families import Keys, family, relative
 from tests.snapshots import differences, model_state
@@ -72,8 +73,12 @@ def test_a_processor_without_a_kernel_cannot_be_reached_into(setting, inner):
 
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 @pytest.mark.parametrize("full_queries", [False, True])
-def test_sizes_make_the_merging_of_equal_tokens_exact(name, full_queries):
-    """Catches sizes at the wrong keys: tokens that are equal lose nothing when they merge, if sizes count."""
+@pytest.mark.parametrize("backend", [None, "native"])
+def test_sizes_make_the_merging_of_equal_tokens_exact(name, full_queries, backend):
+    """Catches sizes at the wrong keys: tokens that are equal lose nothing when they merge, if sizes count.
+
+    Without a kernel by name the sizes are a mask here, with one they are channels.
+    """
     model, _ = family(name)
     cells, text = random(1, 16, 32 if name == "sd3" else 16), random(1, 5, 32, seed=2)
     tokens = cells.reshape(1, 4, 1, 4, 1, -1).expand(1, 4, 2, 4, 2, -1).reshape(1, 64, -1)
@@ -81,7 +86,7 @@ def test_sizes_make_the_merging_of_equal_tokens_exact(name, full_queries):
     observation = Observation(900.0, (8, 8), (), None, num_text=5)
     errors = {}
     for weighted in (False, True):
-        settings = {"keep_queries": full_queries, "size_weighted": weighted}
+        settings = {"keep_queries": full_queries, "size_weighted": weighted, "attention_backend": backend}
         with attach(model, TurboProcessor(0.5, restore="copy", semantic="none", **settings)) as attachment:
             layer = model.get_submodule(attachment.sites[0])
             stock = layer(tokens, **given)
@@ -90,6 +95,21 @@ def test_sizes_make_the_merging_of_equal_tokens_exact(name, full_queries):
         pairs = zip(merged, stock, strict=True) if name == "sd3" else [(merged, stock)]
         errors[weighted] = max(relative(a, b) for a, b in pairs)
     assert errors[True] < 1e-5 < 1e-3 < errors[False]
+
+
+@pytest.mark.parametrize("backend", [None, "native"])
+def test_sizes_do_not_leave_the_fast_kernel(backend):
+    """Catches keys with more channels than values, which PyTorch computes by its slow formula, 5 times the time."""
+    sizes = torch.ones(1, 16).index_fill_(1, torch.tensor([3]), 4)
+    query, key, value = (random(2, 2, 16, 8, seed=seed) for seed in range(3))
+    with torch.profiler.profile() as profile, AttentionMode(sizes=sizes, backend=backend):
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    repeated = [tensor.repeat_interleave(sizes[0].long(), 2) for tensor in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated)
+    assert torch.allclose(output, expected, atol=1e-6)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert not any("_math" in name for name in names)
 
 
 @pytest.mark.parametrize("settings", [{"keep_queries": True}, {"size_weighted": True}])
