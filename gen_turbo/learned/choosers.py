@@ -6,13 +6,9 @@ Shape names: B rows, L columns, D decoder layers.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from gen_turbo.hosts.vlm.routes import Chooser, Prompt, Scores
-from gen_turbo.learned.router import Router
-
-# Multiples of the golden section lie evenly in [0, 1), however many of them are taken.
-_GOLDEN = 0.6180339887498949
+from gen_turbo.learned.router import Router, even_draws
 
 
 class Trained:
@@ -63,15 +59,11 @@ class UniformChooser:
         """Scores places alone; image tokens are counted from the first of each row."""
         place_BL = prompt.is_image_BL.cumsum(1)
         layer_D = torch.arange(self._num_layers, device=place_BL.device)
-        return Scores(_even(place_BL), _even(layer_D).expand(len(place_BL), -1))
+        return Scores(even_draws(place_BL), even_draws(layer_D).expand(len(place_BL), -1))
 
     def flops(self, batch: int, length: int) -> int:
         """Nothing to speak of."""
         return 0
-
-
-def _even(place: Tensor) -> Tensor:
-    return (place.double() * _GOLDEN).frac()
 
 
 CONTROLS = ("random", "uniform")

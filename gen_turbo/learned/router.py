@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_turbo.core.partition import hash_cells
 from gen_turbo.hosts.vlm.routes import Prompt, Scores
 
 ATTENTION = ("full", "causal")
 _ROTARY_BASE = 10_000.0
 _START = 0.02
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class RouterShape:
         depth: Blocks of the router.
         num_heads: Heads of each block.
         attention: "full" lets image tokens see the question behind them; "causal" is as released.
-        dither: Scale of fixed noise on the scores of image tokens; 0 is as released. Neighbours have similar scores
-            and say similar things: with noise, scores set how densely a region is kept, not whether.
+        dither: Scale of fixed noise on the scores of image tokens, which is spread evenly; 0 is as released.
+            Neighbours have similar scores and say similar things: with noise, scores set how densely a region is
+            kept, not whether.
     """
 
     text_width: int
@@ -61,7 +62,7 @@ class Router(nn.Module):
 
     Differs from the paper: width and depth are free, layer tokens begin as small random vectors (zero ones differ by
     their place alone), attention is full by default, so that image tokens see a question that comes after them, and
-    fixed noise spreads what is kept; an untrained router keeps tokens at random.
+    fixed noise spreads what is kept; an untrained router keeps tokens at even distances.
     """
 
     def __init__(self, shape: RouterShape) -> None:
@@ -103,8 +104,7 @@ class Router(nn.Module):
         if not self.shape.dither:
             return scores
         place_BL = prompt.is_image_BL.cumsum(1)
-        uniform_BL = (hash_cells(place_BL, 0).to(torch.float64) + 0.5) / 2**32
-        gumbel_BL = -(-uniform_BL.log()).log()
+        gumbel_BL = -(-even_draws(place_BL).clamp(1e-9, 1 - 1e-9).log()).log()
         return Scores(scores.token_BL + self.shape.dither * gumbel_BL.to(scores.token_BL), scores.layer_BD)
 
     def flops(self, batch: int, length: int) -> int:
@@ -120,6 +120,11 @@ class Router(nn.Module):
         seen = real_BS[:, None, None, :].expand(-1, 1, places, -1)
         own = torch.eye(places, dtype=torch.bool, device=real_BS.device)
         return (seen.tril() if self.shape.attention == "causal" else seen) | own
+
+
+def even_draws(place: Tensor) -> Tensor:
+    """A number in [0, 1) for each place: multiples of the golden section, of which the largest lie evenly."""
+    return (place.double() * _GOLDEN).frac()
 
 
 class _Block(nn.Module):

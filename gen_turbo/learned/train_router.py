@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -139,15 +139,16 @@ class RouterTrainer:
         training, prompt = self.training, lesson.prompt
         if training.objective == "divergence":
             noisy = objectives.perturbed(self.router(prompt, training.noise), training.spread)
-            weights = objectives.soft_weights(noisy, prompt, training.tokens, self.layers, training.temperature)
-            each = self.teacher.divergence(lesson, weights, self.routing)
+            routing = self._step_routing
+            weights = objectives.soft_weights(noisy, prompt, training.tokens, routing.num_layers, training.temperature)
+            each = self.teacher.divergence(lesson, weights, routing)
             plain = self.router(prompt)
             return each.mean() + self._budget(plain, lesson), each.mean().item()
         with torch.no_grad():
             own = self.router.choose(prompt)
             drawn = [own, *(self._drawn(lesson, own) for _ in range(training.samples - 1))]
             routes = Scores(torch.cat([one.token_BL for one in drawn]), torch.cat([one.layer_BD for one in drawn]))
-            each = self.teacher.divergence(lesson, routes, self.routing)
+            each = self.teacher.divergence(lesson, routes, self._step_routing)
             action = objectives.kept(routes, prompt, training.tokens, self.layers)
         scores = self.router(prompt)
         token, layer = objectives.log_probability(scores, action, prompt)
@@ -160,13 +161,17 @@ class RouterTrainer:
 
     @property
     def _is_about_layers(self) -> bool:
-        """Whether the prunings of this step differ in layers, the other steps' in tokens.
+        """Whether the prunings of this step differ in layers, the other steps' in tokens, with every layer run.
 
         A wrong layer costs far more than a wrong token: where both differ, tokens would learn from layers' mistakes.
         """
         if self.layers == self.router.shape.num_layers:
             return False
         return self.training.tokens == 1 or self.step % _LAYERS_EVERY == 0
+
+    @property
+    def _step_routing(self) -> Routing:
+        return self.routing if self._is_about_layers else replace(self.routing, num_layers=self.router.shape.num_layers)
 
     def _drawn(self, lesson: Lesson, own: Scores) -> Scores:
         """What the router would route by itself, with noise on layers or on tokens."""
