@@ -110,10 +110,14 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
 
 @torch.no_grad()
 def generated_logits(
-    model: nn.Module, vlm: TinyVlm, inputs: dict[str, Tensor], tokens: Tensor, method: Method, features: Any = None
+    model: nn.Module, vlm: TinyVlm, inputs: dict, tokens: Tensor, method: Any, features: Any = None, logits: Any = None
 ) -> Tensor:
-    """Logits (B, steps, V) before each of the tokens (B, steps) that were generated after a prompt."""
+    """Logits (B, steps, V) before each of the tokens (B, steps) that were generated after a prompt.
+
+    `logits` gives those after one row in place of `next_logits`, for methods that are no plan of each picture.
+    """
     pictures, deep = features if features is not None else features_of(model, vlm, inputs)
+    logits = logits or next_logits
     rows = []
     for ids, mask, new in zip(inputs["input_ids"], inputs["attention_mask"], tokens, strict=True):
         ids = ids[mask.bool()]
@@ -121,5 +125,5 @@ def generated_logits(
         own, pictures = pictures[:count], pictures[count:]
         levels, deep = [level[:count] for level in deep], [level[count:] for level in deep]
         grown = [torch.cat([ids, new[:step]]) for step in range(len(new))]
-        rows.append(torch.stack([next_logits(model, vlm, row, own, levels, len(ids), method) for row in grown]))
+        rows.append(torch.stack([logits(model, vlm, row, own, levels, len(ids), method) for row in grown]))
     return torch.stack(rows)

@@ -102,18 +102,8 @@ def next_logits(
     return model.lm_head(text.norm(hidden)[0, -1])
 
 
-@torch.no_grad()
 def generated_logits(
     model: nn.Module, vlm: TinyVlm, inputs: dict[str, Tensor], tokens: Tensor, processor: Forced
 ) -> Tensor:
     """Logits (B, steps, V) before each of the tokens (B, steps) that were generated after a prompt."""
-    pictures, deep = oracle.features_of(model, vlm, inputs)
-    rows = []
-    for ids, mask, new in zip(inputs["input_ids"], inputs["attention_mask"], tokens, strict=True):
-        ids = ids[mask.bool()]
-        count = int((ids == IMAGE).sum()) // vlm.num_tokens
-        own, pictures = pictures[:count], pictures[count:]
-        levels, deep = [level[:count] for level in deep], [level[count:] for level in deep]
-        grown = [torch.cat([ids, new[:step]]) for step in range(len(new))]
-        rows.append(torch.stack([next_logits(model, vlm, row, own, levels, len(ids), processor) for row in grown]))
-    return torch.stack(rows)
+    return oracle.generated_logits(model, vlm, inputs, tokens, processor, logits=next_logits)
