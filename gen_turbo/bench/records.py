@@ -169,4 +169,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _command() -> str:
-    return shlex.join(["gen-turbo", *sys.argv[1:]])
+    """What was typed, without the folders of this machine."""
+    words = sys.argv[1:]
+    places = {place for i, word in enumerate(words) if word in ("--records", "--work") for place in (i, i + 1)}
+    return shlex.join(["gen-turbo", *(word for i, word in enumerate(words) if i not in places)])

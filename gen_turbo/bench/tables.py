@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from gen_turbo.bench.timing import Spread, speedups
 
 NO_RECORDS = "No records yet."
 PLAN_CALLS = 5
+_SELECTING = ("--settings", "--models", "--pixels", "--records", "--work", "--part")
 _TIMED = "Medians of CPU seconds (lower to upper quartile)"
 
 
@@ -242,11 +244,29 @@ def _table(
 
 def _origins(records: Sequence[BenchRecord], what: str) -> str:
     """What all rows share, in one paragraph; where they differ, every value that occurs."""
-    commands = dict.fromkeys(f"`{record.origin.command}`" for record in records)
+    commands = dict.fromkeys(f"`{_of_all_rows(record.origin.command)}`" for record in records)
     hardware = dict.fromkeys(record.origin.hardware for record in records)
     versions = dict.fromkeys(f"torch {r.origin.versions.get('torch', 'unknown')}" for r in records)
-    commits = dict.fromkeys(record.origin.commit for record in records)
     dates = sorted({record.origin.date[:10] for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    where = ", ".join([" and ".join(hardware), *versions, f"commit {', '.join(commits)}", when])
+    where = ", ".join([" and ".join(hardware), *versions, _commits(records), when])
     return f"{what}. {', '.join(commands)}; {where}."
+
+
+def _of_all_rows(command: str) -> str:
+    """A record's command without what selects rows and says where records lie."""
+    kept: list[str] = []
+    is_kept = True
+    for word in shlex.split(command):
+        is_kept = word not in _SELECTING if word.startswith("--") else is_kept
+        kept += [word] if is_kept else []
+    return shlex.join(kept)
+
+
+def _commits(records: Sequence[BenchRecord]) -> str:
+    """The commits in order of measurement; a source that differed from its commit is said."""
+    ordered = sorted(records, key=lambda record: record.origin.date)
+    commits = list(dict.fromkeys(record.origin.commit.removesuffix("-dirty") for record in ordered))
+    named = f"commit {commits[0]}" if len(commits) == 1 else f"commits {commits[0]} to {commits[-1]}"
+    is_changed = any(record.origin.commit.endswith("-dirty") for record in records)
+    return named + (" with changes" if is_changed else "")
