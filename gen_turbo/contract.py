@@ -80,7 +80,8 @@ class TokenReducer(ABC):
         keep_queries: Merges keys and values only; every token still asks. Closer to stock, saves less.
         size_weighted: Lets a key that stands for several tokens weigh as much as they did.
         text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
-            (SD3, Flux); attention counts each by its size. Equal tokens, such as padding, merge without loss.
+            (SD3, Flux, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions); attention counts
+            each by its size. None merges tokens equal to their neighbour, such as padding, without loss.
         reuse_text: Computes keys and values of the text in cross-attention once per prompt (UNets): the same picture.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
             every attention layer; None leaves the model's own.
@@ -102,7 +103,7 @@ class TokenReducer(ABC):
     run_length: int = 1
     keep_queries: bool = False
     size_weighted: bool = False
-    text_ratio: float = 0.0
+    text_ratio: float | None = None
     reuse_text: bool = True
     attention_backend: str | None = None
 
@@ -113,7 +114,7 @@ class TokenReducer(ABC):
             ValueError: Naming the setting, its value and what it may be.
         """
         self._check_ratios()
-        if not 0 <= self.text_ratio < 1:
+        if self.text_ratio is not None and not 0 <= self.text_ratio < 1:
             raise ValueError(f"text_ratio must be a fraction of tokens, 0 <= text_ratio < 1; got {self.text_ratio}")
         if self.restore not in ("correct", "copy"):
             raise ValueError(f"restore must be 'correct' or 'copy'; got {self.restore!r}")

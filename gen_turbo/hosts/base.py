@@ -67,6 +67,25 @@ class Form:
         return any(not table.has_batch for table in self.tables)
 
 
+@dataclass(frozen=True)
+class TextForm:
+    """Where a root is given the text that shares attention with the image.
+
+    Attributes:
+        embedding: The argument that holds it, (B, T, C).
+        positions: An argument of its positions, (T, d), of which rows are taken; empty where it has none.
+        mask: An argument with a value per text token, (B, T), or per text token and then others; empty for none.
+        hides: Whether the model never reads a token whose mask is zero.
+        num_before: Tokens that the model puts before the text.
+    """
+
+    embedding: str = "encoder_hidden_states"
+    positions: str = ""
+    mask: str = ""
+    hides: bool = False
+    num_before: int = 0
+
+
 SELF_ATTENTION = Form(none=("encoder_hidden_states", "attention_mask"))
 """Self-attention over image tokens alone."""
 
@@ -100,6 +119,7 @@ class Observation:
         num_frames: Frames of a video, each a grid; 1 for a picture.
         num_text: Text tokens in every row, where they share a sequence with image tokens.
         text_sizes: How many text tokens each of them stands for, (b, T); None for one each.
+        num_merged_text: Text tokens that were merged into others.
         num_pictures: Rows of the batch before it repeats itself, as it does under guidance; 0 where that is not known.
     """
 
@@ -110,6 +130,7 @@ class Observation:
     num_frames: int = 1
     num_text: int = 0
     text_sizes: Tensor | None = None
+    num_merged_text: int = 0
     num_pictures: int = 0
 
 
@@ -217,9 +238,8 @@ class Host(Protocol):
 class DenoiserHost(Protocol):
     """One family of diffusers denoisers."""
 
-    @property
-    def text(self) -> tuple[str, ...]:
-        """Root arguments of text that can be merged: the embedding, then positions; empty where it cannot be."""
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """Where the root is given text that can be merged, or why there is none."""
         ...
 
     def layers(self, model: nn.Module) -> list[Layer]:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.contract import TokenReducer
 from gen_turbo.hosts.attention import check_backend, reaches_attention
-from gen_turbo.hosts.base import SELF_ATTENTION, DenoiserHost, Layer, OnModel, SiteReport
+from gen_turbo.hosts.base import SELF_ATTENTION, DenoiserHost, Layer, OnModel, SiteReport, TextForm
 from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names, unbound
 from gen_turbo.hosts.block import BlockBinding
 from gen_turbo.hosts.choice import chosen_layers, layers_of
@@ -23,7 +23,7 @@ from gen_turbo.hosts.clock import Clock, Stream, run_facts_of
 from gen_turbo.hosts.compiled import begun, ended, number_of, outside
 from gen_turbo.hosts.reduction import Cost, Reduction
 from gen_turbo.hosts.runs import check_between, runs_of
-from gen_turbo.hosts.text import merge_text
+from gen_turbo.hosts.text import MergedText, merge_text
 from gen_turbo.hosts.text_keys import TextProjection
 
 _NOT_PER_TOKEN = ("add_", "norm", "context", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
@@ -60,14 +60,12 @@ class DenoiserPart(OnModel):
             if is_block and reducer.run_length == 1
         }
         self.runs = runs_of(model, self.reductions.values(), reducer.run_length) if is_block and not self.blocks else []
+        self._text = self._text_form(model)
+        self.text_tokens = 0, 0
         attended = {} if is_block else self.reductions
         if reducer.attention_backend is not None:
             check_backend(reducer.attention_backend, model)
-        if reducer.text_ratio > 0 and not host.text:
-            raise ValueError(
-                f"text_ratio={reducer.text_ratio} has no text tokens to merge in {type(model).__name__}; leave it 0"
-            )
-        if reducer.attention_backend is not None or reducer.text_ratio > 0:
+        if reducer.attention_backend is not None or self._text is not None:
             others = [layer for layer in host.layers(model) if layer.name not in attended and _is_free(model, layer)]
             attended = attended | {layer.name: self._reduction(model, _passive(layer), 0.0, 0) for layer in others}
         self._projections = [
@@ -78,6 +76,29 @@ class DenoiserPart(OnModel):
 
     def _reduction(self, model: nn.Module, layer: Layer, ratio: float, index: int) -> Reduction:
         return Reduction(layer, self.reducer, ratio, self.clock, index, _cost(model.get_submodule(layer.name)))
+
+    def _text_form(self, model: nn.Module) -> TextForm | None:
+        """Where text is merged; None where it is not, which is an error if it was asked for."""
+        ratio, name = self.reducer.text_ratio, type(model).__name__
+        if ratio == 0 or (ratio is None and not any(reduction.ratio > 0 for reduction in self.reductions.values())):
+            return None
+        form = self._host.text_form(model)
+        if isinstance(form, str):
+            why = f"text_ratio={ratio} has no text tokens to merge in {name}: {form}; leave it out"
+        else:
+            layers = [layer for layer in self._host.layers(model) if layer.form.has_text_keys]
+            unweighed = [layer.name for layer in layers if not self._can_weigh(model, layer)]
+            self._text_layers = [layer.name for layer in layers]
+            if not unweighed:
+                return form
+            why = f"text_ratio={ratio} cannot weigh text at {unweighed[0]} of {name}, whose attention it does not reach"
+        if ratio is not None:
+            raise ValueError(why)
+        return None
+
+    def _can_weigh(self, model: nn.Module, layer: Layer) -> bool:
+        is_bound = _is_free(model, layer) or (self.reducer.scope == "attention" and layer.name in self.reductions)
+        return is_bound and reaches_attention(unbound(_processor(model, layer.name)))
 
     def _binding(self, model: nn.Module, reduction: Reduction) -> Binding:
         inner = unbound(_processor(model, reduction.layer.name))
@@ -123,7 +144,7 @@ class DenoiserPart(OnModel):
     def _is_traced(self) -> bool:
         """Whether a graph can hold a whole call: all that is asked of it is tokens that come alone."""
         forms = {reduction.layer.form for reduction in self.reductions.values()}
-        return forms == {SELF_ATTENTION} and self.reducer.scope == "attention" and self.reducer.text_ratio == 0
+        return forms == {SELF_ATTENTION} and self.reducer.scope == "attention" and self._text is None
 
     def begin(self, arguments: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         """Notes a call of the root; gives other arguments where its text is merged."""
@@ -135,7 +156,7 @@ class DenoiserPart(OnModel):
                 "whole sequences; use scope='attention' or call disable_cache"
             )
         stream = self.clock.begin(self._host.observe(self.model, arguments))
-        return self._with_short_text(arguments, stream) if self.reducer.text_ratio > 0 else None
+        return None if self._text is None else self._with_short_text(arguments, stream, self._text)
 
     def end(self) -> None:
         """Notes that the root returns; warns after a run's last call if no layer was reduced in it."""
@@ -144,12 +165,23 @@ class DenoiserPart(OnModel):
         if stream is not None and stream.num_reduced == 0 and is_positive:
             warnings.warn(_no_effect(stream.step + 1), NoEffectWarning, stacklevel=2)
 
-    def _with_short_text(self, arguments: dict[str, Any], stream: Stream) -> tuple[tuple[()], dict[str, Any]]:
-        """The root's arguments with merged text, which is made once per prompt."""
+    def _with_short_text(
+        self, arguments: dict[str, Any], stream: Stream, form: TextForm
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """The root's arguments with merged text, which is made once per prompt; None where nothing was merged."""
         if stream.text is None:
-            stream.text = merge_text(arguments, self._host.text, self.reducer.text_ratio)
+            lost = [name for name in self._text_layers if self.is_lost(name)]
+            if lost and self.reducer.text_ratio is not None:
+                raise ValueError(f"text cannot be weighed at {lost[0]}, which a later call took; gen_turbo.reattach")
+            stream.text = MergedText({}) if lost else merge_text(arguments, form, self.reducer.text_ratio)
         text = stream.text
-        stream.observation = replace(stream.observation, num_text=text.num_text, text_sizes=text.sizes)
+        if not text.num_merged:
+            return None
+        stream.observation = replace(
+            stream.observation, num_text=text.num_text, text_sizes=text.sizes, num_merged_text=text.num_merged
+        )
+        num_own = text.num_text - form.num_before
+        self.text_tokens = num_own + text.num_merged, num_own
         return (), {**arguments, **text.arguments}
 
     def is_lost(self, name: str) -> bool:

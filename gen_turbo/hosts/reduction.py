@@ -43,11 +43,12 @@ class Cost:
     linear_weights: int
     width: int
 
-    def flops(self, call: Call, num_queries: int, num_keys: int) -> int:
+    def flops(self, call: Call, num_queries: int, num_keys: int, more_text: int = 0) -> int:
         """Operations on so many image queries and keys; text that shares the attention is counted with it."""
         batch = call.sequence.shape[0]
-        num_text = max(call.observation.num_text, call.leading + call.trailing)
-        rows = num_queries + call.leading + call.trailing
+        inside = call.leading + call.trailing + (more_text if call.leading else 0)
+        num_text = max(call.observation.num_text + more_text, inside)
+        rows = num_queries + inside
         softmax = 2 * (num_queries + num_text) * (num_keys + num_text) * self.width
         return 2 * batch * (rows * self.linear_weights + softmax)
 
@@ -206,7 +207,8 @@ class Reduction:
     def _note(self, call: Call) -> None:
         stats = self.stats
         stats.grid, stats.num_tokens = call.grid, call.num_image
-        stats.stock_flops += self.cost.flops(call, call.num_image, call.num_image)
+        merged = call.observation.num_merged_text
+        stats.stock_flops += self.cost.flops(call, call.num_image, call.num_image, merged)
         stats.num_kept = stats.num_kept or stats.num_tokens
 
 

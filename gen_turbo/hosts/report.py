@@ -8,6 +8,7 @@ from typing import Any
 from gen_turbo.contract import Grid
 from gen_turbo.hosts.attach import attachments
 from gen_turbo.hosts.base import SiteReport as SiteReport
+from gen_turbo.hosts.denoiser import DenoiserPart
 from gen_turbo.hosts.routed import RoutedPart
 
 
@@ -19,12 +20,14 @@ class Report:
         sites: One row per attention layer.
         remembered_bytes: Bytes held now for corrected reduction; 0 between the runs of a pipeline.
         most_remembered_bytes: The most held at once so far.
+        text_tokens: Text tokens of the last prompt whose text was merged, and what was left of them; else 0.
         skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
     remembered_bytes: int = 0
     most_remembered_bytes: int = 0
+    text_tokens: tuple[int, int] = (0, 0)
     skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -51,6 +54,8 @@ class Report:
         lines = [f"{len(reached)} of {len(self.sites)} layers reduced, {saved}"]
         for (height, width), (before, kept, layers) in self.tokens_by_grid.items():
             lines.append(f"  {height} x {width}: {before} -> {kept} tokens in {layers} layers")
+        if self.text_tokens[0]:
+            lines.append(f"  text: {self.text_tokens[0]} -> {self.text_tokens[1]} tokens")
         for site in self.sites:
             if site.status in ("reduced", "lost"):
                 grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else "not run yet"
@@ -82,6 +87,7 @@ def report(target: Any) -> Report:
         [row for part in parts for row in part.rows()],
         sum(part.remembered_bytes for part in parts),
         sum(part.most_remembered_bytes for part in parts),
+        max((part.text_tokens for part in parts if isinstance(part, DenoiserPart | RoutedPart)), default=(0, 0)),
         {
             unit: (stats.num_skipped, stats.num_run)
             for part in parts

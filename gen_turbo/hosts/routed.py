@@ -72,6 +72,11 @@ class RoutedPart(OnModel):
         return self.tokens.most_remembered_bytes + self.routing.memories.most_bytes
 
     @property
+    def text_tokens(self) -> tuple[int, int]:
+        """Text tokens of the last prompt whose text was merged, and what was left of them."""
+        return self.tokens.text_tokens
+
+    @property
     def skipped_units(self) -> dict[str, UnitStats]:
         """How often each unit of the schedules ran and was skipped."""
         return self.routing.stats

@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gen_turbo.core.farthest import farthest_point_plan
-from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.hosts.base import TextForm
+
+_WORTHWHILE = 1 / 8
+"""Share of the text that must repeat before equal tokens are merged unasked: sizes cost every attention call a bit."""
 
 
 @dataclass(frozen=True)
@@ -17,37 +22,61 @@ class MergedText:
     """The text of one prompt on fewer tokens.
 
     Attributes:
-        arguments: What the root is given in place of its own arguments.
-        num_text: Text tokens that are left.
-        sizes: How many tokens each of them stands for, (b, T).
+        arguments: What the root is given in place of its own arguments; empty where nothing was merged.
+        num_merged: Text tokens that are gone.
+        num_text: Tokens that are left, with those that the model puts before the text; 0 where nothing was merged.
+        sizes: How many tokens each of them stands for, (b, num_text).
     """
 
     arguments: dict[str, Any]
-    num_text: int
-    sizes: Tensor
+    num_merged: int = 0
+    num_text: int = 0
+    sizes: Tensor | None = None
 
 
-def merge_text(arguments: Mapping[str, Any], names: tuple[str, ...], ratio: float) -> MergedText:
+def merge_text(arguments: Mapping[str, Any], form: TextForm, ratio: float | None) -> MergedText:
     """Merges the text tokens that are most alike; equal ones, such as padding, first.
 
     Args:
         arguments: Those of the root, by name.
-        names: The embedding (B, T, C), then arguments of positions without a batch, (T, d), of which rows are taken.
-        ratio: Fraction of text tokens that leaves.
+        form: Which of them hold the text.
+        ratio: Fraction of text tokens that leaves; None for all that repeat their neighbour, if they are many.
 
     Returns:
         The merged text; where there are positions, one plan serves the whole batch.
     """
-    text: Tensor = arguments[names[0]]
-    plan = _plan(text, ratio, shares=len(names) > 1)
-    merged: dict[str, Any] = {names[0]: plan.merge(text)}
-    for name in names[1:]:
-        rows = arguments[name]
-        merged[name] = plan.select(rows[None])[0] if rows.ndim == 2 else plan.select(rows)
-    return MergedText(merged, plan.num_slots, plan.sizes())
+    text: Tensor = arguments[form.embedding]
+    num_tokens = text.shape[1]
+    positions, mask = arguments.get(form.positions), arguments.get(form.mask)
+    rows = _rows(text, positions, mask, form.hides)
+    num_slots = _num_distinct(rows) if ratio is None else num_tokens - int(num_tokens * ratio)
+    if ratio is None and num_tokens - num_slots < num_tokens * _WORTHWHILE:
+        return MergedText({})
+    plan = farthest_point_plan(rows, num_slots)
+    merged: dict[str, Any] = {form.embedding: plan.merge(text)}
+    if positions is not None:
+        merged[form.positions] = plan.select(positions[None])[0] if positions.ndim == 2 else plan.select(positions)
+    if mask is not None:
+        merged[form.mask] = plan.between(0, mask.shape[1] - num_tokens).select(mask)
+    sizes = F.pad(plan.sizes(), (form.num_before, 0), value=1)
+    return MergedText(merged, num_tokens - num_slots, sizes.shape[1], sizes)
 
 
-def _plan(text: Tensor, ratio: float, shares: bool) -> ReductionPlan:
-    num_slots = text.shape[1] - int(text.shape[1] * ratio)
-    rows = text.transpose(0, 1).reshape(1, text.shape[1], -1) if shares else text
-    return farthest_point_plan(rows, num_slots)
+def _rows(text: Tensor, positions: Tensor | None, mask: Tensor | None, hides: bool) -> Tensor:
+    """All that tells text tokens apart, (B, T, C), or (1, T, C) where positions have no batch."""
+    rows = text.detach().to(torch.promote_types(text.dtype, torch.float32))
+    if mask is not None:
+        shown = mask[:, : text.shape[1], None].to(rows.dtype)
+        rows = rows * shown.ne(0) if hides else rows
+        # Farther apart than any two texts, so that a token of another mask is the last to be joined.
+        rows = torch.cat([rows, shown * (2 * rows.norm(dim=-1).amax() + 1)], -1)
+    if positions is None:
+        return rows
+    given = positions if positions.ndim == 2 else positions.transpose(0, 1).flatten(1)
+    return torch.cat([rows.transpose(0, 1).flatten(1), given.to(rows.dtype)], -1)[None]
+
+
+def _num_distinct(rows: Tensor) -> int:
+    """Tokens that differ from the one before, in the row of the batch that has most of them."""
+    differs = rows[:, 1:].ne(rows[:, :-1]).any(-1)
+    return 1 + int(differs.sum(1).amax())

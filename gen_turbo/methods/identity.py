@@ -21,6 +21,7 @@ class IdentityProcessor(ReductionProcessor):
     """
 
     restore: str = "copy"
+    text_ratio: float | None = 0.0
 
     def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
         """Plans nothing for tokens (B, N, C)."""

@@ -147,7 +147,7 @@ def _check_lengths(
     stock: list[tuple[int, int]], seen: list[tuple[int, int]], removed: int, processor: TurboProcessor
 ) -> None:
     """The longest attention of the stock model must have run on so many keys less, and on as many queries less."""
-    text = int(tiny_transformers.NUM_TEXT * processor.text_ratio)
+    text = int(tiny_transformers.NUM_TEXT * (processor.text_ratio or 0))
     num_keys = max(key for _, key in stock)
     num_queries = max(query for query, _ in stock)
     queries = {query for query, key in seen if key == num_keys - removed - text}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gen_turbo.contract import Grid
-from gen_turbo.hosts.base import Form, Table
+from gen_turbo.hosts.base import Form, Table, TextForm
 from gen_turbo.hosts.diffusion.transformer import TransformerHost, text_length
 
 _TABLES = (Table("image_rotary_emb", has_text_before=True),)
@@ -33,11 +33,13 @@ class FluxHost(TransformerHost):
         "single_transformer_blocks.*": Form(is_residual=True, outputs=(1,), none=(), tables=_TABLES),
     }
 
-    text: tuple[str, ...] = ("encoder_hidden_states", "txt_ids")
-
     def time(self, arguments: Mapping[str, Any]) -> float:
         """The pipeline passes thousandths."""
         return 1000 * super().time(arguments)
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """The text and its positions."""
+        return TextForm(positions="txt_ids")
 
     def num_text(self, arguments: Mapping[str, Any]) -> int:
         """Every row of the text that the root is given."""
@@ -59,13 +61,22 @@ class ChromaHost(FluxHost):
 
     models = ("ChromaTransformer2DModel",)
     attention = {
-        "transformer_blocks.*.attn": Form(keys_before=True, none=(), outputs=(0, 2), tables=_TABLES + _PAIRS),
+        "transformer_blocks.*.attn": Form(
+            keys_before=True, has_text_keys=True, none=(), outputs=(0, 2), tables=_TABLES + _PAIRS
+        ),
         "single_transformer_blocks.*.attn": Form(
-            none=("encoder_hidden_states",), has_text_before=True, keys_before=True, tables=_TABLES + _PAIRS
+            none=("encoder_hidden_states",),
+            has_text_before=True,
+            keys_before=True,
+            has_text_keys=True,
+            tables=_TABLES + _PAIRS,
         ),
     }
     whole = {
         "transformer_blocks.*": Form(is_residual=True, outputs=(1,), none=(), tables=_TABLES + _MASK),
         "single_transformer_blocks.*": Form(is_residual=True, none=(), has_text_before=True, tables=_TABLES + _MASK),
     }
-    text = ()
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """The mask is added to attention's logits and so hides nothing; it goes with the tokens."""
+        return TextForm(positions="txt_ids", mask="attention_mask")

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from gen_turbo.contract import Grid
-from gen_turbo.hosts.base import SELF_ATTENTION, Form, Observation, Table
-from gen_turbo.hosts.diffusion.transformer import TransformerHost, text_length
+from gen_turbo.hosts.base import SELF_ATTENTION, Form, Observation, Table, TextForm
+from gen_turbo.hosts.diffusion.transformer import POSITIONS_INSIDE, TransformerHost, text_length
 
-_TEXT_FIRST = Form(keys_before=True, none=())
-_ROTARY = Form(keys_before=True, none=(), tables=(Table("image_rotary_emb"),))
+_TEXT_FIRST = Form(keys_before=True, has_text_keys=True, none=())
+_ROTARY = Form(keys_before=True, has_text_keys=True, none=(), tables=(Table("image_rotary_emb"),))
 
 
 class JointHost(TransformerHost):
@@ -23,6 +23,10 @@ class JointHost(TransformerHost):
         """Every row of the text that the root is given."""
         return text_length(arguments)
 
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """The text, whose order the model does not see."""
+        return TextForm()
+
 
 class SD3Host(JointHost):
     """SD3 and SD3.5: positions are in the tokens; dual layers attend to the image once more."""
@@ -30,7 +34,6 @@ class SD3Host(JointHost):
     models = ("SD3Transformer2DModel",)
     attention = {"transformer_blocks.*.attn": Form(has_text_keys=True), "transformer_blocks.*.attn2": SELF_ATTENTION}
     whole = {"transformer_blocks.*": Form(is_residual=True, none=(), outputs=(1,))}
-    text = ("encoder_hidden_states",)
 
 
 class AuraFlowHost(JointHost):
@@ -39,7 +42,7 @@ class AuraFlowHost(JointHost):
     models = ("AuraFlowTransformer2DModel",)
     attention = {
         "joint_transformer_blocks.*.attn": _TEXT_FIRST,
-        "single_transformer_blocks.*.attn": Form(has_text_before=True, keys_before=True),
+        "single_transformer_blocks.*.attn": Form(has_text_before=True, keys_before=True, has_text_keys=True),
     }
     whole = {
         "joint_transformer_blocks.*": Form(is_residual=True, none=(), outputs=(1,)),
@@ -53,8 +56,11 @@ class AuraFlowHost(JointHost):
     def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
         """The model puts its registers before the text."""
         seen = super().observe(model, arguments)
-        registers: Any = model.register_tokens
-        return replace(seen, num_text=seen.num_text + int(registers.shape[1]))
+        return replace(seen, num_text=seen.num_text + _num_registers(model))
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """The text alone; the pipeline makes its padding zero."""
+        return TextForm(num_before=_num_registers(model))
 
 
 class CogViewHost(JointHost):
@@ -63,6 +69,10 @@ class CogViewHost(JointHost):
     models = ("CogView4Transformer2DModel", "CogView3PlusTransformer2DModel")
     attention = {"transformer_blocks.*.attn1": _ROTARY}
     whole = {"transformer_blocks.*": Form(is_residual=True, none=(), tables=(Table("image_rotary_emb"),))}
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """The text, with the mask that CogView4 takes."""
+        return TextForm(mask="attention_mask")
 
 
 class QwenImageHost(JointHost):
@@ -79,6 +89,10 @@ class QwenImageHost(JointHost):
         )
     }
 
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """None."""
+        return POSITIONS_INSIDE
+
     def time(self, arguments: Mapping[str, Any]) -> float:
         """The pipeline passes thousandths."""
         return 1000 * super().time(arguments)
@@ -88,3 +102,8 @@ class QwenImageHost(JointHost):
         shapes = arguments["img_shapes"]
         pictures = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
         return (pictures[0][0], tuple(pictures[0][1:])) if len(pictures) == 1 else (1, None)
+
+
+def _num_registers(model: nn.Module) -> int:
+    registers: Any = model.register_tokens
+    return int(registers.shape[1])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.contract import Grid
-from gen_turbo.hosts.base import Form, Observation, Table
+from gen_turbo.hosts.base import Form, Observation, Table, TextForm
 from gen_turbo.hosts.diffusion.observe import layout_of, num_pictures, time_of
-from gen_turbo.hosts.diffusion.transformer import TransformerHost
+from gen_turbo.hosts.diffusion.transformer import POSITIONS_INSIDE, TransformerHost
 
 _LUMINA = Table("image_rotary_emb", axis=1, has_batch=True)
 _Z_TABLES = (Table("freqs_cis", axis=1, has_batch=True),)
@@ -43,6 +43,10 @@ class Lumina2Host(TransformerHost):
         """The pipeline passes a share of the way from noise to picture, which rises."""
         return 1000 * (1 - super().time(arguments))
 
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """None."""
+        return POSITIONS_INSIDE
+
     def num_text(self, arguments: Mapping[str, Any]) -> int:
         """Words of the longest text; where rows differ, the layers get a mask."""
         return int(arguments["encoder_attention_mask"].sum(1).max())
@@ -64,6 +68,10 @@ class ZImageHost(TransformerHost):
             "x", is_residual=True, has_text_after=True, none=("attn_mask", "noise_mask"), tables=_Z_TABLES
         ),
     }
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """None."""
+        return POSITIONS_INSIDE
 
     def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
         """Reads lists of latents and texts; their first text tells runs of guidance apart."""

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from gen_turbo.contract import Grid, TokenReducer
 from gen_turbo.core.scoring import attention_column_mean
-from gen_turbo.hosts.base import Form, Layer, Observation, Part
+from gen_turbo.hosts.base import Form, Layer, Observation, Part, TextForm
 from gen_turbo.hosts.diffusion.observe import layout_of, num_pictures, time_of
 from gen_turbo.hosts.routed import denoiser_part
 from gen_turbo.hosts.units import Unit, units_of
 
 _NUM_QUERIES = 256
+POSITIONS_INSIDE = "it gives text its positions inside"
+"""Why some models' text cannot be merged: what is left of it would get other positions."""
 
 
 class TransformerHost:
@@ -25,13 +27,11 @@ class TransformerHost:
         models: Names of the model classes.
         attention: The form of attention layers by name pattern, in which `*` stands for one part of a path.
         whole: The form of blocks by name pattern; empty where whole-block merging is not offered.
-        text: Root arguments of text that can be merged: the embedding, then positions.
     """
 
     models: tuple[str, ...] = ()
     attention: Mapping[str, Form] = {}
     whole: Mapping[str, Form] = {}
-    text: tuple[str, ...] = ()
 
     def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Part:
         """Prepares a reducer for the transformer."""
@@ -59,6 +59,10 @@ class TransformerHost:
         """Every block of a known form."""
         named = ((name, _matching(self.whole, name)) for name, _ in model.named_modules())
         return [Layer(name, form=form) for name, form in named if form]
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """Where the root is given text that can be merged, or why there is none."""
+        return "its image tokens share no attention with text"
 
     def text_projections(self, model: nn.Module) -> list[str]:
         """None: the text that reaches the layers is made anew in every step."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gen_turbo.contract import TokenReducer
 from gen_turbo.core.scoring import attention_column_mean, text_attention
-from gen_turbo.hosts.base import Form, Layer, Observation, Part
+from gen_turbo.hosts.base import Form, Layer, Observation, Part, TextForm
 from gen_turbo.hosts.diffusion.cuts import unet_cuts
 from gen_turbo.hosts.diffusion.observe import layout_of, num_pictures, time_of
 from gen_turbo.hosts.routed import denoiser_part
@@ -30,7 +30,6 @@ class UNetHost:
     """Enters UNet2DConditionModel by its `attn1` processors; everything else keeps its object."""
 
     models = ("UNet2DConditionModel",)
-    text = ()
 
     def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Part:
         """Prepares a reducer for the UNet."""
@@ -67,6 +66,10 @@ class UNetHost:
             for name, block in model.named_modules()
             if isinstance(block, BasicTransformerBlock)
         ]
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """None."""
+        return "its text is in cross-attention"
 
     def text_projections(self, model: nn.Module) -> list[str]:
         """Keys and values of every cross-attention of a transformer block."""

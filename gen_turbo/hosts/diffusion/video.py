@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gen_turbo.contract import Grid
-from gen_turbo.hosts.base import Form, Table
+from gen_turbo.hosts.base import Form, Table, TextForm
 from gen_turbo.hosts.diffusion.transformer import TransformerHost, text_length
 
 _SELF = ("encoder_hidden_states", "attention_mask")
@@ -46,12 +46,18 @@ class CogVideoXHost(TransformerHost):
     """CogVideoX: joint attention, text first; latents are (batch, frames, channels, height, width)."""
 
     models = ("CogVideoXTransformer3DModel",)
-    attention = {"transformer_blocks.*.attn1": Form(keys_before=True, tables=_ROTARY)}
+    attention = {"transformer_blocks.*.attn1": Form(keys_before=True, has_text_keys=True, tables=_ROTARY)}
     whole = {"transformer_blocks.*": Form(is_residual=True, none=(), tables=_ROTARY)}
 
     def num_text(self, arguments: Mapping[str, Any]) -> int:
         """Every row of the text that the root is given."""
         return text_length(arguments)
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """The text, where no table of positions fixes how long it is."""
+        embed: Any = model.patch_embed
+        is_fixed = embed.use_positional_embeddings or embed.use_learned_positional_embeddings
+        return "its table of positions fixes the length of the text" if is_fixed else TextForm()
 
     def grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, Grid | None]:
         """Frames stand before channels."""
@@ -74,6 +80,10 @@ class MochiHost(TransformerHost):
         """Every row of the text that the root is given."""
         return text_length(arguments)
 
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """None."""
+        return "its attention leaves padding out by itself"
+
 
 _HUNYUAN = (Table("attention_mask", axis=3, has_batch=True),)
 
@@ -83,8 +93,8 @@ class HunyuanVideoHost(TransformerHost):
 
     models = ("HunyuanVideoTransformer3DModel",)
     attention = {
-        "transformer_blocks.*.attn": Form(none=(), tables=_ROTARY + _HUNYUAN),
-        "single_transformer_blocks.*.attn": Form(none=(), tables=_ROTARY + _HUNYUAN),
+        "transformer_blocks.*.attn": Form(none=(), has_text_keys=True, tables=_ROTARY + _HUNYUAN),
+        "single_transformer_blocks.*.attn": Form(none=(), has_text_keys=True, tables=_ROTARY + _HUNYUAN),
     }
     whole = {
         "transformer_blocks.*": Form(
@@ -96,3 +106,7 @@ class HunyuanVideoHost(TransformerHost):
     def num_text(self, arguments: Mapping[str, Any]) -> int:
         """Every row of the text that the root is given."""
         return text_length(arguments)
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """The text; what its mask hides nobody reads, and it stays behind what is shown."""
+        return TextForm(mask="encoder_attention_mask", hides=True)

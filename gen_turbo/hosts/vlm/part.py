@@ -203,7 +203,7 @@ class VlmPart(OnModel):
 
     def _note_text(self, before: int, after: int, words: int) -> None:
         self._count(TEXT_ENCODER, None, before, after, 0, 0)
-        if before == after and int(self.reducer.text_ratio * words) == 0:
+        if before == after and int((self.reducer.text_ratio or 0) * words) == 0:
             warnings.warn(
                 f"no word was removed from texts of {words} words at text_ratio {self.reducer.text_ratio}; raise it",
                 NoEffectWarning,

@@ -67,7 +67,7 @@ class TextMerge:
         is_real = mask[:, 0, 0] >= 0
         words = [row.nonzero()[:, 0][1:-1] for row in is_real.expand(len(hidden_BNC), -1)]
         fewest = min(map(len, words))
-        removed = int(self._reducer.text_ratio * fewest)
+        removed = int((self._reducer.text_ratio or 0) * fewest)
         num_tokens = hidden_BNC.shape[1]
         plans = [self._row_plan(hidden_BNC, removed, row, places) for row, places in enumerate(words) if removed]
         if not any(plan.num_slots < plan.num_tokens for plan in plans):
@@ -99,7 +99,7 @@ class TextMerge:
 
 def check_text(model: nn.Module, reducer: TokenReducer) -> None:
     """Says before anything is changed why the words of a model cannot be merged; raises ValueError."""
-    if reducer.text_ratio == 0:
+    if not reducer.text_ratio:
         return
     name = type(model).__name__
     encoder: Any = getattr(model, TEXT_ENCODER, None)
