@@ -225,6 +225,8 @@ class VisToGTrainer:
         for group in self._optimiser.param_groups:
             group["lr"] = self.settings.rate(self.step)
         self._grouping.train()
+        # What is read is assigned without noise, so the noise goes, lest the rest gets used to wrong assignments.
+        self._grouping.noise = max(0.0, 1 - self.step / max(1, self.settings.align_steps))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
             loss = self._loss(*self._lesson(self.settings.lesson(self.step)))

@@ -46,6 +46,9 @@ class SemanticGrouping(nn.Module):
     mean of its patches plus what its semantic token says. Straight-through with Gumbel noise in training (as in
     GroupViT, arXiv 2202.11094), plain argmax in evaluation. A group without patches is its semantic token.
 
+    Attributes:
+        noise: Scale of the noise in training.
+
     Differs from the paper: each semantic token begins as the mean of the patches in one cell of the grid plus its own
     learned vector, and similarity falls with the squared distance of a patch from that cell. All that is learned
     begins at zero, so an untrained layer pools the cells of `pool_cells`.
@@ -53,7 +56,7 @@ class SemanticGrouping(nn.Module):
 
     def __init__(self, shape: VisToGShape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.noise = shape, 1.0
         # The same start whatever was drawn before, and nothing drawn from the user's generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -103,7 +106,7 @@ class SemanticGrouping(nn.Module):
         if not self.training:
             return _one_hot(logits)
         uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-        soft = (logits - (-uniform.log()).log()).softmax(1)
+        soft = (logits - self.noise * (-uniform.log()).log()).softmax(1)
         one_hot: Tensor = _one_hot(soft) + soft - soft.detach()
         return one_hot
 
