@@ -22,7 +22,7 @@ from gen_turbo.hosts.choice import chosen_layers, layers_of
 from gen_turbo.hosts.clock import Clock, Stream, run_facts_of
 from gen_turbo.hosts.compiled import begun, ended, number_of, outside
 from gen_turbo.hosts.reduction import Cost, Reduction
-from gen_turbo.hosts.runs import check_between, runs_of
+from gen_turbo.hosts.runs import BlockRun, check_between, runs_of
 from gen_turbo.hosts.text import MergedText, merge_text
 from gen_turbo.hosts.text_keys import TextProjection
 
@@ -54,12 +54,10 @@ class DenoiserPart(OnModel):
             for index, (layer, ratio) in enumerate(chosen_layers(reducer, self.layers, type(model).__name__))
         }
         is_block = reducer.scope == "block"
-        self.blocks = {
-            name: BlockBinding.of(model.get_submodule(name), reduction)
-            for name, reduction in self.reductions.items()
-            if is_block and reducer.run_length == 1
-        }
-        self.runs = runs_of(model, self.reductions.values(), reducer.run_length) if is_block and not self.blocks else []
+        runs = runs_of(model, self.reductions.values(), reducer.run_length) if is_block else []
+        self.runs = [BlockRun(run) for run in runs if len(run) > 1]
+        alone = [run[0] for run in runs if len(run) == 1]
+        self.blocks = {reduction.layer.name: BlockBinding.of(block, reduction) for block, reduction in alone}
         self._text = self._text_form(model)
         self.text_tokens = 0, 0
         attended = {} if is_block else self.reductions

@@ -42,7 +42,11 @@ class LayerPruner(Protocol):
 
 
 class RoutedPart(OnModel):
-    """A reducer of tokens on one denoiser with a schedule around it."""
+    """A reducer of tokens on one denoiser with a schedule around it.
+
+    Raises:
+        ValueError: If the schedule does not fit the model, or skips blocks out of runs that share a short sequence.
+    """
 
     def __init__(self, model: nn.Module, host: SkippingHost, reducer: Any, pipeline: Any | None) -> None:
         super().__init__(model)
@@ -53,6 +57,13 @@ class RoutedPart(OnModel):
         self.routing = Routing(
             model, clock, facts, host.units(model), schedules, reducer.threshold, lambda: _warn(schedules)
         )
+        joined = [reduction.layer.name for run in self.tokens.runs for reduction in run.reductions]
+        inside = [unit for unit in self.routing.units if unit in joined]
+        if inside:
+            raise ValueError(
+                f"the schedule skips {', '.join(inside)}, but run_length={self.tokens.reducer.run_length} joins blocks "
+                "to runs on one short sequence, in which none can be skipped alone; use run_length=1"
+            )
         for name, block in self.tokens.blocks.items():
             block.is_skipped = partial(self.routing.is_skipped, name)
 

@@ -136,7 +136,7 @@ class BlockRun:
             running.given[_OTHER_STREAM] = outputs[1 - place]
 
 
-def runs_of(model: nn.Module, reductions: Iterable[Reduction], length: int) -> list[BlockRun]:
+def runs_of(model: nn.Module, reductions: Iterable[Reduction], length: int) -> list[list[tuple[nn.Module, Reduction]]]:
     """Cuts consecutive blocks of one stack and one ratio into runs of at most `length`; 0 sets no limit.
 
     Raises:
@@ -144,14 +144,14 @@ def runs_of(model: nn.Module, reductions: Iterable[Reduction], length: int) -> l
     """
     runs: list[list[tuple[nn.Module, Reduction]]] = []
     for reduction in reductions:
-        if reduction.layer.form.also:
+        if reduction.layer.form.also and length != 1:
             raise ValueError(f"the blocks of {type(model).__name__} are linked across runs; use run_length=1")
         pair = (model.get_submodule(reduction.layer.name), reduction)
         if runs and _follows(runs[-1][-1][1], reduction) and (length == 0 or len(runs[-1]) < length):
             runs[-1].append(pair)
         else:
             runs.append([pair])
-    return [BlockRun(run) for run in runs]
+    return runs
 
 
 def check_between(arguments: Mapping[str, Any]) -> None:

@@ -13,8 +13,11 @@ from torch import Tensor
 from gen_turbo.core.farthest import farthest_point_plan
 from gen_turbo.hosts.base import TextForm
 
-_WORTHWHILE = 1 / 8
-"""Share of the text that must repeat before equal tokens are merged unasked: sizes cost every attention call a bit."""
+_WORTHWHILE = 1 / 2
+"""Share of the text that must repeat before equal tokens are merged unasked: sizes take a channel in every attention.
+
+On SD3 at 1,024 pixels that is paid back from two fifths of the text on, at 512 pixels from a sixteenth.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def merge_text(arguments: Mapping[str, Any], form: TextForm, ratio: float | None
     Args:
         arguments: Those of the root, by name.
         form: Which of them hold the text.
-        ratio: Fraction of text tokens that leaves; None for all that repeat their neighbour, if they are many.
+        ratio: Fraction of text tokens that leaves; None for all that repeat their neighbour, if they are half.
 
     Returns:
         The merged text; where there are positions, one plan serves the whole batch.

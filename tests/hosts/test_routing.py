@@ -10,20 +10,14 @@ from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from torch import nn
 
 from gen_turbo import PARProcessor, TurboProcessor, attach, report
-from gen_turbo.hosts.attach import attachments, host_of
+from gen_turbo.hosts.attach import attachments
 from gen_turbo.hosts.denoiser import NoEffectWarning
 from tests import tiny_transformers
-from tests.schedules import by_hand
+from tests.schedules import blocks_of, by_hand, par
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import UNETS, run_unet, sd_pipeline, unet_inputs
 
 TRANSFORMERS = ["pixart-alpha", "sd3", "flux", "hunyuan-dit", "z-image"]
-
-
-def par(model, skips, inner=None, **settings):
-    """A processor on a schedule made by hand."""
-    slope = settings.pop("slope", 1.0)
-    return PARProcessor(budget=0.5, schedule=by_hand(model, skips, slope=slope), inner=inner, **settings)
 
 
 def calls_of(model, name):
@@ -32,11 +26,6 @@ def calls_of(model, name):
     layers = (m for m in model.get_submodule(name).modules() if isinstance(m, nn.Conv2d | nn.Linear))
     next(layers).register_forward_hook(lambda *a: seen.append(1))
     return seen
-
-
-def blocks_of(model):
-    """Names of the blocks that can be skipped."""
-    return [unit for unit, made in host_of(model).units(model).items() if made.form is not None]
 
 
 @pytest.mark.parametrize("name", UNETS)

@@ -67,7 +67,8 @@ def test_runs_end_with_a_stack():
     model, _ = family("sdxl")
     with attach(model, TurboProcessor(0.4, scope="block", run_length=0, num_levels=2)) as attachment:
         runs = [[reduction.layer.name for reduction in run.reductions] for run in attachment.parts[0].runs]
-    assert sorted(name for run in runs for name in run) == sorted(attachment.sites)
+        alone = list(attachment.parts[0].blocks)
+    assert sorted([*alone, *(name for run in runs for name in run)]) == sorted(attachment.sites)
     assert all(len({name.rpartition(".")[0] for name in run}) == 1 for run in runs)
     assert max(map(len, runs)) == 2
 

@@ -186,10 +186,10 @@ def test_models_without_such_text_refuse(name, why):
 
 def test_masks_keep_tokens_apart():
     """Catches a word and a token of another mask on one slot, and hidden tokens told apart by what nobody reads."""
-    text = random(1, 6, 8)
+    text = random(1, 8, 8)
     text[:, 4] = text[:, 0]
-    shown = torch.tensor([[1, 1, 1, 0, 0, 0]])
+    shown = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
     given = {"encoder_hidden_states": text, "mask": shown}
     short = merge_text(given, TextForm(mask="mask", hides=True), None)
-    assert short.arguments["mask"].tolist() == [[1, 1, 1, 0]] and short.sizes.tolist() == [[1, 1, 1, 3]]
+    assert short.arguments["mask"].tolist() == [[1, 1, 1, 0]] and short.sizes.tolist() == [[1, 1, 1, 5]]
     assert merge_text(given, TextForm(mask="mask"), None).num_merged == 0
