@@ -181,6 +181,11 @@ class ReductionPlan:
         later_slot, later_anchor = later._tiled(batch)
         return ReductionPlan(later_slot.gather(1, slot), anchor.gather(1, later_anchor))
 
+    def by_row(self) -> list[ReductionPlan]:
+        """Gives each row as a plan of its own."""
+        rows = zip(self.slot_BN[:, None], self.anchor_BM[:, None], strict=True)
+        return [ReductionPlan(slot, anchor) for slot, anchor in rows]
+
     def between(self, leading: int, trailing: int) -> ReductionPlan:
         """Widens the plan to a longer sequence whose first `leading` and last `trailing` tokens keep their own slot.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from gen_turbo import attach, report
 from gen_turbo.contract import Frame, Site
@@ -17,9 +18,15 @@ from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
 from tests.vlm import oracle
 from tests.vlm.test_generate import TOLERANCE, generate
-from tests.vlm.tiny_vlms import PROMPTS, VLMS
+from tests.vlm.tiny_vlms import PROMPTS, TEXT, VISION, VLMS
 
 METHODS = [StrideProcessor, PoolProcessor, FastVProcessor, VisionZipProcessor, DivPruneProcessor, TurboVisionProcessor]
+
+
+def pixtral() -> torch.nn.Module:
+    """A LLaVA whose vision tower is of a kind that is not known."""
+    vision, text = PixtralVisionConfig(**VISION), LlamaConfig(**TEXT)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
 
 
 def features(count: int = 20, batch: int = 2) -> torch.Tensor:
@@ -163,7 +170,7 @@ def test_spaced_tokens_are_evenly_spaced():
         (lambda: VisionZipProcessor(contextual=2.0), "contextual must be a fraction"),
         (lambda: selection.keep_spaced(4, 0), "cannot keep 0 of 4 tokens"),
         (lambda: VisionZipProcessor(0.5).plan_tokens(features()), "reads the attention of a vision tower"),
-        (lambda: attach(VLMS["qwen2"].make("sdpa"), TurboVisionProcessor(0.5)), "vision tower of this Qwen2VL"),
+        (lambda: attach(pixtral(), TurboVisionProcessor(0.5)), "vision tower of this Llava.* use place='gate'"),
         (lambda: attach(VLMS["llava"].make("sdpa"), FastVProcessor(layer=4)), "layer 4 is not one of the 4 layers"),
     ],
 )

@@ -26,6 +26,7 @@ class TowerFacts:
         attention: Name, in a block, of its self-attention.
         norm2: Name, in a block, of the norm between attention and MLP.
         has_qkv: Whether attention makes queries, keys and values in one layer `qkv` and takes no mask.
+        is_packed: Whether all pictures stand in one row of tokens, as in Qwen's towers.
         is_restored: Whether later code needs every patch again.
         projector: Path, in the model, of the one layer that reads the patches in raster order, and nothing else;
             empty where other code lies between, or text reads them by cross-attention.
@@ -41,6 +42,7 @@ class TowerFacts:
     attention: str = "self_attn"
     norm2: str = "layer_norm2"
     has_qkv: bool = False
+    is_packed: bool = False
     is_restored: bool = True
     projector: str = ""
     output_norm: str = ""

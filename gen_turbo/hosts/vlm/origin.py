@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,19 +19,19 @@ class Seen:
     Attributes:
         features: Projected features of each picture, (n, C).
         grids: (height, width) of each picture in tokens, where there is one.
-        patches: The tower's plan on its patches, one row per picture; None where it merged none.
-        values: Semantic value of the patches by kind, one row per picture.
+        plans: The tower's plan on the patches of each picture, one row each; empty where it merged none.
+        values: Semantic value of the patches by kind, (n,) for each picture.
     """
 
     features: list[Tensor] = field(default_factory=list)
     grids: list[Grid | None] = field(default_factory=list)
-    patches: ReductionPlan | None = None
-    values: dict[str, Tensor] = field(default_factory=dict)
+    plans: list[ReductionPlan] = field(default_factory=list)
+    values: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.features, *self.values.values()))
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.features, *chain(*self.values.values())))
 
     def find(self, features: list[Tensor]) -> list[int | None]:
         """Finds each picture's place among those seen, by its features: `generate` repeats them for its beams.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_turbo.contract import Frame, Grid, Site, TokenReducer
@@ -16,6 +17,7 @@ from gen_turbo.hosts.vlm.decoder import Cut, check_cut
 from gen_turbo.hosts.vlm.family import Family, TowerFacts
 from gen_turbo.hosts.vlm.gate import Gate
 from gen_turbo.hosts.vlm.origin import Seen
+from gen_turbo.hosts.vlm.packed import PackedTower
 from gen_turbo.hosts.vlm.run import Group, Pictures, Reduction
 from gen_turbo.hosts.vlm.settings import placement_of
 from gen_turbo.hosts.vlm.shrink import Shrink, can_shrink
@@ -40,7 +42,7 @@ class VlmPart(OnModel):
         self._had_features: Any = None
         self._cost = 0
         _check(model, family, reducer)
-        self._tower: Tower | Shrink | None = None
+        self._tower: Tower | PackedTower | Shrink | None = None
         self._gate: Gate | None = None
         self._cut: Cut | None = None
         self._cross: CrossGate | None = None
@@ -95,10 +97,11 @@ class VlmPart(OnModel):
         if place == "picture":
             self._prepare_picture(model)
         elif facts is not None and place != "decoder":
-            self._tower = Tower(model, facts, self.reducer if place == "tower" else None)
+            kind = PackedTower if facts.is_packed else Tower
+            self._tower = kind(model, facts, self.reducer if place == "tower" else None)
             self._tower.on_block = self._note_block
         if place == "tower":
-            assert isinstance(self._tower, Tower)
+            assert isinstance(self._tower, (Tower, PackedTower))
             self._rows.update(
                 {name: SiteReport(name, 1, "reduced") for name in map(self._block_name, self._tower.watched)}
             )
@@ -113,7 +116,7 @@ class VlmPart(OnModel):
         planner = {"gate": self._plan_at_gate, "tower": self._plan_duplicates, "picture": self._plan_duplicates}.get(
             place
         )
-        is_merged = place == "gate" and self._placement.combine == "merge"
+        is_merged = self._placement.combine == "merge" and (place == "gate" or isinstance(self._tower, PackedTower))
         self._gate = Gate(base, text, family, planner, is_merged)
         if place == "decoder":
             first = self._placement.layer
@@ -148,11 +151,11 @@ class VlmPart(OnModel):
         """Keeps what the tower knows of the pictures whose features were just made."""
         if self._tower is None:
             return
-        seen.patches = self._tower.patches
+        seen.plans = self._tower.plans()
         for kind in ("class", "self"):
-            value = self._tower.value(kind) if self._wants_value(kind) else None
-            if value is not None:
-                seen.values[kind] = value[:, self._tower.num_leading :]
+            values = self._tower.values(kind) if self._wants_value(kind) else None
+            if values is not None:
+                seen.values[kind] = values
 
     def _wants_value(self, kind: str) -> bool:
         wanted = getattr(self.reducer, "semantic", "none")
@@ -175,16 +178,19 @@ class VlmPart(OnModel):
     def _plan_duplicates(self, tokens: Tensor, group: Group) -> ReductionPlan:
         """The tower's own plan, whose slots are equal tokens now; nothing where features are no longer patches."""
         assert self._gate is not None
-        patches = self._gate.seen.patches
-        if patches is None or patches.num_tokens != group.length:
+        plans = self._gate.seen.plans
+        if all(plan.num_tokens != group.length for plan in plans):
             return ReductionPlan.identity(1, group.length, tokens.device)
-        rows = self._origins(group)
-        return ReductionPlan(patches.slot_BN[rows], patches.anchor_BM[rows])
+        found = [plans[origin] for origin in self._origins(group)]
+        slot, anchor = ([getattr(plan, name) for plan in found] for name in ("slot_BN", "anchor_BM"))
+        return ReductionPlan(torch.cat(slot), torch.cat(anchor))
 
     def _value(self, kind: str, group: Group) -> Tensor | None:
         assert self._gate is not None
-        value = self._gate.seen.values.get(kind)
-        return value[self._origins(group)] if value is not None and value.shape[1] == group.length else None
+        values = self._gate.seen.values.get(kind, [])
+        if all(len(value) != group.length for value in values):
+            return None
+        return torch.stack([values[origin] for origin in self._origins(group)])
 
     def _origins(self, group: Group) -> list[int]:
         """Which of the tower's pictures each of a group's is; beam search repeats them."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from gen_turbo.contract import Grid
-from gen_turbo.hosts.vlm.family import Family, VlmHost
+from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost
 
 
 def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
@@ -21,7 +21,17 @@ def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[
     return [grids.get(length) for length in lengths]
 
 
-_FAMILY = Family(grids=_grids)
+_TOWER = TowerFacts(
+    "model.visual",
+    ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision"),
+    encoder="",
+    blocks="blocks",
+    attention="attn",
+    norm2="norm2",
+    has_qkv=True,
+    is_packed=True,
+)
+_FAMILY = Family(grids=_grids, tower=_TOWER)
 
 QWEN = VlmHost(
     ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"),

@@ -43,7 +43,11 @@ class Shrink:
             self.module.register_forward_hook(self._after),
         ]
 
-    def value(self, kind: str) -> Tensor | None:
+    def plans(self) -> list[ReductionPlan]:
+        """The plan of each picture of the last call; empty where none was made smaller."""
+        return self.patches.by_row() if self.patches is not None else []
+
+    def values(self, kind: str) -> list[Tensor] | None:
         """No semantic value is known before the tower runs."""
         return None
 

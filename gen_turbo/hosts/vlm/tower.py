@@ -102,6 +102,15 @@ class Tower:
         stride = max(1, query.shape[2] // _MOST_QUERIES)
         return attention_column_mean(query[:, :, ::stride], key, log_size)
 
+    def plans(self) -> list[ReductionPlan]:
+        """The plan of the whole tower on the patches of each picture of the last call; empty where none merged."""
+        return self.patches.by_row() if self.patches is not None else []
+
+    def values(self, kind: str) -> list[Tensor] | None:
+        """The semantic value of the patches of each picture in the last block in use, as `value` gives it."""
+        value = self.value(kind)
+        return list(value[:, self.num_leading :]) if value is not None else None
+
     def _begin(self) -> None:
         self._pass, self.patches = _Pass(), None
 
@@ -156,7 +165,8 @@ class Tower:
         _, key = self._projections[index].query_key()
         metric = key.mean(1)[:, leading:]
         num_patches = metric.shape[1]
-        ratio = self._ratio(index, num_patches)
+        start = self._pass.num_patches - leading
+        ratio = block_ratio(start, num_patches, self.reducer.ratio, index, self.last_block + 1)
         site = Site(
             f"{self.facts.module}.{index}",
             ratio,
@@ -178,15 +188,6 @@ class Tower:
         self._pass.total = total
         if total is not None:
             self._pass.totals[index] = total
-
-    def _ratio(self, index: int, num_patches: int) -> float:
-        """This block's share: the same number leaves in every block, so that the whole ratio has left at the last."""
-        assert self.reducer is not None
-        start = self._pass.num_patches - self.num_leading
-        target = int(start * self.reducer.ratio) * (index + 1) // (self.last_block + 1)
-        leaving = target - (start - num_patches)
-        # Half a token more, so that rounding down gives exactly this number.
-        return max(0.0, min((leaving + 0.5) / num_patches, 1.0)) if leaving > 0 else 0.0
 
     def _restored(self, index: int, y: Tensor) -> Tensor:
         """What leaves a block as the rest of the model wants it."""
@@ -218,6 +219,22 @@ class Tower:
         leading = self.num_leading
         self.patches = ReductionPlan(total.slot_BN[:, leading:] - leading, total.anchor_BM[:, leading:] - leading)
         return output
+
+
+def block_ratio(start: int, num_now: int, ratio: float, index: int, num_blocks: int) -> float:
+    """A block's share: the same number leaves in every block, so that the whole ratio has left after the last.
+
+    Args:
+        start: Tokens of one picture that entered the tower.
+        num_now: Those that enter this block.
+        ratio: The fraction that is to leave in the whole tower.
+        index: This block.
+        num_blocks: Blocks that merge.
+    """
+    target = int(start * ratio) * (index + 1) // num_blocks
+    leaving = target - (start - num_now)
+    # Half a token more, so that rounding down gives exactly this number.
+    return max(0.0, min((leaving + 0.5) / num_now, 1.0)) if leaving > 0 else 0.0
 
 
 def _patches(value_BN: Tensor | None, leading: int) -> Tensor | None:

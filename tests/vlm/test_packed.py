@@ -1,0 +1,175 @@
+"""Turbo in Qwen's vision towers: units of patches by index and value, windows, deepstack, sizes mixed in one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach, report
+from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.hosts.attach import attachments
+from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from gen_turbo.methods.visionzip import VisionZipProcessor
+from tests.snapshots import differences, model_state
+from tests.vlm import oracle, packed_oracle
+from tests.vlm.test_generate import STEPS, TOLERANCE, generate
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
+
+QWEN = ["qwen2", "qwen2_5", "qwen3"]
+PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5, scale=30.0)
+SIZES = [(8, 8), (4, 12), (8, 8)]
+
+
+def pictures(sizes=SIZES, frames=1):
+    """Patches of pictures of several sizes, in patches."""
+    count = sum(frames * height * width for height, width in sizes)
+    patches = torch.randn(count, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(4))
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[frames, *size] for size in sizes])}
+
+
+def slow(model, given):
+    """Features, inner features by level and slots of every picture, one at a time."""
+    found, at = [], 0
+    for _, height, width in given["image_grid_thw"].tolist():
+        pixels = given["pixel_values"][at : at + height * width]
+        found.append(packed_oracle.encode(model.model.visual, pixels, height, width, 3, 15.0))
+        at += height * width
+    return found
+
+
+@pytest.mark.parametrize(("family", "attention"), [*((family, "sdpa") for family in QWEN), ("qwen2_5", "eager")])
+def test_the_published_algorithm_on_units_by_index_and_value(family, attention):
+    """Catches a unit torn apart, positions or windows of the wrong unit, sizes left out, pictures mixed up."""
+    model, given = VLMS[family].make(attention), pictures()
+    with attach(model, PUBLISHED), torch.no_grad():
+        out = model.get_image_features(**given)
+        plans = attachments(model)[0]._tower.plans()
+    for index, (features, deep, slots) in enumerate(slow(model, given)):
+        assert (out.pooler_output[index] - features).abs().max() < TOLERANCE
+        for level, inner in enumerate(deep):
+            assert (out.deepstack_features[level][index] - inner).abs().max() < TOLERANCE
+        assert plans[index].anchor_BM[0].tolist() == [anchor for anchor, _ in slots]
+        for slot, (_, members) in enumerate(slots):
+            assert plans[index].slot_BN[0, members].eq(slot).all()
+    assert [plan.num_slots for plan in plans] == [16 - 9, 12 - 9, 16 - 9]
+
+
+@pytest.mark.parametrize("prompt", ["one", "ragged_padded"])
+@pytest.mark.parametrize("family", QWEN)
+def test_generate_equals_the_oracle(family, prompt):
+    """Catches copies that stay in the prompt, inner features of another unit, and slots of another picture."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS[prompt].inputs(vlm)
+    with attach(model, PUBLISHED):
+        new, logits, _ = generate(model, inputs)
+        kept = {row.name: row.num_kept for row in report(model).sites}["model.language_model"]
+    found = slow(model, inputs)
+    features = [one[0] for one in found]
+    deep = [list(level) for level in zip(*(one[1] for one in found), strict=True)]
+
+    def planned(tokens):
+        index = next(index for index, one in enumerate(features) if torch.equal(one, tokens[0]))
+        destination = torch.arange(16)
+        for anchor, members in found[index][2]:
+            destination[members] = anchor
+        return ReductionPlan.from_destinations(destination[None])
+
+    expected = oracle.generated_logits(model, vlm, inputs, new, oracle.Method(planned), (features, deep))
+    assert logits.shape[1] == STEPS and (logits - expected).abs().max() < TOLERANCE
+    assert kept == len(found) * 7
+
+
+@pytest.mark.parametrize("processor", [TurboVisionProcessor(0.75), Placed(TurboProcessor(0.5), place="tower"),
+                                       Placed(RandomProcessor(0.5), place="tower")])  # fmt: skip
+@pytest.mark.parametrize("family", QWEN)
+def test_every_block_runs_on_fewer_tokens(family, processor):
+    """Catches merging that only perturbs features, and a schedule that misses the ratio of a picture."""
+    model, seen = VLMS[family].make(), []
+    blocks = model.model.visual.blocks
+    handles = [block.mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[0])) for block in blocks]
+    with attach(model, processor):
+        model.get_image_features(**pictures())
+        plans = attachments(model)[0]._tower.plans()
+    for handle in handles:
+        handle.remove()
+    assert seen == sorted(seen, reverse=True) and seen[0] < 4 * 44
+    assert [plan.num_slots for plan in plans] == [n - int(n * processor.ratio) for n in (16, 12, 16)]
+    assert seen[-1] == 4 * sum(plan.num_slots for plan in plans)
+
+
+@pytest.mark.parametrize("processor", [TurboVisionProcessor(0.0), TurboVisionProcessor(threshold=40),
+                                       Placed(IdentityProcessor(0.5), place="tower")])  # fmt: skip
+@pytest.mark.parametrize("family", QWEN)
+def test_nothing_merged_is_bit_identical(family, processor):
+    """Catches sizes of one becoming a mask, and features computed another way."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["padded"].inputs(vlm)
+    stock = generate(model, inputs)[1]
+    with attach(model, processor):
+        assert torch.equal(generate(model, inputs)[1], stock)
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_detach_restores_the_tower(family):
+    """Catches leftovers in blocks, attention and mergers, also after an exception in the middle of the tower."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
+    generate(model, inputs)
+    before = model_state(model)
+    with attach(model, PUBLISHED):
+        generate(model, inputs)
+    assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}
+    with pytest.raises(RuntimeError), attach(model, PUBLISHED):
+        model(**inputs | {"pixel_values": inputs["pixel_values"][:, :7]})
+    assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_videos_pass_as_they_are(family):
+    """Catches frames merged as if they were one picture, and state of the last pictures used on a video."""
+    model, video = VLMS[family].make(), pictures([(4, 8)], frames=3)
+    call = {"pixel_values_videos": video["pixel_values"], "video_grid_thw": video["image_grid_thw"]}
+    with torch.no_grad():
+        stock = model.get_video_features(**call).pooler_output
+        with attach(model, PUBLISHED):
+            model.get_image_features(**pictures())
+            attached = model.get_video_features(**call).pooler_output
+    assert all(torch.equal(one, other) for one, other in zip(stock, attached, strict=True))
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_hidden_states_are_restored(family):
+    """Catches recorded states that are shorter than the picture."""
+    model, given = VLMS[family].make(), pictures()
+    with attach(model, PUBLISHED), torch.no_grad():
+        out = model.get_image_features(**given, output_hidden_states=True)
+    assert [state.shape[0] for state in out.hidden_states] == [4 * 44] * len(out.hidden_states)
+    assert out.last_hidden_state.shape[0] == 4 * 44
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_the_gate_reads_the_towers_attention(family):
+    """Catches attention in the order of windows, or of other patches, given to a method before the language model."""
+    vlm, seen = VLMS[family], []
+    model, inputs = vlm.make(), PROMPTS["even"].inputs(vlm)
+
+    class Watching(VisionZipProcessor):
+        def plan(self, tokens, site, frame):
+            seen.append(site.semantic("self"))
+            return super().plan(tokens, site, frame)
+
+    with attach(model, Watching(0.5, semantic="self")), torch.no_grad():
+        model(**inputs)
+    for picture in range(2):
+        pixels = inputs["pixel_values"][64 * picture : 64 * (picture + 1)]
+        units = packed_oracle.begin(model.model.visual, pixels, 8, 8)
+        full = getattr(model.model.visual, "fullatt_block_indexes", range(3))
+        with torch.no_grad():
+            for index, block in enumerate(model.model.visual.blocks):
+                added, _, received = packed_oracle.attend(units, block, index in full)
+                for unit, more in zip(units, added, strict=True):
+                    unit.x = unit.x + more
+                    unit.x = unit.x + block.mlp(block.norm2(unit.x))
+        for unit, value in zip(units, received, strict=True):
+            assert abs(float(seen[0][picture, unit.members[0]]) - value) < TOLERANCE
