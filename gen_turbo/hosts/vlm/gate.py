@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from gen_turbo.contract import Grid
 from gen_turbo.core.columns import Columns
+from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.hosts.vlm.cache import ShortenedCache, shortened
 from gen_turbo.hosts.vlm.family import Family, image_token_mask
+from gen_turbo.hosts.vlm.layers import real_columns
 from gen_turbo.hosts.vlm.origin import Seen
-from gen_turbo.hosts.vlm.run import Pictures, Planner, Reduction, reduce
+from gen_turbo.hosts.vlm.run import Group, Pictures, Planner, Reduction, reduce
+from gen_turbo.hosts.vlm.words import Words
 
 
 class Gate:
@@ -26,7 +30,7 @@ class Gate:
 
     Attributes:
         planner: Plans for the image tokens before the language model; None lets all of them pass.
-        is_merged: Whether slots are averaged or only their anchors stay.
+        is_merged: Whether slots of image tokens and of words are averaged or only their anchors stay.
         seen: The pictures whose features were made last.
         pictures: The image tokens of this call as the first decoder layer sees them; None where there are none.
         held: Columns that the first layer's cache held when this call began.
@@ -34,6 +38,7 @@ class Gate:
         real_BM: Which columns that reach the first layer, with those held, are no padding; None if all are.
         cuts: Columns that decoder layers of this call keep, by first layer, to be noted in the cache at the end.
         dropped: What spreads the output of the last decoder layer back; set by the decoder.
+        words: Chooses words that leave with the image tokens of a prompt; None lets all of them pass.
         on_prompt: Is told the pictures, embeddings and mask of a call that brings pictures, before they are planned.
     """
 
@@ -41,6 +46,7 @@ class Gate:
         self, base: nn.Module, text: nn.Module, family: Family, planner: Planner | None, is_merged: bool
     ) -> None:
         self.planner, self.is_merged = planner, is_merged
+        self.words: Words | None = None
         self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
         self.on_prompt: Callable[[Pictures, Tensor, Any], None] = lambda pictures, embeds, mask: None
         self._base, self._text, self._family = base, text, family
@@ -140,6 +146,10 @@ class Gate:
         if self.pictures is not None and self.planner is not None:
             reduction = reduce(self.pictures, embeds, self.planner)
             self.on_reduction(self.pictures, reduction)
+        if self.pictures is not None and self.words is not None:
+            reduction = reduction or reduce(self.pictures, embeds, _pass_all)
+            real = real_columns(kwargs.get("attention_mask"), embeds)
+            reduction = self.words.added(reduction, self._given.get("input_ids"), real, embeds)
         is_shortened = isinstance(cache, ShortenedCache) and cache.columns is not None
         if reduction is not None and not reduction.is_identity:
             self._here = Columns.of_kept(reduction.keep_BL)
@@ -176,8 +186,9 @@ class Gate:
             changed.update(_deepstack(kwargs, reduction, here, self.is_merged))
         self.length = here.num_kept
         is_image = here.mask(self.pictures.is_image_BL)
-        before = self.pictures
-        self.pictures = Pictures(is_image, reduction.lengths(), [None] * len(before.lengths), before.origins)
+        before, lengths = self.pictures, reduction.lengths()
+        grids: list[Grid | None] = before.grids if lengths == before.lengths else [None] * len(lengths)
+        self.pictures = Pictures(is_image, lengths, grids, before.origins)
         return changed
 
     def _mask(self, mask: Tensor | None, cache: Any) -> Tensor | None:
@@ -200,6 +211,10 @@ class Gate:
                 output.last_hidden_state = columns.spread(output.last_hidden_state)
         self.dropped = self._here = None
         return output
+
+
+def _pass_all(tokens: Tensor, group: Group) -> ReductionPlan:
+    return ReductionPlan.identity(1, group.length, tokens.device)
 
 
 def _uses_cache(text: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from gen_turbo.hosts.vlm.settings import placement_of
 from gen_turbo.hosts.vlm.shrink import Shrink, can_shrink
 from gen_turbo.hosts.vlm.text import TEXT_ENCODER, TextMerge, check_text
 from gen_turbo.hosts.vlm.tower import Tower
+from gen_turbo.hosts.vlm.words import PROMPT, Words, check_words
 
 
 class VlmPart(OnModel):
@@ -46,7 +47,7 @@ class VlmPart(OnModel):
         self._gate: Gate | None = None
         self._cut: Cut | None = None
         self._cross: CrossGate | None = None
-        self._text = TextMerge(model, reducer) if reducer.text_ratio else None
+        self._text = TextMerge(model, reducer) if reducer.text_ratio and family.is_cross else None
         self._prepare(model)
 
     @property
@@ -106,7 +107,7 @@ class VlmPart(OnModel):
                 {name: SiteReport(name, 1, "reduced") for name in map(self._block_name, self._tower.watched)}
             )
         if self._text is not None:
-            self._text.on_merge = self._note_text
+            self._text.on_merge = lambda before, after, words: self._note_text(TEXT_ENCODER, before, after, words)
             self._rows[TEXT_ENCODER] = SiteReport(TEXT_ENCODER, 1, "reduced")
         if family.is_cross:
             self._prepare_cross()
@@ -116,8 +117,14 @@ class VlmPart(OnModel):
         planner = {"gate": self._plan_at_gate, "tower": self._plan_duplicates, "picture": self._plan_duplicates}.get(
             place
         )
-        is_merged = self._placement.combine == "merge" and (place == "gate" or isinstance(self._tower, PackedTower))
-        self._gate = Gate(base, text, family, planner, is_merged)
+        # What the tower or a smaller picture made equal is its own mean; features of inner blocks are not.
+        self._gate = Gate(base, text, family, planner, self._placement.combine == "merge")
+        if self.reducer.text_ratio:
+            self._gate.words = Words(model, self.reducer)
+            self._gate.words.on_reduction = lambda before, after, longest: self._note_text(
+                PROMPT, before, after, longest
+            )
+            self._rows[PROMPT] = SiteReport(PROMPT, 1, "reduced")
         if place == "decoder":
             first = self._placement.layer
             self._cut = Cut(text, self._gate, first, self._plan_at_cut)
@@ -207,8 +214,8 @@ class VlmPart(OnModel):
     def _note_block(self, index: int, before: int, after: int) -> None:
         self._count(self._block_name(index), None, before, after, 0, 0)
 
-    def _note_text(self, before: int, after: int, words: int) -> None:
-        self._count(TEXT_ENCODER, None, before, after, 0, 0)
+    def _note_text(self, name: str, before: int, after: int, words: int) -> None:
+        self._count(name, None, before, after, 0, 0)
         if before == after and int((self.reducer.text_ratio or 0) * words) == 0:
             warnings.warn(
                 f"no word was removed from texts of {words} words at text_ratio {self.reducer.text_ratio}; raise it",
@@ -269,7 +276,10 @@ def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
     denoising = [setting for setting in ("layer_ratios", "step_scale") if getattr(reducer, setting)]
     if denoising:
         raise ValueError(f"{' and '.join(denoising)} concern denoisers; {name} is none, leave them out")
-    check_text(model, reducer)
+    if family.is_cross:
+        check_text(model, reducer)
+    else:
+        check_words(model, reducer, placement.place)
     facts = tower_facts(model, family)
     if placement.place == "picture":
         if facts is None or not can_shrink(model, facts) or (family.grids is None and not family.is_cross):

@@ -56,6 +56,26 @@ class Pictures:
         return first[:, None] + torch.arange(group.length, device=first.device)
 
 
+@dataclass(frozen=True)
+class WordPlan:
+    """The plan for the words of one row.
+
+    Attributes:
+        row: The row.
+        places: The columns of its words.
+        plan: One row, on those words.
+    """
+
+    row: int
+    places: Tensor
+    plan: ReductionPlan
+
+    @property
+    def anchors(self) -> Tensor:
+        """The columns of the words that stay."""
+        return self.places[self.plan.anchor_BM[0]]
+
+
 @dataclass
 class Reduction:
     """Plans for all pictures of one call, and what follows from them.
@@ -64,16 +84,18 @@ class Reduction:
         plans: Each group's plan.
         keep_BL: Columns that stay: text, and the anchor of every slot.
         pictures: The pictures as they were.
+        words: Plans for words, where some of them leave too.
     """
 
     pictures: Pictures
     plans: list[tuple[Group, ReductionPlan]]
     keep_BL: Tensor
+    words: list[WordPlan] = field(default_factory=list)
 
     @property
     def is_identity(self) -> bool:
         """Whether every token stays."""
-        return all(plan.is_identity for _, plan in self.plans)
+        return not self.words and all(plan.is_identity for _, plan in self.plans)
 
     def apply(self, x_BLC: Tensor, is_merged: bool) -> Tensor:
         """Puts the mean of each slot at its anchor, or leaves anchors as they are; no column leaves yet."""
@@ -84,7 +106,10 @@ class Reduction:
         for group, plan in self.plans:
             index = self.pictures.index(group)
             tokens = tokens.index_put((index.gather(1, _rows(plan.anchor_BM, index)),), plan.merge(tokens[index]))
-        return x_BLC.masked_scatter(is_image[..., None], tokens)
+        merged = x_BLC.masked_scatter(is_image[..., None], tokens)
+        for one in self.words:
+            merged[one.row, one.anchors] = one.plan.merge(x_BLC[one.row, one.places][None])[0]
+        return merged
 
     def lengths(self) -> list[int]:
         """Tokens that each picture keeps."""

@@ -1,0 +1,201 @@
+"""Words of the prompt before a causal language model: the same answers as without cache, hooks and padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach, report
+from gen_turbo.hosts.denoiser import NoEffectWarning
+from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.hosts.vlm.words import special_ids
+from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from tests.snapshots import differences, model_state
+from tests.vlm import oracle
+from tests.vlm.test_generate import STEPS, TOLERANCE, generate, oracle_method
+from tests.vlm.tiny_vlms import IMAGE, PAD, PROMPTS, VLMS, Prompt
+
+RATIO = 0.4
+# Rows of other lengths, a picture in the middle, a row of words alone; special tokens are put in by `prompt`.
+ROWS = [[4, "i", 9], [7, "i", 3, "i", 6], [12]]
+CASES = [
+    (family, attention, cut)
+    for family in VLMS
+    for attention in ("sdpa", "eager")
+    for cut in (0, 2)
+    if (cut == 0 and attention == "sdpa") or family in ("llava", "qwen3", "paligemma")
+]
+
+
+def prompt(vlm, rows=ROWS, side="left"):
+    """A padded batch whose first token is the beginning of the text, with special tokens between words."""
+    inputs = Prompt(rows, side).inputs(vlm)
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    for row, mask in zip(ids, real, strict=True):
+        places = mask.nonzero()[:, 0]
+        row[places[0]] = row[places[-4]] = 1
+        row[places[-3]] = 97
+    return inputs
+
+
+def words_of(model, ids):
+    """Columns of one unpadded prompt that may leave. Qwen's models name 96 to 99, the others 99 alone."""
+    added = 96 if "Qwen" in type(model).__name__ else IMAGE
+    return [at for at in range(1, len(ids) - 1) if int(ids[at]) not in (PAD, 1) and int(ids[at]) < added]
+
+
+@torch.no_grad()
+def next_logits(model, vlm, ids, own, deep, count, method):
+    """Logits after one unpadded row whose first `count` tokens are the prompt, `method` and the words' planner."""
+    method, processor = method
+    text = model.get_submodule(vlm.text)
+    safe = ids.masked_fill(ids == IMAGE, 0) if "PaliGemma" in type(model).__name__ else ids
+    hidden = model.get_input_embeddings()(safe).clone()
+    added = [torch.zeros_like(hidden) for _ in deep]
+    if own:
+        hidden[ids == IMAGE] = torch.cat(own)
+        for target, level in zip(added, deep, strict=True):
+            target[ids == IMAGE] = torch.cat(level)
+    places = words_of(model, ids[:count])
+    removed = int(RATIO * len(places))
+    columns = list(range(len(ids)))
+    if removed:
+        plan = type(processor)((removed + 0.5) / len(places), semantic="none").plan_tokens(hidden[None, places])
+        assert plan.num_slots == len(places) - removed
+        anchors = [places[anchor] for anchor in plan.anchor_BM[0].tolist()]
+        hidden[anchors] = oracle.reduce_row(hidden[places], plan, True)
+        columns = [column for column in columns if column not in places or column in anchors]
+    is_prefix, positions = "PaliGemma" in type(model).__name__, oracle.positions_of(model, ids, len(own))
+    prefix = sum(column < count for column in columns) * is_prefix
+    hidden, added, kept_ids = hidden[columns], [one[columns] for one in added], ids[columns]
+    hidden = oracle.run_layers(text, hidden[None], positions[..., columns], 0, method.cut, prefix, added)[0]
+    hidden, added, kept = oracle.reduce_pictures(hidden, added, kept_ids, vlm.num_tokens, method)
+    columns = [columns[index] for index in kept]
+    prefix, depth = sum(column < count for column in columns) * is_prefix, text.config.num_hidden_layers
+    out = text.norm(oracle.run_layers(text, hidden[None], positions[..., columns], method.cut, depth, prefix, added))
+    return model.lm_head(out[0, -1])
+
+
+def expected_logits(model, vlm, inputs, new, processor, cut=0):
+    """Logits of every step by the slow way."""
+    method = (oracle_method(processor, vlm, cut), processor)
+    return oracle.generated_logits(model, vlm, inputs, new, method, logits=next_logits)
+
+
+@pytest.mark.parametrize(("family", "attention", "cut"), CASES)
+def test_generate_equals_the_oracle(family, attention, cut):
+    """Catches a special, first, last or padded token that leaves, words of another row, positions that close up."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make(attention), prompt(vlm)
+    processor = TurboProcessor(0.6, semantic="none", text_ratio=RATIO)
+    with attach(model, Placed(processor, place="decoder" if cut else "gate")):
+        new, logits, _ = generate(model, inputs)
+    assert logits.shape[1] == STEPS
+    assert (logits - expected_logits(model, vlm, inputs, new, processor, cut)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5", "paligemma"])
+def test_words_alone_leave(family):
+    """Catches words that leave only where image tokens do."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make(), prompt(vlm)
+    processor = TurboProcessor(0.0, semantic="none", text_ratio=RATIO)
+    with attach(model, processor):
+        new, logits, _ = generate(model, inputs)
+        rows = {row.name: (row.num_tokens, row.num_kept) for row in report(model).sites}
+    assert (logits - expected_logits(model, vlm, inputs, new, processor)).abs().max() < TOLERANCE
+    assert (logits[:, 0] - generate(model, inputs)[1][:, 0]).abs().max() > 100 * TOLERANCE
+    words = [len(words_of(model, ids[mask.bool()])) for ids, mask in zip(*_rows(inputs), strict=True)]
+    assert rows["prompt"] == (sum(words), sum(n - int(RATIO * n) for n in words))
+
+
+def _rows(inputs):
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+def test_beams_sampling_and_right_padding():
+    """Catches beams with the words of another row, draws of our own, and padding that counts as a last word."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make(), prompt(vlm)
+    processor = TurboProcessor(0.6, semantic="none", text_ratio=RATIO)
+    right = prompt(vlm, side="right")
+    with attach(model, processor):
+        _, _, out = generate(model, inputs, num_beams=3, output_scores=True)
+        at_end = generate(model, inputs)[1][:, 0]
+        everywhere = model(**right).logits
+        last = right["attention_mask"].sum(1) - 1
+        drawn = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            drawn.append(generate(model, inputs, do_sample=True)[0])
+    assert (everywhere[torch.arange(3), last] - at_end).abs().max() < TOLERANCE
+    assert torch.equal(*drawn)
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    expected = expected_logits(model, vlm, inputs, new, processor)
+    score = expected.log_softmax(-1).gather(2, new[:, :, None]).sum((1, 2)) / STEPS
+    assert (score - out.sequences_scores).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("prompted", ["padded", "ragged_padded"])
+def test_a_second_turn_goes_on_with_the_cache(prompted):
+    """Catches words of the second turn dropped though it brings no picture, and lengths that forget the words."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make(), PROMPTS[prompted].inputs(vlm)
+    processor = TurboProcessor(0.6, semantic="none", text_ratio=RATIO)
+    with attach(model, processor):
+        _, _, first = generate(model, inputs)
+        ids = torch.cat([first.sequences, torch.arange(10, 16).repeat(len(inputs["input_ids"]), 1)], 1)
+        grown = torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
+        mask = torch.cat([inputs["attention_mask"], grown], 1)
+        again, logits, _ = generate(
+            model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values
+        )
+    first_turn = inputs["attention_mask"].sum(1)
+
+    def logits_of(model, vlm, row, own, levels, count, method):
+        number = next(index for index, one in enumerate(ids) if torch.equal(one[mask[index].bool()], row[:count]))
+        return next_logits(model, vlm, row, own, levels, int(first_turn[number]), method)
+
+    whole = {**inputs, "input_ids": ids, "attention_mask": mask}
+    method = (oracle_method(processor, vlm), processor)
+    expected = oracle.generated_logits(model, vlm, whole, again, method, logits=logits_of)
+    assert (logits - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", VLMS)
+def test_detach_restores_and_nothing_removed_is_bit_identical(family):
+    """Catches leftovers, and words that leave where the method keeps everything."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make(), prompt(vlm)
+    stock, before = generate(model, inputs)[1], model_state(model)
+    for processor in (TurboProcessor(0.5, text_ratio=0.4), TurboVisionProcessor(0.5, text_ratio=0.4)):
+        with attach(model, processor):
+            assert torch.isfinite(generate(model, inputs)[1]).all()
+    assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}
+    with attach(model, IdentityProcessor(0.5, text_ratio=0.4)):
+        assert torch.equal(generate(model, inputs)[1], stock)
+
+
+def test_what_has_no_effect_or_no_ids_is_told():
+    """Catches silence: too few words for the ratio, prompts as embeddings, places and ratios that cannot be."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make(), prompt(vlm)
+    with (
+        attach(model, TurboProcessor(0.0, text_ratio=0.05)),
+        pytest.warns(NoEffectWarning, match="no word was removed"),
+    ):
+        model(**inputs)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with attach(model, RandomProcessor(0.0, text_ratio=0.5)), pytest.raises(ValueError, match="pass input_ids"):
+        model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+    with pytest.raises(ValueError, match="text_ratio must be at most 0.75"):
+        attach(model, TurboProcessor(0.5, text_ratio=0.8))
+    with pytest.raises(ValueError, match="not at place='projector'"):
+        attach(model, Placed(TurboProcessor(0.5, text_ratio=0.5), place="projector"))
+
+
+def test_special_tokens_are_read_from_the_configurations():
+    """Catches names of nested configurations that are not read, and added tokens taken for words."""
+    assert special_ids(VLMS["llava"].make()) == ({PAD, 1, IMAGE}, IMAGE)
+    known, first = special_ids(VLMS["qwen2_5"].make())
+    assert {PAD, 1, 96, 97, 98, IMAGE} <= known and first == 96
