@@ -23,8 +23,8 @@ class Placement:
             layer on.
         layer: With "decoder", the first decoder layer without the dropped tokens; at least 1.
         combine: At the gate or before the projector, "merge" averages the tokens of a slot, "select" keeps the slot's
-            anchor and drops the others. In the decoder, where a token must not see later ones, tokens are always
-            selected.
+            anchor and drops the others; words that `text_ratio` removes too. In the decoder, where a token must not
+            see later ones, image tokens are always selected.
     """
 
     place: str = "gate"
