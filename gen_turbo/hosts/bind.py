@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from gen_turbo.hosts.attention import AttentionMode
 from gen_turbo.hosts.base import DenoiserHost
 from gen_turbo.hosts.call import Call, flat, like
 from gen_turbo.hosts.clock import Clock, Stream
-from gen_turbo.hosts.compiled import attend, number_of, outside
+from gen_turbo.hosts.compiled import attended, named, number_of, outside, shown
 from gen_turbo.hosts.reduction import Reduction
 
 
@@ -44,9 +45,9 @@ class Binding:
         """The clock of the model."""
         return self.reduction.clock
 
-    def run_alone(self, tokens: Tensor) -> Any:
-        """Runs the layer on tokens that come with nothing else; what compiled code calls."""
-        return self.run(self.attn(), (tokens,), {})  # type: ignore[arg-type]
+    def run_shown(self, tensors: list[Tensor], names: str) -> list[Tensor | None]:
+        """Runs the layer on what compiled code shows of a call."""
+        return flat(self.run(self.attn(), (), named(tensors, names)))  # type: ignore[arg-type]
 
     def run(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the layer's own processor on fewer tokens where that is due, otherwise exactly as it was called."""
@@ -102,43 +103,91 @@ class Binding:
 class BoundProcessor:
     """A binding in the shape of the processor it stands for.
 
-    Each layer has its own subclass, made by `bound_processor`, which holds the binding: diffusers filters arguments
-    by the signature of `__call__` and makes new objects of a processor's class without arguments
-    (`load_ip_adapter`), and both must find what they would have found before.
+    All processors of one class are stood for by one class, so that compiled blocks that differ in nothing else share
+    one graph: what tells them apart is a tensor. diffusers filters arguments by the signature of `__call__` and makes
+    new objects of a processor's class without arguments (`load_ip_adapter`); such an object finds its binding by the
+    layer that calls it.
+
+    Attributes:
+        inner_type: The class of the processor that it stands for.
+        names: Names of what such a processor takes by position, behind itself and the layer.
+        binding: The binding; None in an object that other code made of this class.
+        number: The binding's number, from which compiled code finds it; None for layers that are not reduced.
     """
 
-    binding: Binding
+    inner_type: type
+    names: tuple[str, ...]
+    binding: Binding | None = None
+    number: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundProcessor:
+        """A copy of the model calls the same binding, which knows nothing of its runs and lets them through."""
+        return self
 
 
-def bound_processor(binding: Binding) -> BoundProcessor:
+_BOUND: weakref.WeakKeyDictionary[nn.Module, Binding] = weakref.WeakKeyDictionary()
+"""The bindings of the layers that are bound now."""
+
+
+def bind(binding: Binding) -> BoundProcessor:
     """Makes the processor of one binding, with the signature of the inner processor."""
-    inner, run = binding.inner, outside(binding.run)
+    attn = binding.attn()
+    if attn is not None:
+        _BOUND[attn] = binding
+    processor: BoundProcessor = _bound_class(type(binding.inner))()  # type: ignore[arg-type]
+    processor.binding = binding
+    if not binding.reduction.layer.left_alone:
+        processor.number = torch.tensor(binding.number)
+    return processor
 
-    def call(self: BoundProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and _is_alone(args, kwargs):
-            return attend(args[0] if args else kwargs["hidden_states"], binding.number)
-        return run(attn, args, kwargs)
 
-    call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
-    members = {"binding": binding, "__call__": call, "__doc__": BoundProcessor.__doc__}
-    made: type[BoundProcessor] = type(f"Bound{type(inner).__name__}", (BoundProcessor,), members)
-    return made()
+def unbind(binding: Binding) -> None:
+    """Forgets which layer the binding is of."""
+    attn = binding.attn()
+    if attn is not None and _BOUND.get(attn) is binding:
+        del _BOUND[attn]
+
+
+def binding_of(processor: Any, attn: nn.Module) -> Binding | None:
+    """The binding behind the processor of a layer; None if it is not ours."""
+    if not isinstance(processor, BoundProcessor):
+        return None
+    return processor.binding or _BOUND.get(attn)
 
 
 def unbound(processor: Any) -> Any:
     """The stock processor behind one that other code has kept from an attachment and put back after its end."""
     while isinstance(processor, BoundProcessor):
-        processor = processor.binding.inner
+        processor = processor.inner_type() if processor.binding is None else processor.binding.inner
     return processor
 
 
 def positional_names(inner: Any) -> tuple[str, ...]:
     """Names of what a processor's call takes by position, behind itself and the layer."""
-    parameters = inspect.signature(type(inner).__call__).parameters.values()
+    return _positional_names(type(inner))
+
+
+@functools.cache
+def _bound_class(inner_type: type) -> type[BoundProcessor]:
+    def call(self: BoundProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self.number is not None:
+            given = shown({**dict(zip(self.names, args, strict=False)), **kwargs})
+            # With text or positions it can also run outside of graphs, where gradients go through it.
+            if given is not None and (len(given[0]) == 1 or not torch.is_grad_enabled()):
+                return attended(*given, self.number)
+        return _run(self, attn, args, kwargs)
+
+    call.__signature__ = inspect.signature(inner_type.__call__)  # type: ignore[attr-defined]
+    shared = {"inner_type": inner_type, "names": _positional_names(inner_type), "__call__": call}
+    return type(f"Bound{inner_type.__name__}", (BoundProcessor,), shared | {"__doc__": BoundProcessor.__doc__})
+
+
+def _positional_names(inner_type: type) -> tuple[str, ...]:
+    parameters = inspect.signature(inner_type.__call__).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]
 
 
-def _is_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call brings tokens (B, N, C) and nothing else, and gives tokens back."""
-    given = [value for value in (*args, *kwargs.values()) if value is not None]
-    return len(given) == 1 and isinstance(given[0], Tensor) and given[0].ndim == 3
+@outside
+def _run(processor: BoundProcessor, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    binding = binding_of(processor, attn)
+    return unbound(processor)(attn, *args, **kwargs) if binding is None else binding.run(attn, args, kwargs)

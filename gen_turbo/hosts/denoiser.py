@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gen_turbo.contract import TokenReducer
 from gen_turbo.hosts.attention import check_backend, reaches_attention
 from gen_turbo.hosts.base import SELF_ATTENTION, DenoiserHost, Layer, OnModel, SiteReport, TextForm
-from gen_turbo.hosts.bind import Binding, BoundProcessor, bound_processor, positional_names, unbound
+from gen_turbo.hosts.bind import Binding, bind, binding_of, positional_names, unbind, unbound
 from gen_turbo.hosts.block import BlockBinding
 from gen_turbo.hosts.choice import chosen_layers, layers_of
 from gen_turbo.hosts.clock import Clock, Stream, run_facts_of
@@ -113,7 +113,7 @@ class DenoiserPart(OnModel):
         """Puts the bound processors, the hooks of blocks and the two root hooks in place."""
         model = self.model
         for name, binding in self.bindings.items():
-            _set_processor(model, name, bound_processor(binding))
+            _set_processor(model, name, bind(binding))
 
         names, number, is_traced = self._names, self.number, self._is_traced
         begin, end = outside(self.begin), outside(self.end)
@@ -186,8 +186,8 @@ class DenoiserPart(OnModel):
         """Whether a later call put another processor in a binding's place."""
         if name not in self.bindings:
             return False
-        current = _processor(self.model, name)
-        return not isinstance(current, BoundProcessor) or current.binding is not self.bindings[name]
+        model = self.model
+        return binding_of(_processor(model, name), model.get_submodule(name)) is not self.bindings[name]
 
     def remove(self) -> None:
         """Puts every processor back that is still ours and takes the hooks off; doing it twice is harmless."""
@@ -204,6 +204,7 @@ class DenoiserPart(OnModel):
         for name, binding in self.bindings.items():
             if not self.is_lost(name):
                 _set_processor(model, name, binding.inner)
+            unbind(binding)
 
     @property
     def site_names(self) -> tuple[str, ...]:

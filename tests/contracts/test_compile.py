@@ -11,6 +11,8 @@ from torch import _dynamo
 from torch._dynamo.utils import counters
 
 from gen_turbo import TurboProcessor, attach
+from tests import tiny_transformers
+from tests.hosts.families import relative
 from tests.tiny_hosts import TEXT_WIDTH, picture, run_unet, sd_pipeline, unet_inputs
 
 TIMES = (900, 800, 700, 600, 500)
@@ -105,3 +107,51 @@ def test_what_no_graph_holds_breaks_it_and_is_traced_once():
         _dynamo.reset()
         with pytest.raises(_dynamo.exc.Unsupported, match="without fullgraph"):
             run_unet(torch.compile(unet, backend="eager", fullgraph=True), TIMES[:1], **unet_inputs())
+
+
+def test_compiled_blocks_of_a_unet_share_one_graph():
+    """Catches a graph for each block, which ends in no graph at all when there are more blocks than PyTorch allows."""
+    unet = one_level()
+    stock = run(unet)
+    with attach(unet, TurboProcessor(0.5)), _dynamo.config.patch(error_on_recompile=True):
+        expected = run(unet)
+        unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        assert relative(run(unet), expected) < 1e-5 and relative(run(unet), expected) < 1e-5
+        assert relative(expected, stock) > 1e-3
+    assert num_graphs() == 1 and not counters["graph_break"]
+    assert relative(run(unet), stock) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("flux", {}), ("wan", {"restore": "copy", "plan_steps": 2, "size_weighted": True})]
+)
+def test_compiled_blocks_of_a_transformer_share_the_graphs_of_the_stock_model(name, settings):
+    """Catches text, positions or a mask that end a graph, outputs that share memory, and a graph per kind of step."""
+    model = tiny_transformers.build(name)
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    stock, num_stock = tiny_transformers.run(name, model), num_graphs()
+    model = tiny_transformers.build(name)
+    _dynamo.reset()
+    with attach(model, TurboProcessor(0.4, **settings)):
+        expected = tiny_transformers.run(name, model)
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            assert relative(tiny_transformers.run(name, model), expected) < 1e-5
+    assert relative(expected, stock) > 1e-3
+    assert num_graphs() == 2 * num_stock and not counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_gradients_go_through_compiled_blocks_outside_of_graphs():
+    """Catches an operator without gradients where they are wanted."""
+    model = tiny_transformers.build("flux")
+    kind, latents = tiny_transformers.FAMILIES["flux"], tiny_transformers.random(1, 64, 8).requires_grad_()
+    call = kind.inputs(1, (8, 8)) | kind.time(900, 1)
+    gradients = []
+    with attach(model, TurboProcessor(0.4, restore="copy")):
+        for compiles in (False, True):
+            if compiles:
+                model.compile_repeated_blocks(backend="eager")
+            output = model(hidden_states=latents, **call, return_dict=False)[0]
+            gradients += torch.autograd.grad(output.square().sum(), latents)
+    torch.testing.assert_close(*gradients)
