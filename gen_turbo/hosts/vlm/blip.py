@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost
+from gen_turbo.hosts.vlm.family import Family, TowerFacts
+from gen_turbo.hosts.vlm.host import VlmHost
 
 _TOWER = TowerFacts(
     "vision_model",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.contract import Grid, TokenReducer
+from gen_turbo.contract import Grid
 
 
 @dataclass(frozen=True)
@@ -97,24 +97,3 @@ def image_token_mask(base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
     placeholder = base.get_input_embeddings()(torch.tensor(token, device=embeds.device)).to(embeds)  # type: ignore[operator]
     found: Tensor = (embeds == placeholder).all(-1)
     return found
-
-
-class VlmHost:
-    """One family of vision-language models, as `attach` sees it."""
-
-    def __init__(self, models: tuple[str, ...], family: Family) -> None:
-        self.models = models
-        self.family = family
-
-    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Any:
-        """Prepares a reducer for one model and changes nothing yet."""
-        from gen_turbo.hosts.vlm.grouping import GroupingPart
-        from gen_turbo.hosts.vlm.part import VlmPart
-        from gen_turbo.hosts.vlm.routed import RoutedPart
-        from gen_turbo.hosts.vlm.routes import Routed
-        from gen_turbo.hosts.vlm.settings import placement_of
-
-        if isinstance(reducer, Routed):
-            return RoutedPart(model, self.family, reducer)
-        part = GroupingPart if placement_of(reducer).place == "projector" else VlmPart
-        return part(model, self.family, reducer)

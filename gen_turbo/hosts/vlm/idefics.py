@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost, square_grids
+from gen_turbo.hosts.vlm.family import Family, TowerFacts, square_grids
+from gen_turbo.hosts.vlm.host import VlmHost
 
 
 def _tile_length(base: nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost, square_grids
+from gen_turbo.hosts.vlm.family import Family, TowerFacts, square_grids
+from gen_turbo.hosts.vlm.host import VlmHost
 from gen_turbo.hosts.vlm.llava import feature_block
 
 _TOWER = TowerFacts(

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost, square_grids
+from gen_turbo.hosts.vlm.family import Family, TowerFacts, square_grids
+from gen_turbo.hosts.vlm.host import VlmHost
 
 KINDS = ("clip_vision_model", "siglip_vision_model")
 

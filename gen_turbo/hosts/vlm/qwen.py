@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from gen_turbo.contract import Grid
-from gen_turbo.hosts.vlm.family import Family, TowerFacts, VlmHost
+from gen_turbo.hosts.vlm.family import Family, TowerFacts
+from gen_turbo.hosts.vlm.host import VlmHost
 
 
 def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
