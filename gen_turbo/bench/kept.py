@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from gen_turbo.bench.asks import Ask, Selecting
 from gen_turbo.bench.settings import Method
-from gen_turbo.bench.understanding import Ask, Selecting
 from gen_turbo.contract import Frame, Site, TokenReducer
 from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.factory import build_processor
