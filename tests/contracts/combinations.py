@@ -23,9 +23,10 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     TaylorSeerCacheConfig,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
-from tests.tiny_hosts import picture, sd_pipeline
+from tests.tiny_hosts import TEXT_WIDTH, UNETS, picture, sd_pipeline
 from tests.tiny_pipelines import (
     adapter_pipeline,
     control_pipeline,
@@ -164,6 +165,28 @@ def _true_guidance(pipe: Any) -> Tensor:
     return _draw_flux(pipe, **texts, negative_pooled_prompt_embeds=random(1, 16, seed=7), true_cfg_scale=3.0)
 
 
+def _padded() -> Any:
+    pipe, padding = _flux(), random(1, 1, 32, seed=5).expand(1, 12, -1)
+    pipe.call = pipe.call | {"prompt_embeds": torch.cat([random(1, 4, 32), padding], 1)}
+    return pipe
+
+
+@torch.no_grad()
+def _by_guider(unet: Any) -> Tensor:
+    """Three steps with a guider, which has the model called for each condition on its own."""
+    guider, sample = ClassifierFreeGuidance(guidance_scale=3.0), random(1, 4, 16, 16)
+    texts = {"encoder_hidden_states": (random(1, NUM_TEXT, TEXT_WIDTH), random(1, NUM_TEXT, TEXT_WIDTH, seed=3))}
+    for step, time in enumerate((900, 600, 300)):
+        guider.set_state(step, 3, torch.tensor(time))
+        calls = guider.prepare_inputs(texts)
+        for call in calls:
+            guider.prepare_models(unet)
+            call.noise_pred = unet(sample, time, call.encoder_hidden_states).sample
+            guider.cleanup_models(unet)
+        sample = sample - 0.1 * guider(calls).pred
+    return sample
+
+
 def _cached(make: Callable[[Any], Any]) -> Combination:
     return Combination(_flux, _draw_flux, lambda pipe: pipe.transformer.enable_cache(make(pipe)))
 
@@ -224,7 +247,18 @@ COMBINATIONS: dict[str, Combination] = {
     "other sizes and batches between": Combination(draw=_mixed),
     "two pipelines of one UNet": Combination(_with_another, _alternating),
     "two threads, one UNet": Combination(_two_pipelines, _in_threads, target=lambda pipes: pipes[0].unet),
+    "a guider of its own": Combination(UNETS["sd15"], _by_guider),
     "Flux, separate calls for guidance": Combination(_flux, _true_guidance),
+    "Flux, padded text": Combination(_padded, _draw_flux),
+    "Flux, fused projections": Combination(_flux, _draw_flux, lambda pipe: pipe.transformer.fuse_qkv_projections()),
+    "Flux, offloading of groups": Combination(
+        _flux, _draw_flux, lambda pipe: pipe.transformer.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+    ),
+    "Flux, layerwise casting": Combination(
+        _flux,
+        _draw_flux,
+        lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+    ),
     "Flux, FirstBlockCache": _cached(lambda pipe: FirstBlockCacheConfig(threshold=0.05)),
     "Flux, FasterCache": _cached(_faster),
     "Flux, PyramidAttentionBroadcast": _cached(
