@@ -136,6 +136,25 @@ def test_beams_sampling_and_right_padding():
     assert (score - out.sequences_scores).abs().max() < TOLERANCE
 
 
+def test_assisted_generation_equals_greedy():
+    """Catches guesses that stand behind the prompt in its own call and are dropped as its words."""
+    vlm = VLMS["llava"]
+    model, calls = vlm.make(), []
+    handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: calls.append(a[0].shape[1]))
+    for rows in ([[4, "i", 9]], [[12, "i", 9]]):
+        inputs = prompt(vlm, rows)
+        words = (inputs["input_ids"][0] != IMAGE).nonzero()[1:, 0]
+        inputs["input_ids"][0, words] = 5 + torch.arange(len(words)) % 3
+        with attach(model, TurboProcessor(0.6, text_ratio=RATIO)):
+            greedy = generate(model, inputs, max_new_tokens=8)[0]
+            prefill = calls[0]
+            calls.clear()
+            guessed = generate(model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3)[0]
+        assert torch.equal(greedy, guessed) and calls[0] > prefill
+        calls.clear()
+    handle.remove()
+
+
 @pytest.mark.parametrize("prompted", ["padded", "ragged_padded"])
 def test_a_second_turn_goes_on_with_the_cache(prompted):
     """Catches words of the second turn dropped though it brings no picture, and lengths that forget the words."""

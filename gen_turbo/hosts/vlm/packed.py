@@ -122,7 +122,8 @@ class PackedTower:
         order = None
         if hasattr(tower, "window_size"):
             given = {"window_size": tower.window_size, "patch_size": tower.patch_size}
-            order = get_vision_window_index(sizes, spatial_merge_size=side, kwargs={**kwargs}, **given)[0]
+            index, _ = get_vision_window_index(sizes, spatial_merge_size=side, kwargs={**kwargs}, **given)
+            order = index.to((args[0] if args else kwargs["hidden_states"]).device)
         self._pass = _Pass(grids, order, [height * width for height, width in grids])
 
     def _before_block(self, index: int) -> Any:
@@ -133,7 +134,8 @@ class PackedTower:
             if now is None or total is None:
                 return None
             rotary = tuple(self._narrow(total.select(self._wide(table))) for table in kwargs["position_embeddings"])
-            held = torch.searchsorted(total.anchor_BM[0] * self._unit, kwargs["cu_seqlens"].to(torch.int64))
+            anchors = total.anchor_BM[0] * self._unit
+            held = torch.searchsorted(anchors, kwargs["cu_seqlens"].to(anchors))
             # Windows may have lost all their units.
             held = held[held.diff(prepend=held[:1] - 1) > 0]
             cu_seqlens = (held * self._unit).to(kwargs["cu_seqlens"].dtype)

@@ -75,6 +75,7 @@ class VlmPart(OnModel):
             if stage is not None:
                 self._handles += stage.install()
         if self._gate is not None:
+            self._handles += self._gate.words.install(self.model) if self._gate.words is not None else []
             base = self.model.get_submodule(self._family.base)
             self._had_features = vars(base).get("get_image_features")
             base.get_image_features = self._gate.watch(base.get_image_features, self._note)  # type: ignore[assignment,arg-type]

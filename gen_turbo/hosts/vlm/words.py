@@ -23,8 +23,9 @@ class Words:
     """Chooses, in a prompt that brings pictures, the words that leave, row by row.
 
     The same part of the words of every row leaves; those that stay keep their positions. Never leave the first token
-    of a row, its last, padding, image tokens, and special tokens: those that the model's configurations name, and
-    added ones, whose ids begin with the first that is named in the upper half of the vocabulary.
+    of a row, its last, padding, image tokens, those whose logits the call asks for (tokens that assisted generation
+    guesses), and special tokens: those that the model's configurations name, and added ones, whose ids begin with the
+    first that is named in the upper half of the vocabulary.
 
     Attributes:
         on_reduction: Is told the number of words of all rows before and after, and of the longest row.
@@ -34,6 +35,14 @@ class Words:
         self.on_reduction: Callable[[int, int, int], None] = lambda before, after, longest: None
         self._reducer = reducer
         self._special, self._first_added = special_ids(model)
+        self._asked: int | Tensor = 0
+
+    def install(self, model: nn.Module) -> list[Any]:
+        """Puts the hook in place that reads which logits a call asks for, and gives back its handle."""
+        return [model.register_forward_pre_hook(self._before_model, with_kwargs=True)]
+
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._asked = kwargs.get("logits_to_keep", 0)
 
     def added(self, reduction: Reduction, ids_BL: Tensor | None, real_BL: Tensor, embeds_BLC: Tensor) -> Reduction:
         """Adds the words that leave to what happens to the pictures of a prompt.
@@ -61,8 +70,12 @@ class Words:
     def _may_leave(self, ids_BL: Tensor, real_BL: Tensor) -> Tensor:
         special = torch.isin(ids_BL, torch.tensor(sorted(self._special), device=ids_BL.device))
         count = real_BL.cumsum(1)
-        is_end = (count == 1) | (count == count[:, -1:])
-        return ~(special | (ids_BL >= self._first_added) | is_end)
+        stays = special | (ids_BL >= self._first_added) | (count == 1) | (count == count[:, -1:])
+        if isinstance(self._asked, Tensor):
+            stays[:, self._asked] = True
+        elif self._asked:
+            stays[:, -self._asked :] = True
+        return ~stays
 
     def _plan(self, embeds_BLC: Tensor, row: int, places: Tensor) -> WordPlan | None:
         """Plans for the words of one row; half a word more, so that rounding down removes exactly the number."""
