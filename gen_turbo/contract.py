@@ -81,7 +81,8 @@ class TokenReducer(ABC):
         size_weighted: Lets a key that stands for several tokens weigh as much as they did.
         text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
             (SD3, Flux, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions); attention counts
-            each by its size. None merges tokens equal to their neighbour, such as padding, without loss. In
+            each by its size. None merges tokens equal to their neighbour where they are half of the text, as padding
+            is: no loss beyond rounding, where a fixed fraction is free only up to the padding that there is. In
             vision-language models: fraction of the words that leave a prompt with pictures, none by default.
         reuse_text: Computes keys and values of the text in cross-attention once per prompt (UNets): the same picture.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
