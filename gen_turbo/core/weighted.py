@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 def weigh_keys(q_BHSD: Tensor, k_BHND: Tensor, log_size_BN: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Appends one channel to queries and keys that adds the logarithm of each key's size to its logits.
+    """Appends two channels to queries and keys that add the logarithm of each key's size to its logits.
 
     A key of size s then takes part in the softmax as s equal keys would (proportional attention, Bolya et al., 2022,
     arXiv 2210.09461, Section 3), and as there is no mask, every attention kernel can compute it.
 
     Args:
-        q_BHSD: Queries; the new channel is 1.
-        k_BHND: Keys; the new channel is `log_size / scale`.
+        q_BHSD: Queries; the new channels are 1.
+        k_BHND: Keys; the new channels are `log_size / scale` and what their type rounds off of it, which in bfloat16 is
+            up to 2 % of a large key's weight.
         log_size_BN: Logarithm of the number of tokens that each key stands for; zero for a single token. A batch of
             one, or one that divides the keys' batch, serves any.
         scale: What the attention multiplies its logits by; give it to the attention call too, for the default would
@@ -30,12 +31,14 @@ def weigh_keys(q_BHSD: Tensor, k_BHND: Tensor, log_size_BN: Tensor, scale: float
         kernels want.
     """
     channels = q_BHSD.shape[-1]
-    num_new = -(-(channels + 1) // 8) * 8 - channels
-    bias = (log_size_BN / scale).to(k_BHND.dtype).repeat(k_BHND.shape[0] // len(log_size_BN), 1)
+    num_new = -(-(channels + 2) // 8) * 8 - channels
+    exact = (log_size_BN.float() / scale).repeat(k_BHND.shape[0] // len(log_size_BN), 1)
+    bias = exact.to(k_BHND.dtype)
     q_new = q_BHSD.new_zeros(*q_BHSD.shape[:-1], num_new)
-    q_new[..., 0] = 1
+    q_new[..., :2] = 1
     k_new = k_BHND.new_zeros(*k_BHND.shape[:-1], num_new)
     k_new[..., 0] = bias[:, None, :]
+    k_new[..., 1] = (exact - bias.float()).to(k_BHND.dtype)[:, None, :]
     return torch.cat([q_BHSD, q_new], -1), torch.cat([k_BHND, k_new], -1)
 
 

@@ -60,3 +60,13 @@ def test_a_weighed_key_counts_as_that_many(channels, batch):
     assert query.shape[-1] % 8 == 0
     unweighed = F.scaled_dot_product_attention(q, k, v)
     assert not torch.allclose(unweighed, expected, atol=1e-2)
+
+
+def test_the_weight_of_a_large_key_survives_half_precision():
+    """Catches the logarithm of a size rounded to 8 bits: 293 tokens of padding must not count as 299."""
+    q, k = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 3, 8, dtype=torch.bfloat16)
+    sizes = torch.tensor([[1.0, 293.0, 97.0]])
+    scale = default_scale(q)
+    query, key = weigh_keys(q, k, sizes.log(), scale)
+    logits = (query.float() @ key.float().mT * scale)[0, 0, 0]
+    assert (logits.exp() / sizes[0] - 1).abs().max() < 1e-3
