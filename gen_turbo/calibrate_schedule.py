@@ -22,7 +22,7 @@ _PROMPTS = (
 _OWN_SEED = 1000
 """Keeps captions and noise apart from those of the benchmarks, whose seeds begin at 0."""
 _ALMOST_ALL, _MOST_DB = 0.999, 100.0
-_COSTS = (0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
+_COSTS = (0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
