@@ -11,6 +11,7 @@ from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.tables import attention_cost, median_speedup, quality_records
 
 try:
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 except ImportError as error:
@@ -40,9 +41,10 @@ def plot_quality(folder: Path, path: Path) -> None:
     figure = Figure(figsize=(12, 5.5 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
+    families = sorted({record.family for records in rows.values() for record in records})
     for (left, right), (steps, records) in zip(axes, rows.items(), strict=True):
-        _draw(left, records, median_speedup)
-        _draw(right, records, attention_cost)
+        _draw(left, records, median_speedup, families)
+        _draw(right, records, attention_cost, families)
         left.set(xlabel="times faster than stock, measured", ylabel="PSNR to stock, dB (median)")
         left.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
         right.set(xlabel="attention cost, counted (stock: 1)")
@@ -52,14 +54,18 @@ def plot_quality(folder: Path, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _draw(axes: Any, records: Sequence[BenchRecord], cost: Callable[[BenchRecord], float]) -> None:
-    """One curve for each family, own families with solid lines."""
+def _draw(
+    axes: Any, records: Sequence[BenchRecord], cost: Callable[[BenchRecord], float], families: Sequence[str]
+) -> None:
+    """One curve for each family, own families with solid lines; a family looks the same in every panel."""
     axes.grid(alpha=0.3)
-    for number, family in enumerate(sorted({record.family for record in records})):
+    for number, family in enumerate(families):
         points = sorted((cost(r), statistics.median(r.values["psnr_db"])) for r in records if r.family == family)
-        axes.plot(
-            *zip(*points, strict=True),
-            label=family,
-            marker=_MARKERS[number % len(_MARKERS)],
-            linestyle="-" if family.startswith(_OWN) else ":",
-        )
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                label=family,
+                color=colormaps["tab20"](number % 20),
+                marker=_MARKERS[number % len(_MARKERS)],
+                linestyle="-" if family.startswith(_OWN) else ":",
+            )
