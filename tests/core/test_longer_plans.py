@@ -70,3 +70,12 @@ def test_the_weight_of_a_large_key_survives_half_precision():
     query, key = weigh_keys(q, k, sizes.log(), scale)
     logits = (query.float() @ key.float().mT * scale)[0, 0, 0]
     assert (logits.exp() / sizes[0] - 1).abs().max() < 1e-3
+
+
+def test_rows_are_plans_of_their_own():
+    """Catches rows that lose their batch axis or another row's anchors."""
+    plan = ReductionPlan.from_destinations(torch.tensor([[0, 0, 2], [0, 1, 1]]))
+    x = torch.arange(6.0).reshape(2, 3, 1)
+    for row, one in enumerate(plan.by_row()):
+        assert torch.equal(one.merge(x[row : row + 1]), plan.merge(x)[row : row + 1])
+        assert torch.equal(one.anchor_BM, plan.anchor_BM[row : row + 1])

@@ -295,12 +295,3 @@ def test_malformed_plans_raise(slot: torch.Tensor, anchor: torch.Tensor, message
     """Catches errors that would surface only in a later kernel."""
     with pytest.raises(ValueError, match=message):
         ReductionPlan(slot, anchor)
-
-
-def test_rows_are_plans_of_their_own():
-    """Catches rows that lose their batch axis or another row's anchors."""
-    plan = ReductionPlan.from_destinations(torch.tensor([[0, 0, 2], [0, 1, 1]]))
-    x = torch.arange(6.0).reshape(2, 3, 1)
-    for row, one in enumerate(plan.by_row()):
-        assert torch.equal(one.merge(x[row : row + 1]), plan.merge(x)[row : row + 1])
-        assert torch.equal(one.anchor_BM, plan.anchor_BM[row : row + 1])
