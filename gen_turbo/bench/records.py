@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -122,6 +122,16 @@ def is_finished(folder: Path, bench: str, setting: str, params: Mapping[str, Any
     return _key(setting, params) in {_key(record.setting, record.params) for record in load(folder, bench)}
 
 
+def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The words of a command without some options and what follows each up to the next option."""
+    kept: list[str] = []
+    is_kept = True
+    for word in words:
+        is_kept = word not in options if word.startswith("--") else is_kept
+        kept += [word] if is_kept else []
+    return kept
+
+
 def _key(setting: str, params: Mapping[str, Any]) -> str:
     return json.dumps([setting, params], sort_keys=True)
 
@@ -170,6 +180,4 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _command() -> str:
     """What was typed, without the folders of this machine."""
-    words = sys.argv[1:]
-    places = {place for i, word in enumerate(words) if word in ("--records", "--work") for place in (i, i + 1)}
-    return shlex.join(["gen-turbo", *(word for i, word in enumerate(words) if i not in places)])
+    return shlex.join(["gen-turbo", *without(sys.argv[1:], ("--records", "--work"))])

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gen_turbo.bench.records import BenchRecord, load
+from gen_turbo.bench.records import BenchRecord, load, without
 from gen_turbo.bench.timing import Spread, speedups
 
 NO_RECORDS = "No records yet."
@@ -255,12 +255,7 @@ def _origins(records: Sequence[BenchRecord], what: str) -> str:
 
 def _of_all_rows(command: str) -> str:
     """A record's command without what selects rows and says where records lie."""
-    kept: list[str] = []
-    is_kept = True
-    for word in shlex.split(command):
-        is_kept = word not in _SELECTING if word.startswith("--") else is_kept
-        kept += [word] if is_kept else []
-    return shlex.join(kept)
+    return shlex.join(without(shlex.split(command), _SELECTING))
 
 
 def _commits(records: Sequence[BenchRecord]) -> str:

@@ -87,10 +87,8 @@ def features_of(model: nn.Module, vlm: TinyVlm, inputs: dict[str, Tensor]) -> tu
     return pictures, [[one for part in level for one in part.split(vlm.num_tokens)] for level in deep]
 
 
-@torch.no_grad()
-def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: list, prompt: int, method: Method) -> Any:
-    """Logits after one unpadded row (n,) whose first `prompt` tokens are the prompt."""
-    text = model.get_submodule(vlm.text)
+def embedded(model: nn.Module, ids: Tensor, own: list, deep: list) -> tuple[Tensor, list[Tensor]]:
+    """What the first layer of one unpadded row (n,) reads, and what later layers add: the pictures in their places."""
     safe = ids.masked_fill(ids == IMAGE, 0) if "PaliGemma" in type(model).__name__ else ids
     hidden = model.get_input_embeddings()(safe).clone()
     added = [torch.zeros_like(hidden) for _ in deep]
@@ -98,6 +96,14 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
         hidden[ids == IMAGE] = torch.cat(own)
         for target, level in zip(added, deep, strict=True):
             target[ids == IMAGE] = torch.cat(level)
+    return hidden, added
+
+
+@torch.no_grad()
+def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: list, prompt: int, method: Method) -> Any:
+    """Logits after one unpadded row (n,) whose first `prompt` tokens are the prompt."""
+    text = model.get_submodule(vlm.text)
+    hidden, added = embedded(model, ids, own, deep)
     positions = positions_of(model, ids, len(own))
     is_prefix = "PaliGemma" in type(model).__name__
     hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added)[0]

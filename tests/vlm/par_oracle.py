@@ -83,13 +83,7 @@ def next_logits(
 ) -> Tensor:
     """Logits after one unpadded row whose first `prompt` tokens are the prompt, by which it is routed."""
     text = model.get_submodule(vlm.text)
-    safe = ids.masked_fill(ids == IMAGE, 0) if "PaliGemma" in type(model).__name__ else ids
-    hidden = model.get_input_embeddings()(safe).clone()
-    added = [torch.zeros_like(hidden) for _ in deep]
-    if own:
-        hidden[ids == IMAGE] = torch.cat(own)
-        for target, level in zip(added, deep, strict=True):
-            target[ids == IMAGE] = torch.cat(level)
+    hidden, added = oracle.embedded(model, ids, own, deep)
     kept, skip = choice_of(hidden[:prompt], ids[:prompt], vlm.num_tokens, processor)
     columns = kept + list(range(prompt, len(ids)))
     positions = oracle.positions_of(model, ids, len(own))

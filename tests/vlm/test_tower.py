@@ -18,6 +18,7 @@ from tests.vlm.test_generate import STEPS, TOLERANCE, generate
 from tests.vlm.tiny_vlms import PROMPTS, VLMS, pixels
 
 TOWERS = ["llava", "llava_siglip"]
+PACKED = ["qwen2", "qwen2_5", "qwen3"]
 PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5, scale=30.0)
 
 
@@ -110,7 +111,7 @@ def test_the_language_model_reads_each_slot_once(family, prompt):
     assert logits.shape[1] == STEPS and (logits - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("family", [*TOWERS, *PACKED])
 @pytest.mark.parametrize(
     "processor",
     [TurboVisionProcessor(0.0), Placed(IdentityProcessor(0.5), place="tower"), TurboVisionProcessor(threshold=40)],
@@ -124,19 +125,21 @@ def test_nothing_merged_is_bit_identical(family, processor):
         assert torch.equal(generate(model, inputs)[1], stock)
 
 
-@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("family", [*TOWERS, *PACKED])
 def test_detach_restores_the_tower(family):
-    """Catches leftovers in the blocks, also after an exception in the middle of the tower."""
+    """Catches leftovers in blocks, attention and mergers, also after an exception in the middle of the tower."""
     vlm = VLMS[family]
     model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
     generate(model, inputs)
     before = model_state(model)
+    # A picture moves the offset of later positions in the stock model too.
+    own = {"model.rope_deltas"} if family in PACKED else set()
     with attach(model, PUBLISHED):
         generate(model, inputs)
-    assert differences(before, model_state(model)) == []
+    assert set(differences(before, model_state(model))) <= own
     with pytest.raises(RuntimeError), attach(model, PUBLISHED):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:, :2]})
-    assert differences(before, model_state(model)) == []
+    assert set(differences(before, model_state(model))) <= own
 
 
 def test_the_portable_weight_is_the_papers_at_its_size():

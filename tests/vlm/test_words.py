@@ -53,13 +53,7 @@ def next_logits(model, vlm, ids, own, deep, count, method):
     """Logits after one unpadded row whose first `count` tokens are the prompt, `method` and the words' planner."""
     method, processor = method
     text = model.get_submodule(vlm.text)
-    safe = ids.masked_fill(ids == IMAGE, 0) if "PaliGemma" in type(model).__name__ else ids
-    hidden = model.get_input_embeddings()(safe).clone()
-    added = [torch.zeros_like(hidden) for _ in deep]
-    if own:
-        hidden[ids == IMAGE] = torch.cat(own)
-        for target, level in zip(added, deep, strict=True):
-            target[ids == IMAGE] = torch.cat(level)
+    hidden, added = oracle.embedded(model, ids, own, deep)
     places = words_of(model, ids[:count])
     removed = int(RATIO * len(places))
     columns = list(range(len(ids)))
