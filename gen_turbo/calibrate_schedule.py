@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     from gen_turbo.hosts.attach import denoisers, host_of
     from gen_turbo.hosts.groups import groups_of, insides
     from gen_turbo.hosts.probing import Probe
-    from gen_turbo.learned.calibrate_denoiser import choices, measure
-    from gen_turbo.learned.schedule import Schedule, ScheduleFile, probe_of, write
+    from gen_turbo.learned.calibrate_denoiser import measure
+    from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, probe_of, write
     from gen_turbo.output import check_writable
 
     steps = namespace.steps or config.steps
@@ -60,23 +61,40 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     groups = groups_of(model, host, units)
     used = {name: units[name] for names in groups.values() for name in names}
     pipe.scheduler.set_timesteps(steps)
-    probe = Probe(model, host, used, groups)
-    prices = measure(probe, draw, len(pipe.scheduler.timesteps), namespace.prompts, _note)
-    for group, share in prices.shares.items():
-        _note(f"{group}: {len(groups[group])} units, {share:.1%} of a call")
-    found = choices(prices, insides(groups, used), sorted(namespace.budgets, reverse=True))
+    num_calls = len(pipe.scheduler.timesteps)
+    prices = measure(Probe(model, host, used, groups), draw, num_calls, namespace.prompts, _note)
+    stock, whole = _timed_pictures(pipe, model, used, draw, namespace.prompts, None)
+    found = []
+    for inner in namespace.inner:
+        merging = None if inner == "none" else inner
+        seconds = whole if merging is None else _timed_pictures(pipe, model, used, draw, namespace.prompts, merging)[1]
+        shares = prices.shares(seconds, whole[WHOLE])
+        _note(f"inner {merging}: " + ", ".join(f"{group} {share:.1%}" for group, share in shares.items()))
+        choices = prices.choices(shares, insides(groups, used), sorted(namespace.budgets, reverse=True))
+        found += [(merging, skips) for skips in choices]
     times = tuple(prices.recordings[0].times)
     title = f"{config.checkpoint}, {steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
     names, kind, scheduler = probe_of(model).tolist(), type(model).__name__, type(pipe.scheduler).__name__
-    slopes = {unit: slope for unit, slope in prices.slopes.items() if any(unit in skips for skips in found)}
-    stock = [_drawn(draw, index) for index in range(namespace.prompts)]
+    slopes = {unit: slope for unit, slope in prices.slopes.items() if any(unit in skips for _, skips in found)}
     done: list[Schedule] = []
-    for inner in namespace.inner:
-        for skips in found:
-            schedule = Schedule(times, skips, slopes, inner=None if inner == "none" else inner)
-            done.append(_tried(pipe, ScheduleFile(kind, tuple(names), scheduler, (schedule,)), draw, stock))
-            write(output, ScheduleFile(kind, tuple(names), scheduler, tuple(done)), title)
+    for merging, skips in found:
+        schedule = Schedule(times, skips, slopes, inner=merging)
+        done.append(_tried(pipe, ScheduleFile(kind, tuple(names), scheduler, (schedule,)), draw, stock))
+        write(output, ScheduleFile(kind, tuple(names), scheduler, tuple(done)), title)
     print(output)
+
+
+def _timed_pictures(
+    pipe: Any, model: Any, units: dict[str, Any], draw: Callable[[int, str], Any], count: int, inner: str | None
+) -> tuple[list[tuple[Any, float]], dict[str, float]]:
+    """Pictures with their seconds, and the seconds of every unit, with a merging method alone or of stock."""
+    from gen_turbo.hosts.attach import attach
+    from gen_turbo.hosts.stopwatch import timed
+    from gen_turbo.methods.par import PARProcessor
+
+    merging = None if inner is None else PARProcessor(inner=inner).reducer()
+    with attach(pipe, merging) if merging else nullcontext(), timed(model, units) as seconds:
+        return [_drawn(draw, index) for index in range(count)], seconds
 
 
 def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], stock: list[tuple[Any, float]]) -> Any:
@@ -110,7 +128,7 @@ def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) ->
 
 def _drawn(draw: Callable[[int, str], Any], index: int) -> tuple[Any, float]:
     """A picture and the seconds that it took."""
-    from gen_turbo.hosts.probing import seconds_now
+    from gen_turbo.hosts.stopwatch import seconds_now
 
     start = seconds_now()
     picture = draw(index, "pil").images[0]

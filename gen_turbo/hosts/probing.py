@@ -1,8 +1,7 @@
-"""Measuring a denoiser for its schedule: what each unit costs, and how far the result moves where one is forecast."""
+"""Measuring a denoiser for its schedule: how far the result moves where a unit is forecast."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.hosts.base import DenoiserHost
 from gen_turbo.hosts.clock import Clock
@@ -19,7 +17,7 @@ from gen_turbo.hosts.memory import RouteMemory
 from gen_turbo.hosts.routing import Routing
 from gen_turbo.hosts.units import Unit
 from gen_turbo.hosts.values import refilled, tensors
-from gen_turbo.learned.schedule import WHOLE, Schedule
+from gen_turbo.learned.schedule import Schedule
 
 _NUM_KEPT = 3
 _NUM_SAMPLED = 4096
@@ -32,14 +30,12 @@ class Recording:
     Attributes:
         times: Denoising time of every call.
         outputs: Result of every call.
-        seconds: Of the whole model and of every unit, summed over the run.
         samples: Of every unit, up to 4,096 evenly spaced numbers of what is forecast, for every call.
         moved: Relative move of the model's output at a call where a group is forecast from the two calls before it.
     """
 
     times: list[float] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[Tensor]] = field(default_factory=dict)
     moved: dict[tuple[str, int], float] = field(default_factory=dict)
 
@@ -72,14 +68,11 @@ class Probe(Routing):
         """Records the run inside the `with` block; at some of its calls every group is forecast too."""
         self._recording, self._replayed, self._probed = Recording(), (), frozenset(probed)
         self._seen = RouteMemory(None, num_kept=_NUM_KEPT)
-        timers = self._timers()
         self.install()
         try:
             yield self._recording
         finally:
             self.remove()
-            for timer in timers:
-                timer.remove()
 
     @contextmanager
     def replaying(self, outputs: Sequence[Any]) -> Iterator[None]:
@@ -110,9 +103,7 @@ class Probe(Routing):
             self.end()
 
     def _recorded(self, call: int, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
-        start = seconds_now()
         result = run()
-        self._add_seconds(WHOLE, start)
         self._seen.note_shape("", result)
         self.keep("", lambda: [tensor.clone() for tensor in tensors(result)])
         self._recording.times.append(self._host.observe(self._model, arguments).timestep)
@@ -154,19 +145,6 @@ class Probe(Routing):
         off = sum(float((a - b).float().square().sum()) for a, b in zip(other, tensors(result), strict=True))
         return float((off / sum(float(value.float().square().sum()) for value in tensors(result))) ** 0.5)
 
-    def _timers(self) -> list[RemovableHandle]:
-        """Hooks that add up the seconds of every unit's modules."""
-        handles = []
-        for unit in self.units.values():
-            for name in (unit.module, *unit.idle):
-                if name:
-                    handles += _timed(self._model.get_submodule(name), unit.name, self)
-        return handles
-
-    def _add_seconds(self, unit: str, start: float) -> None:
-        if self._here.memory is self._seen:
-            self._recording.seconds[unit] = self._recording.seconds.get(unit, 0.0) + seconds_now() - start
-
 
 class _ProbeGate(RootGate):
     """The gate of the whole model, which hands every call to the probe."""
@@ -176,23 +154,3 @@ class _ProbeGate(RootGate):
         probe = self.routing
         assert isinstance(probe, Probe)
         return probe.answer(self.names, inner, args, kwargs)
-
-
-def _timed(module: nn.Module, unit: str, probe: Probe) -> list[RemovableHandle]:
-    starts: list[float] = []
-
-    def begin(module: nn.Module, args: Any) -> None:
-        starts.append(seconds_now())
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        probe._add_seconds(unit, starts.pop())
-
-    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-
-
-def seconds_now() -> float:
-    """CPU seconds of this thread; on an accelerator, seconds when its work is done."""
-    if not torch.cuda.is_available():
-        return time.thread_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()

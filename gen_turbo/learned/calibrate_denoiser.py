@@ -2,8 +2,9 @@
 
 Nothing is trained and no pictures are needed. Stock runs are recorded; at a few calls every group of units is forecast
 and the model run again, which tells how far the output moves; at the same calls the whole output is forecast and the
-run finished, which tells how far that moves the result. With these prices a greedy search fills every budget. What it
-finds is then run for real, timed and compared with stock: the cost and the distance in the file are those of real runs.
+run finished, which tells how far that moves the result. With these prices, and with what each unit takes while tokens
+are merged, a greedy search fills every budget. What it finds is then run for real, timed and compared with stock: the
+cost and the distance in the file are those of real runs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ class Prices:
         probed: The calls that were probed.
         final: Move of the final latents where the output is forecast at a probed call, relative.
         groups: Names of the units of each group.
-        shares: Share of a call's cost that each group saves.
         slopes: The best share of the slope for each unit.
     """
 
@@ -46,12 +46,28 @@ class Prices:
     probed: list[int]
     final: dict[int, float]
     groups: Mapping[str, Sequence[str]]
-    shares: dict[str, float]
     slopes: dict[str, float]
 
-    def search(self, inside: Mapping[str, Sequence[str]]) -> Search:
-        """A search with these prices."""
-        return Search(len(self.recordings[0].times), self.shares, inside, cache(self.error))
+    def shares(self, seconds: Mapping[str, float], whole: float) -> dict[str, float]:
+        """Share of a stock call's time that each group takes, and may save.
+
+        Args:
+            seconds: Of every unit, over some runs; with tokens merged, less than of stock.
+            whole: Of the stock model, over as many runs.
+        """
+        return {group: sum(seconds[unit] for unit in units) / whole for group, units in self.groups.items()}
+
+    def choices(
+        self, shares: Mapping[str, float], inside: Mapping[str, Sequence[str]], costs: Sequence[float]
+    ) -> list[Skips]:
+        """What to skip for each cost, by unit; nothing, once, where the model costs no more than that as it is."""
+        search = Search(len(self.recordings[0].times), shares, inside, cache(self.error))
+        found: list[Skips] = []
+        for skips in search.run(costs):
+            by_unit = {unit: calls for group, calls in skips.items() for unit in self.groups[group]}
+            if by_unit not in found:
+                found.append(by_unit)
+        return found
 
     def error(self, group: str, call: int, newer: int, older: int) -> float:
         """Squared relative error of the final latents."""
@@ -115,18 +131,8 @@ def measure(probe: Probe, draw: Draw, num_calls: int, num_prompts: int, note: Ca
         recordings.append(other)
     final = {call: _final_move(probe, draw, first, call, stock, note) for call in probed}
     groups = probe.groups
-    seconds = _summed([recording.seconds for recording in recordings])
-    shares = {g: 1.0 if g == WHOLE else sum(seconds[u] for u in groups[g]) / seconds[WHOLE] for g in groups}
     slopes = {unit: _slope([r.samples[unit] for r in recordings]) for units in groups.values() for unit in units}
-    return Prices(recordings, probed, final, groups, shares, slopes)
-
-
-def choices(prices: Prices, inside: Mapping[str, Sequence[str]], costs: Sequence[float]) -> list[Skips]:
-    """What to skip for each cost, by unit."""
-    found = []
-    for skips in prices.search(inside).run(costs):
-        found.append({unit: calls for group, calls in skips.items() for unit in prices.groups[group]})
-    return found
+    return Prices(recordings, probed, final, groups, slopes)
 
 
 def _final_move(
@@ -164,10 +170,6 @@ def _slope(runs: Sequence[Sequence[Tensor]]) -> float:
                 along, line = best_slope(samples[steps[0]], samples[steps[1]], samples[call], steps)
                 best.append(float(along) / max(float(line), _LEAST))
     return round(float(np.clip(np.median(best), 0.0, 1.0)), 3)
-
-
-def _summed(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {unit: sum(each[unit] for each in seconds) for unit in seconds[0]}
 
 
 def _between(call: int, places: Sequence[int], values: Sequence[float]) -> float:

@@ -22,7 +22,7 @@ class Search:
 
     Attributes:
         num_calls: Calls of the model in a run.
-        shares: Share of a call's cost that each group saves; `output` saves all.
+        shares: Share of a stock call's cost that each group saves; `output` saves all that a call costs.
         inside: The groups that another one contains, which save and cost nothing where it is skipped.
         error: Price of a skip.
     """
@@ -85,7 +85,7 @@ class Search:
 
     def _call_cost(self, call: int) -> float:
         outer = [g for g in self.shares if call in self.skips[g] and not self._is_covered(g, call)]
-        return 0.0 if WHOLE in outer else max(0.0, 1 - sum(self.shares[group] for group in outer))
+        return 0.0 if WHOLE in outer else max(0.0, self.shares[WHOLE] - sum(self.shares[group] for group in outer))
 
     def _error(self, group: str) -> float:
         """Squared error of all skips of a group, each from the last two calls at which it ran."""

@@ -53,7 +53,7 @@ class PARProcessor(Routed, ReductionProcessor):
     """
 
     ratio: float = 0.7
-    refresh: int = 5
+    refresh: int = 8
     budget: float = 0.5
     schedule: Any = None
     router: str | None = None

@@ -5,11 +5,12 @@ import torch
 
 from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline
 from gen_turbo.core.forecast import best_slope, forecast
-from gen_turbo.hosts.attach import attachments
+from gen_turbo.hosts.attach import attachments, host_of
+from gen_turbo.hosts.stopwatch import timed
 from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, read, write
 from gen_turbo.learned.search import Search
 from tests.schedules import TIMES, by_hand
-from tests.tiny_hosts import sd15_unet, sdxl_unet
+from tests.tiny_hosts import run_unet, sd15_unet, sdxl_unet
 
 
 def test_a_forecast_continues_the_line_by_its_slope():
@@ -75,7 +76,7 @@ def test_wrong_settings_are_named(settings, words):
 
 def test_inner_methods():
     """Catches an inner method that loses the shared settings, and one that is PAR itself."""
-    assert PARProcessor(0.4).reducer() == TurboProcessor(0.4, refresh=5)
+    assert PARProcessor(0.4).reducer() == TurboProcessor(0.4, refresh=8)
     assert PARProcessor(inner=None).reducer() is None
     assert PARProcessor(inner={"method": "tome", "ratio": 0.2}).reducer().ratio == 0.2
     with pytest.raises(ValueError, match="inner must name a method that merges tokens; got 'par'"):
@@ -95,6 +96,30 @@ def test_the_search_takes_what_is_cheap_and_fills_the_budget():
     assert not heavy[WHOLE] & heavy["cheap"] and min(heavy[WHOLE]) >= 2
     gaps = sorted(heavy[WHOLE])
     assert not any({call, call + 1, call + 2, call + 3} <= set(gaps) for call in gaps)
+
+
+def test_the_search_counts_what_merging_saves_already():
+    """Catches a search that skips where merging alone fits the budget, or prices a merged block as the stock one."""
+
+    def error(group: str, call: int, newer: int, older: int) -> float:
+        return {"merged": 0.9e-2, "plain": 2e-2, WHOLE: 1.0}[group]
+
+    shares = {WHOLE: 0.6, "merged": 0.1, "plain": 0.3}
+    search = Search(10, shares, {WHOLE: ["merged", "plain"]}, error)
+    nothing, some = search.run([0.7, 0.5])
+    assert nothing == {} and set(some) == {"plain"} and len(some["plain"]) == 4
+    assert search.cost() == pytest.approx(0.48)
+
+
+def test_seconds_of_units():
+    """Catches hooks that stay, seconds of a unit that lack what idles with it, and parts longer than the whole."""
+    model = sd15_unet()
+    units = host_of(model).units(model)
+    with timed(model, units) as seconds:
+        run_unet(model)
+    assert all(0 < spent <= seconds[WHOLE] for spent in seconds.values())
+    assert seconds["deep.1"] > seconds["deep.2"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_schedule_ships_for_the_embedded_model():
