@@ -10,7 +10,7 @@ from gen_turbo.hosts.stopwatch import timed
 from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, read, write
 from gen_turbo.learned.search import Search
 from tests.schedules import TIMES, by_hand
-from tests.tiny_hosts import run_unet, sd15_unet, sdxl_unet
+from tests.tiny_hosts import run_unet, sd15_unet, sdxl_unet, unet_inputs
 
 
 def test_a_forecast_continues_the_line_by_its_slope():
@@ -116,7 +116,7 @@ def test_seconds_of_units():
     model = sd15_unet()
     units = host_of(model).units(model)
     with timed(model, units) as seconds:
-        run_unet(model)
+        run_unet(model, **unet_inputs())
     assert all(0 < spent <= seconds[WHOLE] for spent in seconds.values())
     assert seconds["deep.1"] > seconds["deep.2"]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
