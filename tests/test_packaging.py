@@ -82,7 +82,7 @@ def test_wheel_works_where_it_is_unpacked(wheel, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['caption', 'caption-generate', 'sd15', 'sdxl', 'tiny'] embedded:tiny"
+    assert done.stdout.strip() == "['caption', 'caption-generate', 'sd15', 'sdxl', 'tiny', 'tiny-dit'] embedded:tiny"
 
 
 def test_plugins_are_found():

@@ -7,11 +7,9 @@ import argparse
 import torch
 
 from gen_turbo.bench.quality import run_settings
-from gen_turbo.bench.settings import Stock, quality_catalogue, selected
 
 
 def run(options: argparse.Namespace) -> None:
     """Checks stock and the selected settings; the default one where none is selected."""
     torch.set_num_threads(options.threads)
-    settings = selected([Stock(), *quality_catalogue(options.steps)], options.settings or ["stock", "turbo-default"])
-    run_settings("check", settings, options, num_timed=0)
+    run_settings("check", options.settings or ["stock", "turbo-default"], options, num_timed=0)

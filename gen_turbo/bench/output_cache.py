@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from gen_turbo.hosts.attach import host_of
 
 
 class OutputCacheProcessor:
@@ -16,31 +18,32 @@ class OutputCacheProcessor:
     the whole run. One object serves one layer for one run.
     """
 
-    def __init__(self, inner: Callable[..., Tensor], interval: int) -> None:
+    def __init__(self, inner: Callable[..., Any], interval: int) -> None:
         self.inner = inner
         self.interval = interval
         self.num_calls = 0
-        self.output: Tensor | None = None
+        self.output: Any = None
 
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Gives the layer's output, computed or remembered."""
+    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Gives the layer's output, of image or of image and text, computed or remembered."""
         if self.output is None or self.num_calls % self.interval == 0:
-            self.output = self.inner(attn, hidden_states, *args, **kwargs)
+            self.output = self.inner(attn, *args, **kwargs)
         self.num_calls += 1
         return self.output
 
 
 @contextmanager
-def cached_outputs(unet: Any, interval: int) -> Iterator[None]:
-    """Caches the self-attention of the UNet's finest level inside the `with` block; enter it anew for each run.
+def cached_outputs(model: Any, interval: int) -> Iterator[None]:
+    """Caches the attention among image tokens at a denoiser's own resolution; enter the `with` block anew for each run.
 
     Raises:
-        ValueError: If the finest level has no self-attention.
+        ValueError: If there is none at that resolution.
     """
-    prefixes = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
-    layers = [module for name, module in unet.named_modules() if name.startswith(prefixes) and name.endswith(".attn1")]
+    host: Any = host_of(model)
+    finest = [layer.name for layer in host.layers(model) if layer.downsample == 1 and not layer.left_alone]
+    layers = [model.get_submodule(name) for name in finest]
     if not layers:
-        raise ValueError("the finest level of this UNet has no self-attention to cache; use another model")
+        raise ValueError("the finest level of this model has no self-attention to cache; use another model")
     inner = [layer.processor for layer in layers]
     for layer, processor in zip(layers, inner, strict=True):
         layer.set_processor(OutputCacheProcessor(processor, interval))

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from gen_turbo import scenes
 from gen_turbo.bench import records
-from gen_turbo.bench.settings import Setting, Stock, quality_catalogue, selected
+from gen_turbo.bench.catalogue import quality_catalogue
+from gen_turbo.bench.settings import Setting, Stock, fitting, selected
 from gen_turbo.bench.studio import Studio, open_studio
 from gen_turbo.metrics.cost import Cost
 from gen_turbo.metrics.image import psnr, ssim
@@ -32,19 +33,23 @@ Trial = dict[str, float]
 def run(options: argparse.Namespace) -> None:
     """Runs every selected setting of this process's part that has no record yet."""
     torch.set_num_threads(options.threads)
-    settings = selected([Stock(), *quality_catalogue(options.steps)], options.settings)
-    run_settings("quality", settings, options, num_timed=options.timed)
+    run_settings("quality", options.settings, options, num_timed=options.timed)
 
 
-def run_settings(bench: str, settings: Sequence[Setting], options: argparse.Namespace, num_timed: int) -> None:
+def run_settings(bench: str, patterns: Sequence[str], options: argparse.Namespace, num_timed: int) -> None:
     """Measures settings over all captions and appends a record for each.
 
     Args:
         bench: Name of the benchmark that the records belong to.
-        settings: What to measure.
+        patterns: Names of what to measure, or shell patterns; all that fits the pipeline where there is none.
         options: Of the command line.
         num_timed: Captions, from the first, whose time is taken together with a stock run just before or after.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or nothing that fits the pipeline.
     """
+    catalogue = [Stock(), *quality_catalogue(options.steps)]
+    selected(catalogue, patterns)
     studio, weights = open_studio(
         options.pipeline, options.work, options.captions, options.seed, options.steps, options.guidance
     )
@@ -57,7 +62,7 @@ def run_settings(bench: str, settings: Sequence[Setting], options: argparse.Name
         "timed": num_timed,
     }
     part, parts = options.part
-    for setting in list(settings)[part - 1 :: parts]:
+    for setting in fitting(catalogue, patterns, studio.denoiser)[part - 1 :: parts]:
         params = workload | setting.params()
         if records.is_finished(options.records, bench, setting.name, params):
             print(f"{setting.name}: finished before")

@@ -9,18 +9,12 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
 from gen_turbo.bench.output_cache import cached_outputs
 from gen_turbo.factory import build_processor
-from gen_turbo.hosts.attach import attach
-
-RATIOS = (0.3, 0.5, 0.75)
-REFRESHES = (2, 3, 5)
-ORDERS = (0, 1)
-CACHE_INTERVALS = (2, 5)
-DEEP_INTERVALS = (2, 3, 5)
-BUDGETS: dict[str | None, tuple[float, ...]] = {"turbo": (0.63, 0.5, 0.39, 0.28), None: (0.7, 0.6, 0.44, 0.27)}
-"""By what merges tokens meanwhile: some of the schedules that ship for the embedded model at 25 steps."""
-_STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.4, 0.32)
+from gen_turbo.hosts.attach import attach, denoisers, host_of
+from gen_turbo.methods.par import PARProcessor
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,10 @@ class Setting(ABC):
     @abstractmethod
     def applied(self, target: Any) -> AbstractContextManager[object]:
         """Applies the setting to a pipeline or UNet inside the `with` block, for exactly one run."""
+
+    def misfit(self, model: nn.Module) -> str:
+        """Why the setting means nothing on a denoiser; empty if it does."""
+        return ""
 
     def num_steps(self, steps: int) -> int:
         """Denoising steps to run where stock runs `steps`."""
@@ -69,8 +67,23 @@ class Method(Setting):
 
     def applied(self, target: Any) -> AbstractContextManager[object]:
         """Attaches the method's processor."""
-        processor: Any = build_processor({"method": self.method, **self.options})
-        return attach(target, processor)
+        return attach(target, self._processor())
+
+    def misfit(self, model: nn.Module) -> str:
+        """Schedules are of one model, and several levels need a model that has them."""
+        processor = self._processor()
+        if isinstance(processor, PARProcessor):
+            try:
+                processor.schedules(model)
+            except ValueError as error:
+                return str(error)
+        host: Any = host_of(model)
+        levels = {layer.downsample for layer in host.layers(model) if not layer.left_alone}
+        wanted: int = processor.num_levels
+        return f"it merges {wanted} levels and the model has {len(levels)}" if wanted > len(levels) else ""
+
+    def _processor(self) -> Any:
+        return build_processor({"method": self.method, **self.options})
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,10 @@ class Tomesd(Setting):
 
         return patched(getattr(target, "unet", target), self.ratio, self.max_downsample, self.is_whole)
 
+    def misfit(self, model: nn.Module) -> str:
+        """The package knows UNets alone."""
+        return _unless_unet(model)
+
 
 @dataclass(frozen=True)
 class OutputCache(Setting):
@@ -96,7 +113,7 @@ class OutputCache(Setting):
 
     def applied(self, target: Any) -> AbstractContextManager[object]:
         """Replaces the processors of the finest level."""
-        return cached_outputs(getattr(target, "unet", target), self.interval)
+        return cached_outputs(denoisers(target)[1][0], self.interval)
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,10 @@ class DeepCache(Setting):
         from gen_turbo.bench.deepcache_baseline import deep_features_cached
 
         return deep_features_cached(target, self.interval)
+
+    def misfit(self, model: nn.Module) -> str:
+        """The package knows UNets alone."""
+        return _unless_unet(model)
 
 
 @dataclass(frozen=True)
@@ -127,51 +148,6 @@ class FewerSteps(Setting):
         return self.num_steps_run
 
 
-def quality_catalogue(steps: int) -> list[Setting]:
-    """Every setting of the quality benchmark for a stock run of `steps`; the most wanted come first."""
-    corrected = [
-        _corrected("turbo", ratio, refresh, order)
-        for order in ORDERS[::-1]
-        for ratio in RATIOS
-        for refresh in REFRESHES
-    ]
-    rivals: list[Setting] = [Tomesd(f"tomesd-r{ratio:g}", "package tomesd", ratio) for ratio in RATIOS]
-    rivals += [OutputCache(f"cache-k{k}", "attention output caching", k) for k in CACHE_INTERVALS]
-    rivals += [DeepCache(f"deepcache-k{k}", "package DeepCache", k) for k in DEEP_INTERVALS]
-    fewer = sorted({round(share * steps) for share in _STEP_SHARES} - {0, steps}, reverse=True)
-    rivals += [FewerSteps(f"steps-{number}", "fewer steps", number) for number in fewer]
-    copies = [_copied(method, ratio) for ratio in RATIOS for method in ("turbo", "turbo-weighted", "tome", "random")]
-    deeper: list[Setting] = [_copied(method, 0.5, 2) for method in ("turbo", "turbo-weighted", "tome", "random")]
-    deeper += [_corrected(method, 0.75, 3, 1, 2) for method in ("turbo", "random")]
-    deeper += [Tomesd("tomesd-r0.5-2levels", "package tomesd, two levels", 0.5, 2)]
-    default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})
-    routed = [_routed(budget, inner) for inner, budgets in BUDGETS.items() for budget in budgets]
-    return [default, *routed, *rivals, *corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
-
-
-def step_catalogue(model: str = "sd15") -> list[Setting]:
-    """Settings of the step benchmark: stock, tomesd and Turbo at equal coverage, ToDo-style pooling of keys.
-
-    Args:
-        model: One of `step_models.MODELS`. SDXL has no attention at its finest level, Flux has one level alone.
-    """
-    settings: list[Setting] = [Stock(), _pooled_keys()]
-    for levels in (1,) if model == "flux" else (1, 2):
-        where = f"{levels}level" + "s" * (levels > 1)
-        copy = {"ratio": 0.5, "num_levels": levels, "restore": "copy"}
-        block = copy | {"scope": "block"}
-        if model != "flux":
-            coarsest = 2 ** (levels - (model == "sd15"))
-            settings.append(Tomesd(f"tomesd-{where}", "package tomesd", 0.5, coarsest))
-            settings.append(Tomesd(f"tomesd-block-{where}", "package tomesd", 0.5, coarsest, is_whole=True))
-        settings.append(Method(f"turbo-copy-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 1}))
-        settings.append(Method(f"turbo-copy-reuse5-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 5}))
-        settings.append(Method(f"turbo-block-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 1}))
-        settings.append(Method(f"turbo-block-reuse5-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 5}))
-    runs = {"ratio": 0.5, "restore": "copy", "scope": "block", "plan_steps": 5, "run_length": 0}
-    return [*settings, Method("turbo-runs-reuse5-1level", "turbo, blocks", "turbo", runs)]
-
-
 def selected(settings: Sequence[Setting], patterns: Sequence[str]) -> list[Setting]:
     """Those whose name matches one of the shell patterns; all where there is no pattern.
 
@@ -185,36 +161,20 @@ def selected(settings: Sequence[Setting], patterns: Sequence[str]) -> list[Setti
     return [s for s in settings if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
 
 
-def _corrected(method: str, ratio: float, refresh: int, order: int, levels: int = 1) -> Method:
-    options = {"ratio": ratio, "restore": "correct", "refresh": refresh, "order": order, **_deep(levels)}
-    name = f"{method}-correct-r{ratio:g}-k{refresh}-o{order}" + _where(levels)
-    family = f"{method}, corrected, " + ("two levels" if levels == 2 else f"r {ratio:g}, order {order}")
-    return Method(name, family, method, options)
+def fitting(settings: Sequence[Setting], patterns: Sequence[str], model: nn.Module) -> list[Setting]:
+    """Those of the selected settings that mean something on a denoiser.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or nothing that does.
+    """
+    chosen = selected(settings, patterns)
+    reasons = {setting.name: setting.misfit(model) for setting in chosen}
+    for pattern in patterns:
+        matching = [name for name in reasons if fnmatchcase(name, pattern)]
+        if all(reasons[name] for name in matching):
+            raise ValueError(f"{matching[0]} does not fit this {type(model).__name__}: {reasons[matching[0]]}")
+    return [setting for setting in chosen if not reasons[setting.name]]
 
 
-def _routed(budget: float, inner: str | None) -> Method:
-    """PAR on the schedule that ships for the model, with tokens merged where it runs or without."""
-    name, family = ("turbo-par", "turbo + PAR") if inner else ("par", "PAR")
-    return Method(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner})
-
-
-def _copied(method: str, ratio: float, levels: int = 1) -> Method:
-    """Outputs copied from fresh plans; "-weighted" counts a merged key by its size."""
-    plain = method.removesuffix("-weighted")
-    options = {"ratio": ratio, "restore": "copy", "plan_steps": 1, **_deep(levels)}
-    options |= {"size_weighted": True} if plain != method else {}
-    family = f"{method.replace('-', ', ')}, copied" + (", two levels" if levels == 2 else "")
-    return Method(f"{method}-copy-r{ratio:g}{_where(levels)}", family, plain, options)
-
-
-def _deep(levels: int) -> dict[str, Any]:
-    return {"num_levels": levels} if levels > 1 else {}
-
-
-def _where(levels: int) -> str:
-    return f"-{levels}levels" if levels > 1 else ""
-
-
-def _pooled_keys() -> Method:
-    """ToDo (Smith et al., 2024, arXiv 2402.13573) keeps every fourth key and value; here each is the mean of four."""
-    return Method("pool-keys-r0.75", "pooled keys", "pool", {"ratio": 0.75, "keep_queries": True})
+def _unless_unet(model: nn.Module) -> str:
+    return "" if hasattr(model, "up_blocks") else "the package works on UNets alone; leave it out"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gen_turbo.bench import records
-from gen_turbo.bench.settings import Setting, Stock, selected, step_catalogue
+from gen_turbo.bench.catalogue import step_catalogue
+from gen_turbo.bench.settings import Setting, Stock, selected
 from gen_turbo.bench.step_models import StepModel, make
 from gen_turbo.bench.timing import Timing, alternate
 from gen_turbo.metrics.cost import count_cost

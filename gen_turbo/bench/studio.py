@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from gen_turbo import scenes
 from gen_turbo.bench.settings import Setting, Stock
 from gen_turbo.bench.timing import Timing, clocked
-from gen_turbo.factory import load_pipeline
+from gen_turbo.config import PipelineConfig
+from gen_turbo.factory import build_pipeline, load_pipeline
+from gen_turbo.hosts.attach import denoisers
 from gen_turbo.metrics.cost import Cost, count_cost
 
 
@@ -59,6 +61,11 @@ class Studio:
         with setting.applied(self.pipe):
             return clocked(call)
 
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model that draws."""
+        return denoisers(self.pipe)[1][0]
+
     @cached_property
     def stock_cost(self) -> Cost:
         """What one stock picture costs, counted once; it does not depend on the caption."""
@@ -66,7 +73,7 @@ class Studio:
 
     def count(self, setting: Setting) -> Cost:
         """Counts the attention arithmetic of one picture, decoder and text encoder left out."""
-        with count_cost(self.pipe.unet) as cost:
+        with count_cost(self.denoiser) as cost:
             self.draw(setting, 0)
         return cost
 
@@ -93,13 +100,14 @@ def open_studio(
     """Loads a pipeline by name, YAML or folder.
 
     Returns:
-        The studio, and a fingerprint of UNet and autoencoder: records and pictures of other weights never mix.
+        The studio, and a fingerprint of the weights: records and pictures of other weights never mix.
 
     Raises:
         ValueError: If the pipeline is not there; see `load_pipeline`.
     """
     is_folder = (Path(pipeline) / "model_index.json").is_file()
-    pipe = DiffusionPipeline.from_pretrained(pipeline) if is_folder else load_pipeline(pipeline, processor=None)
+    folder_config = PipelineConfig(checkpoint=pipeline, pipeline="text-to-image")
+    pipe = build_pipeline(folder_config) if is_folder else load_pipeline(pipeline, processor=None)
     pipe.set_progress_bar_config(disable=True)
     weights = fingerprint(pipe)
     captions = scenes.captions(num_captions, seed)
@@ -108,9 +116,10 @@ def open_studio(
 
 
 def fingerprint(pipe: Any) -> str:
-    """Twelve hexadecimal digits that change with any weight of UNet, text encoder or autoencoder."""
+    """Twelve hexadecimal digits that change with any weight of denoiser, text encoders or autoencoder."""
     digest = hashlib.sha256()
-    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+    texts = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    for part in (*denoisers(pipe)[1], *texts, pipe.vae):
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gen_turbo.bench.settings import DeepCache, quality_catalogue
+from gen_turbo.bench.catalogue import quality_catalogue
+from gen_turbo.bench.settings import DeepCache
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import sd15_unet, sd_pipeline
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from gen_turbo.bench.settings import Method, OutputCache, Setting, Stock, Tomesd, quality_catalogue, selected
+from gen_turbo.bench.catalogue import quality_catalogue
+from gen_turbo.bench.settings import Method, OutputCache, Setting, Stock, Tomesd, selected
 from gen_turbo.metrics.cost import count_cost
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 

@@ -1,0 +1,98 @@
+"""The settings that each picture benchmark measures, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gen_turbo.bench.scopes import scope_settings
+from gen_turbo.bench.settings import DeepCache, FewerSteps, Method, OutputCache, Setting, Stock, Tomesd
+
+RATIOS = (0.3, 0.5, 0.75)
+REFRESHES = (2, 3, 5)
+ORDERS = (0, 1)
+CACHE_INTERVALS = (2, 5)
+DEEP_INTERVALS = (2, 3, 5)
+BUDGETS: dict[str | None, tuple[float, ...]] = {"turbo": (0.63, 0.5, 0.39, 0.28), None: (0.7, 0.6, 0.44, 0.27)}
+"""By what merges tokens meanwhile: some of the schedules that ship for the embedded model at 25 steps."""
+_STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.4, 0.32)
+
+
+def quality_catalogue(steps: int) -> list[Setting]:
+    """Every setting of the quality benchmark for a stock run of `steps`; the most wanted come first."""
+    corrected = [
+        _corrected("turbo", ratio, refresh, order)
+        for order in ORDERS[::-1]
+        for ratio in RATIOS
+        for refresh in REFRESHES
+    ]
+    rivals: list[Setting] = [Tomesd(f"tomesd-r{ratio:g}", "package tomesd", ratio) for ratio in RATIOS]
+    rivals += [OutputCache(f"cache-k{k}", "attention output caching", k) for k in CACHE_INTERVALS]
+    rivals += [DeepCache(f"deepcache-k{k}", "package DeepCache", k) for k in DEEP_INTERVALS]
+    fewer = sorted({round(share * steps) for share in _STEP_SHARES} - {0, steps}, reverse=True)
+    rivals += [FewerSteps(f"steps-{number}", "fewer steps", number) for number in fewer]
+    copies = [_copied(method, ratio) for ratio in RATIOS for method in ("turbo", "turbo-weighted", "tome", "random")]
+    deeper: list[Setting] = [_copied(method, 0.5, 2) for method in ("turbo", "turbo-weighted", "tome", "random")]
+    deeper += [_corrected(method, 0.75, 3, 1, 2) for method in ("turbo", "random")]
+    deeper += [Tomesd("tomesd-r0.5-2levels", "package tomesd, two levels", 0.5, 2)]
+    default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})
+    routed = [_routed(budget, inner) for inner, budgets in BUDGETS.items() for budget in budgets]
+    merged = [*corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
+    return [default, *routed, *rivals, *merged, *scope_settings()]
+
+
+def step_catalogue(model: str = "sd15") -> list[Setting]:
+    """Settings of the step benchmark: stock, tomesd and Turbo at equal coverage, ToDo-style pooling of keys.
+
+    Args:
+        model: One of `step_models.MODELS`. SDXL has no attention at its finest level, Flux has one level alone.
+    """
+    settings: list[Setting] = [Stock(), _pooled_keys()]
+    for levels in (1,) if model == "flux" else (1, 2):
+        where = f"{levels}level" + "s" * (levels > 1)
+        copy = {"ratio": 0.5, "num_levels": levels, "restore": "copy"}
+        block = copy | {"scope": "block"}
+        if model != "flux":
+            coarsest = 2 ** (levels - (model == "sd15"))
+            settings.append(Tomesd(f"tomesd-{where}", "package tomesd", 0.5, coarsest))
+            settings.append(Tomesd(f"tomesd-block-{where}", "package tomesd", 0.5, coarsest, is_whole=True))
+        settings.append(Method(f"turbo-copy-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 1}))
+        settings.append(Method(f"turbo-copy-reuse5-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 5}))
+        settings.append(Method(f"turbo-block-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 1}))
+        settings.append(Method(f"turbo-block-reuse5-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 5}))
+    runs = {"ratio": 0.5, "restore": "copy", "scope": "block", "plan_steps": 5, "run_length": 0}
+    return [*settings, Method("turbo-runs-reuse5-1level", "turbo, blocks", "turbo", runs)]
+
+
+def _corrected(method: str, ratio: float, refresh: int, order: int, levels: int = 1) -> Method:
+    options = {"ratio": ratio, "restore": "correct", "refresh": refresh, "order": order, **_deep(levels)}
+    name = f"{method}-correct-r{ratio:g}-k{refresh}-o{order}" + _where(levels)
+    family = f"{method}, corrected, " + ("two levels" if levels == 2 else f"r {ratio:g}, order {order}")
+    return Method(name, family, method, options)
+
+
+def _routed(budget: float, inner: str | None) -> Method:
+    """PAR on the schedule that ships for the model, with tokens merged where it runs or without."""
+    name, family = ("turbo-par", "turbo + PAR") if inner else ("par", "PAR")
+    return Method(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner})
+
+
+def _copied(method: str, ratio: float, levels: int = 1) -> Method:
+    """Outputs copied from fresh plans; "-weighted" counts a merged key by its size."""
+    plain = method.removesuffix("-weighted")
+    options = {"ratio": ratio, "restore": "copy", "plan_steps": 1, **_deep(levels)}
+    options |= {"size_weighted": True} if plain != method else {}
+    family = f"{method.replace('-', ', ')}, copied" + (", two levels" if levels == 2 else "")
+    return Method(f"{method}-copy-r{ratio:g}{_where(levels)}", family, plain, options)
+
+
+def _deep(levels: int) -> dict[str, Any]:
+    return {"num_levels": levels} if levels > 1 else {}
+
+
+def _where(levels: int) -> str:
+    return f"-{levels}levels" if levels > 1 else ""
+
+
+def _pooled_keys() -> Method:
+    """ToDo (Smith et al., 2024, arXiv 2402.13573) keeps every fourth key and value; here each is the mean of four."""
+    return Method("pool-keys-r0.75", "pooled keys", "pool", {"ratio": 0.75, "keep_queries": True})
