@@ -6,6 +6,7 @@ from typing import Any
 
 from gen_turbo.bench.scopes import scope_settings
 from gen_turbo.bench.settings import DeepCache, FewerSteps, Method, OutputCache, Setting, Stock, Tomesd
+from gen_turbo.bench.skipping import skipping_settings
 
 RATIOS = (0.3, 0.5, 0.75)
 REFRESHES = (2, 3, 5)
@@ -40,11 +41,12 @@ def quality_catalogue(steps: int) -> list[Setting]:
     return [default, *routed, *rivals, *merged, *scope_settings()]
 
 
-def step_catalogue(model: str = "sd15") -> list[Setting]:
-    """Settings of the step benchmark: stock, tomesd and Turbo at equal coverage, ToDo-style pooling of keys.
+def step_catalogue(model: str = "sd15", steps: int = 6) -> list[Setting]:
+    """Settings of the step benchmark: stock, tomesd and Turbo at equal coverage, ToDo-style pooling of keys, skips.
 
     Args:
         model: One of `step_models.MODELS`. SDXL has no attention at its finest level, Flux has one level alone.
+        steps: Of a run; a UNet of four levels skips in runs of more than two.
     """
     settings: list[Setting] = [Stock(), _pooled_keys()]
     for levels in (1,) if model == "flux" else (1, 2):
@@ -60,7 +62,8 @@ def step_catalogue(model: str = "sd15") -> list[Setting]:
         settings.append(Method(f"turbo-block-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 1}))
         settings.append(Method(f"turbo-block-reuse5-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 5}))
     runs = {"ratio": 0.5, "restore": "copy", "scope": "block", "plan_steps": 5, "run_length": 0}
-    return [*settings, Method("turbo-runs-reuse5-1level", "turbo, blocks", "turbo", runs)]
+    skips = skipping_settings(steps) if model == "sd15" and steps > 2 else []
+    return [*settings, Method("turbo-runs-reuse5-1level", "turbo, blocks", "turbo", runs), *skips]
 
 
 def _corrected(method: str, ratio: float, refresh: int, order: int, levels: int = 1) -> Method:

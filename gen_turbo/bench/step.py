@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gen_turbo.bench import records
+from gen_turbo.bench.arithmetic import counted
 from gen_turbo.bench.catalogue import step_catalogue
 from gen_turbo.bench.settings import Setting, Stock, selected
 from gen_turbo.bench.step_models import StepModel, make
@@ -28,8 +29,9 @@ def run(options: argparse.Namespace) -> None:
         "steps": options.steps,
         "rounds": options.rounds,
     }
-    settings = [
-        setting for setting in selected(step_catalogue(options.model), options.settings) if setting.name != "stock"
+    found = selected(step_catalogue(options.model, options.steps), options.settings)
+    settings = [setting for setting in found if setting.name != "stock"]
+        if setting.name != "stock"
     ]
     settings = [s for s in settings if not records.is_finished(options.records, "step", s.name, _full(params, s))]
     if not settings:
@@ -57,8 +59,9 @@ def _denoise(step: StepModel, setting: Setting, steps: int) -> Callable[[], Tens
 def _count(model: nn.Module, run_once: Callable[[], Tensor]) -> dict[str, int]:
     """Counts one run, which warms up the memory allocator too."""
     with count_cost(model) as cost:
-        run_once()
+        _, flops = counted(run_once)
     return {
+        "flops": flops,
         "attention_flops": cost.attention_flops(),
         "projection_flops": sum(cost.projection_flops.values()),
         "matching_flops": cost.matching_flops,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gen_turbo.bench.records import BenchRecord, load, without
+from gen_turbo.bench import scopes as scope_catalogue
+from gen_turbo.bench.markdown import table
+from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread, speedups
 
-NO_RECORDS = "No records yet."
 PLAN_CALLS = 5
-_SELECTING = ("--settings", "--models", "--pixels", "--records", "--work", "--part")
-_TIMED = "Medians of CPU seconds (lower to upper quartile)"
+EMBEDDED, EMBEDDED_TRANSFORMER = "tiny", "tiny-dit"
 
 
 def primitives(folder: Path) -> str:
@@ -35,14 +34,14 @@ def primitives(folder: Path) -> str:
                 difference,
             )
         )
-    return _table(head, rows, records)
+    return table(head, rows, records)
 
 
 def layer(folder: Path) -> str:
     """Milliseconds of one attention layer, matching included."""
     records = load(folder, "layer")
     rows = [(r.setting, _milliseconds(r.cpu_s), f"{Spread.of(_speedups(r)):.2f}") for r in records]
-    return _table(("", "ms", "times faster than full attention"), rows, records)
+    return table(("", "ms", "times faster than full attention"), rows, records)
 
 
 def step(folder: Path) -> str:
@@ -54,12 +53,12 @@ def step(folder: Path) -> str:
         share = (record.counts["attention_flops"] + record.counts["matching_flops"]) / stock[_workload(record)]
         name = f"{record.params['model']} {record.params['latents']} {record.setting}"
         rows.append((name, f"{Spread.of(record.cpu_s):.2f}", f"{Spread.of(_speedups(record)):.2f}", f"{share:.2f}"))
-    return _table(("", "s", "times faster than stock", "counted attention"), rows, records)
+    return table(("", "s", "times faster than stock", "counted attention"), rows, records)
 
 
-def quality(folder: Path, steps: int) -> str:
-    """Distance to stock, check rate, measured and counted cost of every setting at one number of steps."""
-    records = quality_records(folder, steps)
+def quality(folder: Path, steps: int, pipeline: str = EMBEDDED) -> str:
+    """Distance to stock, check rate, measured and counted cost of one pipeline's settings at one number of steps."""
+    records = quality_records(folder, steps, pipeline)
     head = ("", "times faster than stock", "counted attention", "PSNR to stock, dB", "SSIM", "check passed")
     rows = [
         (
@@ -72,17 +71,39 @@ def quality(folder: Path, steps: int) -> str:
         )
         for record in sorted(records, key=lambda r: (r.family, r.setting))
     ]
-    return _table(head, rows, records)
+    return table(head, rows, records)
+
+
+def scopes(folder: Path) -> str:
+    """What merging costs and saves by what it is applied to, at every ratio and on every pipeline, at 25 steps."""
+    found = [r for r in load(folder, "quality") if r.params["steps"] == 25 and r.family in scope_catalogue.FAMILIES]
+    records = [record for group in _by_pipeline(found) for record in group]
+    cells = {(r.params["pipeline"], r.family, r.params["options"]["ratio"]): _gain(r) for r in records}
+    ratios = sorted({ratio for _, _, ratio in cells})
+    rows = [
+        (f"{pipeline}: {family}", *(cells.get((pipeline, family, ratio), "") for ratio in ratios))
+        for pipeline in dict.fromkeys(pipeline for pipeline, _, _ in cells)
+        for family in scope_catalogue.FAMILIES
+        if any(key[:2] == (pipeline, family) for key in cells)
+    ]
+    what = "Medians: times faster than stock by CPU seconds; PSNR to stock; pictures that show what their caption says"
+    return table(("", *(f"{ratio:g} removed" for ratio in ratios)), rows, records, what)
 
 
 def check(folder: Path) -> str:
-    """How many pictures show what their caption says, at every number of steps."""
-    records = sorted(_of_one_workload(load(folder, "check")), key=lambda r: -r.params["steps"])
+    """How many pictures show what their caption says, of every pipeline and at every number of steps."""
+    groups = _by_pipeline(load(folder, "check"))
+    records = [record for group in groups for record in sorted(group, key=lambda r: -r.params["steps"])]
     rows = [
-        (r.setting, str(r.params["steps"]), _passed(r.values["passed"]), _passed(r.values["stock_passed"]))
+        (
+            f"{r.params['pipeline']}: {r.setting}",
+            str(r.params["steps"]),
+            _passed(r.values["passed"]),
+            _passed(r.values["stock_passed"]),
+        )
         for r in records
     ]
-    return _table(("", "steps of stock", "check passed", "stock on the same captions"), rows, records)
+    return table(("", "steps of stock", "check passed", "stock on the same captions"), rows, records, "Not timed")
 
 
 def flops(folder: Path) -> str:
@@ -97,7 +118,7 @@ def flops(folder: Path) -> str:
         )
         for model, pixels, takes_text in sorted({_denoiser_of(r) for r in records})
     ]
-    return _table(("", *(f"{scope} {ratio:g}" for scope, ratio in cases)), rows, records, "Counted, not timed")
+    return table(("", *(f"{scope} {ratio:g}" for scope, ratio in cases)), rows, records, "Counted, not timed")
 
 
 def understanding(folder: Path) -> str:
@@ -111,7 +132,7 @@ def understanding(folder: Path) -> str:
         rows.append(
             (record.family, f"{record.counts['kept']} of {record.counts['image_tokens']}", *shares, _share(every))
         )
-    return _table(("", "image tokens", *kinds, "all"), rows, records, "Share of right answers, in per cent")
+    return table(("", "image tokens", *kinds, "all"), rows, records, "Share of right answers, in per cent")
 
 
 def vlm_step(folder: Path) -> str:
@@ -125,7 +146,7 @@ def vlm_step(folder: Path) -> str:
         kept = counts["kv_bytes"] / counts["stock_kv_bytes"]
         rows.append((name, *(cell for record in own for cell in _fewer(record)), f"{kept:.2f}"))
     head = ("", "prefill, times faster", "times fewer FLOPs", "with answer, times faster", "times fewer FLOPs")
-    return _table((*head, "cache of stock's"), rows, records)
+    return table((*head, "cache of stock's"), rows, records)
 
 
 def _fewer(record: BenchRecord | None) -> tuple[str, str]:
@@ -146,7 +167,7 @@ def caption_generate(folder: Path) -> str:
             (record.setting, faster, _passed(values["captioned"]), _passed(values["passed"]), _tokens(record.counts))
         )
     head = ("", "times faster, end to end", "caption is the scene's", "new picture shows the scene", "tokens kept")
-    return _table(head, rows, records)
+    return table(head, rows, records)
 
 
 def _tokens(counts: dict[str, int]) -> str:
@@ -161,6 +182,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "step": step,
     "quality": lambda folder: quality(folder, 25),
     "quality8": lambda folder: quality(folder, 8),
+    "quality-dit": lambda folder: quality(folder, 25, EMBEDDED_TRANSFORMER),
+    "scopes": scopes,
     "check": check,
     "flops": flops,
     "understanding": understanding,
@@ -176,9 +199,16 @@ def reduction_of(record: BenchRecord) -> float:
     return PLAN_CALLS * counts["stock"] / (counts["planned"] + (PLAN_CALLS - 1) * counts["served"])
 
 
-def quality_records(folder: Path, steps: int) -> list[BenchRecord]:
-    """The quality records of one number of steps, of one model and the same captions."""
-    return _of_one_workload([r for r in load(folder, "quality") if r.params["steps"] == steps])
+def quality_records(folder: Path, steps: int, pipeline: str = EMBEDDED) -> list[BenchRecord]:
+    """The quality records of one pipeline and number of steps, of the same weights and captions; scopes are apart."""
+    return _of_one_workload(
+        [
+            record
+            for record in load(folder, "quality")
+            if (record.params["pipeline"], record.params["steps"]) == (pipeline, steps)
+            and record.family not in scope_catalogue.FAMILIES
+        ]
+    )
 
 
 def attention_cost(record: BenchRecord) -> float:
@@ -217,6 +247,17 @@ def _share(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}" if values else ""
 
 
+def _gain(record: BenchRecord) -> str:
+    distance = statistics.median(record.values["psnr_db"])
+    return f"{median_speedup(record):.2f} x, {distance:.1f} dB, {_passed(record.values['passed'])}"
+
+
+def _by_pipeline(records: Sequence[BenchRecord]) -> list[list[BenchRecord]]:
+    """The records of each pipeline, those of its last workload."""
+    names = dict.fromkeys(record.params["pipeline"] for record in records)
+    return [_of_one_workload([r for r in records if r.params["pipeline"] == name]) for name in names]
+
+
 def _of_one_workload(records: Sequence[BenchRecord]) -> list[BenchRecord]:
     """Those that draw what the last one draws: rows of other weights or captions are no comparison."""
 
@@ -231,37 +272,3 @@ def _of_one_workload(records: Sequence[BenchRecord]) -> list[BenchRecord]:
 
 def _workload(record: BenchRecord) -> tuple[object, ...]:
     return tuple(record.params.get(name) for name in ("model", "latents", "blocks", "width_scale", "steps"))
-
-
-def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], records: Sequence[BenchRecord], what: str = _TIMED
-) -> str:
-    if not records:
-        return NO_RECORDS
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows)]
-    return "\n".join(lines) + "\n\n" + _origins(records, what)
-
-
-def _origins(records: Sequence[BenchRecord], what: str) -> str:
-    """What all rows share, in one paragraph; where they differ, every value that occurs."""
-    commands = dict.fromkeys(f"`{_of_all_rows(record.origin.command)}`" for record in records)
-    hardware = dict.fromkeys(record.origin.hardware for record in records)
-    versions = dict.fromkeys(f"torch {r.origin.versions.get('torch', 'unknown')}" for r in records)
-    dates = sorted({record.origin.date[:10] for record in records})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    where = ", ".join([" and ".join(hardware), *versions, _commits(records), when])
-    return f"{what}. {', '.join(commands)}; {where}."
-
-
-def _of_all_rows(command: str) -> str:
-    """A record's command without what selects rows and says where records lie."""
-    return shlex.join(without(shlex.split(command), _SELECTING))
-
-
-def _commits(records: Sequence[BenchRecord]) -> str:
-    """The commits in order of measurement; a source that differed from its commit is said."""
-    ordered = sorted(records, key=lambda record: record.origin.date)
-    commits = list(dict.fromkeys(record.origin.commit.removesuffix("-dirty") for record in ordered))
-    named = f"commit {commits[0]}" if len(commits) == 1 else f"commits {commits[0]} to {commits[-1]}"
-    is_changed = any(record.origin.commit.endswith("-dirty") for record in records)
-    return named + (" with changes" if is_changed else "")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from gen_turbo.bench import records
+from gen_turbo.bench.arithmetic import counted
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
 from gen_turbo.bench.timing import Timing, alternate
 
@@ -135,21 +135,12 @@ def _reading(model: LlavaForConditionalGeneration, setting: Setting, new_tokens:
 
 def _counted(model: LlavaForConditionalGeneration, setting: Setting, new_tokens: int) -> dict[str, int]:
     """Operations of both phases, and bytes of the cache right after the prompt."""
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counts = {}
     for phase, steps in zip(PHASES, (1, new_tokens), strict=True):
-        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-            cache = _reading(model, setting, steps)()
-        counts[phase] = counter.get_total_flops()
+        cache, counts[phase] = counted(_reading(model, setting, steps))
         if phase == "prefill":
             counts["kv_bytes"] = _num_bytes(cache)
     return counts
-
-
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **more: Any) -> int:
-    """Products of attention, whose kernel for CPUs torch does not count; masked ones count too."""
-    batch, heads, num_queries, _ = query
-    return 2 * batch * heads * num_queries * key[2] * (key[3] + value[3])
 
 
 def _num_bytes(cache: DynamicCache) -> int:

@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 from gen_turbo.bench import records
+from gen_turbo.bench.markdown import NO_RECORDS
 from gen_turbo.bench.plot import plot_quality
 from gen_turbo.bench.readme import rewrite, with_tables
 from gen_turbo.bench.records import BenchRecord
-from gen_turbo.bench.tables import NO_RECORDS, TABLES, attention_cost, quality
+from gen_turbo.bench.scopes import FAMILIES
+from gen_turbo.bench.tables import TABLES, attention_cost, quality
 from gen_turbo.cli import main
 
 COUNTS = {"top_attention_flops": 25, "matching_flops": 9, "stock_top_attention_flops": 100}
@@ -22,7 +24,7 @@ def _record(setting: str = "turbo-copy-r0.5", steps: int = 25, **changes: Any) -
         "bench": "quality",
         "setting": setting,
         "family": "turbo, copied",
-        "params": {"steps": steps, "captions": 3},
+        "params": {"pipeline": "tiny", "steps": steps, "captions": 3},
         "cpu_s": [5.0, 4.0, 5.0],
         "baseline_cpu_s": [10.0, 12.0, 5.0],
         "wall_s": [],
@@ -56,7 +58,7 @@ def test_numbers_of_steps_do_not_mix(tmp_path: Path) -> None:
 def test_weights_and_captions_do_not_mix(tmp_path: Path) -> None:
     """Catches rows of an earlier model, or of fewer captions, beside those of the last run."""
     for number, (weights, captions) in enumerate([("old", 50), ("new", 3), ("new", 50), ("new", 50)]):
-        params = {"steps": 25, "captions": captions, "weights": weights}
+        params = {"pipeline": "tiny", "steps": 25, "captions": captions, "weights": weights}
         records.append(tmp_path, _record(f"setting-{number}", params=params))
     table = quality(tmp_path, 25)
     assert [number for number in range(4) if f"setting-{number}" in table] == [2, 3]
@@ -68,7 +70,37 @@ def test_check_rates_say_of_how_many_steps(tmp_path: Path) -> None:
     for steps in (8, 25):
         records.append(tmp_path, _record("turbo-default", steps, bench="check", values=values))
     rows = TABLES["check"](tmp_path).splitlines()[2:4]
-    assert rows == [f"| turbo-default | {steps} | 2 of 3 | 3 of 3 |" for steps in (25, 8)]
+    assert rows == [f"| tiny: turbo-default | {steps} | 2 of 3 | 3 of 3 |" for steps in (25, 8)]
+
+
+def test_pipelines_do_not_mix(tmp_path: Path) -> None:
+    """Catches pictures of another model under the embedded one's title, and a rate that does not say whose it is."""
+    values = {"passed": [1.0], "stock_passed": [1.0]}
+    for pipeline, captions in (("tiny", 3), ("tiny-dit", 2)):
+        params = {"pipeline": pipeline, "steps": 25, "captions": captions}
+        records.append(tmp_path, _record(f"of-{pipeline}", params=params))
+        records.append(tmp_path, _record("stock", bench="check", params=params, values=values))
+    shown = {name: TABLES[name](tmp_path) for name in ("quality", "quality-dit", "check")}
+    assert "| of-tiny |" in shown["quality"] and "of-tiny-dit" not in shown["quality"]
+    assert "| of-tiny-dit |" in shown["quality-dit"] and "| of-tiny |" not in shown["quality-dit"]
+    assert [row.split(" | ")[0] for row in shown["check"].splitlines()[2:4]] == ["| tiny: stock", "| tiny-dit: stock"]
+
+
+def test_scopes_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """Catches a cell of another ratio, scope or model, and rows that the table of quality swallows."""
+    for pipeline, distances in (("tiny", (40.0, 30.0)), ("tiny-dit", (50.0, 20.0))):
+        for ratio, distance in zip((0.3, 0.5), distances, strict=True):
+            params = {"pipeline": pipeline, "steps": 25, "options": {"ratio": ratio, "scope": "block"}}
+            values = {"psnr_db": [distance], "passed": [1.0, 0.0]}
+            records.append(tmp_path, _record(f"block-r{ratio}", params=params, values=values, family=FAMILIES[1]))
+    lines = TABLES["scopes"](tmp_path).splitlines()
+    assert lines[0] == "|  | 0.3 removed | 0.5 removed |" and not lines[4]
+    cells = "2.00 x, 40.0 dB, 1 of 2 | 2.00 x, 30.0 dB, 1 of 2"
+    assert lines[2:4] == [
+        f"| tiny: {FAMILIES[1]} | {cells} |",
+        f"| tiny-dit: {FAMILIES[1]} | {cells.replace('40', '50').replace('30', '20')} |",
+    ]
+    assert TABLES["quality"](tmp_path) == NO_RECORDS
 
 
 def test_the_plot_has_a_row_for_each_number_of_steps(tmp_path: Path) -> None:
