@@ -86,26 +86,27 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
 
 def _timed_pictures(
     pipe: Any, model: Any, units: dict[str, Any], draw: Callable[[int, str], Any], count: int, inner: str | None
-) -> tuple[list[tuple[Any, float]], dict[str, float]]:
-    """Pictures with their seconds, and the seconds of every unit, with a merging method alone or of stock."""
+) -> tuple[list[Any], dict[str, float]]:
+    """Pictures, and the seconds of every unit meanwhile, with a merging method alone or of stock."""
     from gen_turbo.hosts.attach import attach
     from gen_turbo.hosts.stopwatch import timed
     from gen_turbo.methods.par import PARProcessor
 
     merging = None if inner is None else PARProcessor(inner=inner).reducer()
     with attach(pipe, merging) if merging else nullcontext(), timed(model, units) as seconds:
-        return [_drawn(draw, index) for index in range(count)], seconds
+        return [_drawn(draw, index)[0] for index in range(count)], seconds
 
 
-def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], stock: list[tuple[Any, float]]) -> Any:
-    """Runs a schedule on every prompt and gives it with its cost and its distance to stock."""
+def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], stock: list[Any]) -> Any:
+    """Runs stock and a schedule in turn on every prompt, and gives it with its cost and its distance to stock."""
     from gen_turbo.hosts.attach import attach
     from gen_turbo.methods.par import PARProcessor
     from gen_turbo.metrics.image import psnr
 
     schedule = file.schedules[0]
     shares, distances = [], []
-    for index, (picture, seconds) in enumerate(stock):
+    for index, picture in enumerate(stock):
+        _, seconds = _drawn(draw, index)
         with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=file, inner=schedule.inner)):
             own, own_seconds = _drawn(draw, index)
         shares.append(own_seconds / seconds)
