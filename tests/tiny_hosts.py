@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -81,6 +81,33 @@ def run_unet(unet: UNet2DConditionModel, times: tuple[int, ...] = (900, 700, 500
     sample, outputs = inputs.pop("sample"), []
     for step, time in enumerate(times):
         outputs.append(unet(sample * (1 - 0.05 * step), torch.tensor(time), **inputs).sample)
+    return torch.stack(outputs)
+
+
+def control_net() -> ControlNetModel:
+    """A ControlNet for the UNet of SD 1.x; its controls are not zero, as in a trained one."""
+    torch.manual_seed(3)
+    control = ControlNetModel.from_unet(sd15_unet(), conditioning_embedding_out_channels=(8, 16)).eval()
+    with torch.no_grad():
+        for block in [*control.controlnet_down_blocks, control.controlnet_mid_block]:
+            block.weight.normal_(0, 0.1)
+        control.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.1)
+    return control
+
+
+@torch.no_grad()
+def run_control_net(
+    control: ControlNetModel, times: tuple[int, ...] = (900, 700, 500, 300), **inputs: object
+) -> Tensor:
+    """Calls the ControlNet as `run_unet` does, shown noise, and stacks all its controls flattened."""
+    sample, outputs = inputs.pop("sample"), []
+    batch, _, height, width = sample.shape
+    shown = torch.rand(batch, 3, 2 * height, 2 * width, generator=torch.Generator().manual_seed(4))
+    for step, time in enumerate(times):
+        down, middle = control(
+            sample * (1 - 0.05 * step), torch.tensor(time), controlnet_cond=shown, return_dict=False, **inputs
+        )
+        outputs.append(torch.cat([each.flatten(1) for each in (*down, middle)], 1))
     return torch.stack(outputs)
 
 

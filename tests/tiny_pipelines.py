@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
-    ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests import tiny_transformers
-from tests.tiny_hosts import TEXT_WIDTH, sd_pipeline
+from tests.tiny_hosts import TEXT_WIDTH, control_net, sd_pipeline
 from tests.tiny_transformers import NUM_TEXT, random
 
 IMAGE_WIDTH, IMAGE_TOKENS = 16, 4
@@ -81,15 +80,9 @@ def save_lora(folder: Path) -> None:
 
 
 def control_pipeline() -> StableDiffusionControlNetPipeline:
-    """A stock ControlNet pipeline over the tiny UNet; the controls are not zero, as in a trained one."""
+    """A stock ControlNet pipeline over the tiny UNet."""
     pipe = sd_pipeline()
-    torch.manual_seed(3)
-    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16)).eval()
-    with torch.no_grad():
-        for block in [*control.controlnet_down_blocks, control.controlnet_mid_block]:
-            block.weight.normal_(0, 0.1)
-        control.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.1)
-    made = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control, requires_safety_checker=False)
+    made = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control_net(), requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     return made
 

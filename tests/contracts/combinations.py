@@ -26,6 +26,7 @@ from diffusers import (
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
+from gen_turbo import TurboProcessor, attach
 from tests.tiny_hosts import TEXT_WIDTH, UNETS, picture, sd_pipeline
 from tests.tiny_pipelines import (
     adapter_pipeline,
@@ -214,6 +215,15 @@ COMBINATIONS: dict[str, Combination] = {
         partial(draw_picture, image=prompt_image(), mask_image=prompt_image(), height=32, width=32),
     ),
     "ControlNet": Combination(control_pipeline, partial(draw_picture, image=prompt_image())),
+    "ControlNet, reduced instead of the UNet": Combination(
+        control_pipeline, partial(draw_picture, image=prompt_image()), target=lambda pipe: pipe.controlnet
+    ),
+    "ControlNet, reduced besides the UNet": Combination(
+        control_pipeline,
+        partial(draw_picture, image=prompt_image()),
+        lambda pipe: attach(pipe, TurboProcessor(0.4, warmup=1)),
+        lambda pipe: pipe.controlnet,
+    ),
     "T2I-Adapter": Combination(adapter_pipeline, partial(draw_picture, image=prompt_image())),
     "IP-Adapter": Combination(
         lambda: ip_adapter_pipeline(_folder()), partial(draw_picture, ip_adapter_image=prompt_image()), _load_adapter

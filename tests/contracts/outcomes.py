@@ -63,7 +63,7 @@ def _effect(row: Combination, whole: Any, reduced: Tensor, stock: Tensor) -> str
     ran = [site for site in told.sites if site.num_reduced]
     assert ran and reduced.shape == stock.shape and reduced.isfinite().all()
     assert 0 < (reduced - stock).norm() < stock.norm()
-    return f"{len(ran)} layers, {ran[0].num_tokens} -> {ran[0].num_kept} tokens"
+    return f"{len(ran)} layer{'s' * (len(ran) > 1)}, {ran[0].num_tokens} -> {ran[0].num_kept} tokens"
 
 
 def _nothing(made: Made) -> str:

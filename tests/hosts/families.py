@@ -15,7 +15,8 @@ from tests import tiny_hosts, tiny_transformers
 from tests.snapshots import differences, model_state
 
 UNETS = tuple(tiny_hosts.UNETS)
-NAMES = (*UNETS, *tiny_transformers.FAMILIES)
+CONTROL_NET = "controlnet"
+NAMES = (*UNETS, CONTROL_NET, *tiny_transformers.FAMILIES)
 TIMES = (900, 700, 500)
 """With two full steps at the beginning, the third is the first that is corrected."""
 VARIANTS: dict[str, dict[str, object]] = {
@@ -60,6 +61,13 @@ def family(name: str) -> tuple[nn.Module, Callable[..., Tensor]]:
             return tiny_hosts.run_unet(model, **tiny_hosts.unet_inputs(batch, grid), **kwargs)
 
         return model, run
+    if name == CONTROL_NET:
+        control = tiny_hosts.control_net()
+
+        def run_control(batch: int = 2, grid: tuple[int, int] = (16, 16), **kwargs: object) -> Tensor:
+            return tiny_hosts.run_control_net(control, **tiny_hosts.unet_inputs(batch, grid), **kwargs)
+
+        return control, run_control
     built = tiny_transformers.build(name)
     return built, lambda **kwargs: tiny_transformers.run(name, built, **kwargs)
 
@@ -140,7 +148,7 @@ def _variant(name: str, settings: dict[str, object]) -> str:
         num_frames = row.num_tokens // frame
         assert row.num_reduced > 0 and row.num_kept == num_frames * (frame - int(frame * 0.4))
     _check_lengths(stock_seen, keys.seen, rows[0].num_tokens - rows[0].num_kept, processor)
-    return f"{len(rows)} layers, {rows[0].num_tokens} -> {rows[0].num_kept} tokens"
+    return f"{len(rows)} layer{'s' * (len(rows) > 1)}, {rows[0].num_tokens} -> {rows[0].num_kept} tokens"
 
 
 def _check_lengths(

@@ -7,7 +7,7 @@ import torch
 
 from gen_turbo import ToMeProcessor, TurboProcessor, attach, report
 from tests.hosts.coverage import read
-from tests.hosts.families import COLUMNS, NAMES, UNETS, cell, family, relative
+from tests.hosts.families import COLUMNS, CONTROL_NET, NAMES, cell, family, relative
 from tests.tiny_transformers import FAMILIES, build, random, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
@@ -155,7 +155,7 @@ def test_names_are_all_here():
     """Catches a family that is in the table of hosts and in no test."""
     from gen_turbo.hosts.diffusion.families import HOSTS
 
-    tested = {type(family(name)[0]).__name__ for name in (*UNETS, *TRANSFORMERS)}
+    tested = {type(family(name)[0]).__name__ for name in NAMES}
     assert tested == {model for host in HOSTS for model in host.models}
 
 
@@ -167,6 +167,16 @@ def test_set_on_a_bare_transformer_it_names_attach(name):
         layer.set_processor(TurboProcessor(0.4))
     with pytest.raises(TypeError, match=r"TurboProcessor alone cannot run .*Attention .*use gen_turbo.attach"):
         run(name, model)
+
+
+@pytest.mark.parametrize("name", ["sd15", CONTROL_NET])
+def test_set_on_a_bare_model_of_plain_attention_it_reduces(name):
+    """Catches a ControlNet whose own `set_attn_processor` takes a processor that then does nothing."""
+    model, run_model = family(name)
+    stock = run_model(times=(900,))
+    for ratio in (0.0, 0.4):
+        model.set_attn_processor(TurboProcessor(ratio))
+        assert torch.equal(run_model(times=(900,)), stock) == (ratio == 0)
 
 
 def test_set_on_a_bare_model_settings_that_need_attach_say_so():

@@ -1,4 +1,4 @@
-"""UNets: the self-attention of every transformer block of UNet2DConditionModel (SD 1.x, 2.x, XL)."""
+"""UNets: the self-attention of every transformer block of UNet2DConditionModel (SD 1.x, 2.x, XL) and ControlNets."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _CROSS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class UNetHost:
-    """Enters UNet2DConditionModel by its `attn1` processors; everything else keeps its object."""
+    """Enters a UNet, or a ControlNet, which is the way down of one, by its `attn1` processors; all else stays."""
 
-    models = ("UNet2DConditionModel",)
+    models = ("UNet2DConditionModel", "ControlNetModel")
 
     def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Part:
         """Prepares a reducer for the UNet."""
