@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PixArtAlphaPipeline,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from gen_turbo.pipelines import tiny, tiny_dit
 from tests import tiny_transformers
 from tests.tiny_hosts import TEXT_WIDTH, control_net, sd_pipeline
 from tests.tiny_transformers import NUM_TEXT, random
@@ -123,6 +125,34 @@ def sd3():
     texts = {"prompt_embeds": random(1, NUM_TEXT, 32), "negative_prompt_embeds": random(1, NUM_TEXT, 32, seed=3)}
     pooled = {"pooled_prompt_embeds": random(1, 16), "negative_pooled_prompt_embeds": random(1, 16, seed=3)}
     return pipe, {**texts, **pooled, "latents": random(1, 4, 16, 16)}
+
+
+def sd3_with_text() -> StableDiffusion3Pipeline:
+    """The parts of the embedded transformer at a smaller size: 32 x 32 pixels, 64 image and 276 text tokens.
+
+    The gates of the blocks are opened, for random ones let little of attention through.
+    """
+    torch.manual_seed(5)
+    model = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=128,
+        caption_projection_dim=32,
+        pooled_projection_dim=128,
+        pos_embed_max_size=8,
+    )
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            block.norm1.linear.weight.mul_(10)
+    encoders = (tiny_dit.make_text_encoder().eval(), tiny_dit.make_text_encoder().eval())
+    pipe = tiny_dit.assemble(tiny.make_autoencoder().eval(), encoders, model.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def pixart():

@@ -14,15 +14,20 @@ _SCOPES: dict[str, tuple[str, dict[str, Any]]] = {
     "block-copy": ("blocks, copied", {"restore": "copy", "plan_steps": 1, "scope": "block"}),
     "kv-correct": ("keys and values, corrected", _CORRECT | {"keep_queries": True}),
 }
-FAMILIES = tuple(family for family, _ in _SCOPES.values())
+_LEVELS: tuple[tuple[str, str, dict[str, Any]], ...] = (("", "", {}), ("-2levels", ", two levels", {"num_levels": 2}))
+FAMILIES = tuple(family + where for _, where, _ in _LEVELS for family, _ in _SCOPES.values())
 """Their records have a table of their own."""
 
 
 def scope_settings() -> list[Setting]:
-    """Every scope at every ratio; the ratio in the middle, which all are compared at, comes first."""
+    """Every scope at every ratio, at the finest level and at two; the ratio in the middle comes first.
+
+    The finest level of the embedded UNet matters so little that what is rounded off in pictures hides differences.
+    """
     ratios = sorted(RATIOS, key=lambda ratio: abs(ratio - 0.5))
     return [
-        Method(f"{name}-r{ratio:g}", family, "turbo", {"ratio": ratio, **options})
+        Method(f"{name}-r{ratio:g}{suffix}", family + where, "turbo", {"ratio": ratio, **options, **levels})
         for ratio in ratios
+        for suffix, where, levels in _LEVELS
         for name, (family, options) in _SCOPES.items()
     ]
