@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
+from gen_turbo.contract import Frame, Grid, Site
 from gen_turbo.core.matching import bipartite_soft_matching, line_soft_matching, tile_soft_matching
 from gen_turbo.core.partition import grid_destinations
 from gen_turbo.core.plan import ReductionPlan
@@ -16,6 +16,7 @@ from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
 
 _STRIDE = (2, 2)
+_LEAST_TILE, _TILES_A_SIDE = 4, 4
 
 
 @METHODS.register("turbo")
@@ -42,7 +43,8 @@ class TurboProcessor(ReductionProcessor):
             "none" is redundancy alone. "text" raises ValueError in the first planning step of a model that shows no
             text. A plan without a model, as by `plan_tokens`, knows neither and takes redundancy alone.
         value_weight: Weight of the semantic value whose mean is 1. Raising it protects attended tokens more.
-        tile: Side of the tiles that are matched, in tokens; 0 matches over the whole picture.
+        tile: Side of the tiles that are matched, in tokens; 0 matches over the whole picture. A small picture has
+            smaller ones, four to its shorter side but of no less than 4 tokens, lest distant places are merged.
     """
 
     ratio: float = 0.7
@@ -76,8 +78,19 @@ class TurboProcessor(ReductionProcessor):
             return bipartite_soft_matching(tokens, destinations, count, penalty_BN)
         is_shifted = frame.num_plans % 2 == 1
         return tile_soft_matching(
-            tokens, site.grid, count, tile=self.tile, stride=_STRIDE, shift=is_shifted, penalty_BN=penalty_BN
+            tokens,
+            site.grid,
+            count,
+            tile=self._tile(site.grid),
+            stride=_STRIDE,
+            shift=is_shifted,
+            penalty_BN=penalty_BN,
         )
+
+    def _tile(self, grid: Grid) -> int:
+        """The side of the tiles on a (height, width) grid, even as the cells are."""
+        quarter = min(grid) // _TILES_A_SIDE // 2 * 2
+        return min(self.tile, max(_LEAST_TILE, quarter))
 
     def _penalty(self, site: Site) -> Tensor | None:
         if self.semantic == "none" or self.value_weight == 0 or site.semantic is None:

@@ -42,6 +42,18 @@ def test_tiles_shift_on_alternate_plans():
     assert torch.equal(plans[0], plans[2]) and not torch.equal(plans[0], plans[1])
 
 
+@pytest.mark.parametrize(("side", "reach"), [(8, 4), (16, 4), (24, 6), (32, 8), (64, 8)])
+def test_small_pictures_have_smaller_tiles(side, reach):
+    """Catches one size of tiles for all, which in a small picture merges tokens of distant places."""
+    tokens = torch.randn(1, side * side, 8, generator=torch.Generator().manual_seed(1))
+    processor = TurboProcessor(0.75)
+    plan = processor.plan(tokens, Site("here", 0.75, (side, side)), Frame())
+    place = torch.arange(side * side)
+    anchor = plan.anchor_BM[0][plan.slot_BN[0]]
+    rows, columns = (place // side - anchor // side).abs(), (place % side - anchor % side).abs()
+    assert max(rows.max(), columns.max()) < reach and rows.max() >= reach // 2
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
