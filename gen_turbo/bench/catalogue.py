@@ -11,9 +11,10 @@ from gen_turbo.bench.skipping import skipping_settings
 RATIOS = (0.3, 0.5, 0.75)
 REFRESHES = (2, 3, 5)
 ORDERS = (0, 1)
+COPIED = ("turbo", "turbo-weighted", "vistog", "tome", "random")
 CACHE_INTERVALS = (2, 5)
 DEEP_INTERVALS = (2, 3, 5)
-BUDGETS: dict[str | None, tuple[float, ...]] = {"turbo": (0.63, 0.5, 0.39, 0.28), None: (0.7, 0.6, 0.44, 0.27)}
+BUDGETS: dict[str | None, tuple[float, ...]] = {"turbo": (0.5, 0.45, 0.4, 0.35, 0.3), None: (0.7, 0.6, 0.44, 0.27)}
 """By what merges tokens meanwhile: some of the schedules that ship for the embedded model at 25 steps."""
 _STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.4, 0.32)
 
@@ -31,8 +32,8 @@ def quality_catalogue(steps: int) -> list[Setting]:
     rivals += [DeepCache(f"deepcache-k{k}", "package DeepCache", k) for k in DEEP_INTERVALS]
     fewer = sorted({round(share * steps) for share in _STEP_SHARES} - {0, steps}, reverse=True)
     rivals += [FewerSteps(f"steps-{number}", "fewer steps", number) for number in fewer]
-    copies = [_copied(method, ratio) for ratio in RATIOS for method in ("turbo", "turbo-weighted", "tome", "random")]
-    deeper: list[Setting] = [_copied(method, 0.5, 2) for method in ("turbo", "turbo-weighted", "tome", "random")]
+    copies = [_copied(method, ratio) for ratio in RATIOS for method in COPIED]
+    deeper: list[Setting] = [_copied(method, ratio, 2) for ratio in (0.5, 0.75) for method in COPIED]
     deeper += [_corrected(method, 0.75, 3, 1, 2) for method in ("turbo", "random")]
     deeper += [Tomesd("tomesd-r0.5-2levels", "package tomesd, two levels", 0.5, 2)]
     default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})

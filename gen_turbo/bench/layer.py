@@ -14,10 +14,12 @@ from gen_turbo.bench import records, tomesd_baseline
 from gen_turbo.bench.primitives import smooth_tokens
 from gen_turbo.bench.timing import alternate
 from gen_turbo.methods.turbo import TurboProcessor
+from gen_turbo.methods.vistog import VisToGProcessor
 
 REUSE = 5
 HEADS = 8
-_FAMILIES = {"full attention": "stock", "tomesd": "package tomesd"}
+FULL = "full attention"
+_FAMILIES = {FULL: "stock", "tomesd": "package tomesd"}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,17 +34,20 @@ def run(options: argparse.Namespace) -> None:
         "rounds": options.rounds,
     }
     functions = _functions(smooth_tokens(2, (options.side, options.side), options.width, options.seed), options)
-    if all(records.is_finished(options.records, "layer", name, params) for name in functions):
+    missing = [name for name in functions if not records.is_finished(options.records, "layer", name, params)]
+    if not missing:
         print("layer: finished before; delete the records to measure again")
         return
+    functions = {name: run for name, run in functions.items() if name in missing or name == FULL}
     with torch.no_grad(), tqdm(total=len(functions) * (options.rounds + 1), desc="layer") as bar:
         timings = alternate(functions, options.rounds, progress=bar.update)
-    full = timings["full attention"]
-    for name, own in timings.items():
+    full = timings[FULL]
+    for name in missing:
+        own = timings[name]
         record = records.BenchRecord(
             bench="layer",
             setting=name,
-            family=_FAMILIES.get(name, "turbo"),
+            family=_FAMILIES.get(name, name.partition(",")[0]),
             params=params,
             cpu_s=[t.cpu_s / REUSE for t in own],
             baseline_cpu_s=[t.cpu_s / REUSE for t in full],
@@ -54,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _functions(tokens: Tensor, options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """Five passes each: full, tomesd, Turbo with a plan for every pass, for both guidance halves, for all five."""
+    """Five each: full, tomesd, Turbo with a plan for every pass, for both guidance halves, for all; plans alone."""
     grid, ratio = (options.side, options.side), 0.5
     torch.manual_seed(options.seed)
     layer = Attention(options.width, heads=HEADS, dim_head=options.width // HEADS).eval()
@@ -73,11 +78,13 @@ def _functions(tokens: Tensor, options: argparse.Namespace) -> dict[str, Callabl
         return output
 
     return {
-        "full attention": lambda: _repeat(lambda: layer(tokens)),
+        FULL: lambda: _repeat(lambda: layer(tokens)),
         "tomesd": lambda: _repeat(tomesd),
         "turbo, fresh plans": lambda: turbo(tokens, 1),
         "turbo, fresh plans shared by the guidance halves": lambda: turbo(tokens[1:], 1),
         "turbo, plan reuse 5": lambda: turbo(tokens, REUSE),
+        "turbo, a plan alone": lambda: _repeat(lambda: processor.plan_tokens(tokens, grid=grid).slot_BN),
+        "vistog, a plan alone": lambda: _repeat(lambda: VisToGProcessor(ratio).plan_tokens(tokens, grid=grid).slot_BN),
     }
 
 

@@ -122,7 +122,7 @@ def flops(folder: Path) -> str:
 
 
 def understanding(folder: Path) -> str:
-    """Right answers by kind of question, for every method and number of tokens, the most tokens first."""
+    """Counted cost of the language model and right answers, for every method and number of tokens, most first."""
     records = _of_one_workload(load(folder, "understanding"))
     kinds = list(dict.fromkeys(kind for record in records for kind in record.values))
     rows = []
@@ -130,9 +130,17 @@ def understanding(folder: Path) -> str:
         every = [value for values in record.values.values() for value in values]
         shares = [_share(record.values.get(kind, [])) for kind in kinds]
         rows.append(
-            (record.family, f"{record.counts['kept']} of {record.counts['image_tokens']}", *shares, _share(every))
+            (
+                record.family,
+                f"{record.counts['kept']} of {record.counts['image_tokens']}",
+                f"{record.counts['cost'] / 1000:.2f}",
+                *shares,
+                _share(every),
+            )
         )
-    return table(("", "image tokens", *kinds, "all"), rows, records, "Share of right answers, in per cent")
+    return table(
+        ("", "image tokens", "counted cost", *kinds, "all"), rows, records, "Share of right answers, in per cent"
+    )
 
 
 def vlm_step(folder: Path) -> str:
