@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -68,9 +69,10 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     for inner in namespace.inner:
         merging = None if inner == "none" else inner
         seconds = whole if merging is None else _timed_pictures(pipe, model, used, draw, namespace.prompts, merging)[1]
-        shares = prices.shares(seconds, whole[WHOLE])
-        _note(f"inner {merging}: " + ", ".join(f"{group} {share:.1%}" for group, share in shares.items()))
-        choices = prices.choices(shares, insides(groups, used), sorted(namespace.budgets, reverse=True))
+        base, shares = mean(seconds[WHOLE]) / mean(whole[WHOLE]), prices.shares(seconds, mean(whole[WHOLE]))
+        parts = ", ".join(f"{group} {share:.1%}" for group, share in shares.items())
+        _note(f"inner {merging}: {base:.1%} of a stock call; a call without {parts}")
+        choices = prices.choices(base, shares, insides(groups, used), sorted(namespace.budgets, reverse=True))
         found += [(merging, skips) for skips in choices]
     times = tuple(prices.recordings[0].times)
     title = f"{config.checkpoint}, {steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
@@ -86,8 +88,8 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
 
 def _timed_pictures(
     pipe: Any, model: Any, units: dict[str, Any], draw: Callable[[int, str], Any], count: int, inner: str | None
-) -> tuple[list[Any], dict[str, float]]:
-    """Pictures, and the seconds of every unit meanwhile, with a merging method alone or of stock."""
+) -> tuple[list[Any], dict[str, list[float]]]:
+    """Pictures, and the seconds of every unit in every call meanwhile, with a merging method alone or of stock."""
     from gen_turbo.hosts.attach import attach
     from gen_turbo.hosts.stopwatch import timed
     from gen_turbo.methods.par import PARProcessor

@@ -15,16 +15,22 @@ from gen_turbo.hosts.units import Unit
 
 
 @contextmanager
-def timed(model: nn.Module, units: Mapping[str, Unit]) -> Iterator[dict[str, float]]:
-    """Adds up the seconds of every unit's modules, those that idle with it included, inside the `with` block.
+def timed(model: nn.Module, units: Mapping[str, Unit]) -> Iterator[dict[str, list[float]]]:
+    """Seconds of every unit's modules in each call of the model, those that idle with it included.
 
     Args:
         model: The model.
         units: What can be skipped, by name; the one without a module is the whole model.
     """
-    seconds = dict.fromkeys(units, 0.0)
+    seconds: dict[str, list[float]] = {name: [] for name in units}
     handles: list[RemovableHandle] = []
+
+    def begin(model: nn.Module, args: Any) -> None:
+        for calls in seconds.values():
+            calls.append(0.0)
+
     try:
+        handles.append(model.register_forward_pre_hook(begin))
         for unit in units.values():
             for name in (unit.module, *unit.idle):
                 handles += _clocked(model.get_submodule(name), unit.name, seconds)
@@ -42,13 +48,13 @@ def seconds_now() -> float:
     return time.perf_counter()
 
 
-def _clocked(module: nn.Module, unit: str, seconds: dict[str, float]) -> list[RemovableHandle]:
+def _clocked(module: nn.Module, unit: str, seconds: dict[str, list[float]]) -> list[RemovableHandle]:
     starts: list[float] = []
 
     def begin(module: nn.Module, args: Any) -> None:
         starts.append(seconds_now())
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        seconds[unit] += seconds_now() - starts.pop()
+        seconds[unit][-1] += seconds_now() - starts.pop()
 
     return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]

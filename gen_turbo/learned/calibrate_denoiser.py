@@ -48,20 +48,25 @@ class Prices:
     groups: Mapping[str, Sequence[str]]
     slopes: dict[str, float]
 
-    def shares(self, seconds: Mapping[str, float], whole: float) -> dict[str, float]:
-        """Share of a stock call's time that each group takes, and may save.
+    def shares(self, seconds: Mapping[str, Sequence[float]], whole: float) -> dict[str, float]:
+        """Share of a stock call's time that each group takes in most calls, and may save.
+
+        The median: a call that runs in full, so that later ones can merge, is not saved by a skip, but put off.
 
         Args:
-            seconds: Of every unit, over some runs; with tokens merged, less than of stock.
-            whole: Of the stock model, over as many runs.
+            seconds: Of every unit in every call; with tokens merged, less than of stock in most.
+            whole: Of the stock model, mean.
         """
-        return {group: sum(seconds[unit] for unit in units) / whole for group, units in self.groups.items()}
+        return {
+            group: float(np.median(np.sum([seconds[unit] for unit in units], axis=0))) / whole
+            for group, units in self.groups.items()
+        }
 
     def choices(
-        self, shares: Mapping[str, float], inside: Mapping[str, Sequence[str]], costs: Sequence[float]
+        self, base: float, shares: Mapping[str, float], inside: Mapping[str, Sequence[str]], costs: Sequence[float]
     ) -> list[Skips]:
-        """What to skip for each cost, by unit; nothing, once, where the model costs no more than that as it is."""
-        search = Search(len(self.recordings[0].times), shares, inside, cache(self.error))
+        """What to skip for each cost, by unit; nothing, once, where a mean call costs no more than that as it is."""
+        search = Search(len(self.recordings[0].times), base, shares, inside, cache(self.error))
         found: list[Skips] = []
         for skips in search.run(costs):
             by_unit = {unit: calls for group, calls in skips.items() for unit in self.groups[group]}

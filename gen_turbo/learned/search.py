@@ -22,15 +22,21 @@ class Search:
 
     Attributes:
         num_calls: Calls of the model in a run.
-        shares: Share of a stock call's cost that each group saves; `output` saves all that a call costs.
+        base: Mean cost of a call without skips, as a share of a stock call's.
+        shares: Share of a stock call's cost that each group saves.
         inside: The groups that another one contains, which save and cost nothing where it is skipped.
         error: Price of a skip.
     """
 
     def __init__(
-        self, num_calls: int, shares: Mapping[str, float], inside: Mapping[str, Sequence[str]], error: Error
+        self,
+        num_calls: int,
+        base: float,
+        shares: Mapping[str, float],
+        inside: Mapping[str, Sequence[str]],
+        error: Error,
     ) -> None:
-        self.num_calls, self.shares, self.error = num_calls, dict(shares), error
+        self.num_calls, self.base, self.shares, self.error = num_calls, base, dict(shares), error
         self.inside = {group: set(inside.get(group, ())) for group in shares}
         self.skips: dict[str, set[int]] = {group: set() for group in shares}
         self._parts = {group: 0.0 for group in shares}
@@ -85,7 +91,8 @@ class Search:
 
     def _call_cost(self, call: int) -> float:
         outer = [g for g in self.shares if call in self.skips[g] and not self._is_covered(g, call)]
-        return 0.0 if WHOLE in outer else max(0.0, self.shares[WHOLE] - sum(self.shares[group] for group in outer))
+        saved = self.shares[WHOLE] if WHOLE in outer else sum(self.shares[group] for group in outer)
+        return max(0.0, self.base - saved)
 
     def _error(self, group: str) -> float:
         """Squared error of all skips of a group, each from the last two calls at which it ran."""

@@ -89,7 +89,7 @@ def test_the_search_takes_what_is_cheap_and_fills_the_budget():
     def error(group: str, call: int, newer: int, older: int) -> float:
         return {"cheap": 1e-6, "dear": 1.0, WHOLE: 1e-2}[group] * (call - newer) ** 4
 
-    search = Search(12, {WHOLE: 1.0, "cheap": 0.3, "dear": 0.3}, {WHOLE: ["cheap", "dear"]}, error)
+    search = Search(12, 1.0, {WHOLE: 1.0, "cheap": 0.3, "dear": 0.3}, {WHOLE: ["cheap", "dear"]}, error)
     light, heavy = search.run([0.8, 0.4])
     assert set(light) == {"cheap"} and len(light["cheap"]) >= 8
     assert search.cost() <= 0.4 and "dear" not in heavy and heavy[WHOLE]
@@ -104,8 +104,8 @@ def test_the_search_counts_what_merging_saves_already():
     def error(group: str, call: int, newer: int, older: int) -> float:
         return {"merged": 0.9e-2, "plain": 2e-2, WHOLE: 1.0}[group]
 
-    shares = {WHOLE: 0.6, "merged": 0.1, "plain": 0.3}
-    search = Search(10, shares, {WHOLE: ["merged", "plain"]}, error)
+    shares = {WHOLE: 0.5, "merged": 0.1, "plain": 0.3}
+    search = Search(10, 0.6, shares, {WHOLE: ["merged", "plain"]}, error)
     nothing, some = search.run([0.7, 0.5])
     assert nothing == {} and set(some) == {"plain"} and len(some["plain"]) == 4
     assert search.cost() == pytest.approx(0.48)
@@ -117,8 +117,11 @@ def test_seconds_of_units():
     units = host_of(model).units(model)
     with timed(model, units) as seconds:
         run_unet(model, **unet_inputs())
-    assert all(0 < spent <= seconds[WHOLE] for spent in seconds.values())
-    assert seconds["deep.1"] > seconds["deep.2"]
+    assert all(len(calls) == 4 for calls in seconds.values())
+    assert all(
+        0 < part <= whole for calls in seconds.values() for part, whole in zip(calls, seconds[WHOLE], strict=True)
+    )
+    assert sum(seconds["deep.1"]) > sum(seconds["deep.2"])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
