@@ -24,9 +24,9 @@ from training import Stage, Trainer, parsed
 from gen_turbo.pipelines import tiny, tiny_dit
 
 STAGES = (
-    Stage("64", 4, batch=64, learning_rate=2e-3, decay_from=0.8),
-    Stage("256", 2, batch=24, learning_rate=2e-3, decay_from=0.7),
-    Stage("1024", 1, batch=8, learning_rate=1.2e-3, decay_from=0.35),
+    Stage("64", 4, batch=32, learning_rate=2e-3, decay_from=0.8),
+    Stage("256", 2, batch=16, learning_rate=2e-3, decay_from=0.7),
+    Stage("1024", 1, batch=6, learning_rate=1.2e-3, decay_from=0.35),
 )
 EMPTY_PROMPTS = 0.1
 
