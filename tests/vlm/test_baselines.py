@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
-from gen_turbo import attach, report
+from gen_turbo import TurboProcessor, attach, report
 from gen_turbo.contract import Frame, Site
 from gen_turbo.core import selection
 from gen_turbo.hosts.vlm.decoder import last_attention
+from gen_turbo.hosts.vlm.settings import Placed
 from gen_turbo.methods.divprune import DivPruneProcessor
 from gen_turbo.methods.fastv import FastVProcessor
 from gen_turbo.methods.pool import PoolProcessor
@@ -45,6 +46,18 @@ def test_any_budget_reaches_the_language_model(method, kept):
         generate(model, inputs)
         rows = report(model).sites
     assert [(row.num_tokens, row.num_kept) for row in rows] == [(3 * 16, 3 * kept)]
+
+
+@pytest.mark.parametrize("processor", [VisionZipProcessor(0.5), TurboProcessor(0.5, value_weight=10.0)])
+def test_a_placed_method_still_reads_the_tower(processor):
+    """Catches a wrapper that hides which attention a method asks for."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make("sdpa"), PROMPTS["even"].inputs(vlm)
+    with attach(model, processor), torch.no_grad():
+        own = model(**inputs).logits
+    with attach(model, Placed(processor)), torch.no_grad():
+        placed = model(**inputs).logits
+    assert torch.equal(own, placed)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -92,6 +92,7 @@ class Placed(Placement, TokenReducer):
             setattr(self, setting.name, getattr(reducer, setting.name))
         self.place, self.layer, self.combine = place, layer, combine
         self.reducer = reducer
+        self.semantic = getattr(reducer, "semantic", "none")
         self.__post_init__()
 
     @property
