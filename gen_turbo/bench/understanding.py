@@ -63,6 +63,8 @@ def _trained_groups(total: int) -> list[Setting]:
         settings += [
             Method(f"{method}-{number}", method, method, {"ratio": ratio}) for method in ("pool", "turbo_vit", "vistog")
         ]
+        before = {"ratio": ratio, "place": "projector"}
+        settings.append(Method(f"pool-projector-{number}", "pool, before the projector", "pool", before))
         untrained = {"num_tokens": number}
         settings.append(Method(f"vistog_vit-untrained-{number}", "vistog_vit, untrained", "vistog_vit", untrained))
     return settings + par_settings()
