@@ -156,10 +156,6 @@ def test_a_transformer_is_calibrated(folder: Path, tmp_path: Path, capsys: pytes
     assert schedule.skips and set(schedule.skips) <= blocks | {"output"}
 
 
-@pytest.mark.skipif(
-    not (tiny.weights_folder().parent / "tiny-dit" / "model_index.json").is_file(),
-    reason="the weights of the embedded transformer are not in the package yet",
-)
 def test_the_embedded_transformer_loads() -> None:
     """Catches weights that are missing from the package or of another architecture."""
     pipe = load_pipeline("tiny-dit", device="cpu")
