@@ -38,7 +38,7 @@ def plot_quality(folder: Path, path: Path) -> None:
     rows = {steps: records for steps, records in rows.items() if records}
     if not rows:
         raise ValueError(f"no quality records in {folder}; run: gen-turbo bench quality")
-    figure = Figure(figsize=(12, 5.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(15, 5.5 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
     families = sorted({record.family for records in rows.values() for record in records})
@@ -49,7 +49,7 @@ def plot_quality(folder: Path, path: Path) -> None:
         left.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
         right.set(xlabel="attention cost, counted (stock: 1)")
         right.invert_xaxis()
-        left.legend(fontsize="x-small")
+        right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
