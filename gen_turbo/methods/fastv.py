@@ -33,6 +33,8 @@ class FastVProcessor(Placement, ReductionProcessor):
     place: str = "decoder"
     combine: str = "select"
 
+    needs = ("last",)
+
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
         super().__post_init__()

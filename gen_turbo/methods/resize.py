@@ -31,6 +31,8 @@ class ResizeProcessor(Placement, ReductionProcessor):
     restore: str = "copy"
     place: str = "picture"
 
+    needs = ("picture",)
+
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
         super().__post_init__()

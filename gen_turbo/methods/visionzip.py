@@ -39,6 +39,8 @@ class VisionZipProcessor(Placement, ReductionProcessor):
     contextual: float = 10 / 64
     semantic: str = "class"
 
+    needs = ("class", "self")
+
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
         super().__post_init__()
