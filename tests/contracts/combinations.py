@@ -147,7 +147,7 @@ def _sharing(pipe: Any) -> Any:
 
 
 def _in_threads(pipes: list[Any]) -> Tensor:
-    # A new thread computes on every core again, and how sums are then cut up depends on what else runs.
+    # What computes on one core in the main thread does so in these from their first operation on.
     with ThreadPoolExecutor(len(pipes), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return torch.cat(list(pool.map(draw_picture, pipes, range(len(pipes)))))
 
