@@ -42,7 +42,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
 def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) -> None:
     """Measures a pipeline's denoiser, searches schedules, runs them and writes the file."""
     from gen_turbo.factory import build_pipeline, quiet_loading
-    from gen_turbo.hosts.attach import denoisers, host_of
+    from gen_turbo.hosts.attach import denoiser, host_of
     from gen_turbo.hosts.groups import groups_of, insides
     from gen_turbo.hosts.probing import Probe
     from gen_turbo.learned.calibrate_denoiser import measure
@@ -56,7 +56,7 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     pipe = build_pipeline(config)
     pipe.set_progress_bar_config(disable=True)
     draw = _drawer(pipe, replace(config, steps=steps), _prompts(namespace, config), namespace.seed + _OWN_SEED)
-    model = denoisers(pipe)[1][0]
+    model = denoiser(pipe)
     host: Any = host_of(model)
     units = host.units(model)
     groups = groups_of(model, host, units)
@@ -64,11 +64,11 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     pipe.scheduler.set_timesteps(steps)
     num_calls = len(pipe.scheduler.timesteps)
     prices = measure(Probe(model, host, used, groups), draw, num_calls, namespace.prompts, _note)
-    stock, whole = _timed_pictures(pipe, model, used, draw, namespace.prompts, None)
+    whole = _seconds(pipe, model, used, draw, namespace.prompts, None)
     found = []
     for inner in namespace.inner:
         merging = None if inner == "none" else inner
-        seconds = whole if merging is None else _timed_pictures(pipe, model, used, draw, namespace.prompts, merging)[1]
+        seconds = whole if merging is None else _seconds(pipe, model, used, draw, namespace.prompts, merging)
         base, shares = mean(seconds[WHOLE]) / mean(whole[WHOLE]), prices.shares(seconds, mean(whole[WHOLE]))
         parts = ", ".join(f"{group} {share:.1%}" for group, share in shares.items())
         _note(f"inner {merging}: {base:.1%} of a stock call; a call without {parts}")
@@ -81,25 +81,27 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     done: list[Schedule] = []
     for merging, skips in found:
         schedule = Schedule(times, skips, slopes, inner=merging)
-        done.append(_tried(pipe, ScheduleFile(kind, tuple(names), scheduler, (schedule,)), draw, stock))
+        done.append(_tried(pipe, ScheduleFile(kind, tuple(names), scheduler, (schedule,)), draw, namespace.prompts))
         write(output, ScheduleFile(kind, tuple(names), scheduler, tuple(done)), title)
     print(output)
 
 
-def _timed_pictures(
+def _seconds(
     pipe: Any, model: Any, units: dict[str, Any], draw: Callable[[int, str], Any], count: int, inner: str | None
-) -> tuple[list[Any], dict[str, list[float]]]:
-    """Pictures, and the seconds of every unit in every call meanwhile, with a merging method alone or of stock."""
+) -> dict[str, list[float]]:
+    """The seconds of every unit in every call of some pictures, with a merging method alone or of stock."""
     from gen_turbo.hosts.attach import attach
     from gen_turbo.hosts.stopwatch import timed
     from gen_turbo.methods.par import PARProcessor
 
     merging = None if inner is None else PARProcessor(inner=inner).reducer()
     with attach(pipe, merging) if merging else nullcontext(), timed(model, units) as seconds:
-        return [_drawn(draw, index)[0] for index in range(count)], seconds
+        for index in range(count):
+            _drawn(draw, index)
+    return seconds
 
 
-def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], stock: list[Any]) -> Any:
+def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], count: int) -> Any:
     """Runs stock and a schedule in turn on every prompt, and gives it with its cost and its distance to stock."""
     from gen_turbo.hosts.attach import attach
     from gen_turbo.methods.par import PARProcessor
@@ -107,8 +109,8 @@ def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], stock: list[An
 
     schedule = file.schedules[0]
     shares, distances = [], []
-    for index, picture in enumerate(stock):
-        _, seconds = _drawn(draw, index)
+    for index in range(count):
+        picture, seconds = _drawn(draw, index)
         with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=file, inner=schedule.inner)):
             own, own_seconds = _drawn(draw, index)
         shares.append(own_seconds / seconds)

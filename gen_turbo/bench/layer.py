@@ -63,7 +63,7 @@ def _functions(tokens: Tensor, options: argparse.Namespace) -> dict[str, Callabl
     grid, ratio = (options.side, options.side), 0.5
     torch.manual_seed(options.seed)
     layer = Attention(options.width, heads=HEADS, dim_head=options.width // HEADS).eval()
-    processor = TurboProcessor(ratio)
+    processor, vistog = TurboProcessor(ratio), VisToGProcessor(ratio)
 
     def tomesd() -> Tensor:
         merge, unmerge = tomesd_baseline.matching(tokens, grid, int(tokens.shape[1] * ratio))
@@ -84,7 +84,7 @@ def _functions(tokens: Tensor, options: argparse.Namespace) -> dict[str, Callabl
         "turbo, fresh plans shared by the guidance halves": lambda: turbo(tokens[1:], 1),
         "turbo, plan reuse 5": lambda: turbo(tokens, REUSE),
         "turbo, a plan alone": lambda: _repeat(lambda: processor.plan_tokens(tokens, grid=grid).slot_BN),
-        "vistog, a plan alone": lambda: _repeat(lambda: VisToGProcessor(ratio).plan_tokens(tokens, grid=grid).slot_BN),
+        "vistog, a plan alone": lambda: _repeat(lambda: vistog.plan_tokens(tokens, grid=grid).slot_BN),
     }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from gen_turbo.bench.output_cache import cached_outputs
 from gen_turbo.factory import build_processor
-from gen_turbo.hosts.attach import attach, denoisers, host_of
+from gen_turbo.hosts.attach import attach, denoiser, host_of
 from gen_turbo.methods.par import PARProcessor
 
 
@@ -113,7 +113,7 @@ class OutputCache(Setting):
 
     def applied(self, target: Any) -> AbstractContextManager[object]:
         """Replaces the processors of the finest level."""
-        return cached_outputs(denoisers(target)[1][0], self.interval)
+        return cached_outputs(denoiser(target), self.interval)
 
 
 @dataclass(frozen=True)

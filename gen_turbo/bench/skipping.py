@@ -8,17 +8,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from gen_turbo.bench.settings import Setting
+from gen_turbo.bench.step_models import times_of
 from gen_turbo.hosts.attach import attach, host_of
 from gen_turbo.learned.schedule import Schedule, ScheduleFile, probe_of
 from gen_turbo.methods.par import PARProcessor
 
-LAST_TIME = 999
 _COST = 0.5
-
-
-def times_of(steps: int) -> tuple[int, ...]:
-    """The times, in thousandths, of a run of so many steps."""
-    return tuple(LAST_TIME - step * (LAST_TIME // steps) for step in range(steps))
 
 
 @dataclass(frozen=True)

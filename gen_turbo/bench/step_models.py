@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.bench.denoisers import DENOISERS, Denoiser
-from gen_turbo.bench.skipping import LAST_TIME, times_of
 
 MODELS = ("sd15", "sdxl", "flux")
 _LATENT_SCALE = 8
+_LAST_TIME = 999
 _NORM_GROUPS = 32
 _GUIDANCE = 3.5
 _HALVES = 2
+
+
+def times_of(steps: int) -> tuple[int, ...]:
+    """The times, in thousandths, of a run of so many steps."""
+    return tuple(_LAST_TIME - step * (_LAST_TIME // steps) for step in range(steps))
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def make(name: str, latents: int, width_scale: float, blocks: int | None, seed: 
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     inputs["img_ids"] = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
     inputs |= {"txt_ids": torch.zeros_like(inputs["txt_ids"]), "guidance": torch.full((1,), _GUIDANCE)}
-    return StepModel(model, inputs.pop("hidden_states"), inputs, 1 / (LAST_TIME + 1))
+    return StepModel(model, inputs.pop("hidden_states"), inputs, 1 / (_LAST_TIME + 1))
 
 
 def _scaled(denoiser: Denoiser, scale: float) -> Denoiser:

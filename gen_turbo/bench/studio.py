@@ -18,7 +18,7 @@ from gen_turbo.bench.settings import Setting, Stock
 from gen_turbo.bench.timing import Timing, clocked
 from gen_turbo.config import PipelineConfig
 from gen_turbo.factory import build_pipeline, load_pipeline
-from gen_turbo.hosts.attach import denoisers
+from gen_turbo.hosts.attach import denoiser, denoisers
 from gen_turbo.metrics.cost import Cost, count_cost
 
 
@@ -64,7 +64,7 @@ class Studio:
     @property
     def denoiser(self) -> nn.Module:
         """The model that draws."""
-        return denoisers(self.pipe)[1][0]
+        return denoiser(self.pipe)
 
     @cached_property
     def stock_cost(self) -> Cost:

@@ -120,6 +120,11 @@ def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
     return target, found
 
 
+def denoiser(target: Any) -> nn.Module:
+    """The model that denoises, the first where a pipeline has several; raises TypeError as `denoisers`."""
+    return denoisers(target)[1][0]
+
+
 def _exchanged(before: list[Part], wanted: list[tuple[nn.Module, TokenReducer]], pipeline: Any | None) -> Attachment:
     """Takes parts off and installs others; if one of those cannot be, the first are back."""
     hosts = [host_of(model) for model, _ in wanted]
