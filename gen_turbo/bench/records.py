@@ -117,9 +117,15 @@ def load(folder: Path, bench: str) -> list[BenchRecord]:
     return list(latest.values())
 
 
+def found(folder: Path, bench: str, setting: str, params: Mapping[str, Any]) -> BenchRecord | None:
+    """The record of this setting with exactly these `params`, if there is one."""
+    matching = (r for r in load(folder, bench) if _key(r.setting, r.params) == _key(setting, params))
+    return next(matching, None)
+
+
 def is_finished(folder: Path, bench: str, setting: str, params: Mapping[str, Any]) -> bool:
     """Whether a record of this setting with exactly these `params` exists."""
-    return _key(setting, params) in {_key(record.setting, record.params) for record in load(folder, bench)}
+    return found(folder, bench, setting, params) is not None
 
 
 def without(words: Sequence[str], options: Sequence[str]) -> list[str]:

@@ -126,7 +126,7 @@ def flops(folder: Path) -> str:
 
 
 def understanding(folder: Path) -> str:
-    """Counted cost of the language model and right answers, for every method and number of tokens, most first."""
+    """Counted cost of the language model, time and right answers, for every method and number of tokens, most first."""
     records = _of_one_workload(load(folder, "understanding"))
     kinds = list(dict.fromkeys(kind for record in records for kind in record.values))
     rows = []
@@ -138,13 +138,14 @@ def understanding(folder: Path) -> str:
                 record.family,
                 f"{record.counts['kept']} of {record.counts['image_tokens']}",
                 f"{record.counts['cost'] / 1000:.2f}",
+                f"{Spread.of(_speedups(record)):.2f}" if record.cpu_s and record.setting != "stock" else "",
                 *shares,
                 _share(every),
             )
         )
-    return table(
-        ("", "image tokens", "counted cost", *kinds, "all"), rows, records, "Share of right answers, in per cent"
-    )
+    head = ("", "image tokens", "counted cost", "times faster", *kinds, "all")
+    what = "Share of right answers, in per cent; medians of CPU seconds (lower to upper quartile), picture and answer"
+    return table(head, rows, records, what)
 
 
 def vlm_step(folder: Path) -> str:

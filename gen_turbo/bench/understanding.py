@@ -1,6 +1,7 @@
 """`gen-turbo bench understanding`: answers of the embedded vision-language model, by kind, with ever fewer tokens.
 
-A setting that is finished becomes one record, so a run that was interrupted goes on with the setting it was at.
+A setting that is finished becomes one record, so a run that was interrupted goes on with the setting it was at. With
+--rounds, settings are timed beside stock as well; a record that has its answers already keeps them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from gen_turbo.bench import records
 from gen_turbo.bench.asks import Ask, Selecting, asked
 from gen_turbo.bench.par_settings import par_settings
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
+from gen_turbo.bench.timing import Timing, clocked
 from gen_turbo.factory import load_pipeline
 from gen_turbo.hosts.report import report
 from gen_turbo.learned.files import artefact_folder
@@ -113,6 +116,35 @@ def accuracy(pipe: Any, asks: Sequence[Ask], setting: Setting) -> tuple[dict[str
     return {kind: values[kind] for kind in ("caption", *scenes.KINDS) if kind in values}, counts
 
 
+def timed(
+    pipe: Any, asks: Sequence[Ask], setting: Setting, record: records.BenchRecord, rounds: int
+) -> records.BenchRecord:
+    """The record with CPU and wall seconds of one batch, of every kind of question, beside those of stock.
+
+    Stock and the setting answer in turn and each begins every other round; the first round is not counted, and
+    attaching is not timed.
+    """
+    batch = asks[:: max(1, len(asks) // _ROWS)][:_ROWS]
+    seconds: dict[str, list[Timing]] = {"stock": [], setting.name: []}
+    for number in range(rounds + 1):
+        pair = [Stock(), setting]
+        for each in pair[:: -1 if number % 2 else 1]:
+            with each.applied(pipe.vlm):
+                _, timing = clocked(lambda: list(answers(pipe, batch)))
+            if number:
+                seconds[each.name].append(timing)
+    own, stock = seconds[setting.name], seconds["stock"]
+    print(f"{setting.name}: {sum(t.cpu_s for t in stock) / sum(t.cpu_s for t in own):.2f} times faster", flush=True)
+    return replace(
+        record,
+        cpu_s=[timing.cpu_s for timing in own],
+        baseline_cpu_s=[timing.cpu_s for timing in stock],
+        wall_s=[timing.wall_s for timing in own],
+        baseline_wall_s=[timing.wall_s for timing in stock],
+        origin=records.Origin.here(),
+    )
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """Twelve hexadecimal digits that change with any weight."""
     digest = hashlib.sha256()
@@ -136,15 +168,18 @@ def run(options: argparse.Namespace) -> None:
     workload = {"weights": fingerprint(pipe.vlm), "pictures": options.pictures}
     for setting in settings:
         params = workload | setting.params()
-        if records.is_finished(options.records, BENCH, setting.name, params):
+        record = records.found(options.records, BENCH, setting.name, params)
+        rounds = 0 if isinstance(setting, Stock) else options.rounds
+        if record is not None and (record.cpu_s or not rounds):
             print(f"{setting.name}: finished before")
             continue
-        values, counts = accuracy(pipe, asks, setting)
-        record = records.BenchRecord(
-            BENCH, setting.name, setting.family, params, [], [], [], [], options.seed, values, counts
-        )
-        records.append(options.records, record)
-        print(f"{setting.name}: {counts['kept']} tokens, " + ", ".join(_shares(values)), flush=True)
+        if record is None:
+            values, counts = accuracy(pipe, asks, setting)
+            record = records.BenchRecord(
+                BENCH, setting.name, setting.family, params, [], [], [], [], options.seed, values, counts
+            )
+            print(f"{setting.name}: {counts['kept']} tokens, " + ", ".join(_shares(values)), flush=True)
+        records.append(options.records, timed(pipe, asks, setting, record, rounds) if rounds else record)
     if options.picture is not None:
         from gen_turbo.bench.kept import draw_kept
 

@@ -58,6 +58,21 @@ def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) ->
     assert {row.split(" | ")[1] for row in rows} == {"128 of 256", "28 of 256", "171 of 256"}
 
 
+def test_times_are_added_to_answers(folder: Path, tmp_path: Path) -> None:
+    """Catches answers that are asked again or lost for their times, stock timed against itself, and unpaired rounds."""
+    arguments = ["bench", "understanding", "--model", str(folder), "--pictures", "1", "--records", str(tmp_path)]
+    arguments += ["--settings", "stock", "pool-11"]
+    assert main(arguments) == 0
+    before = {record.setting: record for record in records.load(tmp_path, "understanding")}
+    assert main([*arguments, "--rounds", "2"]) == 0
+    stock, pool = records.load(tmp_path, "understanding")
+    assert stock == before["stock"] and not stock.cpu_s
+    assert (pool.values, pool.counts) == (before["pool-11"].values, before["pool-11"].counts)
+    assert len(pool.cpu_s) == len(pool.baseline_cpu_s) == 2 and pool.cpu_s != pool.baseline_cpu_s
+    rows = [row.split(" | ") for row in TABLES["understanding"](tmp_path).splitlines()[2:4]]
+    assert [bool(row[3].strip()) for row in rows] == [False, True]
+
+
 def _compare_kept(path: Path) -> None:
     """The rows of the picture: as it is, halved by merging, 28 patches by FastV, 28 at random."""
     with Image.open(path) as sheet:
