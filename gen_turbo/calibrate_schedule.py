@@ -46,7 +46,7 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     from gen_turbo.hosts.groups import groups_of, insides
     from gen_turbo.hosts.probing import Probe
     from gen_turbo.learned.calibrate_denoiser import measure
-    from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, probe_of, write
+    from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, probe_of, undominated, write
     from gen_turbo.output import check_writable
 
     steps = namespace.steps or config.steps
@@ -82,7 +82,7 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     for merging, skips in found:
         schedule = Schedule(times, skips, slopes, inner=merging)
         done.append(_tried(pipe, ScheduleFile(kind, tuple(names), scheduler, (schedule,)), draw, namespace.prompts))
-        write(output, ScheduleFile(kind, tuple(names), scheduler, tuple(done)), title)
+        write(output, ScheduleFile(kind, tuple(names), scheduler, undominated(done)), title)
     print(output)
 
 

@@ -81,10 +81,11 @@ def save_lora(folder: Path) -> None:
     pipe.save_lora_weights(folder, unet_lora_layers=layers)
 
 
-def control_pipeline() -> StableDiffusionControlNetPipeline:
-    """A stock ControlNet pipeline over the tiny UNet."""
+def control_pipeline(number: int = 1) -> StableDiffusionControlNetPipeline:
+    """A stock ControlNet pipeline over the tiny UNet; with several of them it holds a MultiControlNetModel."""
     pipe = sd_pipeline()
-    made = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control_net(), requires_safety_checker=False)
+    nets = control_net() if number == 1 else [control_net() for _ in range(number)]
+    made = StableDiffusionControlNetPipeline(**pipe.components, controlnet=nets, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -107,6 +107,20 @@ class ScheduleFile:
         return type(model).__name__ == self.model and is_same_model(probe_of(model), known)
 
 
+def undominated(schedules: Sequence[Schedule]) -> tuple[Schedule, ...]:
+    """In order, those that no other beats: both with merging or both without, as cheap and as near to stock.
+
+    Of several that cost the same and are as near, the first stays.
+    """
+    places = [(s.inner is not None, s.cost, -(s.psnr_db or 0.0), number) for number, s in enumerate(schedules)]
+
+    def is_beaten(own: tuple[bool, float, float, int]) -> bool:
+        rivals = (place for place in places if place[0] == own[0] and place[1] <= own[1] and place[2] <= own[2])
+        return any(rival[1:] < own[1:] for rival in rivals)
+
+    return tuple(schedule for schedule, place in zip(schedules, places, strict=True) if not is_beaten(place))
+
+
 def probe_of(model: nn.Module) -> torch.Tensor:
     """32 values spread over a model's weights, as a schedule's file keeps them."""
     whole = weight_probe([model])

@@ -225,6 +225,15 @@ COMBINATIONS: dict[str, Combination] = {
         lambda pipe: attach(pipe, TurboProcessor(0.4, warmup=1)),
         lambda pipe: pipe.controlnet,
     ),
+    "two ControlNets": Combination(
+        partial(control_pipeline, 2),
+        partial(draw_picture, image=[prompt_image()] * 2, controlnet_conditioning_scale=[1.0, 0.5]),
+    ),
+    "two ControlNets, the first reduced": Combination(
+        partial(control_pipeline, 2),
+        partial(draw_picture, image=[prompt_image()] * 2, controlnet_conditioning_scale=[1.0, 0.5]),
+        target=lambda pipe: pipe.controlnet.nets[0],
+    ),
     "T2I-Adapter": Combination(adapter_pipeline, partial(draw_picture, image=prompt_image())),
     "IP-Adapter": Combination(
         lambda: ip_adapter_pipeline(_folder()), partial(draw_picture, ip_adapter_image=prompt_image()), _load_adapter

@@ -5,7 +5,7 @@ import torch
 
 from gen_turbo import PARProcessor, load_pipeline
 from gen_turbo.cli import main
-from gen_turbo.learned.schedule import WHOLE, read
+from gen_turbo.learned.schedule import WHOLE, Schedule, read, undominated
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import sd_pipeline
 
@@ -23,12 +23,15 @@ def test_a_pipeline_is_calibrated_and_takes_its_schedule(checkpoint, tmp_path, c
     output = tmp_path / "own.yaml"
     command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "height=32", "width=32"]
     command += ["--steps", "6", "--prompts", "1", "--prompt", "a circle", "--budgets", "0.7", "0.4", "--inner", "none"]
-    assert main([*command, "--output", str(output)]) == 0, capsys.readouterr().err
+    code, said = main([*command, "--output", str(output)]), capsys.readouterr()
+    assert code == 0, said.err
+    assert (said.out + said.err).count("of the time of stock") == 2
     file = read(output)
-    assert file.num_calls == 6 and len(file.schedules) == 2
+    # Times of so small a model scatter: the second may have been no cheaper than the first.
+    assert file.num_calls == 6 and file.schedules and undominated(file.schedules) == file.schedules
     assert all(schedule.skips and schedule.psnr_db < 100 for schedule in file.schedules)
-    whole = [schedule.skips.get(WHOLE, frozenset()) for schedule in file.schedules]
-    assert len(whole[1]) > len(whole[0])
+    whole = [len(schedule.skips.get(WHOLE, frozenset())) for schedule in file.schedules]
+    assert whole == sorted(whole)
 
     pipe = load_pipeline("tiny", processor=None, checkpoint=str(checkpoint))
     pipe.set_progress_bar_config(disable=True)
@@ -45,6 +48,17 @@ def test_a_pipeline_is_calibrated_and_takes_its_schedule(checkpoint, tmp_path, c
     pipe.reset_attn_processor()
     assert torch.equal(draw(), stock)
     assert [key for key in differences(before, model_state(pipe.unet)) if key != "random"] == []
+
+
+def test_a_schedule_that_another_beats_is_left_out():
+    """Catches one that is dearer and farther in a file, a rival with merging for one without, and equals both lost."""
+
+    def measured(cost: float, psnr_db: float, inner: str | None) -> Schedule:
+        return Schedule((2.0, 1.0), {WHOLE: frozenset({1})}, {}, cost, psnr_db, inner)
+
+    best, worse, cheaper = measured(0.5, 60.0, "turbo"), measured(0.6, 59.0, "turbo"), measured(0.4, 50.0, "turbo")
+    plain, equal = measured(0.6, 40.0, None), measured(0.5, 60.0, "turbo")
+    assert undominated([worse, best, cheaper, plain, equal]) == (best, cheaper, plain)
 
 
 def test_too_few_steps_are_refused(checkpoint, tmp_path, capsys):
