@@ -119,8 +119,8 @@ def load(folder: Path, bench: str) -> list[BenchRecord]:
 
 def found(folder: Path, bench: str, setting: str, params: Mapping[str, Any]) -> BenchRecord | None:
     """The record of this setting with exactly these `params`, if there is one."""
-    matching = (r for r in load(folder, bench) if _key(r.setting, r.params) == _key(setting, params))
-    return next(matching, None)
+    key = _key(setting, _rounded(dict(params)))
+    return next((record for record in load(folder, bench) if _key(record.setting, record.params) == key), None)
 
 
 def is_finished(folder: Path, bench: str, setting: str, params: Mapping[str, Any]) -> bool:

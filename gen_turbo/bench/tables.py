@@ -150,17 +150,18 @@ def understanding(folder: Path) -> str:
 
 
 def vlm_step(folder: Path) -> str:
-    """Times and counted arithmetic of reading one picture, and of reading it and writing, as ratios to stock."""
+    """Times and counted arithmetic of seeing a picture, reading it, and reading it and writing, against stock."""
     records = load(folder, "vlm-step")
     phases = {(r.setting, r.params["phase"]): r for r in records}
     rows = []
     for name in dict.fromkeys(record.setting for record in records):
-        own = [phases.get((name, phase)) for phase in ("prefill", "generate")]
+        own = [phases.get((name, phase)) for phase in ("tower", "prefill", "generate")]
         counts = next(record.counts for record in own if record is not None)
         kept = counts["kv_bytes"] / counts["stock_kv_bytes"]
         rows.append((name, *(cell for record in own for cell in _fewer(record)), f"{kept:.2f}"))
-    head = ("", "prefill, times faster", "times fewer FLOPs", "with answer, times faster", "times fewer FLOPs")
-    return table((*head, "cache of stock's"), rows, records)
+    timed = [f"{what}, times faster" for what in ("tower alone", "prefill", "with answer")]
+    head = ("", *(title for what in timed for title in (what, "times fewer FLOPs")), "cache of stock's")
+    return table(head, rows, records)
 
 
 def _fewer(record: BenchRecord | None) -> tuple[str, str]:

@@ -21,7 +21,8 @@ KEPT = (448, 192, 128, 64)
 """Image tokens of 576: those that published methods are compared at, and a ratio just above 0.2."""
 SIDE_PX, PATCH_PX = 336, 14
 NUM_IMAGE_TOKENS = (SIDE_PX // PATCH_PX) ** 2
-PHASES = ("prefill", "generate")
+PHASES = ("tower", "prefill", "generate")
+"""The vision tower alone, the whole prompt, the prompt and the answer."""
 _IMAGE = 3
 _TEXT_BEFORE, _TEXT_AFTER = 35, 20
 _TOWER, _TEXT = (1024, 4096, 64), (4096, 11008, 128)
@@ -29,8 +30,8 @@ _TOWER, _TEXT = (1024, 4096, 64), (4096, 11008, 128)
 _VOCABULARY = 32064
 
 
-def catalogue() -> list[Setting]:
-    """Every method at every budget; the baseline is stock."""
+def catalogue(tower_layers: int = 24) -> list[Setting]:
+    """Every method at every budget; the baseline is stock. Late semantic tokens pass a third of the tower."""
     settings: list[Setting] = []
     for kept in KEPT:
         # Half a token more, so that rounding down removes exactly this number.
@@ -39,14 +40,17 @@ def catalogue() -> list[Setting]:
         gate = options | {"place": "gate"}
         settings.append(Method(f"turbo_vit-gate-{kept}", "turbo_vit, gate", "turbo_vit", gate))
         settings += [Method(f"{name}-{kept}", name, name, options) for name in ("pool", "resize", "divprune")]
-        settings.append(Method(f"vistog_vit-{kept}", "vistog_vit, untrained", "vistog_vit", {"num_tokens": kept}))
+        groups = {"num_tokens": kept}
+        settings.append(Method(f"vistog_vit-{kept}", "vistog_vit, untrained", "vistog_vit", groups))
+        late = groups | {"first_block": tower_layers * 2 // 3}
+        settings.append(Method(f"vistog_vit-late-{kept}", "vistog_vit, late, untrained", "vistog_vit", late))
         # From the second layer on, because there may be no more than two.
         settings.append(Method(f"fastv-{kept}", "fastv", "fastv", options | {"layer": 1}))
     return settings
 
 
 def run(options: argparse.Namespace) -> None:
-    """Times the selected settings in alternating rounds with stock, prefill and generation apart."""
+    """Times the selected settings in alternating rounds with stock, each phase apart."""
     torch.set_num_threads(options.threads)
     params = {
         "layers": options.layers,
@@ -55,20 +59,20 @@ def run(options: argparse.Namespace) -> None:
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
     }
-    settings = selected(catalogue(), options.settings)
-    settings = [s for s in settings if not _is_finished(options, s, params)]
-    if not settings:
+    settings = selected(catalogue(options.tower_layers), options.settings)
+    missing = {phase: [s for s in settings if not _is_finished(options, s, params, phase)] for phase in PHASES}
+    missing = {phase: pending for phase, pending in missing.items() if pending}
+    if not missing:
         print(f"{BENCH}: finished before; delete the records to measure again")
         return
     model = make_model(options.width_scale, options.layers, options.tower_layers, options.seed)
-    runs: list[Setting] = [Stock(), *settings]
+    runs = [Stock(), *(setting for setting in settings if any(setting in every for every in missing.values()))]
     counts = {setting.name: _counted(model, setting, options.new_tokens) for setting in tqdm(runs, desc="counting")}
-    for phase in PHASES:
-        steps = options.new_tokens if phase == "generate" else 1
-        functions = {setting.name: _reading(model, setting, steps) for setting in runs}
-        with tqdm(total=len(runs) * options.rounds, desc=phase) as bar:
+    for phase, pending in missing.items():
+        functions = {s.name: _running(model, s, phase, options.new_tokens) for s in [Stock(), *pending]}
+        with tqdm(total=len(functions) * options.rounds, desc=phase) as bar:
             timings = alternate(functions, options.rounds, warmup=0, progress=bar.update)
-        for setting in settings:
+        for setting in pending:
             own = params | setting.params() | {"phase": phase}
             records.append(options.records, _record(setting, own, timings, counts, options.seed))
 
@@ -115,29 +119,33 @@ def _inputs(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def _reading(model: LlavaForConditionalGeneration, setting: Setting, new_tokens: int) -> Callable[[], Any]:
-    """Reads the prompt and writes tokens; the setting is applied anew each time. Returns the cache."""
-    inputs = _inputs(model)
+def _running(model: LlavaForConditionalGeneration, setting: Setting, phase: str, new_tokens: int) -> Callable[[], Any]:
+    """One phase under a setting, which is applied anew each time; gives the cache, where there is one."""
+    inputs, steps = _inputs(model), new_tokens if phase == "generate" else 1
+
+    def encode() -> Any:
+        with torch.inference_mode(), setting.applied(model):
+            return model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
 
     def read() -> Any:
         with torch.inference_mode(), setting.applied(model):
             done = model.generate(
                 **inputs,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
+                max_new_tokens=steps,
+                min_new_tokens=steps,
                 do_sample=False,
                 return_dict_in_generate=True,
             )
         return done.past_key_values
 
-    return read
+    return encode if phase == "tower" else read
 
 
 def _counted(model: LlavaForConditionalGeneration, setting: Setting, new_tokens: int) -> dict[str, int]:
-    """Operations of both phases, and bytes of the cache right after the prompt."""
+    """Operations of every phase, and bytes of the cache right after the prompt."""
     counts = {}
-    for phase, steps in zip(PHASES, (1, new_tokens), strict=True):
-        cache, counts[phase] = counted(_reading(model, setting, steps))
+    for phase in PHASES:
+        cache, counts[phase] = counted(_running(model, setting, phase, new_tokens))
         if phase == "prefill":
             counts["kv_bytes"] = _num_bytes(cache)
     return counts
@@ -147,11 +155,9 @@ def _num_bytes(cache: DynamicCache) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
-def _is_finished(options: argparse.Namespace, setting: Setting, params: dict[str, Any]) -> bool:
-    return all(
-        records.is_finished(options.records, BENCH, setting.name, params | setting.params() | {"phase": phase})
-        for phase in PHASES
-    )
+def _is_finished(options: argparse.Namespace, setting: Setting, params: dict[str, Any], phase: str) -> bool:
+    own = params | setting.params() | {"phase": phase}
+    return records.is_finished(options.records, BENCH, setting.name, own)
 
 
 def _record(

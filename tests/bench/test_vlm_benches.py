@@ -108,7 +108,7 @@ def test_vlm_step_records_times_beside_counts(tmp_path):
     small = ("--layers", "2", "--tower-layers", "2", "--width-scale", "0.0625", "--new-tokens", "2", "--rounds", "1")
     _run("vlm-step", *small, "--records", str(tmp_path), "--settings", "pool-192", "turbo_vit-gate-64")
     found = {(r.setting, r.params["phase"]): r for r in load(tmp_path, "vlm-step")}
-    assert len(found) == 4
+    assert len(found) == 6
     prompt = vlm_step._TEXT_BEFORE + 576 + vlm_step._TEXT_AFTER
     for name, kept in (("pool-192", 192), ("turbo_vit-gate-64", 64)):
         record = found[name, "prefill"]
@@ -118,8 +118,26 @@ def test_vlm_step_records_times_beside_counts(tmp_path):
         assert found[name, "generate"].counts["flops"] > record.counts["flops"]
     assert "| pool-192 | " in tables.vlm_step(tmp_path)
     path = tmp_path / "vlm-step.jsonl"
-    path.write_text(path.read_text().splitlines()[0] + "\n")
-    assert "|  |  | 0.39 |" in tables.vlm_step(tmp_path)
+    path.write_text(path.read_text().splitlines()[2] + "\n")
+    assert "| pool-192 |  |  | " in tables.vlm_step(tmp_path) and "|  |  | 0.39 |" in tables.vlm_step(tmp_path)
+    _run("vlm-step", *small, "--records", str(tmp_path), "--settings", "pool-192", "turbo_vit-gate-64")
+    assert len(path.read_text().splitlines()) == 6
+
+
+def test_semantic_tokens_cost_the_tower_their_share():
+    """Catches semantic tokens that pass blocks they need not, and a tower that is counted with what reads it."""
+    model = vlm_step.make_model(0.0625, 1, 6, 0)
+    found = {setting.name: setting for setting in vlm_step.catalogue(6)}
+    names = ("vistog_vit-64", "vistog_vit-late-64", "pool-64")
+    own = {name: vlm_step._counted(model, found[name], 1)["tower"] for name in names}
+    stock = vlm_step._counted(model, Stock(), 1)["tower"]
+    weights = sum(w.numel() for w in model.model.vision_tower.encoder.layers[0].parameters() if w.ndim == 2)
+    a_block = 2 * 64 * weights + 4 * 64 * (577 + 64) * 64
+    # The projector reads what the last block but one gives: five of six, or the last one of them.
+    added = {name: own[name] - stock for name in names}
+    assert added["pool-64"] == 0
+    assert added["vistog_vit-late-64"] == pytest.approx(a_block, rel=0.01)
+    assert added["vistog_vit-64"] == pytest.approx(5 * a_block, rel=0.01)
 
 
 def test_counted_attention_is_that_of_the_formula():
