@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-block", type=int, default=0, help="where the semantic tokens enter the tower (0)")
     parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on the language model (0: none)")
     parser.add_argument("--no-connector", action="store_true", help="leave the projector as it is")
-    parser.add_argument("--start", help="weights to begin from, made with --no-connector for a kindred model")
+    parser.add_argument("--start", help="weights to begin from, of as many tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the pipeline")
     parser.set_defaults(run=run)

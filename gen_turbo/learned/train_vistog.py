@@ -86,7 +86,7 @@ class VisToGTrainer:
         batches: The data; steps take numbers from 0.
         settings: How long and how fast.
         folder: Where state and result are; a state of other settings there is an error.
-        start: Weights to begin from where the folder has no state, such as those for an earlier state of the model.
+        start: Weights to begin from where the folder has no state; their tokens may enter the tower at another block.
     """
 
     def __init__(
@@ -108,9 +108,12 @@ class VisToGTrainer:
         self._grouping, self._probe = part.grouping, part.probe()
         learned: dict[str, nn.Module] = {"grouping": part.grouping}
         if start is not None:
-            self._begin(start)
+            self._check(start)
+            part.grouping.load_state_dict(start.grouping.state_dict())
         if settings.has_connector:
             learned["connector"] = part.copy_connector()
+            if start is not None and start.connector:
+                learned["connector"].load_state_dict(start.connector)
         self._weights = {
             f"{name}.{path}": weight for name, module in learned.items() for path, weight in module.named_parameters()
         }
@@ -165,10 +168,12 @@ class VisToGTrainer:
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial, notes)
         partial.replace(self.folder / _STATE)
 
-    def _begin(self, start: VisToGArtefact) -> None:
-        if start.grouping.shape != self._grouping.shape or start.connector:
-            raise ValueError(f"expected weights of shape {self._grouping.shape} without a projector to begin from")
-        self._grouping.load_state_dict(start.grouping.state_dict())
+    def _check(self, start: VisToGArtefact) -> None:
+        own, other = ((s.num_groups, s.width) for s in (self._grouping.shape, start.grouping.shape))
+        if other != own:
+            raise ValueError(f"expected weights of {own[0]} tokens of {own[1]} channels to begin from, got {other}")
+        if start.connector and not self.settings.has_connector:
+            raise ValueError("the weights to begin from have a projector; train it too, or take some without")
 
     def _resume(self) -> None:
         path = self.folder / _STATE

@@ -113,8 +113,19 @@ def test_weights_of_a_kindred_model_are_a_start(tmp_path):
     assert torch.equal(again._grouping.query.weight, made._grouping.query.weight)
     assert not torch.equal(again._grouping.query.weight, start.grouping.query.weight)
     other = VisToGArtefact.load(trainer(tmp_path / "third").run({}))
-    with pytest.raises(ValueError, match="without a projector to begin from"):
+    with pytest.raises(ValueError, match="have a projector; train it too"):
         trainer(tmp_path / "fourth", settings, start=other)
+    late = VLM.make("sdpa")
+    attach(late, VisToGVisionProcessor(num_tokens=5, first_block=1))
+    made = VisToGTrainer(attachments(late)[0], batches, SETTINGS, tmp_path / "fifth", other)
+    assert torch.equal(made._grouping.query.weight, other.grouping.query.weight)
+    assert made._grouping.shape.first_block == 1
+    connector = made.part.connector.state_dict()
+    assert all(torch.equal(connector[name], weight) for name, weight in other.connector.items())
+    few = VLM.make("sdpa")
+    attach(few, VisToGVisionProcessor(num_tokens=4))
+    with pytest.raises(ValueError, match="expected weights of 4 tokens .* got .5"):
+        VisToGTrainer(attachments(few)[0], batches, SETTINGS, tmp_path / "sixth", other)
 
 
 def test_the_rate_rises_and_falls_in_each_stage():
