@@ -80,16 +80,16 @@ def quality(folder: Path, steps: int, pipeline: str = EMBEDDED) -> str:
 
 
 def scopes(folder: Path) -> str:
-    """What merging costs and saves by what it is applied to, at every ratio and on every pipeline, at 25 steps."""
-    found = [r for r in load(folder, "quality") if r.params["steps"] == 25 and r.family in scope_catalogue.FAMILIES]
+    """What merging costs and saves by what it is applied to, at every ratio and on every pipeline."""
+    found = [r for r in load(folder, "quality") if r.family in scope_catalogue.FAMILIES]
     records = [record for group in _by_pipeline(found) for record in group]
-    cells = {(r.params["pipeline"], r.family, r.params["options"]["ratio"]): _gain(r) for r in records}
+    cells = {(_run_of(r), r.family, r.params["options"]["ratio"]): _gain(r) for r in records}
     ratios = sorted({ratio for _, _, ratio in cells})
     rows = [
-        (f"{pipeline}: {family}", *(cells.get((pipeline, family, ratio), "") for ratio in ratios))
-        for pipeline in dict.fromkeys(pipeline for pipeline, _, _ in cells)
+        (f"{run}: {family}", *(cells.get((run, family, ratio), "") for ratio in ratios))
+        for run in dict.fromkeys(run for run, _, _ in cells)
         for family in scope_catalogue.FAMILIES
-        if any(key[:2] == (pipeline, family) for key in cells)
+        if any(key[:2] == (run, family) for key in cells)
     ]
     what = "Medians: times faster than stock by CPU seconds; PSNR to stock; pictures that show what their caption says"
     return table(("", *(f"{ratio:g} removed" for ratio in ratios)), rows, records, what)
@@ -260,6 +260,10 @@ def _passed(values: Sequence[float]) -> str:
 
 def _share(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}" if values else ""
+
+
+def _run_of(record: BenchRecord) -> str:
+    return f"{record.params['pipeline']}, {record.params['steps']} steps"
 
 
 def _gain(record: BenchRecord) -> str:

@@ -88,17 +88,17 @@ def test_pipelines_do_not_mix(tmp_path: Path) -> None:
 
 def test_scopes_have_a_table_of_their_own(tmp_path: Path) -> None:
     """Catches a cell of another ratio, scope or model, and rows that the table of quality swallows."""
-    for pipeline, distances in (("tiny", (40.0, 30.0)), ("tiny-dit", (50.0, 20.0))):
+    for pipeline, steps, distances in (("tiny", 25, (40.0, 30.0)), ("tiny-dit", 14, (50.0, 20.0))):
         for ratio, distance in zip((0.3, 0.5), distances, strict=True):
-            params = {"pipeline": pipeline, "steps": 25, "options": {"ratio": ratio, "scope": "block"}}
+            params = {"pipeline": pipeline, "steps": steps, "options": {"ratio": ratio, "scope": "block"}}
             values = {"psnr_db": [distance], "passed": [1.0, 0.0]}
             records.append(tmp_path, _record(f"block-r{ratio}", params=params, values=values, family=FAMILIES[1]))
     lines = TABLES["scopes"](tmp_path).splitlines()
     assert lines[0] == "|  | 0.3 removed | 0.5 removed |" and not lines[4]
     cells = "2.00 x, 40.0 dB, 1 of 2 | 2.00 x, 30.0 dB, 1 of 2"
     assert lines[2:4] == [
-        f"| tiny: {FAMILIES[1]} | {cells} |",
-        f"| tiny-dit: {FAMILIES[1]} | {cells.replace('40', '50').replace('30', '20')} |",
+        f"| tiny, 25 steps: {FAMILIES[1]} | {cells} |",
+        f"| tiny-dit, 14 steps: {FAMILIES[1]} | {cells.replace('40', '50').replace('30', '20')} |",
     ]
     assert TABLES["quality"](tmp_path) == NO_RECORDS
 
