@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,17 +37,15 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompts", type=int, default=2, help="how many prompts are recorded and compared (2)")
     group.add_argument("--steps", type=int, help="the same as steps=...")
     group.add_argument("--budgets", type=float, nargs="+", default=_COSTS, help="shares of the stock cost to fill")
+    group.add_argument("--like", type=Path, metavar="FILE", help="search nothing; carry over schedules of other steps")
     group.add_argument("--inner", nargs="+", default=["turbo", "none"], help="merging methods meanwhile (turbo none)")
 
 
 def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) -> None:
-    """Measures a pipeline's denoiser, searches schedules, runs them and writes the file."""
+    """Measures a pipeline's denoiser, searches schedules or takes over another run's, runs them, writes the file."""
     from gen_turbo.factory import build_pipeline, quiet_loading
-    from gen_turbo.hosts.attach import denoiser, host_of
-    from gen_turbo.hosts.groups import groups_of, insides
-    from gen_turbo.hosts.probing import Probe
-    from gen_turbo.learned.calibrate_denoiser import measure
-    from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, probe_of, undominated, write
+    from gen_turbo.hosts.attach import denoiser
+    from gen_turbo.learned.schedule import Schedule, ScheduleFile, probe_of, undominated, write
     from gen_turbo.output import check_writable
 
     steps = namespace.steps or config.steps
@@ -56,12 +55,32 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     pipe = build_pipeline(config)
     pipe.set_progress_bar_config(disable=True)
     draw = _drawer(pipe, replace(config, steps=steps), _prompts(namespace, config), namespace.seed + _OWN_SEED)
+    pipe.scheduler.set_timesteps(steps)
+    found = _searched(pipe, namespace, draw) if namespace.like is None else _taken_over(pipe, namespace.like)
+    model = denoiser(pipe)
+    title = f"{config.checkpoint}, {steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
+    title += f" --like {namespace.like.name}" if namespace.like is not None else ""
+    made = partial(ScheduleFile, type(model).__name__, tuple(probe_of(model).tolist()), type(pipe.scheduler).__name__)
+    done: list[Schedule] = []
+    for schedule in found:
+        done.append(_tried(pipe, made((schedule,)), draw, namespace.prompts))
+        write(output, made(undominated(done)), title)
+    print(output)
+
+
+def _searched(pipe: Any, namespace: argparse.Namespace, draw: Callable[[int, str], Any]) -> list[Any]:
+    """Schedules for all budgets, with and without merging, by what every unit costs and what is lost without it."""
+    from gen_turbo.hosts.attach import denoiser, host_of
+    from gen_turbo.hosts.groups import groups_of, insides
+    from gen_turbo.hosts.probing import Probe
+    from gen_turbo.learned.calibrate_denoiser import measure
+    from gen_turbo.learned.schedule import WHOLE, Schedule
+
     model = denoiser(pipe)
     host: Any = host_of(model)
     units = host.units(model)
     groups = groups_of(model, host, units)
     used = {name: units[name] for names in groups.values() for name in names}
-    pipe.scheduler.set_timesteps(steps)
     num_calls = len(pipe.scheduler.timesteps)
     prices = measure(Probe(model, host, used, groups), draw, num_calls, namespace.prompts, _note)
     whole = _seconds(pipe, model, used, draw, namespace.prompts, None)
@@ -75,15 +94,22 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
         choices = prices.choices(base, shares, insides(groups, used), sorted(namespace.budgets, reverse=True))
         found += [(merging, skips) for skips in choices]
     times = tuple(prices.recordings[0].times)
-    title = f"{config.checkpoint}, {steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
-    names, kind, scheduler = probe_of(model).tolist(), type(model).__name__, type(pipe.scheduler).__name__
     slopes = {unit: slope for unit, slope in prices.slopes.items() if any(unit in skips for _, skips in found)}
-    done: list[Schedule] = []
-    for merging, skips in found:
-        schedule = Schedule(times, skips, slopes, inner=merging)
-        done.append(_tried(pipe, ScheduleFile(kind, tuple(names), scheduler, (schedule,)), draw, namespace.prompts))
-        write(output, ScheduleFile(kind, tuple(names), scheduler, undominated(done)), title)
-    print(output)
+    return [Schedule(times, skips, slopes, inner=merging) for merging, skips in found]
+
+
+def _taken_over(pipe: Any, path: Path) -> list[Any]:
+    """The schedules of a file, carried over to the calls of this run."""
+    from gen_turbo.hosts.attach import denoiser
+    from gen_turbo.learned.schedule import carried_over, read
+
+    file, model, scheduler = read(path), denoiser(pipe), type(pipe.scheduler).__name__
+    if not file.is_for(model) or file.scheduler != scheduler:
+        raise ConfigError(
+            f"{path} was made for another {file.model} or scheduler ({file.scheduler}), not this "
+            f"{type(model).__name__} and {scheduler}; search without --like"
+        )
+    return [carried_over(schedule, [float(time) for time in pipe.scheduler.timesteps]) for schedule in file.schedules]
 
 
 def _seconds(

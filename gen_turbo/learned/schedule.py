@@ -107,6 +107,23 @@ class ScheduleFile:
         return type(model).__name__ == self.model and is_same_model(probe_of(model), known)
 
 
+def carried_over(schedule: Schedule, times: Sequence[float]) -> Schedule:
+    """The same parts left out at the same times of a run of other calls; what it costs is not known.
+
+    Args:
+        schedule: What was calibrated.
+        times: The denoising time of every call of the other run, falling. A call leaves out what the last call of
+            `schedule` at or before its time leaves out; the first call runs in full.
+    """
+    begun = [max(sum(known >= time for known in schedule.times) - 1, 0) for time in times]
+    skips = {
+        unit: frozenset(call for call, place in enumerate(begun) if call and place in calls)
+        for unit, calls in schedule.skips.items()
+    }
+    kept = {unit: calls for unit, calls in skips.items() if calls}
+    return Schedule(tuple(times), kept, schedule.slopes, inner=schedule.inner)
+
+
 def undominated(schedules: Sequence[Schedule]) -> tuple[Schedule, ...]:
     """In order, those that no other beats: both with merging or both without, as cheap and as near to stock.
 

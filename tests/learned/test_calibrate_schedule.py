@@ -5,7 +5,7 @@ import torch
 
 from gen_turbo import PARProcessor, load_pipeline
 from gen_turbo.cli import main
-from gen_turbo.learned.schedule import WHOLE, Schedule, read, undominated
+from gen_turbo.learned.schedule import WHOLE, Schedule, carried_over, read, undominated
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import sd_pipeline
 
@@ -48,6 +48,28 @@ def test_a_pipeline_is_calibrated_and_takes_its_schedule(checkpoint, tmp_path, c
     pipe.reset_attn_processor()
     assert torch.equal(draw(), stock)
     assert [key for key in differences(before, model_state(pipe.unet)) if key != "random"] == []
+
+
+def test_a_schedule_is_carried_over_by_its_times(checkpoint, tmp_path, capsys):
+    """Catches calls that are carried over by their number, a first call without, and another model's schedule."""
+    known = Schedule(
+        (900.0, 600.0, 300.0), {WHOLE: frozenset({1}), "b": frozenset({2})}, {"b": 0.5}, 0.4, 30.0, "turbo"
+    )
+    made = carried_over(known, [900.0, 750.0, 600.0, 450.0, 300.0, 150.0])
+    assert made.skips == {WHOLE: frozenset({2, 3}), "b": frozenset({4, 5})}
+    assert (made.slopes, made.inner, made.cost, made.psnr_db) == ({"b": 0.5}, "turbo", 1.0, None)
+    assert carried_over(known, [600.0, 500.0]).skips == {WHOLE: frozenset({1})}
+
+    command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "height=32", "width=32"]
+    command += ["--prompts", "1", "--prompt", "a circle", "--inner", "none"]
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    assert main([*command, "--steps", "5", "--budgets", "0.5", "--output", str(first)]) == 0
+    assert main([*command, "--steps", "10", "--like", str(first), "--output", str(second)]) == 0
+    (short,), (long,) = read(first).schedules, read(second).schedules
+    assert len(long.times) == 10 and long.skips == carried_over(short, long.times).skips and long.skips
+    capsys.readouterr()
+    assert main(["calibrate", "par", "--config", "tiny", "--like", str(first), "--output", str(second)]) == 2
+    assert "was made for another UNet2DConditionModel" in capsys.readouterr().err
 
 
 def test_a_schedule_that_another_beats_is_left_out():
