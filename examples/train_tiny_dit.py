@@ -1,6 +1,6 @@
 """Trains the embedded diffusion transformer on one CPU core; stop it at any time, run it again to go on.
 
-python examples/train_tiny_dit.py --seconds 900 1900 3700 --output runs/tiny-dit
+python examples/train_tiny_dit.py --seconds 900 1900 9000 --output runs/tiny-dit
 
 The three budgets are CPU seconds with 64, 256 and 1,024 image tokens. The coarse ones see the noisy latents of the
 last, pooled, and predict its flow, pooled, so noise levels and places mean the same in all and the weights carry over.
@@ -153,7 +153,7 @@ def ship(folder: Path) -> None:
 
 def main() -> None:
     """Runs every stage whose budget is not spent."""
-    arguments = parsed(__doc__.splitlines()[0], [900, 1900, 3700], Path("runs/tiny-dit"))
+    arguments = parsed(__doc__.splitlines()[0], [900, 1900, 9000], Path("runs/tiny-dit"))
     if arguments.ship:
         ship(arguments.output)
         return
