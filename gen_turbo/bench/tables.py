@@ -53,7 +53,8 @@ def step(folder: Path) -> str:
         own, full = record.counts, stock[_workload(record)]
         share = (own["attention_flops"] + own["matching_flops"]) / full["attention_flops"]
         every = f"{own['flops'] / full['flops']:.2f}" if "flops" in own else ""
-        shortened = f", {record.params['blocks']} of each block," if record.params["blocks"] else ""
+        blocks = record.params["blocks"]
+        shortened = f", {blocks} of each block," if blocks != "all" else ""
         name = f"{record.params['model']} {record.params['latents']}{shortened} {record.setting}"
         rows.append(
             (name, f"{Spread.of(record.cpu_s):.2f}", f"{Spread.of(_speedups(record)):.2f}", f"{share:.2f}", every)

@@ -10,6 +10,7 @@ from gen_turbo.bench import quality, tomesd_baseline
 from gen_turbo.bench.commands import add_arguments, run
 from gen_turbo.bench.primitives import smooth_tokens
 from gen_turbo.bench.records import BenchRecord, load
+from gen_turbo.bench.tables import TABLES
 from tests.tiny_hosts import sd_pipeline
 
 
@@ -81,13 +82,14 @@ def test_steps_compare_at_equal_coverage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "rival"), [("sdxl", "tomesd-block-1level"), ("flux", "pool-keys-r0.75")])
 def test_steps_of_other_models(model: str, rival: str, tmp_path: Path) -> None:
-    """Catches blocks that run in full, and a rival that reduces another level than Turbo."""
+    """Catches blocks that run in full, a rival that reduces another level than Turbo, and a short model unnamed."""
     names = (rival, "turbo-block-1level", "turbo-runs-reuse5-1level")
     _run("step", "--model", model, "--width-scale", "0.1", "--blocks", "1", "--latents", "16", "--steps", "2",
          "--rounds", "1", "--records", str(tmp_path), "--settings", *names)  # fmt: skip
     counts = {r.setting: r.counts["attention_flops"] for r in load(tmp_path, "step")}
     assert counts["turbo-block-1level"] == counts["turbo-runs-reuse5-1level"] < counts["stock"] > counts[rival]
     assert model == "flux" or counts[rival] == counts["turbo-block-1level"]
+    assert f"| {model} 16, 1 of each block, {rival} | " in TABLES["step"](tmp_path)
 
 
 def test_quality_measures_a_setting_once(pipeline: str, tmp_path: Path) -> None:
