@@ -70,7 +70,8 @@ def run(namespace: argparse.Namespace) -> None:
     trainer = _trainer(pipe, namespace, settings, _batches(pipe, examples, namespace.batch, namespace.seed), folder)
     judged = _batches(pipe, held_out, namespace.batch, namespace.seed + 1)
     before = _first_divergence(trainer, judged, folder)
-    path = trainer.run({"data": data, "batch": str(namespace.batch), "untrained": f"{before:.5f}"})
+    notes = {"data": data, "batch": str(namespace.batch), "untrained": f"{before:.5f}"}
+    path = trainer.run(notes | ({"start": Path(namespace.start).name} if namespace.start else {}))
     print(f"divergence from the full model on {_JUDGED * namespace.batch} held-out questions, nats a word: ", end="")
     print(f"{before:.4f} untrained, {trainer.divergence(judged, _JUDGED):.4f} trained")
     print(path)
