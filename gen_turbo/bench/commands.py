@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     understanding.add_argument(
         "--pictures", type=_positive, default=100, help="held-out scenes, six or so questions each"
     )
-    understanding.add_argument("--rounds", type=int, default=0, help="rounds timed beside stock; none by default")
+    understanding.add_argument("--rounds", type=_positive, default=0, help="rounds timed beside stock; none without")
     understanding.add_argument("--picture", type=Path, help="picture to draw of the tokens that the settings keep")
     understanding.add_argument("--model", type=Path, help="folder of a trained model; the embedded one by default")
     text = "bring the tables of a Markdown file up to date with the records"
