@@ -14,8 +14,11 @@ ORDERS = (0, 1)
 COPIED = ("turbo", "turbo-weighted", "vistog", "tome", "random")
 CACHE_INTERVALS = (2, 5)
 DEEP_INTERVALS = (2, 3, 5)
-BUDGETS: dict[str | None, tuple[float, ...]] = {"turbo": (0.61, 0.54, 0.5, 0.41, 0.35), None: (0.76, 0.59, 0.48, 0.39)}
-"""By what merges tokens meanwhile: some of the schedules that ship for the embedded model at 25 steps."""
+BUDGETS: dict[int, dict[str | None, tuple[float, ...]]] = {
+    25: {"turbo": (0.61, 0.54, 0.5, 0.41, 0.35), None: (0.76, 0.59, 0.48, 0.39)},
+    50: {"turbo": (0.6, 0.53, 0.49, 0.43, 0.36), None: (0.83, 0.7, 0.59, 0.48, 0.41)},
+}
+"""Steps -> what merges tokens meanwhile -> some of the schedules that ship for the embedded model."""
 _STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.4, 0.32)
 
 
@@ -37,7 +40,7 @@ def quality_catalogue(steps: int) -> list[Setting]:
     deeper += [_corrected(method, 0.75, 3, 1, 2) for method in ("turbo", "random")]
     deeper += [Tomesd("tomesd-r0.5-2levels", "package tomesd, two levels", 0.5, 2)]
     default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})
-    routed = [_routed(budget, inner) for inner, budgets in BUDGETS.items() for budget in budgets]
+    routed = [_routed(budget, inner) for inner, budgets in BUDGETS.get(steps, {}).items() for budget in budgets]
     merged = [*corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
     return [default, *routed, *rivals, *merged, *scope_settings()]
 

@@ -28,9 +28,9 @@ def primitives(folder: Path) -> str:
         rows.append(
             (
                 record.setting,
-                _milliseconds(record.baseline_cpu_s),
-                _milliseconds(record.cpu_s),
-                f"{Spread.of(_speedups(record)):.1f}",
+                milliseconds(record.baseline_cpu_s),
+                milliseconds(record.cpu_s),
+                f"{Spread.of(speedups_of(record)):.1f}",
                 difference,
             )
         )
@@ -40,7 +40,7 @@ def primitives(folder: Path) -> str:
 def layer(folder: Path) -> str:
     """Milliseconds of one attention layer, matching included."""
     records = load(folder, "layer")
-    rows = [(r.setting, _milliseconds(r.cpu_s), f"{Spread.of(_speedups(r)):.2f}") for r in records]
+    rows = [(r.setting, milliseconds(r.cpu_s), f"{Spread.of(speedups_of(r)):.2f}") for r in records]
     return table(("", "ms", "times faster than full attention"), rows, records)
 
 
@@ -57,7 +57,7 @@ def step(folder: Path) -> str:
         shortened = f", {blocks} of each block," if blocks != "all" else ""
         name = f"{record.params['model']} {record.params['latents']}{shortened} {record.setting}"
         rows.append(
-            (name, f"{Spread.of(record.cpu_s):.2f}", f"{Spread.of(_speedups(record)):.2f}", f"{share:.2f}", every)
+            (name, f"{Spread.of(record.cpu_s):.2f}", f"{Spread.of(speedups_of(record)):.2f}", f"{share:.2f}", every)
         )
     return table(("", "s", "times faster than stock", "counted attention", "counted in all"), rows, records)
 
@@ -69,11 +69,11 @@ def quality(folder: Path, steps: int, pipeline: str = EMBEDDED) -> str:
     rows = [
         (
             record.setting,
-            f"{Spread.of(_speedups(record)):.2f}",
+            f"{Spread.of(speedups_of(record)):.2f}",
             f"{attention_cost(record):.2f}",
             f"{Spread.of(record.values['psnr_db']):.1f}",
             f"{statistics.median(record.values['ssim']):.3f}",
-            _passed(record.values["passed"]),
+            passed(record.values["passed"]),
         )
         for record in sorted(records, key=lambda r: (r.family, r.setting))
     ]
@@ -104,8 +104,8 @@ def check(folder: Path) -> str:
         (
             f"{r.params['pipeline']}: {r.setting}",
             str(r.params["steps"]),
-            _passed(r.values["passed"]),
-            _passed(r.values["stock_passed"]),
+            passed(r.values["passed"]),
+            passed(r.values["stock_passed"]),
         )
         for r in records
     ]
@@ -125,71 +125,6 @@ def flops(folder: Path) -> str:
         for model, pixels, takes_text in sorted({_denoiser_of(r) for r in records})
     ]
     return table(("", *(f"{scope} {ratio:g}" for scope, ratio in cases)), rows, records, "Counted, not timed")
-
-
-def understanding(folder: Path) -> str:
-    """Counted cost of the language model, time and right answers, for every method and number of tokens, most first."""
-    records = _of_one_workload(load(folder, "understanding"))
-    kinds = list(dict.fromkeys(kind for record in records for kind in record.values))
-    rows = []
-    for record in sorted(records, key=lambda r: (-r.counts["kept"], r.family)):
-        every = [value for values in record.values.values() for value in values]
-        shares = [_share(record.values.get(kind, [])) for kind in kinds]
-        rows.append(
-            (
-                record.family,
-                f"{record.counts['kept']} of {record.counts['image_tokens']}",
-                f"{record.counts['cost'] / 1000:.2f}",
-                f"{Spread.of(_speedups(record)):.2f}" if record.cpu_s and record.setting != "stock" else "",
-                *shares,
-                _share(every),
-            )
-        )
-    head = ("", "image tokens", "counted cost", "times faster", *kinds, "all")
-    what = "Share of right answers, in per cent; medians of CPU seconds (lower to upper quartile), picture and answer"
-    return table(head, rows, records, what)
-
-
-def vlm_step(folder: Path) -> str:
-    """Times and counted arithmetic of seeing a picture, reading it, and reading it and writing, against stock."""
-    records = load(folder, "vlm-step")
-    phases = {(r.setting, r.params["phase"]): r for r in records}
-    rows = []
-    for name in dict.fromkeys(record.setting for record in records):
-        own = [phases.get((name, phase)) for phase in ("tower", "prefill", "generate")]
-        counts = next(record.counts for record in own if record is not None)
-        kept = counts["kv_bytes"] / counts["stock_kv_bytes"]
-        rows.append((name, *(cell for record in own for cell in _fewer(record)), f"{kept:.2f}"))
-    timed = [f"{what}, times faster" for what in ("tower alone", "prefill", "with answer")]
-    head = ("", *(title for what in timed for title in (what, "times fewer FLOPs")), "cache of stock's")
-    return table(head, rows, records)
-
-
-def _fewer(record: BenchRecord | None) -> tuple[str, str]:
-    if record is None:
-        return "", ""
-    fewer = record.counts["stock_flops"] / record.counts["flops"]
-    return f"{Spread.of(_speedups(record)):.2f}", f"{fewer:.2f}"
-
-
-def caption_generate(folder: Path) -> str:
-    """Regenerated pictures that still show their source scene, and how much faster the whole way is."""
-    rows = []
-    records = load(folder, "caption-generate")
-    for record in records:
-        faster = f"{Spread.of(_speedups(record)):.2f}" if record.setting != "stock" else ""
-        values = record.values
-        rows.append(
-            (record.setting, faster, _passed(values["captioned"]), _passed(values["passed"]), _tokens(record.counts))
-        )
-    head = ("", "times faster, end to end", "caption is the scene's", "new picture shows the scene", "tokens kept")
-    return table(head, rows, records)
-
-
-def _tokens(counts: dict[str, int]) -> str:
-    read = f"{counts['kept']} of {counts['tokens']}"
-    drawn = f", {counts['drawn_kept']} of {counts['drawn_tokens']}" if counts["drawn_tokens"] else ""
-    return read + drawn
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -217,7 +152,7 @@ def reduction_of(record: BenchRecord) -> float:
 
 def quality_records(folder: Path, steps: int, pipeline: str = EMBEDDED) -> list[BenchRecord]:
     """The quality records of one pipeline and number of steps, of the same weights and captions; scopes are apart."""
-    return _of_one_workload(
+    return of_one_workload(
         [
             record
             for record in load(folder, "quality")
@@ -233,15 +168,6 @@ def attention_cost(record: BenchRecord) -> float:
     return (counts["top_attention_flops"] + counts["matching_flops"]) / counts["stock_top_attention_flops"]
 
 
-def median_speedup(record: BenchRecord) -> float:
-    """Median over the timed rounds of stock's CPU seconds divided by the setting's."""
-    return statistics.median(_speedups(record))
-
-
-def _speedups(record: BenchRecord) -> list[float]:
-    return speedups(record.baseline_cpu_s, record.cpu_s)
-
-
 def _denoiser_of(record: BenchRecord) -> tuple[str, int, bool]:
     return record.params["model"], record.params["pixels"], record.params["text_ratio"] > 0
 
@@ -251,43 +177,19 @@ def _of_bound(record: BenchRecord) -> str:
     return f"{reached:.2f} of {bound:.2f} ({reached / bound:.0%})"
 
 
-def _milliseconds(seconds: Sequence[float]) -> str:
-    return f"{Spread.of([1000 * value for value in seconds]):.1f}"
-
-
-def _passed(values: Sequence[float]) -> str:
-    return f"{int(sum(values))} of {len(values)}"
-
-
-def _share(values: Sequence[float]) -> str:
-    return f"{100 * statistics.fmean(values):.1f}" if values else ""
-
-
 def _run_of(record: BenchRecord) -> str:
     return f"{record.params['pipeline']}, {record.params['steps']} steps"
 
 
 def _gain(record: BenchRecord) -> str:
     distance = statistics.median(record.values["psnr_db"])
-    return f"{median_speedup(record):.2f} x, {distance:.1f} dB, {_passed(record.values['passed'])}"
+    return f"{median_speedup(record):.2f} x, {distance:.1f} dB, {passed(record.values['passed'])}"
 
 
 def _by_pipeline(records: Sequence[BenchRecord]) -> list[list[BenchRecord]]:
     """The records of each pipeline, those of its last workload."""
     names = dict.fromkeys(record.params["pipeline"] for record in records)
-    return [_of_one_workload([r for r in records if r.params["pipeline"] == name]) for name in names]
-
-
-def _of_one_workload(records: Sequence[BenchRecord]) -> list[BenchRecord]:
-    """Those that draw what the last one draws: rows of other weights or captions are no comparison."""
-
-    def drawn(record: BenchRecord) -> tuple[object, ...]:
-        return (
-            record.seed,
-            *(record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance", "pictures")),
-        )
-
-    return [record for record in records if drawn(record) == drawn(records[-1])]
+    return [of_one_workload([r for r in records if r.params["pipeline"] == name]) for name in names]
 
 
 def _workload(record: BenchRecord) -> tuple[object, ...]:
