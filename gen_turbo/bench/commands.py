@@ -102,7 +102,7 @@ def _add_picture_arguments(parser: argparse.ArgumentParser, captions: int) -> No
 def _add_readme_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="Markdown file with lines such as <!-- table:quality -->")
     parser.add_argument("--records", type=Path, default=Path("gen_turbo/bench/records"), help="folder of the records")
-    parser.add_argument("--plot", type=Path, help="picture of the quality records to draw, PNG or SVG")
+    parser.add_argument("--plots", type=Path, help="folder to draw quality.png and understanding.png in")
 
 
 def _positive(text: str) -> int:

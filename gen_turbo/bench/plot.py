@@ -1,4 +1,4 @@
-"""A plot of the quality benchmark: distance to stock against measured speed and against counted attention."""
+"""Plots of what a setting keeps against its measured speed and its counted cost: pictures drawn, and pictures read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gen_turbo.bench.cells import median_speedup
+from gen_turbo.bench.reading_tables import counted_cost, curve_of, right_answers, understanding_records
 from gen_turbo.bench.records import BenchRecord, load
-from gen_turbo.bench.tables import attention_cost, median_speedup, quality_records
+from gen_turbo.bench.tables import attention_cost, quality_records
 
 try:
     from matplotlib import colormaps
@@ -17,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("a plot needs matplotlib; run: pip install 'gen_turbo[report]'") from error
 
-_OWN = "turbo"
+_OWN = ("turbo", "par", "vistog")
 _MARKERS = "osD^v<>Pp*Xhd"
 
 
@@ -38,29 +40,57 @@ def plot_quality(folder: Path, path: Path) -> None:
     rows = {steps: records for steps, records in rows.items() if records}
     if not rows:
         raise ValueError(f"no quality records in {folder}; run: gen-turbo bench quality")
-    figure = Figure(figsize=(15, 5.5 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
+    figure, axes = _panels(len(rows))
     families = sorted({record.family for records in rows.values() for record in records})
     for (left, right), (steps, records) in zip(axes, rows.items(), strict=True):
-        _draw(left, records, median_speedup, families)
-        _draw(right, records, attention_cost, families)
+        for panel, cost in ((left, median_speedup), (right, attention_cost)):
+            _draw(panel, records, cost, _distance, _family, families)
         left.set(xlabel="times faster than stock, measured", ylabel="PSNR to stock, dB (median)")
         left.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
-        right.set(xlabel="attention cost, counted (stock: 1)")
-        right.invert_xaxis()
-        right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+        _finish(right, "attention cost, counted (stock: 1)")
+    _save(figure, path)
+
+
+def plot_understanding(folder: Path, path: Path) -> None:
+    """Draws the records of the vision-language model into a picture file; the left panel has those that were timed.
+
+    Raises:
+        ValueError: If there are no records.
+    """
+    records = [record for record in understanding_records(folder) if record.setting != "stock"]
+    if not records:
+        raise ValueError(f"no records of answers in {folder}; run: gen-turbo bench understanding")
+    figure, [[left, right]] = _panels(1)
+    families = sorted({curve_of(record) for record in records})
+    for panel, own, cost in (
+        (left, [record for record in records if record.cpu_s], median_speedup),
+        (right, records, counted_cost),
+    ):
+        _draw(panel, own, cost, lambda record: 100 * right_answers(record), curve_of, families)
+    left.set(xlabel="times faster than stock, measured", ylabel="right answers, %")
+    left.set_title(f"{records[0].params['pictures']} scenes, the same questions for all")
+    _finish(right, "cost of the language model's layers, counted (stock: 1)")
+    _save(figure, path)
+
+
+def _panels(rows: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(15, 5.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, 2, sharey="row", squeeze=False)
 
 
 def _draw(
-    axes: Any, records: Sequence[BenchRecord], cost: Callable[[BenchRecord], float], families: Sequence[str]
+    axes: Any,
+    records: Sequence[BenchRecord],
+    cost: Callable[[BenchRecord], float],
+    value: Callable[[BenchRecord], float],
+    curve: Callable[[BenchRecord], str],
+    families: Sequence[str],
 ) -> None:
     """One curve for each family, own families with solid lines; a family looks the same in every panel."""
     axes.grid(alpha=0.3)
     for number, family in enumerate(families):
-        points = sorted((cost(r), statistics.median(r.values["psnr_db"])) for r in records if r.family == family)
+        points = sorted((cost(record), value(record)) for record in records if curve(record) == family)
         if points:
             axes.plot(
                 *zip(*points, strict=True),
@@ -69,3 +99,22 @@ def _draw(
                 marker=_MARKERS[number % len(_MARKERS)],
                 linestyle="-" if family.startswith(_OWN) else ":",
             )
+
+
+def _finish(axes: Any, what: str) -> None:
+    axes.set(xlabel=what)
+    axes.invert_xaxis()
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _distance(record: BenchRecord) -> float:
+    return statistics.median(record.values["psnr_db"])
+
+
+def _family(record: BenchRecord) -> str:
+    return record.family

@@ -1,4 +1,4 @@
-"""`gen-turbo bench readme`: rewrites the tables of a Markdown file between its markers, and draws the plot."""
+"""`gen-turbo bench readme`: rewrites the tables of a Markdown file between its markers, and draws the plots."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ _MARKED = re.compile(r"<!-- table:(?P<name>\S+) -->\n(?P<body>.*?)<!-- /table --
 
 
 def run(options: argparse.Namespace) -> None:
-    """Rewrites the file's tables and, if wished, draws the plot of the quality records."""
+    """Rewrites the file's tables and, if wished, draws the plots of the records."""
     print(f"{options.file}: {'rewritten' if rewrite(options.file, options.records) else 'up to date'}")
-    if options.plot is not None:
-        from gen_turbo.bench.plot import plot_quality
+    if options.plots is not None:
+        from gen_turbo.bench.plot import plot_quality, plot_understanding
 
-        plot_quality(options.records, options.plot)
-        print(f"{options.plot}: drawn")
+        for name, plot in (("quality", plot_quality), ("understanding", plot_understanding)):
+            path = options.plots / f"{name}.png"
+            plot(options.records, path)
+            print(f"{path}: drawn")
 
 
 def with_tables(text: str, folder: Path) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gen_turbo.bench import scopes as scope_catalogue
+from gen_turbo.bench.cells import median_speedup, milliseconds, of_one_workload, passed, speedups_of
 from gen_turbo.bench.markdown import table
+from gen_turbo.bench.reading_tables import caption_generate, routing, understanding, vlm_step
 from gen_turbo.bench.records import BenchRecord, load
-from gen_turbo.bench.timing import Spread, speedups
+from gen_turbo.bench.timing import Spread
 
 PLAN_CALLS = 5
 EMBEDDED, EMBEDDED_TRANSFORMER = "tiny", "tiny-dit"
@@ -132,12 +134,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "layer": layer,
     "step": step,
     "quality": lambda folder: quality(folder, 25),
+    "quality50": lambda folder: quality(folder, 50),
     "quality8": lambda folder: quality(folder, 8),
     "quality-dit": lambda folder: quality(folder, 25, EMBEDDED_TRANSFORMER),
     "scopes": scopes,
     "check": check,
     "flops": flops,
     "understanding": understanding,
+    "routing": routing,
     "vlm-step": vlm_step,
     "caption-generate": caption_generate,
 }

@@ -9,6 +9,7 @@ from PIL import Image
 from gen_turbo.bench import records
 from gen_turbo.bench.markdown import NO_RECORDS
 from gen_turbo.bench.plot import plot_quality
+from gen_turbo.bench.reading_tables import curve_of
 from gen_turbo.bench.readme import rewrite, with_tables
 from gen_turbo.bench.records import BenchRecord
 from gen_turbo.bench.scopes import FAMILIES
@@ -143,26 +144,63 @@ def test_a_wrong_marker_is_an_error(text: str, words: str, tmp_path: Path) -> No
         with_tables(text, tmp_path)
 
 
+def _answered(setting: str, cost: int, right: list[float], **options: Any) -> BenchRecord:
+    params = {"pictures": 1, "method": "par" if options else setting, "options": options}
+    values = {"caption": right[:1], "color": right[1:]}
+    counts = {"cost": cost, "kept": 128, "image_tokens": 256}
+    return _record(setting, bench="understanding", family=setting, params=params, values=values, counts=counts)
+
+
+def test_routing_stands_beside_its_controls(tmp_path: Path) -> None:
+    """Catches a control in another layout's row, a mean over kinds instead of questions, and PAR in two tables."""
+    records.append(tmp_path, _answered("pool", 500, [0.0, 1.0, 1.0]))
+    records.append(tmp_path, _answered("a", 800, [1.0, 1.0, 0.0, 1.0], layers=5, router=None))
+    records.append(tmp_path, _answered("b", 700, [0.0, 1.0, 0.0, 0.0], layers=5, router="random"))
+    records.append(tmp_path, _answered("c", 600, [1.0, 1.0, 1.0, 1.0], tokens=0.5, layers=5, router="uniform"))
+    records.append(tmp_path, _answered("d", 400, [1.0, 0.0], budget=0.4))
+    rows = [row.split(" | ") for row in TABLES["routing"](tmp_path).splitlines()[2:5]]
+    assert [row[0] for row in rows] == ["| 5 layers", "| 50% of the tokens, 5 layers", "| budget 0.4"]
+    trained, uniform, random = (slice(first, first + 3, 2) for first in (1, 4, 7))
+    assert rows[0][trained] == ["0.80", "75.0"] and rows[0][random] == ["0.70", "25.0 |"]
+    assert rows[1][uniform] == ["0.60", "100.0"] and not rows[1][1].strip()
+    assert rows[2][trained] == ["0.40", "50.0"]
+    others = TABLES["understanding"](tmp_path)
+    assert "| pool | 128 of 256 | 0.50 |" in others and "| a |" not in others
+
+
+def test_curves_part_what_is_routed() -> None:
+    """Catches one line through budgets, tokens and layers, and a control on the trained router's line."""
+    given: list[dict[str, Any]] = [{"budget": 0.4}, {"tokens": 0.5}, {"tokens": 0.5, "layers": 5, "router": "random"}]
+    curves = [curve_of(_answered("a", 1, [1.0, 1.0], **options)) for options in given]
+    assert curves == ["par, budget", "par, tokens", "par, tokens and layers, random"]
+    assert curve_of(_answered("pool", 1, [1.0, 1.0])) == "pool"
+
+
 def test_the_command_rewrites_and_draws(tmp_path: Path) -> None:
     """Catches a plot that is empty or a file that is not rewritten."""
     for setting, psnr in (("a", 40.0), ("b", 45.0), ("stock", 100.0)):
         values = {"psnr_db": [psnr], "ssim": [0.9], "passed": [1.0]}
         records.append(tmp_path, _record(setting, values=values))
-    readme, plot = tmp_path / "README.md", tmp_path / "plot.png"
+    records.append(tmp_path, _answered("pool", 500, [0.0, 1.0]))
+    readme, plots = tmp_path / "README.md", tmp_path / "plots"
     readme.write_text(MARKED)
-    assert main(["bench", "readme", str(readme), "--records", str(tmp_path), "--plot", str(plot)]) == 0
+    assert main(["bench", "readme", str(readme), "--records", str(tmp_path), "--plots", str(plots)]) == 0
     assert "| a |" in readme.read_text()
-    with Image.open(plot) as image:
-        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 3
+    for name in ("quality", "understanding"):
+        with Image.open(plots / f"{name}.png") as image:
+            assert len(image.convert("RGB").getcolors(1 << 20) or []) > 3
 
 
-def test_a_plot_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("bench", ["quality", "understanding"])
+def test_a_plot_of_nothing_is_refused(bench: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an empty plot that looks like a result."""
     readme = tmp_path / "README.md"
     readme.write_text(MARKED)
-    assert main(["bench", "readme", str(readme), "--records", str(tmp_path), "--plot", str(tmp_path / "plot.png")]) == 2
-    assert "gen-turbo bench quality" in capsys.readouterr().err
-    assert not (tmp_path / "plot.png").exists()
+    if bench == "understanding":
+        records.append(tmp_path, _record())
+    assert main(["bench", "readme", str(readme), "--records", str(tmp_path), "--plots", str(tmp_path)]) == 2
+    assert f"gen-turbo bench {bench}" in capsys.readouterr().err
+    assert not (tmp_path / f"{bench}.png").exists()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""Tables of the benchmarks that read pictures: vision-language models, and captions that are drawn again."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from gen_turbo.bench.cells import of_one_workload, passed, share, speedups_of
+from gen_turbo.bench.markdown import table
+from gen_turbo.bench.records import BenchRecord, load
+from gen_turbo.bench.timing import Spread
+
+CONTROLS = ("uniform", "random")
+_TRAINED = "trained"
+
+_WHAT = "Share of right answers, in per cent; medians of CPU seconds (lower to upper quartile), picture and answer"
+
+
+def understanding(folder: Path) -> str:
+    """Counted cost of the language model, time and right answers, for every method and number of tokens, most first."""
+    records = [record for record in understanding_records(folder) if not _is_routed(record)]
+    kinds = list(dict.fromkeys(kind for record in records for kind in record.values))
+    rows = []
+    for record in sorted(records, key=lambda r: (-r.counts["kept"], r.family)):
+        shares = [share(record.values.get(kind, [])) for kind in kinds]
+        kept = f"{record.counts['kept']} of {record.counts['image_tokens']}"
+        rows.append((record.family, kept, f"{counted_cost(record):.2f}", _times_faster(record), *shares, _all(record)))
+    return table(("", "image tokens", "counted cost", "times faster", *kinds, "all"), rows, records, _WHAT)
+
+
+def routing(folder: Path) -> str:
+    """PAR by what it is given, a budget first: counted cost, time and right answers beside those of its controls."""
+    records = [record for record in understanding_records(folder) if _is_routed(record)]
+    layouts: dict[str, dict[str, BenchRecord]] = {}
+    for record in records:
+        options = record.params["options"]
+        layouts.setdefault(_layout(options), {})[options.get("router") or _TRAINED] = record
+    rows = [
+        (name, *(cell for router in (_TRAINED, *CONTROLS) for cell in _told(routed.get(router))))
+        for name, routed in sorted(layouts.items())
+    ]
+    titles = (f"{router}: {what}" for router in (_TRAINED, *CONTROLS) for what in ("counted cost", "times faster", "%"))
+    return table(("", *titles), rows, records, _WHAT)
+
+
+def understanding_records(folder: Path) -> list[BenchRecord]:
+    """All records of one model and the same questions."""
+    return of_one_workload(load(folder, "understanding"))
+
+
+def curve_of(record: BenchRecord) -> str:
+    """The family that a record of `understanding` belongs to; PAR's by whether tokens, layers or both are given."""
+    if not _is_routed(record):
+        return record.family
+    options = record.params["options"]
+    given = [name for name in ("budget", "tokens", "layers") if name in options]
+    return ", ".join(["par", " and ".join(given), *([options["router"]] if options.get("router") else [])])
+
+
+def counted_cost(record: BenchRecord) -> float:
+    """What the language model's layers cost, router included, as a share of stock."""
+    return record.counts["cost"] / 1000
+
+
+def right_answers(record: BenchRecord) -> float:
+    """Share of all questions, each counted once."""
+    return statistics.fmean(value for values in record.values.values() for value in values)
+
+
+def _is_routed(record: BenchRecord) -> bool:
+    return record.params.get("method") == "par"
+
+
+def _layout(options: dict[str, Any]) -> str:
+    if "budget" in options:
+        return f"budget {options['budget']:g}"
+    tokens = [f"{options['tokens']:.0%} of the tokens"] if "tokens" in options else []
+    return ", ".join([*tokens, *([f"{options['layers']} layers"] if "layers" in options else [])])
+
+
+def _told(record: BenchRecord | None) -> tuple[str, str, str]:
+    return ("", "", "") if record is None else (f"{counted_cost(record):.2f}", _times_faster(record), _all(record))
+
+
+def _times_faster(record: BenchRecord) -> str:
+    return f"{Spread.of(speedups_of(record)):.2f}" if record.cpu_s and record.setting != "stock" else ""
+
+
+def _all(record: BenchRecord) -> str:
+    return f"{100 * right_answers(record):.1f}"
+
+
+def vlm_step(folder: Path) -> str:
+    """Times and counted arithmetic of seeing a picture, reading it, and reading it and writing, against stock."""
+    records = load(folder, "vlm-step")
+    phases = {(r.setting, r.params["phase"]): r for r in records}
+    rows = []
+    for name in dict.fromkeys(record.setting for record in records):
+        own = [phases.get((name, phase)) for phase in ("tower", "prefill", "generate")]
+        counts = next(record.counts for record in own if record is not None)
+        kept = counts["kv_bytes"] / counts["stock_kv_bytes"]
+        rows.append((name, *(cell for record in own for cell in _fewer(record)), f"{kept:.2f}"))
+    timed = [f"{what}, times faster" for what in ("tower alone", "prefill", "with answer")]
+    head = ("", *(title for what in timed for title in (what, "times fewer FLOPs")), "cache of stock's")
+    return table(head, rows, records)
+
+
+def _fewer(record: BenchRecord | None) -> tuple[str, str]:
+    if record is None:
+        return "", ""
+    fewer = record.counts["stock_flops"] / record.counts["flops"]
+    return f"{Spread.of(speedups_of(record)):.2f}", f"{fewer:.2f}"
+
+
+def caption_generate(folder: Path) -> str:
+    """Regenerated pictures that still show their source scene, and how much faster the whole way is."""
+    rows = []
+    records = load(folder, "caption-generate")
+    for record in records:
+        faster = f"{Spread.of(speedups_of(record)):.2f}" if record.setting != "stock" else ""
+        values = record.values
+        rows.append(
+            (record.setting, faster, passed(values["captioned"]), passed(values["passed"]), _tokens(record.counts))
+        )
+    head = ("", "times faster, end to end", "caption is the scene's", "new picture shows the scene", "tokens kept")
+    return table(head, rows, records)
+
+
+def _tokens(counts: dict[str, int]) -> str:
+    read = f"{counts['kept']} of {counts['tokens']}"
+    drawn = f", {counts['drawn_kept']} of {counts['drawn_tokens']}" if counts["drawn_tokens"] else ""
+    return read + drawn
