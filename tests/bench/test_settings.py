@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from gen_turbo.bench.catalogue import quality_catalogue
+from gen_turbo import load_pipeline
+from gen_turbo.bench.catalogue import BUDGETS, quality_catalogue
 from gen_turbo.bench.settings import Method, OutputCache, Setting, Stock, Tomesd, selected
+from gen_turbo.learned.schedule import shipped
 from gen_turbo.metrics.cost import count_cost
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 
@@ -67,6 +69,17 @@ def test_names_are_unique_and_every_family_of_the_comparison_is_there() -> None:
     corrected = {f"turbo-correct-r{r}-k{k}-o{o}" for r in ("0.3", "0.5", "0.75") for k in (2, 3, 5) for o in (0, 1)}
     rivals = {"tomesd-r0.5", "tome-copy-r0.5", "random-copy-r0.5", "cache-k2", "cache-k5", "steps-16", "stock"}
     assert corrected | rivals <= names
+
+
+@pytest.mark.parametrize("steps", BUDGETS)
+def test_every_budget_takes_a_schedule_of_its_own(steps: int) -> None:
+    """Catches a budget below the cheapest level, two budgets of one level, and schedules of another run's steps."""
+    model = load_pipeline("tiny", processor=None, device="cpu").unet
+    (file,) = [file for file in shipped(model) if file.num_calls == steps]
+    for inner, budgets in BUDGETS[steps].items():
+        costs = [file.at(budget, inner is not None).cost for budget in budgets]
+        assert len(set(costs)) == len(costs)
+        assert all(cost <= budget for cost, budget in zip(costs, budgets, strict=True))
 
 
 def test_fewer_steps_do_not_overwrite_the_workload() -> None:
