@@ -36,7 +36,7 @@ def quality_catalogue(steps: int) -> list[Setting]:
     fewer = sorted({round(share * steps) for share in _STEP_SHARES} - {0, steps}, reverse=True)
     rivals += [FewerSteps(f"steps-{number}", "fewer steps", number) for number in fewer]
     copies = [_copied(method, ratio) for ratio in RATIOS for method in COPIED]
-    deeper: list[Setting] = [_copied(method, ratio, 2) for ratio in (0.5, 0.75) for method in COPIED]
+    deeper: list[Setting] = [_copied(method, ratio, 2) for ratio in (0.4, 0.5, 0.75) for method in COPIED]
     deeper += [_corrected(method, 0.75, 3, 1, 2) for method in ("turbo", "random")]
     deeper += [Tomesd("tomesd-r0.5-2levels", "package tomesd, two levels", 0.5, 2)]
     default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})

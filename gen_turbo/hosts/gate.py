@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -13,10 +13,8 @@ from gen_turbo.hosts.base import Form
 from gen_turbo.hosts.call import flat, like
 from gen_turbo.hosts.compiled import outside
 from gen_turbo.hosts.forward import InForward
+from gen_turbo.hosts.routing import Routing
 from gen_turbo.hosts.values import mapped, refilled, tensors
-
-if TYPE_CHECKING:
-    from gen_turbo.hosts.routing import Routing
 
 _OTHER_STREAM = "encoder_hidden_states"
 
@@ -131,6 +129,39 @@ class BlockGate(Gate):
         given = arguments.get(self.form.tokens if index in self.form.outputs else _OTHER_STREAM)
         is_same = isinstance(given, Tensor) and output is not None and given.shape == output.shape
         return given if is_same else None
+
+
+class Gates:
+    """The gates of all modules that a routing skips or leaves idle, that of the whole model first.
+
+    Args:
+        model: The model; nothing is changed yet.
+        routing: What the gates ask; without units there are no gates.
+        root: The gate of the whole model.
+    """
+
+    def __init__(self, model: nn.Module, routing: Routing, root: type[RootGate] = RootGate) -> None:
+        gates: dict[str, Gate] = {"": root("", model, routing)} if routing.units else {}
+        for unit in routing.units.values():
+            for name in (unit.module, *unit.idle):
+                if name in gates:
+                    continue
+                module = model.get_submodule(name)
+                if name == unit.module and unit.form is not None:
+                    gates[name] = BlockGate(name, module, routing, unit.form)
+                else:
+                    gates[name] = Gate(name, module, routing)
+        self._gates = tuple(gates.values())
+
+    def install(self) -> None:
+        """Puts all gates in place."""
+        for gate in self._gates:
+            gate.install()
+
+    def remove(self) -> None:
+        """Takes all gates off."""
+        for gate in reversed(self._gates):
+            gate.remove()
 
 
 def _zeros(shape: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gen_turbo.hosts.base import DenoiserHost
 from gen_turbo.hosts.clock import Clock
-from gen_turbo.hosts.gate import RootGate
+from gen_turbo.hosts.gate import Gates, RootGate
 from gen_turbo.hosts.memory import RouteMemory
 from gen_turbo.hosts.routing import Routing
 from gen_turbo.hosts.units import Unit
@@ -61,28 +61,28 @@ class Probe(Routing):
         self._replayed: Sequence[Any] = ()
         self._probed: frozenset[int] = frozenset()
         self._seen = RouteMemory(None)
-        self._gates = [_ProbeGate("", model, self), *(gate for gate in self._gates if gate.name)]
+        self._gates = Gates(model, self, _ProbeGate)
 
     @contextmanager
     def recording(self, probed: Sequence[int] = ()) -> Iterator[Recording]:
         """Records the run inside the `with` block; at some of its calls every group is forecast too."""
         self._recording, self._replayed, self._probed = Recording(), (), frozenset(probed)
         self._seen = RouteMemory(None, num_kept=_NUM_KEPT)
-        self.install()
+        self._gates.install()
         try:
             yield self._recording
         finally:
-            self.remove()
+            self._gates.remove()
 
     @contextmanager
     def replaying(self, outputs: Sequence[Any]) -> Iterator[None]:
         """Answers the first calls of the run inside the `with` block by given results; the others run."""
         self._recording, self._replayed, self._probed = Recording(), outputs, frozenset()
-        self.install()
+        self._gates.install()
         try:
             yield
         finally:
-            self.remove()
+            self._gates.remove()
 
     def line(self, outputs: Sequence[Any], call: int) -> Any:
         """The result of a call as a straight line through the two before it."""

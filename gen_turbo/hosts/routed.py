@@ -13,6 +13,7 @@ from gen_turbo.contract import TokenReducer
 from gen_turbo.hosts.base import OnModel, SiteReport
 from gen_turbo.hosts.clock import run_facts_of
 from gen_turbo.hosts.denoiser import DenoiserPart, NoEffectWarning
+from gen_turbo.hosts.gate import Gates
 from gen_turbo.hosts.routing import Routing, UnitStats
 from gen_turbo.hosts.units import SkippingHost
 from gen_turbo.learned.schedule import Schedule
@@ -57,6 +58,7 @@ class RoutedPart(OnModel):
         self.routing = Routing(
             model, clock, facts, host.units(model), schedules, reducer.threshold, lambda: _warn(schedules)
         )
+        self._gates = Gates(model, self.routing)
         joined = [reduction.layer.name for run in self.tokens.runs for reduction in run.reductions]
         inside = [unit for unit in self.routing.units if unit in joined]
         if inside:
@@ -99,11 +101,11 @@ class RoutedPart(OnModel):
     def install(self) -> None:
         """Puts the reducer of tokens in place, then the gates."""
         self.tokens.install()
-        self.routing.install()
+        self._gates.install()
 
     def remove(self) -> None:
-        """Makes the model what it was; doing it twice is harmless."""
-        self.routing.remove()
+        """Makes the model what it was; doing it twice is harmless. What is remembered goes with the clock's streams."""
+        self._gates.remove()
         self.tokens.remove()
 
 

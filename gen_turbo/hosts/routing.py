@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from gen_turbo.hosts.clock import Clock, RunFacts, Stream
-from gen_turbo.hosts.gate import BlockGate, Gate, RootGate
 from gen_turbo.hosts.memory import Memories, RouteMemory
 from gen_turbo.hosts.units import Unit
 from gen_turbo.learned.schedule import Schedule
@@ -34,7 +33,7 @@ class _Here(threading.local):
 
 
 class Routing:
-    """The schedules of one model, its gates, and the route of the running call.
+    """The schedules of one model and the route of the running call; its gates ask it and tell it what ran.
 
     Attributes:
         units: What the schedules skip, by name.
@@ -69,18 +68,6 @@ class Routing:
         self._here = _Here()
         self.stats = {name: UnitStats() for name in used}
         self._unit_of = {unit.module: unit for unit in self.units.values()}
-        self._gates = self._made_gates(model)
-
-    def _made_gates(self, model: nn.Module) -> list[Gate]:
-        gates: dict[str, Gate] = {"": RootGate("", model, self)} if self.units else {}
-        for unit in self.units.values():
-            for name in (unit.module, *unit.idle):
-                if name in gates:
-                    continue
-                module = model.get_submodule(name)
-                is_block = name == unit.module and unit.form is not None
-                gates[name] = BlockGate(name, module, self, unit.form) if is_block else Gate(name, module, self)  # type: ignore[arg-type]
-        return list(gates.values())
 
     @property
     def memory(self) -> RouteMemory | None:
@@ -96,16 +83,6 @@ class Routing:
     def entered(self) -> dict[str, dict[str, Any]]:
         """The arguments of blocks that are running and whose change is wanted."""
         return self._here.entered
-
-    def install(self) -> None:
-        """Puts all gates in place."""
-        for gate in self._gates:
-            gate.install()
-
-    def remove(self) -> None:
-        """Takes all gates off; what is remembered goes with the clock's streams."""
-        for gate in reversed(self._gates):
-            gate.remove()
 
     def begin(self, form: object) -> None:
         """Finds the route of the call that begins; with another `form` of result than before nothing is skipped."""
