@@ -36,11 +36,13 @@ def routing(folder: Path) -> str:
     for record in records:
         options = record.params["options"]
         layouts.setdefault(_layout(options), {})[options.get("router") or _TRAINED] = record
-    rows = [
-        (name, *(cell for router in (_TRAINED, *CONTROLS) for cell in _told(routed.get(router))))
-        for name, routed in sorted(layouts.items())
-    ]
-    titles = (f"{router}: {what}" for router in (_TRAINED, *CONTROLS) for what in ("counted cost", "times faster", "%"))
+    rows = []
+    for name, routed in sorted(layouts.items()):
+        trained = routed.get(_TRAINED)
+        told = (*_told(trained), _times_faster(trained) if trained else "")
+        rows.append((name, *told, *(cell for router in CONTROLS for cell in _told(routed.get(router)))))
+    shown = ("counted cost", "right answers")
+    titles = (*shown, "times faster", *(f"{router}: {what}" for router in CONTROLS for what in shown))
     return table(("", *titles), rows, records, _WHAT)
 
 
@@ -79,8 +81,8 @@ def _layout(options: dict[str, Any]) -> str:
     return ", ".join([*tokens, *([f"{options['layers']} layers"] if "layers" in options else [])])
 
 
-def _told(record: BenchRecord | None) -> tuple[str, str, str]:
-    return ("", "", "") if record is None else (f"{counted_cost(record):.2f}", _times_faster(record), _all(record))
+def _told(record: BenchRecord | None) -> tuple[str, str]:
+    return ("", "") if record is None else (f"{counted_cost(record):.2f}", _all(record))
 
 
 def _times_faster(record: BenchRecord) -> str:

@@ -160,10 +160,9 @@ def test_routing_stands_beside_its_controls(tmp_path: Path) -> None:
     records.append(tmp_path, _answered("d", 400, [1.0, 0.0], budget=0.4))
     rows = [row.split(" | ") for row in TABLES["routing"](tmp_path).splitlines()[2:5]]
     assert [row[0] for row in rows] == ["| 5 layers", "| 50% of the tokens, 5 layers", "| budget 0.4"]
-    trained, uniform, random = (slice(first, first + 3, 2) for first in (1, 4, 7))
-    assert rows[0][trained] == ["0.80", "75.0"] and rows[0][random] == ["0.70", "25.0 |"]
-    assert rows[1][uniform] == ["0.60", "100.0"] and not rows[1][1].strip()
-    assert rows[2][trained] == ["0.40", "50.0"]
+    assert rows[0][1:4] == ["0.80", "75.0", "2.00 (1.50 to 2.50)"] and rows[0][6:] == ["0.70", "25.0 |"]
+    assert rows[1][4:6] == ["0.60", "100.0"] and not rows[1][1].strip()
+    assert rows[2][1:3] == ["0.40", "50.0"]
     others = TABLES["understanding"](tmp_path)
     assert "| pool | 128 of 256 | 0.50 |" in others and "| a |" not in others
 
