@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gen_turbo.bench.cells import median_speedup
-from gen_turbo.bench.reading_tables import counted_cost, curve_of, right_answers, understanding_records
+from gen_turbo.bench.reading_tables import CONTROLS, counted_cost, curve_of, right_answers, understanding_records
 from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.tables import attention_cost, quality_records
 
@@ -87,7 +87,7 @@ def _draw(
     curve: Callable[[BenchRecord], str],
     families: Sequence[str],
 ) -> None:
-    """One curve for each family, own families with solid lines; a family looks the same in every panel."""
+    """One curve for each family, own methods with solid lines; a family looks the same in every panel."""
     axes.grid(alpha=0.3)
     for number, family in enumerate(families):
         points = sorted((cost(record), value(record)) for record in records if curve(record) == family)
@@ -97,7 +97,7 @@ def _draw(
                 label=family,
                 color=colormaps["tab20"](number % 20),
                 marker=_MARKERS[number % len(_MARKERS)],
-                linestyle="-" if family.startswith(_OWN) else ":",
+                linestyle="-" if family.startswith(_OWN) and not family.endswith(CONTROLS) else ":",
             )
 
 
