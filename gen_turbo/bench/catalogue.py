@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from gen_turbo.bench.scopes import scope_settings
-from gen_turbo.bench.settings import DeepCache, FewerSteps, Method, OutputCache, Setting, Stock, Tomesd
+from gen_turbo.bench.settings import (
+    DeepCache,
+    FewerSteps,
+    Method,
+    MethodOnFewerSteps,
+    OutputCache,
+    Setting,
+    Stock,
+    Tomesd,
+)
 from gen_turbo.bench.skipping import skipping_settings
 
 RATIOS = (0.3, 0.5, 0.75)
@@ -41,6 +50,8 @@ def quality_catalogue(steps: int) -> list[Setting]:
     deeper += [Tomesd("tomesd-r0.5-2levels", "package tomesd, two levels", 0.5, 2)]
     default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})
     routed = [_routed(budget, inner) for inner, budgets in BUDGETS.get(steps, {}).items() for budget in budgets]
+    if steps // 2 in BUDGETS:
+        routed += [_routed(budget, "turbo", steps // 2) for budget in BUDGETS[steps // 2]["turbo"][:2]]
     merged = [*corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
     return [default, *routed, *rivals, *merged, *scope_settings()]
 
@@ -77,10 +88,14 @@ def _corrected(method: str, ratio: float, refresh: int, order: int, levels: int 
     return Method(name, family, method, options)
 
 
-def _routed(budget: float, inner: str | None) -> Method:
-    """PAR on the schedule that ships for the model, with tokens merged where it runs or without."""
+def _routed(budget: float, inner: str | None, steps: int = 0) -> Method:
+    """PAR on the schedule that ships for the model, with tokens merged where it runs or without, on fewer `steps`."""
     name, family = ("turbo-par", "turbo + PAR") if inner else ("par", "PAR")
-    return Method(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner})
+    options = {"budget": budget, "inner": inner}
+    if steps:
+        name, family = f"{name}-steps-{steps}-b{budget:g}", f"{family}, {steps} steps"
+        return MethodOnFewerSteps(name, family, "par", options, steps)
+    return Method(f"{name}-b{budget:g}", family, "par", options)
 
 
 def _copied(method: str, ratio: float, levels: int = 1) -> Method:

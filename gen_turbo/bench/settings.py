@@ -87,6 +87,17 @@ class Method(Setting):
 
 
 @dataclass(frozen=True)
+class MethodOnFewerSteps(Method):
+    """A method on a run of fewer denoising steps than stock."""
+
+    num_steps_run: int = 20
+
+    def num_steps(self, steps: int) -> int:
+        """The setting's own number, whatever stock runs."""
+        return self.num_steps_run
+
+
+@dataclass(frozen=True)
 class Tomesd(Setting):
     """The published package tomesd with its own defaults."""
 

@@ -82,6 +82,14 @@ def test_every_budget_takes_a_schedule_of_its_own(steps: int) -> None:
         assert all(cost <= budget for cost, budget in zip(costs, budgets, strict=True))
 
 
+def test_schedules_of_half_the_steps_run_on_half_the_steps() -> None:
+    """Catches a schedule of 25 steps on a run of 50, where it would skip nothing."""
+    settings = {s.name: s for s in quality_catalogue(50) if s.name.startswith("turbo-par")}
+    halved = {name for name, setting in settings.items() if setting.num_steps(50) == 25}
+    assert halved == {name for name in settings if "-steps-25-" in name} and len(halved) >= 2
+    assert all(settings[name].num_steps(50) == 50 for name in settings.keys() - halved)
+
+
 def test_fewer_steps_do_not_overwrite_the_workload() -> None:
     """Catches a setting whose own steps are recorded as the steps of stock."""
     for setting in quality_catalogue(8):
