@@ -120,8 +120,7 @@ def caption_generate(folder: Path) -> str:
     rows = []
     records = load(folder, "caption-generate")
     for record in records:
-        faster = f"{Spread.of(speedups_of(record)):.2f}" if record.setting != "stock" else ""
-        values = record.values
+        faster, values = _times_faster(record), record.values
         rows.append(
             (record.setting, faster, passed(values["captioned"]), passed(values["passed"]), _tokens(record.counts))
         )
