@@ -21,7 +21,9 @@ Examples = Callable[[random.Random, int], "list[tuple[Image.Image, str | None]]"
 """Draws that many pictures with something to ask about each; None asks what the configuration says."""
 _LEAST_HELD_OUT, _HELD_OUT_SHARE = 20, 10
 _JUDGED = 6
-_CAPTION_SHARE, _PAIR_SHARE, _DETAIL_SHARE = 0.4, 0.5, 0.3
+_CAPTION_SHARE, _PAIR_SHARE = 0.2, 0.5
+# Colours and shapes are learned within a few hundred steps; what is small or has a place takes thousands.
+_QUESTION_WEIGHT = {"detail": 10, "position": 8, "relation": 3, "count": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,9 +164,8 @@ def _scenes(held_out: bool) -> Examples:
         caption = rng.choice(pools[rng.random() < _PAIR_SHARE])
         look, dot = rng.randrange(2**31), rng.choice([None, *COLORS, *COLORS])
         asked = questions(caption, look, dot)
-        details = [one for one in asked if one.kind == "detail"]
-        pool = details if details and rng.random() < _DETAIL_SHARE else asked
-        return render(caption, look, dot), None if is_captioned else rng.choice(pool).question
+        question = rng.choices(asked, [_QUESTION_WEIGHT.get(one.kind, 1) for one in asked])[0].question
+        return render(caption, look, dot), None if is_captioned else question
 
     def drawn(rng: random.Random, count: int) -> list[tuple[Image.Image, str | None]]:
         # Captions are long and answers short: apart, no answer waits for a caption.

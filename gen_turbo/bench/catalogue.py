@@ -94,7 +94,7 @@ def _routed(budget: float, inner: str | None, steps: int = 0) -> Method:
     options = {"budget": budget, "inner": inner}
     if steps:
         name, family = f"{name}-steps-{steps}-b{budget:g}", f"{family}, {steps} steps"
-        return MethodOnFewerSteps(name, family, "par", options, steps)
+        return MethodOnFewerSteps(name, family, steps, "par", options)
     return Method(f"{name}-b{budget:g}", family, "par", options)
 
 

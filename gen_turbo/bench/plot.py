@@ -13,7 +13,7 @@ from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.tables import attention_cost, quality_records
 
 try:
-    from matplotlib import colormaps
+    from matplotlib import color_sequences
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 except ImportError as error:
@@ -21,6 +21,7 @@ except ImportError as error:
 
 _OWN = ("turbo", "par", "vistog")
 _MARKERS = "osD^v<>Pp*Xhd"
+_COLORS = [*color_sequences["tab20"], *color_sequences["tab20b"]]
 
 
 def plot_quality(folder: Path, path: Path) -> None:
@@ -95,10 +96,15 @@ def _draw(
             axes.plot(
                 *zip(*points, strict=True),
                 label=family,
-                color=colormaps["tab20"](number % 20),
+                color=_COLORS[number % len(_COLORS)],
                 marker=_MARKERS[number % len(_MARKERS)],
-                linestyle="-" if family.startswith(_OWN) and not family.endswith(CONTROLS) else ":",
+                linestyle="-" if is_own(family) else ":",
             )
+
+
+def is_own(family: str) -> bool:
+    """Whether a curve is of this package's methods: neither a package's, nor of a control that uses one of them."""
+    return family.lower().startswith(_OWN) and not family.endswith(CONTROLS)
 
 
 def _finish(axes: Any, what: str) -> None:

@@ -87,14 +87,23 @@ class Method(Setting):
 
 
 @dataclass(frozen=True)
-class MethodOnFewerSteps(Method):
-    """A method on a run of fewer denoising steps than stock."""
+class FewerSteps(Setting):
+    """The stock pipeline with fewer denoising steps: what every acceleration has to beat."""
 
     num_steps_run: int = 20
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Changes nothing."""
+        return nullcontext()
 
     def num_steps(self, steps: int) -> int:
         """The setting's own number, whatever stock runs."""
         return self.num_steps_run
+
+
+@dataclass(frozen=True)
+class MethodOnFewerSteps(Method, FewerSteps):
+    """A method on a run of fewer denoising steps than stock."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +151,6 @@ class DeepCache(Setting):
     def misfit(self, model: nn.Module) -> str:
         """The package knows UNets alone."""
         return _unless_unet(model)
-
-
-@dataclass(frozen=True)
-class FewerSteps(Setting):
-    """The stock pipeline with fewer denoising steps: what every acceleration has to beat."""
-
-    num_steps_run: int = 20
-
-    def applied(self, target: Any) -> AbstractContextManager[object]:
-        """Changes nothing."""
-        return nullcontext()
-
-    def num_steps(self, steps: int) -> int:
-        """The setting's own number, whatever stock runs."""
-        return self.num_steps_run
 
 
 def selected(settings: Sequence[Setting], patterns: Sequence[str]) -> list[Setting]:

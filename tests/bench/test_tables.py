@@ -8,7 +8,7 @@ from PIL import Image
 
 from gen_turbo.bench import records
 from gen_turbo.bench.markdown import NO_RECORDS
-from gen_turbo.bench.plot import plot_quality
+from gen_turbo.bench.plot import is_own, plot_quality
 from gen_turbo.bench.reading_tables import curve_of
 from gen_turbo.bench.readme import rewrite, with_tables
 from gen_turbo.bench.records import BenchRecord
@@ -42,6 +42,15 @@ def test_a_row_shows_medians_with_their_spread(tmp_path: Path) -> None:
     records.append(tmp_path, _record())
     row = quality(tmp_path, 25).splitlines()[2]
     assert row == ("| turbo-copy-r0.5 | 2.00 (1.50 to 2.50) | 0.34 | 41.0 (40.5 to 45.5) | 0.900 | 2 of 3 |")
+
+
+def test_curves_of_this_package_are_told_apart() -> None:
+    """Catches a family in capitals that is drawn as a rival, and a control that is drawn as a method."""
+    own = ("PAR", "turbo + PAR", "turbo, copied", "vistog_vit, trained", "par, budget")
+    assert all(is_own(family) for family in own)
+    assert not any(
+        is_own(family) for family in ("par, tokens, random", "fewer steps", "package tomesd", "random, copied")
+    )
 
 
 def test_matching_is_part_of_the_counted_cost() -> None:
