@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -140,8 +141,12 @@ def _two_pipelines() -> list[Any]:
 
 
 def _sharing(pipe: Any) -> Any:
-    parts = pipe.components | {"scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)}
-    other = type(pipe)(**parts, requires_safety_checker=False)
+    # A tokenizer pads as the last caller in any thread asked it to, so threads need one each.
+    own = {
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "tokenizer": copy.deepcopy(pipe.tokenizer),
+    }
+    other = type(pipe)(**pipe.components | own, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
 
