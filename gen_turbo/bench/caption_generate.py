@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
         "processors": {half: repr(processor) for half, processor in processors.items()},
         "steps": config.picture.steps,
     }
-    if all(records.is_finished(options.records, BENCH, setting, params) for setting in SETTINGS):
+    if all(records.is_finished(options.records, BENCH, setting, params, options.seed) for setting in SETTINGS):
         print(f"{BENCH}: finished before")
         return
     path = options.work / BENCH / f"{digest_of([params, options.seed])}.jsonl"

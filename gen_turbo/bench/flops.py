@@ -78,7 +78,7 @@ def _record_all(options: argparse.Namespace, counted: Counted) -> None:
         text_ratio = ratio if takes_text else 0.0
         params = {"model": denoiser.name, "pixels": pixels, "scope": scope, "ratio": ratio, "text_ratio": text_ratio}
         name = f"{denoiser.name}-{pixels}-{scope}-r{ratio:g}" + "-text" * takes_text
-        if records.is_finished(options.records, "flops", name, params):
+        if records.is_finished(options.records, "flops", name, params, options.seed):
             continue
         if pixels not in stocks:
             stocks[pixels] = counted.stock(pixels)

@@ -34,7 +34,9 @@ def run(options: argparse.Namespace) -> None:
         "rounds": options.rounds,
     }
     functions = _functions(smooth_tokens(2, (options.side, options.side), options.width, options.seed), options)
-    missing = [name for name in functions if not records.is_finished(options.records, "layer", name, params)]
+    missing = [
+        name for name in functions if not records.is_finished(options.records, "layer", name, params, options.seed)
+    ]
     if not missing:
         print("layer: finished before; delete the records to measure again")
         return

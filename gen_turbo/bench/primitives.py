@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     grid, width, ratio = (options.side, options.side), options.width, 0.5
     params = {"batch": 2, "tokens": options.side**2, "width": width, "ratio": ratio, "rounds": options.rounds}
-    if all(records.is_finished(options.records, "primitives", name, params) for name in NAMES):
+    if all(records.is_finished(options.records, "primitives", name, params, options.seed) for name in NAMES):
         print("primitives: finished before; delete the records to measure again")
         return
     tokens = smooth_tokens(2, grid, width, options.seed)

@@ -64,7 +64,7 @@ def run_settings(bench: str, patterns: Sequence[str], options: argparse.Namespac
     part, parts = options.part
     for setting in fitting(catalogue, patterns, studio.denoiser)[part - 1 :: parts]:
         params = workload | setting.params()
-        if records.is_finished(options.records, bench, setting.name, params):
+        if records.is_finished(options.records, bench, setting.name, params, options.seed):
             print(f"{setting.name}: finished before")
             continue
         trials = _trials(studio, setting, num_timed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gen_turbo.bench.cells import of_one_workload, passed, share, speedups_of
+from gen_turbo.bench.cells import passed, share, speedups_of
 from gen_turbo.bench.markdown import table
 from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread
@@ -46,9 +48,22 @@ def routing(folder: Path) -> str:
     return table(("", *titles), rows, records, _WHAT)
 
 
+def unseen(folder: Path) -> str:
+    """Right answers to other questions than those of the table above, whichever else were asked, beside stock's."""
+    others, rows = _by_questions(folder)[1:], []
+    for records in others:
+        stock = next((record for record in records if record.setting == "stock"), None)
+        for record in sorted(records, key=lambda r: (-r.counts["kept"], -right_answers(r))):
+            kept = f"{record.counts['kept']} of {record.counts['image_tokens']}"
+            told = (_times_faster(record), _all(record), _of_stock(record, stock))
+            rows.append((record.family, kept, str(record.seed), str(len(_answers(record))), *told))
+    head = ("", "image tokens", "seed", "questions", "times faster", "right answers", "of stock's (95 % interval)")
+    return table(head, rows, [record for records in others for record in records], _WHAT)
+
+
 def understanding_records(folder: Path) -> list[BenchRecord]:
-    """All records of one model and the same questions."""
-    return of_one_workload(load(folder, "understanding"))
+    """All records of one model and the same questions, those that most settings were asked."""
+    return next(iter(_by_questions(folder)), [])
 
 
 def curve_of(record: BenchRecord) -> str:
@@ -67,7 +82,40 @@ def counted_cost(record: BenchRecord) -> float:
 
 def right_answers(record: BenchRecord) -> float:
     """Share of all questions, each counted once."""
-    return statistics.fmean(value for values in record.values.values() for value in values)
+    return statistics.fmean(_answers(record))
+
+
+def share_of_stock(own: Sequence[float], stock: Sequence[float]) -> tuple[float, float]:
+    """What share of stock's right answers is reached, and half its 95 % interval, both having had the same questions.
+
+    The interval is that of a ratio of two means from paired samples, by its linear approximation.
+    """
+    if len(own) != len(stock):
+        raise ValueError(f"{len(own)} answers are not to the same questions as stock's {len(stock)}")
+    ratio = statistics.fmean(own) / statistics.fmean(stock)
+    off = [value - ratio * base for value, base in zip(own, stock, strict=True)]
+    return ratio, 1.96 * statistics.stdev(off) / math.sqrt(len(off)) / statistics.fmean(stock)
+
+
+def _by_questions(folder: Path) -> list[list[BenchRecord]]:
+    """The records of the last model by what was asked; first what most settings were asked."""
+    groups: dict[tuple[int, int], list[BenchRecord]] = {}
+    records = load(folder, "understanding")
+    for record in records:
+        if record.params.get("weights") == records[-1].params.get("weights"):
+            groups.setdefault((record.seed, record.params["pictures"]), []).append(record)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def _answers(record: BenchRecord) -> list[float]:
+    return [value for _, values in sorted(record.values.items()) for value in values]
+
+
+def _of_stock(record: BenchRecord, stock: BenchRecord | None) -> str:
+    if stock is None or record is stock:
+        return ""
+    reached, margin = share_of_stock(_answers(record), _answers(stock))
+    return f"{100 * reached:.1f} ± {100 * margin:.1f}"
 
 
 def _is_routed(record: BenchRecord) -> bool:

@@ -53,7 +53,7 @@ class BenchRecord:
         bench: The benchmark's name, which is its file's name too.
         setting: What was measured.
         family: Settings of one family form one curve.
-        params: What defines workload and setting; a setting with equal `params` need not run again.
+        params: What defines workload and setting; a setting with equal `params` and seed need not run again.
         cpu_s: CPU seconds of the setting, by round.
         baseline_cpu_s: CPU seconds of the baseline in the same rounds.
         wall_s: As `cpu_s`, in seconds that passed.
@@ -106,26 +106,26 @@ def append(folder: Path, record: BenchRecord) -> Path:
 
 
 def load(folder: Path, bench: str) -> list[BenchRecord]:
-    """Reads the records of one benchmark in order; of those with equal setting and `params` only the last."""
+    """Reads the records of one benchmark in order; of those with equal setting, `params` and seed the last."""
     path = folder / f"{bench}.jsonl"
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     latest: dict[str, BenchRecord] = {}
     for record in (BenchRecord.from_line(line) for line in lines if line.strip()):
-        latest[_key(record.setting, record.params)] = record
+        latest[_key(record.setting, record.params, record.seed)] = record
     return list(latest.values())
 
 
-def found(folder: Path, bench: str, setting: str, params: Mapping[str, Any]) -> BenchRecord | None:
-    """The record of this setting with exactly these `params`, if there is one."""
-    key = _key(setting, _rounded(dict(params)))
-    return next((record for record in load(folder, bench) if _key(record.setting, record.params) == key), None)
+def found(folder: Path, bench: str, setting: str, params: Mapping[str, Any], seed: int) -> BenchRecord | None:
+    """The record of this setting with exactly these `params` and this seed, if there is one."""
+    key = _key(setting, _rounded(dict(params)), seed)
+    return next((r for r in load(folder, bench) if _key(r.setting, r.params, r.seed) == key), None)
 
 
-def is_finished(folder: Path, bench: str, setting: str, params: Mapping[str, Any]) -> bool:
-    """Whether a record of this setting with exactly these `params` exists."""
-    return found(folder, bench, setting, params) is not None
+def is_finished(folder: Path, bench: str, setting: str, params: Mapping[str, Any], seed: int) -> bool:
+    """Whether a record of this setting with exactly these `params` and this seed exists."""
+    return found(folder, bench, setting, params, seed) is not None
 
 
 def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
@@ -138,8 +138,8 @@ def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
     return kept
 
 
-def _key(setting: str, params: Mapping[str, Any]) -> str:
-    return json.dumps([setting, params], sort_keys=True)
+def _key(setting: str, params: Mapping[str, Any], seed: int) -> str:
+    return json.dumps([setting, params, seed], sort_keys=True)
 
 
 def _rounded(value: Any) -> Any:

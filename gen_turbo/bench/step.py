@@ -31,7 +31,9 @@ def run(options: argparse.Namespace) -> None:
     }
     found = selected(step_catalogue(options.model, options.steps), options.settings)
     settings = [setting for setting in found if setting.name != "stock"]
-    settings = [s for s in settings if not records.is_finished(options.records, "step", s.name, _full(params, s))]
+    settings = [
+        s for s in settings if not records.is_finished(options.records, "step", s.name, _full(params, s), options.seed)
+    ]
     if not settings:
         print("step: finished before; delete the records to measure again")
         return

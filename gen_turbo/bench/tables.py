@@ -9,7 +9,7 @@ from pathlib import Path
 from gen_turbo.bench import scopes as scope_catalogue
 from gen_turbo.bench.cells import median_speedup, milliseconds, of_one_workload, passed, speedups_of
 from gen_turbo.bench.markdown import table
-from gen_turbo.bench.reading_tables import caption_generate, routing, understanding, vlm_step
+from gen_turbo.bench.reading_tables import caption_generate, routing, understanding, unseen, vlm_step
 from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread
 
@@ -141,6 +141,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "check": check,
     "flops": flops,
     "understanding": understanding,
+    "unseen": unseen,
     "routing": routing,
     "vlm-step": vlm_step,
     "caption-generate": caption_generate,

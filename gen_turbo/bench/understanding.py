@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
     workload = {"weights": fingerprint(pipe.vlm), "pictures": options.pictures}
     for setting in settings:
         params = workload | setting.params()
-        record = records.found(options.records, BENCH, setting.name, params)
+        record = records.found(options.records, BENCH, setting.name, params, options.seed)
         rounds = 0 if isinstance(setting, Stock) else options.rounds
         if record is not None and (record.cpu_s or not rounds):
             print(f"{setting.name}: finished before")

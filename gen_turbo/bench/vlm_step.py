@@ -157,7 +157,7 @@ def _num_bytes(cache: DynamicCache) -> int:
 
 def _is_finished(options: argparse.Namespace, setting: Setting, params: dict[str, Any], phase: str) -> bool:
     own = params | setting.params() | {"phase": phase}
-    return records.is_finished(options.records, BENCH, setting.name, own)
+    return records.is_finished(options.records, BENCH, setting.name, own, options.seed)
 
 
 def _record(

@@ -44,18 +44,19 @@ def test_a_record_says_where_it_comes_from() -> None:
 
 def test_the_last_of_equal_settings_counts(tmp_path: Path) -> None:
     """Catches tables that mix a repeated measurement with the one that it replaces."""
-    for seed in (1, 2):
-        records.append(tmp_path, _record(seed=seed))
-    records.append(tmp_path, _record(params={"ratio": 0.75}))
-    assert [(r.seed, r.params["ratio"]) for r in records.load(tmp_path, "toy")] == [(2, 0.5), (3, 0.75)]
+    for seconds in (1.0, 2.0):
+        records.append(tmp_path, _record(cpu_s=[seconds]))
+    records.append(tmp_path, _record(params={"ratio": 0.75}, cpu_s=[3.0]))
+    assert [(r.cpu_s, r.params["ratio"]) for r in records.load(tmp_path, "toy")] == [([2.0], 0.5), ([3.0], 0.75)]
 
 
 def test_finished_compares_all_parameters(tmp_path: Path) -> None:
-    """Catches resuming by name alone, which keeps numbers of other weights."""
+    """Catches resuming by name alone, which keeps numbers of other weights, and a seed that is never drawn."""
     records.append(tmp_path, _record())
-    assert records.is_finished(tmp_path, "toy", "turbo", {"ratio": 0.5})
-    assert not records.is_finished(tmp_path, "toy", "turbo", {"ratio": 0.5, "weights": "abc"})
-    assert not records.is_finished(tmp_path, "other", "turbo", {"ratio": 0.5})
+    assert records.is_finished(tmp_path, "toy", "turbo", {"ratio": 0.5}, 3)
+    assert not records.is_finished(tmp_path, "toy", "turbo", {"ratio": 0.5}, 4)
+    assert not records.is_finished(tmp_path, "toy", "turbo", {"ratio": 0.5, "weights": "abc"}, 3)
+    assert not records.is_finished(tmp_path, "other", "turbo", {"ratio": 0.5}, 3)
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Tables and plots from records."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from PIL import Image
 from gen_turbo.bench import records
 from gen_turbo.bench.markdown import NO_RECORDS
 from gen_turbo.bench.plot import is_own, plot_quality
-from gen_turbo.bench.reading_tables import curve_of
+from gen_turbo.bench.reading_tables import curve_of, share_of_stock
 from gen_turbo.bench.readme import rewrite, with_tables
 from gen_turbo.bench.records import BenchRecord
 from gen_turbo.bench.scopes import FAMILIES
@@ -174,6 +176,30 @@ def test_routing_stands_beside_its_controls(tmp_path: Path) -> None:
     assert rows[2][1:3] == ["0.40", "50.0"]
     others = TABLES["understanding"](tmp_path)
     assert "| pool | 128 of 256 | 0.50 |" in others and "| a |" not in others
+
+
+def test_other_questions_stand_apart(tmp_path: Path) -> None:
+    """Catches a table that mixes questions of two draws, the last one's taken for the main, another draw's stock."""
+    for setting in ("stock", "pool", "stride"):
+        records.append(tmp_path, _answered(setting, 500, [0.0, 1.0, 1.0]))
+    for setting, right in (("stock", [1.0, 1.0, 1.0, 0.0]), ("pool", [1.0, 0.0, 1.0, 0.0])):
+        records.append(tmp_path, replace(_answered(setting, 500, right), seed=9))
+    assert TABLES["understanding"](tmp_path).count("| 66.7 |") == 3
+    rows = [row.split(" | ") for row in TABLES["unseen"](tmp_path).splitlines()[2:4]]
+    assert [row[0] for row in rows] == ["| stock", "| pool"]
+    assert rows[1][2:4] == ["9", "4"] and rows[1][5] == "50.0" and rows[1][6].startswith("66.7 ± ")
+
+
+def test_the_interval_is_of_pairs() -> None:
+    """Catches an interval of two independent samples, which equal answers would not close, and unequal questions."""
+    stock = [1.0] * 90 + [0.0] * 10
+    assert share_of_stock(stock, stock) == (1.0, 0.0)
+    own = [0.0] * 9 + stock[9:]
+    ratio, margin = share_of_stock(own, stock)
+    # Of 90 pairs where stock is right 81 are: a proportion of .9 of 90, whose standard error is sqrt(.9 * .1 / 90).
+    assert ratio == pytest.approx(0.9) and margin == pytest.approx(1.96 * math.sqrt(0.09 / 90), rel=0.01)
+    with pytest.raises(ValueError, match="not to the same questions"):
+        share_of_stock(own[1:], stock)
 
 
 def test_curves_part_what_is_routed() -> None:
