@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -52,7 +53,15 @@ def catalogue(total: int = 256) -> list[Setting]:
             for method in ("stride", "pool", "resize", "fastv", "visionzip", "divprune")
         ]
         settings.append(Method(f"vistog_vit-untrained-{percent}", "vistog_vit, untrained", "vistog_vit", options))
-    return settings + _trained_groups(total)
+    return _apart([*settings, *_trained_groups(total), *par_settings()])
+
+
+def _apart(settings: Sequence[Setting]) -> list[Setting]:
+    """The settings without those that do what one before them does under another name."""
+    first: dict[str, Setting] = {}
+    for setting in settings:
+        first.setdefault(json.dumps(setting.params(), sort_keys=True), setting)
+    return list(first.values())
 
 
 def _trained_groups(total: int) -> list[Setting]:
@@ -64,13 +73,19 @@ def _trained_groups(total: int) -> list[Setting]:
         weights = {"weights": f"embedded:vistog/{path.stem}"}
         settings.append(Method(f"vistog_vit-{number}", "vistog_vit, trained", "vistog_vit", weights))
         settings += [
-            Method(f"{method}-{number}", method, method, {"ratio": ratio}) for method in ("pool", "turbo_vit", "vistog")
+            Method(f"{name}-{number}", family, method, {"ratio": ratio})
+            for name, family, method in (
+                ("pool", "pool", "pool"),
+                ("turbo_vit-tower", "turbo_vit, tower", "turbo_vit"),
+                ("vistog", "vistog", "vistog"),
+            )
         ]
         before = {"ratio": ratio, "place": "projector"}
         settings.append(Method(f"pool-projector-{number}", "pool, before the projector", "pool", before))
-        untrained = {"num_tokens": number}
-        settings.append(Method(f"vistog_vit-untrained-{number}", "vistog_vit, untrained", "vistog_vit", untrained))
-    return settings + par_settings()
+        settings.append(
+            Method(f"vistog_vit-untrained-{number}", "vistog_vit, untrained", "vistog_vit", {"ratio": ratio})
+        )
+    return settings
 
 
 @torch.no_grad()

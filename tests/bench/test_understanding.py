@@ -40,6 +40,13 @@ def test_every_kind_is_asked_with_its_true_answer() -> None:
             assert scenes.COLORS[ask.answer] in pixels
 
 
+def test_no_setting_stands_twice() -> None:
+    """Catches what is measured again under a second name where trained weights have a number that others keep too."""
+    settings = understanding.catalogue()
+    assert len({repr(setting.params()) for setting in settings}) == len({one.name for one in settings}) == len(settings)
+    assert {"pool-11", "vistog_vit-28", "pool-64", "vistog_vit-untrained-64"} <= {setting.name for setting in settings}
+
+
 def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) -> None:
     """Catches a budget that differs between methods, a run that starts over, and a table that mixes them up."""
     arguments = ["bench", "understanding", "--model", str(folder), "--pictures", "1", "--records", str(tmp_path)]
