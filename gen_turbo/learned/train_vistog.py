@@ -109,7 +109,7 @@ class VisToGTrainer:
         learned: dict[str, nn.Module] = {"grouping": part.grouping}
         if start is not None:
             self._check(start)
-            part.grouping.begin_from(start.grouping)
+            part.grouping.load_state_dict(start.grouping.state_dict())
         if settings.has_connector:
             learned["connector"] = part.copy_connector()
             if start is not None and start.connector:

@@ -32,13 +32,11 @@ class VisToGShape:
         num_groups: Semantic tokens, M.
         width: Channels of the vision tower, D.
         first_block: The block before which the semantic tokens enter; 0 is right after the patch embedding.
-        num_prompts: Blocks, from the first, before each of which every semantic token gets a learned vector added.
     """
 
     num_groups: int
     width: int
     first_block: int = 0
-    num_prompts: int = 1
 
 
 class SemanticGrouping(nn.Module):
@@ -52,9 +50,8 @@ class SemanticGrouping(nn.Module):
         noise: Scale of the noise in training.
 
     Differs from the paper: each semantic token begins as the mean of the patches in one cell of the grid plus its own
-    learned vector; others are added before later blocks, as deep visual prompts are (VPT, arXiv 2203.12119); and
-    similarity falls with the squared distance of a patch from the cell. All that is learned begins at zero, so an
-    untrained layer pools the cells of `pool_cells`.
+    learned vector, and similarity falls with the squared distance of a patch from that cell. All that is learned
+    begins at zero, so an untrained layer pools the cells of `pool_cells`.
     """
 
     def __init__(self, shape: VisToGShape) -> None:
@@ -66,7 +63,7 @@ class SemanticGrouping(nn.Module):
             self._make(shape.width)
 
     def _make(self, width: int) -> None:
-        self.tokens = nn.Parameter(torch.zeros(self.shape.num_prompts, self.shape.num_groups, width))
+        self.tokens = nn.Parameter(torch.zeros(self.shape.num_groups, width))
         self.norm_group, self.norm_patch, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
         self.query, self.value, self.semantic = (_zero_linear(width) for _ in range(3))
         self.key = nn.Linear(width, width)
@@ -74,22 +71,8 @@ class SemanticGrouping(nn.Module):
         self.log_locality = nn.Parameter(torch.tensor(_START_LOCALITY).log())
 
     def enter(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What the semantic tokens (B, M, D) begin as, for pictures whose patches are about to enter a block."""
-        return self.cells(grid, patches_BND.device).merge(patches_BND)
-
-    def prompted(self, tokens_BMD: Tensor, index: int) -> Tensor:
-        """The semantic tokens with what is learned for their `index`-th block, counted from where they enter."""
-        if index >= self.shape.num_prompts:
-            return tokens_BMD
-        return tokens_BMD + self.tokens[index].to(tokens_BMD.dtype)
-
-    def begin_from(self, other: SemanticGrouping) -> None:
-        """Takes over the weights of another of equal width and number; prompts that it lacks are zero."""
-        weights = other.state_dict()
-        prompts = torch.zeros_like(self.tokens)
-        shared = min(self.shape.num_prompts, other.shape.num_prompts)
-        prompts[:shared] = other.tokens.detach()[:shared]
-        self.load_state_dict({**weights, "tokens": prompts})
+        """The semantic tokens (B, M, D) of pictures whose patches are about to enter the tower's blocks."""
+        return self.cells(grid, patches_BND.device).merge(patches_BND) + self.tokens.to(patches_BND.dtype)
 
     def cells(self, grid: tuple[int, int], device: torch.device | str) -> ReductionPlan:
         """The cells of the grid, one for each semantic token: a plan of one row."""
@@ -197,7 +180,6 @@ class VisToGArtefact:
         probe = tensors.pop(_PROBE)
         connector = {n.removeprefix(_CONNECTOR): w.float() for n, w in tensors.items() if n.startswith(_CONNECTOR)}
         grouping = SemanticGrouping(VisToGShape(**json.loads(notes["shape"])))
-        own = {name: weight for name, weight in tensors.items() if not name.startswith(_CONNECTOR)}
-        grouping.load_state_dict({**own, "tokens": own["tokens"].view_as(grouping.tokens)})
+        grouping.load_state_dict({name: w for name, w in tensors.items() if not name.startswith(_CONNECTOR)})
         rest = {name: text for name, text in notes.items() if name not in ("format", "shape")}
         return cls(grouping.eval(), connector, probe, rest)

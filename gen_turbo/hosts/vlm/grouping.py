@@ -19,7 +19,7 @@ from gen_turbo.hosts.vlm.gate import Gate
 from gen_turbo.hosts.vlm.part import VlmPart, token_flops, tower_facts
 from gen_turbo.hosts.vlm.projections import InstanceForward
 from gen_turbo.hosts.vlm.run import Group
-from gen_turbo.hosts.vlm.semantic import SemanticStream, blocks_from
+from gen_turbo.hosts.vlm.semantic import SemanticStream
 from gen_turbo.hosts.vlm.settings import Grouped
 from gen_turbo.learned.files import artefact_path
 from gen_turbo.learned.probe import is_same_model, weight_probe
@@ -180,8 +180,7 @@ def _shape(model: nn.Module, facts: TowerFacts, settings: Grouped, ratio: float)
         raise ValueError(f"num_tokens must be below the {num_patches} patches of a picture; got {num_groups}")
     if num_groups == num_patches:
         raise ValueError(f"none of the {num_patches} patches of a picture would leave; raise ratio or set num_tokens")
-    num_prompts = len(blocks_from(model, facts, settings.first_block))
-    return VisToGShape(num_groups, tower.config.hidden_size, settings.first_block, num_prompts)
+    return VisToGShape(num_groups, tower.config.hidden_size, settings.first_block)
 
 
 def _artefact(model: nn.Module, facts: TowerFacts, settings: Grouped) -> VisToGArtefact | None:

@@ -17,20 +17,6 @@ from gen_turbo.hosts.vlm.family import TowerFacts, square
 from gen_turbo.learned.vistog import SemanticGrouping
 
 
-def blocks_from(model: nn.Module, facts: TowerFacts, first: int) -> list[Any]:
-    """The blocks of a vision tower, from one on, whose output reaches the projector.
-
-    Raises:
-        ValueError: If `first` is behind them.
-    """
-    tower = model.get_submodule(facts.module)
-    blocks: list[Any] = list(getattr(tower.get_submodule(facts.encoder) if facts.encoder else tower, facts.blocks))
-    last = facts.last_block(model) % len(blocks)
-    if first > last:
-        raise ValueError(f"first_block must be one of the {last + 1} blocks that the projector reads; got {first}")
-    return blocks[first : last + 1]
-
-
 class SemanticStream:
     """The semantic tokens on their way through one vision tower.
 
@@ -45,8 +31,13 @@ class SemanticStream:
     def __init__(self, model: nn.Module, facts: TowerFacts, grouping: SemanticGrouping) -> None:
         self.slots: Tensor | None = None
         self._facts, self._grouping = facts, grouping
-        self._blocks = blocks_from(model, facts, grouping.shape.first_block)
         tower = model.get_submodule(facts.module)
+        encoder = tower.get_submodule(facts.encoder) if facts.encoder else tower
+        blocks: list[Any] = list(getattr(encoder, facts.blocks))
+        first, last = grouping.shape.first_block, facts.last_block(model) % len(blocks)
+        if first > last:
+            raise ValueError(f"first_block must be one of the {last + 1} blocks that the projector reads; got {first}")
+        self._blocks = blocks[first : last + 1]
         self._leading = facts.num_leading(model)
         self._norm = getattr(tower, facts.output_norm) if facts.output_norm else nn.Identity()
         self._tokens_BMD: Tensor | None = None
@@ -56,11 +47,11 @@ class SemanticStream:
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back their handles."""
         handles: list[Any] = [self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)]
-        for index, block in enumerate(self._blocks):
+        for block in self._blocks:
             attention = getattr(block, self._facts.attention)
             for name in ("qkv",) if self._facts.has_qkv else ("k_proj", "v_proj"):
                 handles.append(getattr(attention, name).register_forward_hook(self._see(name)))
-            handles.append(block.register_forward_hook(self._follow(index)))
+            handles.append(block.register_forward_hook(self._follow))
         return handles
 
     def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, ReductionPlan]:
@@ -90,22 +81,18 @@ class SemanticStream:
 
         return after
 
-    def _follow(self, index: int) -> Any:
+    def _follow(self, block: Any, args: tuple[Any, ...], output: Any) -> None:
         """Takes the semantic tokens through a block that the image has just left."""
-
-        def after(block: Any, args: tuple[Any, ...], output: Any) -> None:
-            tokens = self._tokens_BMD
-            assert tokens is not None
-            tokens = self._grouping.prompted(tokens, index)
-            self._is_own = True
-            try:
-                attention = getattr(block, self._facts.attention)
-                tokens = tokens + self._attend(attention, block.layer_norm1(tokens))
-                self._tokens_BMD = tokens + block.mlp(getattr(block, self._facts.norm2)(tokens))
-            finally:
-                self._is_own = False
-
-        return after
+        tokens = self._tokens_BMD
+        assert tokens is not None
+        self._is_own = True
+        try:
+            attention = getattr(block, self._facts.attention)
+            attended = self._attend(attention, block.layer_norm1(tokens))
+            tokens = tokens + attended
+            self._tokens_BMD = tokens + block.mlp(getattr(block, self._facts.norm2)(tokens))
+        finally:
+            self._is_own = False
 
     def _attend(self, attention: Any, x_BMD: Tensor) -> Tensor:
         if self._facts.has_qkv:
