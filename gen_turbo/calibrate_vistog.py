@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=(600, 200), metavar=("ALIGN", "TUNE"))
     parser.add_argument("--rates", type=float, nargs=2, default=(1e-3, 2e-4), metavar=("ALIGN", "TUNE"))
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
+    parser.add_argument("--drawn", type=int, default=1, help="questions drawn for each, the hardest, learned from (1)")
     parser.add_argument("--first-block", type=int, default=0, help="where the semantic tokens enter the tower (0)")
     parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on the language model (0: none)")
     parser.add_argument("--no-connector", action="store_true", help="leave the projector as it is")
@@ -65,11 +66,13 @@ def run(namespace: argparse.Namespace) -> None:
         has_connector=not namespace.no_connector,
         lora_rank=namespace.lora_rank,
         max_new_tokens=config.max_new_tokens,
+        num_drawn=namespace.drawn,
         seed=namespace.seed,
     )
     folder = namespace.output or Path(f"runs/vistog-{namespace.num_tokens}")
     pipe = build_pipeline(config, None)
-    trainer = _trainer(pipe, namespace, settings, _batches(pipe, examples, namespace.batch, namespace.seed), folder)
+    drawn = _batches(pipe, examples, namespace.batch * namespace.drawn, namespace.seed)
+    trainer = _trainer(pipe, namespace, settings, drawn, folder)
     judged = _batches(pipe, held_out, namespace.batch, namespace.seed + 1)
     before = _first_divergence(trainer, judged, folder)
     notes = {"data": data, "batch": str(namespace.batch), "untrained": f"{before:.5f}"}

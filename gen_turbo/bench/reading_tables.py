@@ -115,7 +115,7 @@ def _of_stock(record: BenchRecord, stock: BenchRecord | None) -> str:
     if stock is None or record is stock:
         return ""
     reached, margin = share_of_stock(_answers(record), _answers(stock))
-    return f"{100 * reached:.1f} ± {100 * margin:.1f}"
+    return f"{100 * reached:.1f} +- {100 * margin:.1f}"
 
 
 def _is_routed(record: BenchRecord) -> bool:

@@ -1,7 +1,4 @@
-"""Training of VisToG's learned parts without labels: grouped, a model should say what it says with every patch.
-
-Shape names: B prompts, L columns of a prompt, T tokens of an answer, V words.
-"""
+"""Training of VisToG's learned parts without labels: grouped, a model should say what it says with every patch."""
 
 from __future__ import annotations
 
@@ -15,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gen_turbo.hosts.vlm.grouping import GroupingPart
-from gen_turbo.hosts.vlm.teacher import Lesson, Teacher
+from gen_turbo.hosts.vlm.teacher import Teacher
+from gen_turbo.learned.lessons import Taught
 from gen_turbo.learned.vistog import VisToGArtefact
 
 Batches = Callable[[int], Mapping[str, Tensor]]
 """Gives the inputs of a step: prompts with pictures, padded on the left. The same number, the same inputs."""
-_STATE, _RESULT, _ADAPTER = "state.safetensors", "vistog.safetensors", "adapter"
+_STATE, _RESULT, _ADAPTER, _ROWS = "state.safetensors", "vistog.safetensors", "adapter", "rows:"
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,8 @@ class VisToGTraining:
             the logits of more answers.
         num_rounds: How often these are gone through before the next ones are drawn and answered. Raising it saves the
             full model's part of the work.
+        num_drawn: For each question that is learned from, how many are drawn and answered: those whose answers the
+            grouped model moves furthest stay. Raising it finds what is still wrong where most is right.
         seed: Of the noise in the assignments.
         save_every_s: Seconds between checkpoints.
     """
@@ -60,6 +59,7 @@ class VisToGTraining:
     max_new_tokens: int = 16
     num_lessons: int = 16
     num_rounds: int = 3
+    num_drawn: int = 1
     seed: int = 0
     save_every_s: float = 60.0
 
@@ -117,7 +117,8 @@ class VisToGTrainer:
         self._weights = {
             f"{name}.{path}": weight for name, module in learned.items() for path, weight in module.named_parameters()
         }
-        self._lessons: dict[int, tuple[Mapping[str, Tensor], Lesson]] = {}
+        self._lessons: dict[int, Taught] = {}
+        self._rows: dict[int, Tensor] = {}
         self._optimiser = torch.optim.AdamW(self._weights.values(), betas=(0.9, 0.99), weight_decay=0.0)
         self._resume()
 
@@ -150,11 +151,11 @@ class VisToGTrainer:
         return self._export(notes) if self.step == self.num_steps else None
 
     def divergence(self, batches: Batches, count: int) -> float:
-        """Mean divergence from the full model over `count` batches from the first, in evaluation mode."""
+        """Mean divergence from the full model, nats a word, over `count` batches from the first, in evaluation mode."""
         self._grouping.eval()
         with torch.no_grad():
-            losses = [float(self._loss(*self._taught(batches(index)))) for index in range(count)]
-        return sum(losses) / len(losses)
+            taught = [self._taught(batches(index)) for index in range(count)]
+            return float(sum(one.divergence(self._model).sum() / one.counts_BT.sum() for one in taught) / count)
 
     def save(self) -> None:
         """Writes the state under a temporary name, then renames it."""
@@ -163,6 +164,7 @@ class VisToGTrainer:
         for name, weight in self._weights.items():
             state = self._optimiser.state.get(weight, {})
             tensors |= {f"{key}:{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step") if key in state}
+        tensors |= {f"{_ROWS}{index}": rows for index, rows in self._rows.items()}
         partial = self.folder / (_STATE + ".partial")
         notes = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial, notes)
@@ -186,6 +188,7 @@ class VisToGTrainer:
         if changed:
             raise ValueError(f"{path} is of a training with another {', '.join(changed)}; choose another folder")
         tensors = load_file(path)
+        self._rows = {int(name.removeprefix(_ROWS)): rows for name, rows in tensors.items() if name.startswith(_ROWS)}
         self.step = int(notes["step"])
         if self.step > self.settings.align_steps:
             self._add_adapter()
@@ -234,7 +237,7 @@ class VisToGTrainer:
         self._grouping.noise = max(0.0, 1 - self.step / max(1, self.settings.align_steps))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
-            loss = self._loss(*self._lesson(self.settings.lesson(self.step)))
+            loss = self._loss(self._lesson(self.settings.lesson(self.step)))
         self._optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
@@ -242,25 +245,31 @@ class VisToGTrainer:
         self.step += 1
         return float(loss.detach())
 
-    def _lesson(self, index: int) -> tuple[Mapping[str, Tensor], Lesson]:
+    def _lesson(self, index: int) -> Taught:
         """A batch and the full model's answers, which are held until the next ones are due."""
         if index not in self._lessons:
-            if len(self._lessons) >= self.settings.num_lessons:
-                self._lessons.clear()
-            self._lessons[index] = self._taught(self.batches(index))
+            first = index - index % self.settings.num_lessons
+            self._lessons = {number: lesson for number, lesson in self._lessons.items() if number >= first}
+            self._rows = {number: rows for number, rows in self._rows.items() if number >= first}
+            self._lessons[index] = self._hardest(index, self._taught(self.batches(index)))
         return self._lessons[index]
 
-    def _taught(self, inputs: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Lesson]:
+    def _taught(self, inputs: Mapping[str, Tensor]) -> Taught:
         with self._stock():
-            return inputs, self._teacher.lesson(inputs)
+            return Taught.of(inputs, self._teacher.lesson(inputs))
 
-    def _loss(self, inputs: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
-        """KL(full || grouped) of the words of the full model's own answers, mean over words."""
-        logits = self._model(**_answered(inputs, lesson), use_cache=False).logits
-        own = lesson.logits_BTV.log_softmax(-1)
-        grouped = logits[:, -own.shape[1] :].float().log_softmax(-1)
-        each_BT = (own.exp() * (own - grouped)).sum(-1) * lesson.counts_BT
-        loss: Tensor = each_BT.sum() / lesson.counts_BT.sum()
+    def _hardest(self, index: int, taught: Taught) -> Taught:
+        if self.settings.num_drawn == 1:
+            return taught
+        if index not in self._rows:
+            self._grouping.eval()
+            self._rows[index] = taught.hardest(self._model, math.ceil(len(taught.answer_BT) / self.settings.num_drawn))
+            self._grouping.train()
+        return taught.of_rows(self._rows[index])
+
+    def _loss(self, taught: Taught) -> Tensor:
+        """KL(full || grouped) of the full model's own answers, mean over answers: one wrong word spoils a long one."""
+        loss: Tensor = taught.divergence(self._model).sum(1).mean()
         return loss
 
     def _add_adapter(self) -> None:
@@ -285,14 +294,3 @@ class VisToGTrainer:
         if self.settings.lora_rank:
             self._model.save_pretrained(self.folder / _ADAPTER)
         return path
-
-
-def _answered(inputs: Mapping[str, Tensor], lesson: Lesson) -> dict[str, Tensor]:
-    """The prompts with their answers but the last token behind them."""
-    length = lesson.answer_BT.shape[1] - 1
-    grown = dict(inputs)
-    grown["input_ids"] = torch.cat([inputs["input_ids"], lesson.answer_BT[:, :length]], 1)
-    for name in ("attention_mask", "token_type_ids"):
-        if name in grown:
-            grown[name] = F.pad(grown[name], (0, length), value=int(name == "attention_mask"))
-    return grown

@@ -47,10 +47,10 @@ def test_the_divergence_falls_without_labels(tmp_path):
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_a_training_that_stops_goes_on_to_the_bit(tmp_path, lora_rank):
-    """Catches moments, step, noise or adapter that are lost between runs."""
-    settings = replace(SETTINGS, lora_rank=lora_rank)
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"num_drawn": 2}])
+def test_a_training_that_stops_goes_on_to_the_bit(tmp_path, changes):
+    """Catches moments, step, noise, adapter or chosen questions that are lost between runs."""
+    settings = replace(SETTINGS, **changes)
     whole = trainer(tmp_path / "whole", settings).run({"data": "x"})
     for until in (2, 4, 5):
         path = trainer(tmp_path / "parts", settings).run({"data": "x"}, until)
@@ -58,7 +58,7 @@ def test_a_training_that_stops_goes_on_to_the_bit(tmp_path, lora_rank):
     ours, theirs = load_file(path), load_file(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert any("connector" in name for name in ours)
-    if lora_rank:
+    if settings.lora_rank:
         adapters = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "parts")]
         assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
         assert any(weight.abs().max() > 0 for name, weight in adapters[0].items() if "lora_B" in name)
@@ -100,6 +100,38 @@ def test_lessons_are_gone_through_in_rounds():
     """Catches batches that are answered for one step alone, and batches that never come."""
     settings = VisToGTraining(num_lessons=3, num_rounds=2)
     assert [settings.lesson(step) for step in range(14)] == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
+
+
+def test_the_hardest_questions_are_learned_from(tmp_path):
+    """Catches a choice by chance, by the easiest, or of answers that belong to other prompts."""
+    made = trainer(tmp_path, replace(SETTINGS, num_drawn=2))
+    taught = made._taught(batches(0))
+    with torch.no_grad():
+        each = taught.divergence(made.part.model).sum(1)
+    worst = int(each.argmax())
+    lesson = made._lesson(0)
+    assert len(lesson.answer_BT) == 1 and torch.equal(lesson.answer_BT[0], taught.answer_BT[worst])
+    assert torch.equal(lesson.inputs["pixel_values"][0], taught.inputs["pixel_values"][worst])
+    with torch.no_grad():
+        made._grouping.eval()
+        assert lesson.divergence(made.part.model).sum() == pytest.approx(float(each.max()), rel=1e-4)
+    packed = replace(taught, inputs=taught.inputs | {"pixel_values": torch.zeros(9, 4)})
+    with pytest.raises(ValueError, match="pixel_values have no row for each prompt"):
+        packed.of_rows(torch.tensor([0]))
+
+
+def test_a_choice_outlives_a_stop(tmp_path):
+    """Catches questions that are chosen anew, by weights that have moved on, when a training goes on."""
+    settings = replace(SETTINGS, num_drawn=2)
+    made = trainer(tmp_path, settings)
+    made.run({}, 1)
+    again = trainer(tmp_path, settings)
+    assert torch.equal(again._rows[0], made._rows[0])
+    again._rows[0] = 1 - made._rows[0]
+    assert not torch.equal(again._lesson(0).inputs["pixel_values"], made._lesson(0).inputs["pixel_values"])
+    again.run({}, 4)
+    made._lesson(2)
+    assert again._rows.keys() == {0, 1} and made._rows.keys() == {2}
 
 
 def test_weights_of_a_kindred_model_are_a_start(tmp_path):
