@@ -187,7 +187,7 @@ def test_other_questions_stand_apart(tmp_path: Path) -> None:
     assert TABLES["understanding"](tmp_path).count("| 66.7 |") == 3
     rows = [row.split(" | ") for row in TABLES["unseen"](tmp_path).splitlines()[2:4]]
     assert [row[0] for row in rows] == ["| stock", "| pool"]
-    assert rows[1][2:4] == ["9", "4"] and rows[1][5] == "50.0" and rows[1][6].startswith("66.7 +- ")
+    assert rows[1][2:4] == ["9", "4"] and rows[1][4] == "50.0" and rows[1][5].startswith("66.7 +- ")
 
 
 def test_the_interval_is_of_pairs() -> None:
