@@ -52,6 +52,8 @@ def run(namespace: argparse.Namespace) -> None:
     Raises:
         ValueError: If a picture, a question or a setting does not fit; nothing was changed then.
     """
+    if min(namespace.batch, namespace.drawn) < 1:
+        raise ConfigError(f"--batch and --drawn count from 1; got {namespace.batch} and {namespace.drawn}")
     overrides = [*namespace.overrides, "dtype=float32", "processor=null"]
     config = load_config_of(CaptionConfig, "gen-turbo calibrate vistog", namespace.config, overrides)
     examples, held_out, data = _data(namespace)
