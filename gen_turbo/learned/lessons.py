@@ -1,6 +1,6 @@
 """Questions with a full model's own answers, and how far another way of running it moves them.
 
-Shape names: B prompts, K of them that stay, L columns of a prompt, T tokens of an answer, V words.
+Shape names: B prompts, K of them that stay, T tokens of an answer, V words.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gen_turbo.hosts.vlm.teacher import Lesson
+from gen_turbo.hosts.vlm.teacher import Lesson, grown
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Taught:
 
     def divergence(self, model: Any) -> Tensor:
         """KL(full || model) of each word of the full model's answers, (B, T) nats; zero behind their ends."""
-        logits = model(**self._grown(), use_cache=False).logits
+        logits = model(**grown(self.inputs, self.answer_BT), use_cache=False).logits
         own = self.logits_BTV.log_softmax(-1)
         other = logits[:, -own.shape[1] :].float().log_softmax(-1)
         each_BT: Tensor = (own.exp() * (own - other)).sum(-1) * self.counts_BT
@@ -65,13 +64,3 @@ class Taught:
             raise ValueError(f"{', '.join(other)} have no row for each prompt; set num_drawn=1")
         inputs = {name: value[row_K] for name, value in self.inputs.items()}
         return Taught(inputs, self.answer_BT[row_K], self.logits_BTV[row_K], self.counts_BT[row_K])
-
-    def _grown(self) -> dict[str, Tensor]:
-        """The prompts with their answers but the last token behind them."""
-        length = self.answer_BT.shape[1] - 1
-        grown = dict(self.inputs)
-        grown["input_ids"] = torch.cat([self.inputs["input_ids"], self.answer_BT[:, :length]], 1)
-        for name in ("attention_mask", "token_type_ids"):
-            if name in grown:
-                grown[name] = F.pad(grown[name], (0, length), value=int(name == "attention_mask"))
-        return grown

@@ -98,7 +98,7 @@ class Teacher:
         """
         routes = len(scores.layer_BD) // len(lesson.answer_BT)
         length = lesson.answer_BT.shape[1] - 1
-        given = {name: _grown(name, value, lesson, length) for name, value in lesson.inputs.items()}
+        given = grown(lesson.inputs, lesson.answer_BT)
         given = {name: value.repeat(routes, *[1] * (value.ndim - 1)) for name, value in given.items()}
         forced = _Given(Scores(F.pad(scores.token_BL, (0, length)), scores.layer_BD))
         routing = replace(routing, chooser=forced)
@@ -129,13 +129,15 @@ class Teacher:
         return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [int(end)]
 
 
-def _grown(name: str, value: Tensor, lesson: Lesson, length: int) -> Tensor:
-    """A text argument of the prompt and of its answer but the last token."""
-    if name not in _TEXT:
-        return value
-    if name == "input_ids":
-        return torch.cat([value, lesson.answer_BT[:, :length]], 1)
-    return F.pad(value, (0, length), value=int(name == "attention_mask"))
+def grown(inputs: Mapping[str, Tensor], answer_BT: Tensor) -> dict[str, Tensor]:
+    """The inputs of prompts with their answers but the last token behind them."""
+    told_BT = answer_BT[:, :-1]
+    longer = {
+        name: F.pad(value, (0, told_BT.shape[1]), value=int(name == "attention_mask"))
+        for name, value in inputs.items()
+        if name in _TEXT
+    }
+    return {**inputs, **longer, "input_ids": torch.cat([inputs["input_ids"], told_BT], 1)}
 
 
 def _tiled(pictures: Any, times: int) -> Any:
