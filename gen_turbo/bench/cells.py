@@ -34,13 +34,15 @@ def share(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}" if values else ""
 
 
+def by_workload(records: Sequence[BenchRecord]) -> list[list[BenchRecord]]:
+    """The records by what they draw: rows of other weights, captions or seeds are no comparison."""
+    groups: dict[tuple[object, ...], list[BenchRecord]] = {}
+    for record in records:
+        drawn = (record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance", "pictures"))
+        groups.setdefault((record.seed, *drawn), []).append(record)
+    return list(groups.values())
+
+
 def of_one_workload(records: Sequence[BenchRecord]) -> list[BenchRecord]:
-    """Those that draw what the last one draws: rows of other weights or captions are no comparison."""
-
-    def drawn(record: BenchRecord) -> tuple[object, ...]:
-        return (
-            record.seed,
-            *(record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance", "pictures")),
-        )
-
-    return [record for record in records if drawn(record) == drawn(records[-1])]
+    """Those that draw what the last one draws."""
+    return next((group for group in by_workload(records) if group[-1] is records[-1]), [])

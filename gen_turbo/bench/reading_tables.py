@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gen_turbo.bench.cells import passed, share, speedups_of
+from gen_turbo.bench.cells import by_workload, passed, share, speedups_of
 from gen_turbo.bench.markdown import table
 from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread
@@ -26,8 +26,9 @@ def understanding(folder: Path) -> str:
     rows = []
     for record in sorted(records, key=lambda r: (-r.counts["kept"], r.family)):
         shares = [share(record.values.get(kind, [])) for kind in kinds]
-        kept = f"{record.counts['kept']} of {record.counts['image_tokens']}"
-        rows.append((record.family, kept, f"{counted_cost(record):.2f}", _times_faster(record), *shares, _all(record)))
+        rows.append(
+            (record.family, _kept(record), f"{counted_cost(record):.2f}", _times_faster(record), *shares, _all(record))
+        )
     return table(("", "image tokens", "counted cost", "times faster", *kinds, "all"), rows, records, _WHAT)
 
 
@@ -54,9 +55,8 @@ def unseen(folder: Path) -> str:
     for records in others:
         stock = next((record for record in records if record.setting == "stock"), None)
         for record in sorted(records, key=lambda r: (-r.counts["kept"], -right_answers(r))):
-            kept = f"{record.counts['kept']} of {record.counts['image_tokens']}"
-            told = (_all(record), _of_stock(record, stock))
-            rows.append((record.family, kept, str(record.seed), str(len(_answers(record))), *told))
+            asked = (str(record.seed), str(len(_answers(record))))
+            rows.append((record.family, _kept(record), *asked, _all(record), _of_stock(record, stock)))
     head = ("", "image tokens", "seed", "questions", "right answers", "of stock's (95 % interval)")
     return table(head, rows, [record for records in others for record in records], "In per cent")
 
@@ -99,12 +99,9 @@ def share_of_stock(own: Sequence[float], stock: Sequence[float]) -> tuple[float,
 
 def _by_questions(folder: Path) -> list[list[BenchRecord]]:
     """The records of the last model by what was asked; first what most settings were asked."""
-    groups: dict[tuple[int, int], list[BenchRecord]] = {}
     records = load(folder, "understanding")
-    for record in records:
-        if record.params.get("weights") == records[-1].params.get("weights"):
-            groups.setdefault((record.seed, record.params["pictures"]), []).append(record)
-    return sorted(groups.values(), key=len, reverse=True)
+    same = [record for record in records if record.params.get("weights") == records[-1].params.get("weights")]
+    return sorted(by_workload(same), key=len, reverse=True)
 
 
 def _answers(record: BenchRecord) -> list[float]:
@@ -135,6 +132,10 @@ def _told(record: BenchRecord | None) -> tuple[str, str]:
 
 def _times_faster(record: BenchRecord) -> str:
     return f"{Spread.of(speedups_of(record)):.2f}" if record.cpu_s and record.setting != "stock" else ""
+
+
+def _kept(record: BenchRecord) -> str:
+    return f"{record.counts['kept']} of {record.counts['image_tokens']}"
 
 
 def _all(record: BenchRecord) -> str:

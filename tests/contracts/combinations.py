@@ -142,10 +142,8 @@ def _two_pipelines() -> list[Any]:
 
 def _sharing(pipe: Any) -> Any:
     # A tokenizer pads as the last caller in any thread asked it to, so threads need one each.
-    own = {
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
-        "tokenizer": copy.deepcopy(pipe.tokenizer),
-    }
+    scheduler, tokenizer = DDIMScheduler(clip_sample=False, steps_offset=1), copy.deepcopy(pipe.tokenizer)
+    own = {"scheduler": scheduler, "tokenizer": tokenizer}
     other = type(pipe)(**pipe.components | own, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other

@@ -24,24 +24,50 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Answers:
+    """What a model says to prompts by itself.
+
+    Attributes:
+        answer_BT: Its greedy answers.
+        logits_BTV: What they were chosen from.
+        counts_BT: True up to the end of each answer, the end included.
+    """
+
+    answer_BT: Tensor
+    logits_BTV: Tensor
+    counts_BT: Tensor
+
+    def behind(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of the prompts with the answers but their last token behind them."""
+        told_BT = self.answer_BT[:, :-1]
+        longer = {
+            name: F.pad(value, (0, told_BT.shape[1]), value=int(name == "attention_mask"))
+            for name, value in inputs.items()
+            if name in _TEXT
+        }
+        return {**inputs, **longer, "input_ids": torch.cat([inputs["input_ids"], told_BT], 1)}
+
+    def moved(self, logits: Tensor) -> Tensor:
+        """KL(own || other) of each word, nats, zero behind the ends: (..., B, T) for logits (..., B, L, V), L >= T."""
+        own_BTV = self.logits_BTV.log_softmax(-1)
+        other = logits[..., -own_BTV.shape[1] :, :].float().log_softmax(-1)
+        each: Tensor = (own_BTV.exp() * (own_BTV - other)).sum(-1) * self.counts_BT
+        return each
+
+
+@dataclass(frozen=True)
+class Lesson(Answers):
     """Prompts with the model's own answers.
 
     Attributes:
         inputs: The text arguments of the prompts, with sizes of their pictures where the model wants them.
         pictures: What the vision tower gave for their pictures.
         prompt: The prompts as the language model read them.
-        answer_BT: The model's own greedy answers.
-        logits_BTV: What they were chosen from.
-        counts_BT: True up to the end of each answer, the end included.
     """
 
     inputs: dict[str, Tensor]
     pictures: Any
     prompt: Prompt
-    answer_BT: Tensor
-    logits_BTV: Tensor
-    counts_BT: Tensor
 
 
 class Teacher:
@@ -82,7 +108,7 @@ class Teacher:
         ends = torch.tensor(self._ends, device=answer.device)
         is_end = torch.isin(answer, ends)
         counts = (is_end.cumsum(1) - is_end.long()) == 0
-        return Lesson({**given, **rest}, pictures, seen[0], answer, torch.stack(out.logits, 1).float(), counts)
+        return Lesson(answer, torch.stack(out.logits, 1).float(), counts, {**given, **rest}, pictures, seen[0])
 
     def divergence(self, lesson: Lesson, scores: Scores, routing: Routing) -> Tensor:
         """How far the model's answers move on given routes.
@@ -98,18 +124,15 @@ class Teacher:
         """
         routes = len(scores.layer_BD) // len(lesson.answer_BT)
         length = lesson.answer_BT.shape[1] - 1
-        given = grown(lesson.inputs, lesson.answer_BT)
+        given = lesson.behind(lesson.inputs)
         given = {name: value.repeat(routes, *[1] * (value.ndim - 1)) for name, value in given.items()}
         forced = _Given(Scores(F.pad(scores.token_BL, (0, length)), scores.layer_BD))
         routing = replace(routing, chooser=forced)
         reducer = _Forced(forced, routing.ratio, routing.num_layers, routing.first, routing.mode)
         with attach(self.model, reducer):
             encoded = {"image": _tiled(lesson.pictures, routes)}
-            logits = self.model(**given, mm_encoder_outputs=encoded, use_cache=False).logits[:, -length - 1 :]
-        own = lesson.logits_BTV.log_softmax(-1)
-        routed = logits.float().log_softmax(-1).reshape(routes, *own.shape)
-        each: Tensor = (own.exp() * (own - routed)).sum(-1) * lesson.counts_BT
-        divergence: Tensor = each.sum(-1) / lesson.counts_BT.sum(-1)
+            logits = self.model(**given, mm_encoder_outputs=encoded, use_cache=False).logits
+        divergence: Tensor = lesson.moved(logits.unflatten(0, (routes, -1))).sum(-1) / lesson.counts_BT.sum(-1)
         return divergence
 
     def _listener(self, ids_BL: Tensor, seen: list[Prompt]) -> Any:
@@ -127,17 +150,6 @@ class Teacher:
     def _ends(self) -> list[int]:
         end = self.model.generation_config.eos_token_id
         return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [int(end)]
-
-
-def grown(inputs: Mapping[str, Tensor], answer_BT: Tensor) -> dict[str, Tensor]:
-    """The inputs of prompts with their answers but the last token behind them."""
-    told_BT = answer_BT[:, :-1]
-    longer = {
-        name: F.pad(value, (0, told_BT.shape[1]), value=int(name == "attention_mask"))
-        for name, value in inputs.items()
-        if name in _TEXT
-    }
-    return {**inputs, **longer, "input_ids": torch.cat([inputs["input_ids"], told_BT], 1)}
 
 
 def _tiled(pictures: Any, times: int) -> Any:
