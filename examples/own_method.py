@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gen_turbo import ReductionPlan, attach, load_pipeline, report
-from gen_turbo.contract import Frame, Site
+from gen_turbo import TokenMap, attach, load_pipeline, report
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
 
@@ -21,10 +21,10 @@ class ColumnsProcessor(ReductionProcessor):
 
     ratio: float = 0.5
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C); the ratio is always one half."""
         destination_N = torch.arange(tokens.shape[1], device=tokens.device) // 2 * 2
-        return ReductionPlan.from_destinations(destination_N[None])
+        return TokenMap.from_destinations(destination_N[None])
 
 
 def main() -> None:

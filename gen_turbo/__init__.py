@@ -9,40 +9,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gen_turbo.core.plan import ReductionPlan
+    from gen_turbo.api import attach, detach, reattach
+    from gen_turbo.engine.report import report
     from gen_turbo.factory import list_methods, list_pipelines, load_pipeline
-    from gen_turbo.hosts.attach import attach, detach, reattach
-    from gen_turbo.hosts.report import report
     from gen_turbo.methods.identity import IdentityProcessor
     from gen_turbo.methods.par import PARProcessor
     from gen_turbo.methods.random import RandomProcessor
     from gen_turbo.methods.tome import ToMeProcessor
     from gen_turbo.methods.turbo import TurboProcessor
     from gen_turbo.methods.vistog import VisToGProcessor
+    from gen_turbo.tokens.token_map import TokenMap
 
 _HOME = {
     "IdentityProcessor": "methods.identity",
     "PARProcessor": "methods.par",
     "RandomProcessor": "methods.random",
-    "ReductionPlan": "core.plan",
+    "TokenMap": "tokens.token_map",
     "ToMeProcessor": "methods.tome",
     "TurboProcessor": "methods.turbo",
     "VisToGProcessor": "methods.vistog",
-    "attach": "hosts.attach",
-    "detach": "hosts.attach",
+    "attach": "api",
+    "detach": "api",
     "list_methods": "factory",
     "list_pipelines": "factory",
     "load_pipeline": "factory",
-    "reattach": "hosts.attach",
-    "report": "hosts.report",
+    "reattach": "api",
+    "report": "engine.report",
 }
 
 __all__ = [
     "IdentityProcessor",
     "PARProcessor",
     "RandomProcessor",
-    "ReductionPlan",
     "ToMeProcessor",
+    "TokenMap",
     "TurboProcessor",
     "VisToGProcessor",
     "attach",

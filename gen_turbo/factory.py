@@ -130,7 +130,7 @@ def build_processor(settings: Any) -> Any | None:
     Raises:
         ValueError: If the method or a field is unknown, or a value does not fit.
     """
-    from gen_turbo.contract import TokenReducer
+    from gen_turbo.method import TokenReducer
 
     if settings is None or isinstance(settings, TokenReducer):
         return settings

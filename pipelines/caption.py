@@ -12,10 +12,10 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
+from gen_turbo.api import attach, detach
 from gen_turbo.config import CaptionConfig, ConfigError
-from gen_turbo.contract import TokenReducer
-from gen_turbo.hosts.attach import attach, detach
-from gen_turbo.hosts.report import report
+from gen_turbo.engine.report import report
+from gen_turbo.method import TokenReducer
 from gen_turbo.registry import PIPELINES
 
 from .loading import device_of, dtype_of, find_checkpoint, reason

@@ -12,11 +12,11 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
 from PIL import Image
 
+from gen_turbo.api import attachments
 from gen_turbo.config import CALL_SETTINGS, HALVES, CaptionGenerateConfig, ConfigError
-from gen_turbo.contract import TokenReducer
-from gen_turbo.hosts.attach import attachments
-from gen_turbo.hosts.report import report
+from gen_turbo.engine.report import report
 from gen_turbo.inputs import pictures_of
+from gen_turbo.method import TokenReducer
 from gen_turbo.registry import PIPELINES
 from gen_turbo.schemas import check_strength
 

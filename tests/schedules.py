@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from gen_turbo import PARProcessor
-from gen_turbo.hosts.attach import host_of
-from gen_turbo.learned.schedule import Schedule, ScheduleFile, probe_of
+from gen_turbo.api import host_of
+from gen_turbo.training.schedule import Schedule, ScheduleFile, probe_of
 
 TIMES = (900.0, 700.0, 500.0, 300.0)
 

@@ -15,24 +15,13 @@ from gen_turbo.registry import METHODS, Registry
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("core", "registry", "schemas", "config", "scenes"),
-    ("contract", "metrics", "output", "overlay", "inputs", "manifest"),
-    ("hosts", "learned"),
+    ("tokens", "kernels", "registry", "schemas", "config", "scenes"),
+    ("method", "metrics", "output", "overlay", "inputs", "manifest"),
+    ("engine", "models", "vlm", "api", "training"),
     ("methods",),
     ("pipelines",),
-    (
-        "factory",
-        "generation",
-        "captioning",
-        "calibration",
-        "calibrate_vistog",
-        "calibrate_par",
-        "calibrate_schedule",
-        "asking",
-        "explain",
-    ),
-    ("bench",),
-    ("cli",),
+    ("factory",),
+    ("bench", "commands"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HOST_LIBRARIES = {"diffusers", "transformers", "accelerate"}
@@ -85,27 +74,27 @@ def test_the_library_never_imports_pipelines():
     assert not hits
 
 
-def test_core_needs_torch_alone():
+def test_tokens_need_torch_alone():
     """Catches a convenience import that ties the tensor functions to a host library."""
     allowed = {"torch", "gen_turbo", *sys.stdlib_module_names}
-    for path in (ROOT / "gen_turbo" / "core").glob("*.py"):
+    for path in (ROOT / "gen_turbo" / "tokens").glob("*.py"):
         assert {name.split(".")[0] for name in _imports(path)} <= allowed, path
 
 
 def test_host_libraries_stay_out_of_methods_and_below():
     """Catches a method that knows a host."""
     free = {
-        "core",
+        "tokens",
         "registry",
         "schemas",
         "config",
         "scenes",
-        "contract",
+        "method",
         "metrics",
         "output",
         "inputs",
         "methods",
-        "learned",
+        "training",
     }
     for path in _sources():
         if _layer(path) in free:
@@ -115,7 +104,8 @@ def test_host_libraries_stay_out_of_methods_and_below():
 def test_import_is_light():
     """Catches a top-level import that makes `import gen_turbo` load the seconds of diffusers and transformers."""
     code = (
-        "import sys, gen_turbo, gen_turbo.config, gen_turbo.cli, gen_turbo.core.plan, gen_turbo.scenes\n"
+        "import sys, gen_turbo, gen_turbo.config, gen_turbo.commands.cli, gen_turbo.tokens.token_map\n"
+        "import gen_turbo.scenes\n"
         "print(sorted({'diffusers', 'transformers', 'pipelines'} & set(sys.modules)))"
     )
     assert _run(code) == "[]"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gen_turbo import captioning, cli, scenes
+from gen_turbo import scenes
+from gen_turbo.commands import caption as captioning
+from gen_turbo.commands import cli
 from gen_turbo.config import ConfigError
 from gen_turbo.manifest import Item, Manifest
 

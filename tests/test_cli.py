@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gen_turbo import cli, output
+from gen_turbo import output
+from gen_turbo.commands import cli
+from gen_turbo.commands.generate import Comparison, Job, plan_jobs, prompt_notes
 from gen_turbo.config import ConfigError
-from gen_turbo.generation import Comparison, Job, plan_jobs, prompt_notes
 
 PROMPT = "a large red circle"
 SMALL = ("--height", "32", "--width", "32", "--steps", "3", "device=cpu")

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from gen_turbo import TurboProcessor, attach, scenes
-from gen_turbo.cli import main
+from gen_turbo.commands.cli import main
+from gen_turbo.commands.explain import explain_reading
 from gen_turbo.config import CaptionConfig
-from gen_turbo.core.selection import pool_cells
-from gen_turbo.explain import explain_reading
 from gen_turbo.factory import build_processor
 from gen_turbo.overlay import SIDE_PX, arrows_panel, groups_panel, heat_panel, kept_panel, layers_strip, sheet
 from gen_turbo.pipelines import tiny_vlm
 from gen_turbo.pipelines.caption import CaptionPipeline
+from gen_turbo.tokens.select import pool_cells
 from tests.snapshots import differences, model_state
 
 CELL = SIDE_PX // 4

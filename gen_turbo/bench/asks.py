@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from gen_turbo import scenes
+from gen_turbo.api import attach
 from gen_turbo.bench.settings import Method
 from gen_turbo.factory import build_processor
-from gen_turbo.hosts.attach import attach
-from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.vlm.settings import Placed
 
 
 class Ask(NamedTuple):
@@ -32,7 +32,7 @@ class Selecting(Method):
     def applied(self, target: Any) -> AbstractContextManager[object]:
         """Attaches the method's processor at the gate."""
         processor: Any = build_processor({"method": self.method, **self.options})
-        return attach(target, Placed(processor, combine="select"))
+        return attach(target, Placed(processor, combine="prune"))
 
 
 def asked(count: int, seed: int, prompt: str = "describe the picture") -> list[Ask]:

@@ -66,23 +66,29 @@ def step_catalogue(model: str = "sd15", steps: int = 6) -> list[Setting]:
     settings: list[Setting] = [Stock(), _pooled_keys()]
     for levels in (1,) if model == "flux" else (1, 2):
         where = f"{levels}level" + "s" * (levels > 1)
-        copy = {"ratio": 0.5, "num_levels": levels, "restore": "copy"}
+        coarsest = 2 ** (levels - (model != "sdxl"))
+        copy = {"ratio": 0.5, "max_downsample": coarsest, "restore": "copy"}
         block = copy | {"scope": "block"}
         if model != "flux":
-            coarsest = 2 ** (levels - (model == "sd15"))
             settings.append(Tomesd(f"tomesd-{where}", "package tomesd", 0.5, coarsest))
             settings.append(Tomesd(f"tomesd-block-{where}", "package tomesd", 0.5, coarsest, is_whole=True))
-        settings.append(Method(f"turbo-copy-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 1}))
-        settings.append(Method(f"turbo-copy-reuse5-{where}", "turbo, copied", "turbo", copy | {"plan_steps": 5}))
-        settings.append(Method(f"turbo-block-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 1}))
-        settings.append(Method(f"turbo-block-reuse5-{where}", "turbo, blocks", "turbo", block | {"plan_steps": 5}))
-    runs = {"ratio": 0.5, "restore": "copy", "scope": "block", "plan_steps": 5, "run_length": 0}
+        settings.append(Method(f"turbo-copy-{where}", "turbo, copied", "turbo", copy | {"match_every": 1}))
+        settings.append(Method(f"turbo-copy-reuse5-{where}", "turbo, copied", "turbo", copy | {"match_every": 5}))
+        settings.append(Method(f"turbo-block-{where}", "turbo, blocks", "turbo", block | {"match_every": 1}))
+        settings.append(Method(f"turbo-block-reuse5-{where}", "turbo, blocks", "turbo", block | {"match_every": 5}))
+    runs = {"ratio": 0.5, "restore": "copy", "scope": "block", "match_every": 5, "merge_span": 0}
     skips = skipping_settings(steps) if model == "sd15" and steps > 2 else []
     return [*settings, Method("turbo-runs-reuse5-1level", "turbo, blocks", "turbo", runs), *skips]
 
 
 def _corrected(method: str, ratio: float, refresh: int, order: int, levels: int = 1) -> Method:
-    options = {"ratio": ratio, "restore": "correct", "refresh": refresh, "order": order, **_deep(levels)}
+    options = {
+        "ratio": ratio,
+        "restore": "residual",
+        "full_every": refresh,
+        "extrapolation_order": order,
+        **_deep(levels),
+    }
     name = f"{method}-correct-r{ratio:g}-k{refresh}-o{order}" + _where(levels)
     family = f"{method}, corrected, " + ("two levels" if levels == 2 else f"r {ratio:g}, order {order}")
     return Method(name, family, method, options)
@@ -101,14 +107,14 @@ def _routed(budget: float, inner: str | None, steps: int = 0) -> Method:
 def _copied(method: str, ratio: float, levels: int = 1) -> Method:
     """Outputs copied from fresh plans; "-weighted" counts a merged key by its size."""
     plain = method.removesuffix("-weighted")
-    options = {"ratio": ratio, "restore": "copy", "plan_steps": 1, **_deep(levels)}
-    options |= {"size_weighted": True} if plain != method else {}
+    options = {"ratio": ratio, "restore": "copy", "match_every": 1, **_deep(levels)}
+    options |= {"proportional_attention": True} if plain != method else {}
     family = f"{method.replace('-', ', ')}, copied" + (", two levels" if levels == 2 else "")
     return Method(f"{method}-copy-r{ratio:g}{_where(levels)}", family, plain, options)
 
 
 def _deep(levels: int) -> dict[str, Any]:
-    return {"num_levels": levels} if levels > 1 else {}
+    return {"max_downsample": 2 ** (levels - 1)} if levels > 1 else {}
 
 
 def _where(levels: int) -> str:
@@ -117,4 +123,4 @@ def _where(levels: int) -> str:
 
 def _pooled_keys() -> Method:
     """ToDo (Smith et al., 2024, arXiv 2402.13573) keeps every fourth key and value; here each is the mean of four."""
-    return Method("pool-keys-r0.75", "pooled keys", "pool", {"ratio": 0.75, "keep_queries": True})
+    return Method("pool-keys-r0.75", "pooled keys", "pool", {"ratio": 0.75, "kv_only": True})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.hosts.base import Observation
+from gen_turbo.engine.base import Observation
 
 _LATENT_SCALE = 8
 _FLUX_PATCH = 2

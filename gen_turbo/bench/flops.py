@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from gen_turbo.bench import records
 from gen_turbo.bench.denoisers import DENOISERS, Denoiser
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.hosts.base import DenoiserHost, Observation
-from gen_turbo.hosts.denoiser import DenoiserPart
-from gen_turbo.hosts.diffusion.families import HOSTS
+from gen_turbo.engine.base import DenoiserHost, Observation
+from gen_turbo.engine.denoiser import DenoiserPart
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.turbo import TurboProcessor
+from gen_turbo.models.families import HOSTS
+from gen_turbo.tokens.token_map import TokenMap
 
 SCOPES = ("attention", "block")
 RATIOS = (0.4, 0.5)
@@ -147,7 +147,7 @@ def count_reduced(
     Tokens have shapes but no values: all that a call reads from values, its time and its grid, is told to the host.
     """
     reducer = _ShapesTurbo(
-        ratio, restore="copy", plan_steps=0, scope=scope, num_levels=_ALL_LEVELS, text_ratio=text_ratio
+        ratio, restore="copy", match_every=0, scope=scope, max_downsample=_ALL_LEVELS, text_ratio=text_ratio
     )
     host: Any = _ToldHost(_host_of(model), denoiser.observation(pixels))
     part = DenoiserPart(model, host, reducer, None)
@@ -167,7 +167,7 @@ def _count(denoiser: Denoiser, model: nn.Module, pixels: int, counter: _Counter)
 class _ShapesTurbo(TurboProcessor):
     """Turbo on tokens without values: the semantic value is computed as ever, but cannot be told finite or not."""
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         if site.semantic is not None:
             site.semantic(self.semantic)
         return super().plan(tokens, replace(site, semantic=None), frame)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from gen_turbo.api import attach
 from gen_turbo.bench.asks import Ask, Selecting
 from gen_turbo.bench.settings import Method
-from gen_turbo.contract import Frame, Site, TokenReducer
-from gen_turbo.core.plan import ReductionPlan
 from gen_turbo.factory import build_processor
-from gen_turbo.hosts.attach import attach
-from gen_turbo.hosts.vlm.settings import Placed, placement_of
+from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placed, placement_of
 
 _LABEL_PX = 16
 _DARK = 0.2
@@ -28,9 +28,9 @@ class _Watched(Placed):
     def __init__(self, reducer: TokenReducer, combine: str | None) -> None:
         own = placement_of(reducer)
         super().__init__(reducer, own.place, own.layer, combine or own.combine)
-        self.last: ReductionPlan | None = None
+        self.last: TokenMap | None = None
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans as the method does."""
         self.last = super().plan(tokens, site, frame)
         return self.last
@@ -65,7 +65,7 @@ def draw_kept(pipe: Any, asks: list[Ask], settings: list[Method], path: Path) ->
 @torch.no_grad()
 def _left(pipe: Any, ask: Ask, setting: Method) -> Image.Image:
     reducer: Any = build_processor({"method": setting.method, **setting.options})
-    watched = _Watched(reducer, "select" if isinstance(setting, Selecting) else None)
+    watched = _Watched(reducer, "prune" if isinstance(setting, Selecting) else None)
     inputs = pipe.preparer(images=ask.image, text=pipe.text_of(ask.question), return_tensors="pt")
     with attach(pipe.vlm, watched):
         pipe.vlm(**inputs)
@@ -74,7 +74,7 @@ def _left(pipe: Any, ask: Ask, setting: Method) -> Image.Image:
     pixels = inputs["pixel_values"]
     patch = pipe.vlm.config.vision_config.patch_size
     patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2)
-    is_selecting = watched.combine == "select" or watched.place == "decoder"
+    is_selecting = watched.combine == "prune" or watched.place == "decoder"
     if is_selecting:
         is_kept = torch.zeros(patches.shape[:2], dtype=torch.bool)
         is_kept[:, plan.anchor_BM[0]] = True

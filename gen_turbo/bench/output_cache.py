@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.hosts.attach import host_of
+from gen_turbo.api import host_of
 
 
 class OutputCacheProcessor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gen_turbo.bench.settings import Method, Setting
-from gen_turbo.learned.files import artefact_folder
-from gen_turbo.learned.router_file import FOLDER
+from gen_turbo.training.files import artefact_folder
+from gen_turbo.training.router_file import FOLDER
 
 BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.4)
 TOKENS = (0.5, 0.33, 0.22, 0.11)

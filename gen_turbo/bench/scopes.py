@@ -7,14 +7,17 @@ from typing import Any
 from gen_turbo.bench.settings import Method, Setting
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
-_CORRECT: dict[str, Any] = {"restore": "correct", "refresh": 3, "order": 1}
+_CORRECT: dict[str, Any] = {"restore": "residual", "full_every": 3, "extrapolation_order": 1}
 _SCOPES: dict[str, tuple[str, dict[str, Any]]] = {
     "attention-correct": ("attention, corrected", _CORRECT),
     "block-correct": ("blocks, corrected", _CORRECT | {"scope": "block"}),
-    "block-copy": ("blocks, copied", {"restore": "copy", "plan_steps": 1, "scope": "block"}),
-    "kv-correct": ("keys and values, corrected", _CORRECT | {"keep_queries": True}),
+    "block-copy": ("blocks, copied", {"restore": "copy", "match_every": 1, "scope": "block"}),
+    "kv-correct": ("keys and values, corrected", _CORRECT | {"kv_only": True}),
 }
-_LEVELS: tuple[tuple[str, str, dict[str, Any]], ...] = (("", "", {}), ("-2levels", ", two levels", {"num_levels": 2}))
+_LEVELS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("", "", {}),
+    ("-2levels", ", two levels", {"max_downsample": 2}),
+)
 FAMILIES = tuple(family + where for _, where, _ in _LEVELS for family, _ in _SCOPES.values())
 """Their records have a table of their own."""
 

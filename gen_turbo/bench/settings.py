@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from gen_turbo.api import attach, denoiser, host_of
 from gen_turbo.bench.output_cache import cached_outputs
 from gen_turbo.factory import build_processor
-from gen_turbo.hosts.attach import attach, denoiser, host_of
 from gen_turbo.methods.par import PARProcessor
 
 
@@ -79,8 +79,8 @@ class Method(Setting):
                 return str(error)
         host: Any = host_of(model)
         levels = {layer.downsample for layer in host.layers(model) if not layer.left_alone}
-        wanted: int = processor.num_levels
-        return f"it merges {wanted} levels and the model has {len(levels)}" if wanted > len(levels) else ""
+        wanted: int = processor.max_downsample or min(levels)
+        return f"it merges to downsample {wanted}, and the model has {sorted(levels)}" if wanted not in levels else ""
 
     def _processor(self) -> Any:
         return build_processor({"method": self.method, **self.options})

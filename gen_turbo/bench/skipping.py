@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from gen_turbo.api import attach, host_of
 from gen_turbo.bench.settings import Setting
 from gen_turbo.bench.step_models import times_of
-from gen_turbo.hosts.attach import attach, host_of
-from gen_turbo.learned.schedule import Schedule, ScheduleFile, probe_of
 from gen_turbo.methods.par import PARProcessor
+from gen_turbo.training.schedule import Schedule, ScheduleFile, probe_of
 
 _COST = 0.5
 

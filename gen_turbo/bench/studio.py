@@ -14,11 +14,11 @@ from PIL import Image
 from torch import nn
 
 from gen_turbo import scenes
+from gen_turbo.api import denoiser, denoisers
 from gen_turbo.bench.settings import Setting, Stock
 from gen_turbo.bench.timing import Timing, clocked
 from gen_turbo.config import PipelineConfig
 from gen_turbo.factory import build_pipeline, load_pipeline
-from gen_turbo.hosts.attach import denoiser, denoisers
 from gen_turbo.metrics.cost import Cost, count_cost
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.core.partition import grid_destinations
-from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.tokens.partition import grid_destinations
+from gen_turbo.tokens.token_map import TokenMap
 
 try:
     import tomesd
@@ -18,17 +18,17 @@ except ImportError as error:
     raise ImportError("this comparison needs the package tomesd; run: pip install 'gen_turbo[baselines]'") from error
 
 Grid = tuple[int, int]
-TokenMap = Callable[[Tensor], Tensor]
+Verb = Callable[[Tensor], Tensor]
 
 
-def matching(tokens_BNC: Tensor, grid: Grid, num_removed: int) -> tuple[TokenMap, TokenMap]:
+def matching(tokens_BNC: Tensor, grid: Grid, num_removed: int) -> tuple[Verb, Verb]:
     """Gives tomesd's own merge and unmerge for (height, width) tokens, with fixed destinations."""
     height, width = grid
     merge, unmerge = bipartite_soft_matching_random2d(tokens_BNC, width, height, 2, 2, num_removed, no_rand=True)
     return merge, unmerge
 
 
-def same_plan(unmerge: TokenMap, batch: int, grid: Grid, num_removed: int) -> tuple[ReductionPlan, Tensor]:
+def same_plan(unmerge: Verb, batch: int, grid: Grid, num_removed: int) -> tuple[TokenMap, Tensor]:
     """Reads the plan out of tomesd's unmerge.
 
     Returns:
@@ -43,7 +43,7 @@ def same_plan(unmerge: TokenMap, batch: int, grid: Grid, num_removed: int) -> tu
     owner_BM = torch.zeros(batch, num_slots, dtype=torch.int64).scatter(1, row_BN, token_N.expand(batch, -1))
     destinations_D = grid_destinations(grid)
     owner_BM = owner_BM.scatter(1, row_BN[:, destinations_D], destinations_D.expand(batch, -1))
-    plan = ReductionPlan.from_destinations(owner_BM.gather(1, row_BN))
+    plan = TokenMap.from_destinations(owner_BM.gather(1, row_BN))
     return plan, row_BN.gather(1, plan.anchor_BM)
 
 

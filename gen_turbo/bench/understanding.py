@@ -23,9 +23,9 @@ from gen_turbo.bench.asks import Ask, Selecting, asked
 from gen_turbo.bench.par_settings import par_settings
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
 from gen_turbo.bench.timing import Timing, clocked
+from gen_turbo.engine.report import report
 from gen_turbo.factory import load_pipeline
-from gen_turbo.hosts.report import report
-from gen_turbo.learned.files import artefact_folder
+from gen_turbo.training.files import artefact_folder
 
 KEPT = (0.5, 0.33, 0.22, 0.11)
 """Share of the image tokens that are kept; whole numbers of tokens are rounded."""
@@ -44,7 +44,7 @@ def catalogue(total: int = 256) -> list[Setting]:
         if ratio <= 0.75:
             settings.append(Method(f"turbo-{percent}", "turbo", "turbo", options))
         settings.append(
-            Method(f"turbo_vit-gate-{percent}", "turbo_vit, gate", "turbo_vit", options | {"place": "gate"})
+            Method(f"turbo_vit-gate-{percent}", "turbo_vit, gate", "turbo_vit", options | {"place": "pre_llm"})
         )
         settings.append(Method(f"turbo_vit-tower-{percent}", "turbo_vit, tower", "turbo_vit", options))
         settings.append(Selecting(f"random-{percent}", "random", "random", options))

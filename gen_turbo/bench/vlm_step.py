@@ -37,7 +37,7 @@ def catalogue(tower_layers: int = 24) -> list[Setting]:
         # Half a token more, so that rounding down removes exactly this number.
         options: dict[str, Any] = {"ratio": 1 - (kept - 0.5) / NUM_IMAGE_TOKENS}
         settings.append(Method(f"turbo_vit-tower-{kept}", "turbo_vit, tower", "turbo_vit", options))
-        gate = options | {"place": "gate"}
+        gate = options | {"place": "pre_llm"}
         settings.append(Method(f"turbo_vit-gate-{kept}", "turbo_vit, gate", "turbo_vit", gate))
         settings += [Method(f"{name}-{kept}", name, name, options) for name in ("pool", "resize", "divprune")]
         groups = {"num_tokens": kept}

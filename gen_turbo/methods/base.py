@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Grid, Site, TokenReducer
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.hosts.diffusion import register
-from gen_turbo.hosts.diffusion.bare import bare_call
+from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
+from gen_turbo.models import register
+from gen_turbo.models.bare import bare_call
+from gen_turbo.tokens.token_map import TokenMap
 
 register.add_pipeline_methods()
 
@@ -24,7 +24,7 @@ class ReductionProcessor(TokenReducer):
     `set_attn_processor` it merges every self-attention afresh, with what a single layer can know.
     """
 
-    def plan_tokens(self, tokens: Tensor, grid: Grid | None = None) -> ReductionPlan:
+    def plan_tokens(self, tokens: Tensor, grid: Grid | None = None) -> TokenMap:
         """Plans the reduction of tokens (B, N, C) on a (height, width) grid; None where there is no grid.
 
         Raises:
@@ -34,7 +34,7 @@ class ReductionProcessor(TokenReducer):
             raise ValueError(f"tokens must be (batch, tokens, channels), got {tuple(tokens.shape)}")
         if grid is not None and grid[0] * grid[1] != tokens.shape[1]:
             raise ValueError(f"a grid of {grid[0]} x {grid[1]} does not hold {tokens.shape[1]} tokens; pass (h, w)")
-        return self.plan(tokens, Site("tokens", self.ratio, grid), Frame())
+        return self.plan(tokens, LayerInfo("tokens", self.ratio, grid), StepInfo())
 
     def __call__(
         self,

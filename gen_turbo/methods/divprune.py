@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.core.selection import keep_diverse
-from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.select import keep_diverse
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placement
 
 
 @METHODS.register("divprune")
@@ -28,12 +28,12 @@ class DivPruneProcessor(Placement, ReductionProcessor):
 
     ratio: float = 0.66
     restore: str = "copy"
-    combine: str = "select"
+    combine: str = "prune"
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C)."""
         num_tokens = tokens.shape[1]
         removed = int(num_tokens * site.ratio)
         if removed == 0:
-            return ReductionPlan.identity(1, num_tokens, tokens.device)
+            return TokenMap.identity(1, num_tokens, tokens.device)
         return keep_diverse(tokens, num_tokens - removed)

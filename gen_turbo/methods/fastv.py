@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.core.selection import keep_highest
-from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.select import keep_highest
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placement
 
 
 @METHODS.register("fastv")
@@ -31,7 +31,7 @@ class FastVProcessor(Placement, ReductionProcessor):
 
     restore: str = "copy"
     place: str = "decoder"
-    combine: str = "select"
+    combine: str = "prune"
 
     needs = ("last",)
 
@@ -43,7 +43,7 @@ class FastVProcessor(Placement, ReductionProcessor):
                 f"fastv reads the attention of a decoder layer; place must be 'decoder', got {self.place!r}"
             )
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C).
 
         Raises:
@@ -51,7 +51,7 @@ class FastVProcessor(Placement, ReductionProcessor):
         """
         num_tokens = tokens.shape[1]
         if site.ratio == 0:
-            return ReductionPlan.identity(1, num_tokens, tokens.device)
+            return TokenMap.identity(1, num_tokens, tokens.device)
         score = site.semantic("last") if site.semantic is not None else None
         if score is None:
             raise ValueError("fastv reads the attention of the last token, which only a decoder has; place='decoder'")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.token_map import TokenMap
 
 
 @METHODS.register("identity")
@@ -23,6 +23,6 @@ class IdentityProcessor(ReductionProcessor):
     restore: str = "copy"
     text_ratio: float | None = 0.0
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans nothing for tokens (B, N, C)."""
-        return ReductionPlan.identity(1, tokens.shape[1], tokens.device)
+        return TokenMap.identity(1, tokens.shape[1], tokens.device)

@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_turbo.contract import Frame, Site, TokenReducer
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.hosts.vlm.routes import Routed, Routing
-from gen_turbo.learned.choosers import CONTROLS, Trained, control
-from gen_turbo.learned.layouts import Layout
-from gen_turbo.learned.router_file import router_for
-from gen_turbo.learned.schedule import Schedule, ScheduleFile, read, shipped
+from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.methods.identity import IdentityProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.training.choosers import CONTROLS, Trained, control
+from gen_turbo.training.layouts import Layout
+from gen_turbo.training.router_file import router_for
+from gen_turbo.training.schedule import Schedule, ScheduleFile, read, shipped
+from gen_turbo.vlm.routes import Routed, Routing
 
 
 @METHODS.register("par")
@@ -53,7 +53,7 @@ class PARProcessor(Routed, ReductionProcessor):
     """
 
     ratio: float = 0.7
-    refresh: int = 8
+    full_every: int = 8
     budget: float = 0.5
     schedule: Any = None
     router: str | None = None
@@ -148,9 +148,9 @@ class PARProcessor(Routed, ReductionProcessor):
             )
         return [file.at(self.budget, is_merged) for file in files]
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C) as the inner method does."""
         reducer = self.reducer()
         if reducer is None:
-            return ReductionPlan.identity(1, tokens.shape[1], tokens.device)
+            return TokenMap.identity(1, tokens.shape[1], tokens.device)
         return reducer.plan(tokens, site, frame)

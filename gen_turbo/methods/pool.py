@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.core.selection import pool_cells
-from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.select import pool_cells
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placement
 
 
 @METHODS.register("pool")
@@ -25,7 +25,7 @@ class PoolProcessor(Placement, ReductionProcessor):
 
     restore: str = "copy"
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]
         return pool_cells(site.grid or (1, num_tokens), num_tokens - int(num_tokens * site.ratio), tokens.device)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.token_map import TokenMap
 
 
 @METHODS.register("random")
@@ -26,10 +26,10 @@ class RandomProcessor(ReductionProcessor):
     """
 
     restore: str = "copy"
-    plan_steps: int | None = 1
+    match_every: int | None = 1
     seed: int = 0
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans a draw for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]
         first = site.num_protected
@@ -39,4 +39,4 @@ class RandomProcessor(ReductionProcessor):
         leaving, staying = order[:removed], torch.cat([torch.arange(first), order[removed:]])
         destination = torch.arange(num_tokens)
         destination[leaving] = staying[torch.randint(len(staying), (removed,), generator=generator)]
-        return ReductionPlan.from_destinations(destination[None].to(tokens.device), num_tokens - removed)
+        return TokenMap.from_destinations(destination[None].to(tokens.device), num_tokens - removed)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.core.selection import shrink_cells, shrunk_grid
-from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.select import shrink_cells, shrunk_grid
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placement
 
 
 @METHODS.register("resize")
@@ -29,17 +29,17 @@ class ResizeProcessor(Placement, ReductionProcessor):
 
     ratio: float = 0.5
     restore: str = "copy"
-    place: str = "picture"
+    place: str = "input"
 
-    needs = ("picture",)
+    needs = ("input",)
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
         super().__post_init__()
-        if self.place != "picture":
-            raise ValueError(f"resize makes pictures smaller; place must be 'picture', got {self.place!r}")
+        if self.place != "input":
+            raise ValueError(f"resize makes pictures smaller; place must be 'input', got {self.place!r}")
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C) of a grid, the same for every row.
 
         Raises:
@@ -47,8 +47,8 @@ class ResizeProcessor(Placement, ReductionProcessor):
         """
         num_tokens = tokens.shape[1]
         if site.ratio == 0:
-            return ReductionPlan.identity(1, num_tokens, tokens.device)
-        if site.name != "picture" or site.grid is None:
+            return TokenMap.identity(1, num_tokens, tokens.device)
+        if site.name != "input" or site.grid is None:
             raise ValueError("resize makes a vision-language model's pictures smaller, which are not here; use pool")
         smaller = shrunk_grid(site.grid, num_tokens - int(num_tokens * site.ratio))
         return shrink_cells(site.grid, smaller, tokens.device)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.matching import bipartite_soft_matching, line_soft_matching
-from gen_turbo.core.partition import grid_destinations
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.core.schedule import max_ratio, num_removed
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.match import bipartite_soft_matching, line_soft_matching
+from gen_turbo.tokens.partition import grid_destinations
+from gen_turbo.tokens.ratios import max_ratio, num_removed
+from gen_turbo.tokens.token_map import TokenMap
 
 _STRIDE = (2, 2)
 
@@ -36,7 +36,7 @@ class ToMeProcessor(ReductionProcessor):
     """
 
     restore: str = "copy"
-    plan_steps: int | None = 1
+    match_every: int | None = 1
     is_hashed: bool = True
     seed: int = 0
 
@@ -45,7 +45,7 @@ class ToMeProcessor(ReductionProcessor):
         """Three of the four tokens of a cell can leave."""
         return max_ratio(_STRIDE)
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C)."""
         count = num_removed(tokens.shape[1] - site.num_protected, site.ratio)
         if site.grid is None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Grid, Site
-from gen_turbo.core.matching import bipartite_soft_matching, line_soft_matching, tile_soft_matching
-from gen_turbo.core.partition import grid_destinations
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.core.schedule import max_ratio, num_removed
-from gen_turbo.core.scoring import information_penalty
+from gen_turbo.method import Grid, LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.match import bipartite_soft_matching, line_soft_matching, tile_soft_matching
+from gen_turbo.tokens.partition import grid_destinations
+from gen_turbo.tokens.ratios import max_ratio, num_removed
+from gen_turbo.tokens.score import information_penalty
+from gen_turbo.tokens.token_map import TokenMap
 
 _STRIDE = (2, 2)
 _LEAST_TILE, _TILES_A_SIDE = 4, 4
@@ -67,7 +67,7 @@ class TurboProcessor(ReductionProcessor):
         """Three of the four tokens of a cell can leave."""
         return max_ratio(_STRIDE)
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C); a grid that is too small for the ratio raises ValueError."""
         count = num_removed(tokens.shape[1] - site.num_protected, site.ratio)
         penalty_BN = self._penalty(site)
@@ -92,7 +92,7 @@ class TurboProcessor(ReductionProcessor):
         quarter = min(grid) // _TILES_A_SIDE // 2 * 2
         return min(self.tile, max(_LEAST_TILE, quarter))
 
-    def _penalty(self, site: Site) -> Tensor | None:
+    def _penalty(self, site: LayerInfo) -> Tensor | None:
         if self.semantic == "none" or self.value_weight == 0 or site.semantic is None:
             return None
         value_BN = site.semantic(self.semantic)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.matching import bipartite_soft_matching
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.core.scoring import information_penalty
-from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.match import bipartite_soft_matching
+from gen_turbo.tokens.score import information_penalty
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placement
 
 
 @METHODS.register("turbo_vit")
@@ -65,10 +65,10 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
             if getattr(self, setting) < 0:
                 raise ValueError(f"{setting} must not be negative; got {getattr(self, setting)}")
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C): the mean keys of a block, or features before the language model."""
         batch, num_tokens, _ = tokens.shape
-        total = ReductionPlan.identity(batch, num_tokens, tokens.device)
+        total = TokenMap.identity(batch, num_tokens, tokens.device)
         in_tower = self.num_removed > 0 and site.name != "text"
         if (self.ratio if in_tower else site.ratio) == 0 or num_tokens + 1 < self.threshold:
             return total
@@ -82,7 +82,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
             left -= now
         return total
 
-    def _value(self, site: Site) -> Tensor | None:
+    def _value(self, site: LayerInfo) -> Tensor | None:
         if self.semantic == "none" or site.semantic is None:
             return None
         value = site.semantic(self.semantic)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.hosts.vlm.settings import Placement
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placement
 
 
 @METHODS.register("visionzip")
@@ -49,7 +49,7 @@ class VisionZipProcessor(Placement, ReductionProcessor):
         if self.semantic not in ("class", "self"):
             raise ValueError(f"semantic must be 'class' or 'self'; got {self.semantic!r}")
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C).
 
         Raises:
@@ -58,7 +58,7 @@ class VisionZipProcessor(Placement, ReductionProcessor):
         batch, num_tokens, _ = tokens.shape
         num_kept = num_tokens - int(num_tokens * site.ratio)
         if num_kept == num_tokens:
-            return ReductionPlan.identity(1, num_tokens, tokens.device)
+            return TokenMap.identity(1, num_tokens, tokens.device)
         attention = self._attention(site)
         num_merged = max(1, round(num_kept * self.contextual)) if self.contextual else 0
         num_merged = min(num_merged, num_kept)
@@ -72,9 +72,9 @@ class VisionZipProcessor(Placement, ReductionProcessor):
         destination = targets.gather(1, similarity.argmax(2))
         own = torch.arange(num_tokens, device=tokens.device).expand(batch, -1)
         stays = torch.cat([order[:, : num_kept - num_merged], targets], 1)
-        return ReductionPlan.from_destinations(destination.scatter(1, stays, own.gather(1, stays)), num_kept)
+        return TokenMap.from_destinations(destination.scatter(1, stays, own.gather(1, stays)), num_kept)
 
-    def _attention(self, site: Site) -> Tensor:
+    def _attention(self, site: LayerInfo) -> Tensor:
         for kind in dict.fromkeys((self.semantic, "self")):
             attention = site.semantic(kind) if site.semantic is not None else None
             if attention is not None:

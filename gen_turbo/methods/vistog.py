@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.grouping import group_tokens
-from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.group import group_tokens
+from gen_turbo.tokens.token_map import TokenMap
 
 
 @METHODS.register("vistog")
@@ -53,7 +53,7 @@ class VisToGProcessor(ReductionProcessor):
         if not 0 <= self.free < 1:
             raise ValueError(f"free must be a share of the groups, 0 <= free < 1; got {self.free}")
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the groups of tokens (B, N, C); protected tokens stay alone."""
         visual = tokens[:, site.num_protected :]
         num_groups = visual.shape[1] - int(visual.shape[1] * site.ratio)

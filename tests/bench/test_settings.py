@@ -9,12 +9,12 @@ from diffusers import UNet2DConditionModel
 from gen_turbo import load_pipeline
 from gen_turbo.bench.catalogue import BUDGETS, quality_catalogue
 from gen_turbo.bench.settings import Method, OutputCache, Setting, Stock, Tomesd, selected
-from gen_turbo.learned.schedule import shipped
 from gen_turbo.metrics.cost import count_cost
+from gen_turbo.training.schedule import shipped
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 
 SETTINGS = [
-    Method("turbo-copy", "turbo", "turbo", {"ratio": 0.5, "restore": "copy", "plan_steps": 1}),
+    Method("turbo-copy", "turbo", "turbo", {"ratio": 0.5, "restore": "copy", "match_every": 1}),
     Tomesd("tomesd", "package tomesd", 0.5),
     OutputCache("cache", "cache", 2),
 ]

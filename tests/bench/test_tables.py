@@ -16,7 +16,7 @@ from gen_turbo.bench.readme import rewrite, with_tables
 from gen_turbo.bench.records import BenchRecord
 from gen_turbo.bench.scopes import FAMILIES
 from gen_turbo.bench.tables import TABLES, attention_cost, quality
-from gen_turbo.cli import main
+from gen_turbo.commands.cli import main
 
 COUNTS = {"top_attention_flops": 25, "matching_flops": 9, "stock_top_attention_flops": 100}
 MARKED = "before\n<!-- table:quality -->\nold\n<!-- /table -->\nafter\n"

@@ -12,11 +12,11 @@ from gen_turbo.bench.catalogue import quality_catalogue
 from gen_turbo.bench.records import load
 from gen_turbo.bench.settings import Method, OutputCache, Setting, fitting
 from gen_turbo.bench.studio import fingerprint
-from gen_turbo.cli import main
-from gen_turbo.learned.schedule import read
+from gen_turbo.commands.cli import main
 from gen_turbo.metrics.cost import count_cost
 from gen_turbo.pipelines import tiny
-from tests.hosts.families import relative
+from gen_turbo.training.schedule import read
+from tests.engine.families import relative
 from tests.tiny_hosts import sd15_unet
 from tests.tiny_pipelines import sd3_with_text
 from tests.tiny_transformers import build, run
@@ -24,7 +24,7 @@ from tests.tiny_transformers import build, run
 LAYERS = 2
 IMAGE, WORDS, PADDING = 64, 20, 256
 SETTINGS = [
-    Method("block", "turbo", "turbo", {"ratio": 0.5, "restore": "copy", "plan_steps": 1, "scope": "block"}),
+    Method("block", "turbo", "turbo", {"ratio": 0.5, "restore": "copy", "match_every": 1, "scope": "block"}),
     OutputCache("cache", "cache", 2),
 ]
 
@@ -78,7 +78,7 @@ def test_what_only_fits_unets_is_left_out_of_a_transformer() -> None:
         ("tomesd-r0.5", "works on UNets alone"),
         ("deepcache-*", "works on UNets alone"),
         ("turbo-par-b0.5", "no schedule ships for this SD3Transformer2DModel"),
-        ("block-copy-r0.5-2levels", "it merges 2 levels and the model has 1"),
+        ("block-copy-r0.5-2levels", "it merges to downsample 2, and the model has"),
     ],
 )
 def test_what_does_not_fit_says_why_when_it_is_named(pattern: str, why: str) -> None:

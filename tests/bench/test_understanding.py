@@ -12,7 +12,7 @@ from PIL import Image
 from gen_turbo import load_pipeline, scenes
 from gen_turbo.bench import records, understanding
 from gen_turbo.bench.tables import TABLES
-from gen_turbo.cli import main
+from gen_turbo.commands.cli import main
 from gen_turbo.pipelines import tiny_vlm
 
 

@@ -225,7 +225,7 @@ COMBINATIONS: dict[str, Combination] = {
     "ControlNet, reduced besides the UNet": Combination(
         control_pipeline,
         partial(draw_picture, image=prompt_image()),
-        lambda pipe: attach(pipe, TurboProcessor(0.4, warmup=1)),
+        lambda pipe: attach(pipe, TurboProcessor(0.4, warmup_steps=1)),
         lambda pipe: pipe.controlnet,
     ),
     "two ControlNets": Combination(

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from gen_turbo import TurboProcessor, attach, reattach, report
-from gen_turbo.hosts.attach import NoEffectWarning
+from gen_turbo.api import NoEffectWarning
 from tests.contracts.combinations import COMBINATIONS, Combination
 from tests.snapshots import differences, model_state
 
 TABLE = Path(__file__).parent / "COMBINATIONS.md"
-REDUCING = {"ratio": 0.4, "warmup": 1, "refresh": 4}
+REDUCING = {"ratio": 0.4, "warmup_steps": 1, "full_every": 4}
 _HEAD = """# What goes together with a processor
 
 Every cell is the outcome of a check on real classes at a tiny size with random weights; a test compares each with this

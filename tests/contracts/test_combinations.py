@@ -31,7 +31,7 @@ def test_threads_draw_what_they_draw_alone():
     """Catches steps and plans of one thread's run that serve another's."""
     row = COMBINATIONS["two threads, one UNet"]
     pipes = row.make()
-    with attach(row.target(pipes), TurboProcessor(0.4, warmup=1)):
+    with attach(row.target(pipes), TurboProcessor(0.4, warmup_steps=1)):
         alone = torch.cat([draw_picture(pipe, seed) for seed, pipe in enumerate(pipes)])
         assert torch.equal(row.draw(pipes), alone)
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from gen_turbo import TurboProcessor, attach
 from tests import tiny_transformers
-from tests.hosts.families import relative
+from tests.engine.families import relative
 from tests.tiny_hosts import TEXT_WIDTH, picture, run_unet, sd_pipeline, unet_inputs
 
 TIMES = (900, 800, 700, 600, 500)
@@ -73,7 +73,7 @@ def test_attach_and_detach_after_compile():
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
     stock = run(unet)
     assert torch.equal(run(compiled), stock)
-    with attach(compiled, TurboProcessor(0.5, restore="copy", plan_steps=3)):
+    with attach(compiled, TurboProcessor(0.5, restore="copy", match_every=3)):
         expected = run(unet)
         assert torch.equal(run(compiled), expected) and not torch.equal(expected, stock)
     assert torch.equal(run(compiled), stock)
@@ -123,7 +123,7 @@ def test_compiled_blocks_of_a_unet_share_one_graph():
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("flux", {}), ("wan", {"restore": "copy", "plan_steps": 2, "size_weighted": True})]
+    ("name", "settings"), [("flux", {}), ("wan", {"restore": "copy", "match_every": 2, "proportional_attention": True})]
 )
 def test_compiled_blocks_of_a_transformer_share_the_graphs_of_the_stock_model(name, settings):
     """Catches text, positions or a mask that end a graph, outputs that share memory, and a graph per kind of step."""

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline
-from gen_turbo.core.forecast import best_slope, forecast
-from gen_turbo.hosts.attach import attachments, host_of
-from gen_turbo.hosts.stopwatch import timed
-from gen_turbo.learned.schedule import WHOLE, Schedule, ScheduleFile, read, write
-from gen_turbo.learned.search import Search
+from gen_turbo.api import attachments, host_of
+from gen_turbo.engine.stopwatch import timed
+from gen_turbo.tokens.forecast import best_slope, forecast
+from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, read, write
+from gen_turbo.training.search import Search
 from tests.schedules import TIMES, by_hand
 from tests.tiny_hosts import run_unet, sd15_unet, sdxl_unet, unet_inputs
 
@@ -76,7 +76,7 @@ def test_wrong_settings_are_named(settings, words):
 
 def test_inner_methods():
     """Catches an inner method that loses the shared settings, and one that is PAR itself."""
-    assert PARProcessor(0.4).reducer() == TurboProcessor(0.4, refresh=8)
+    assert PARProcessor(0.4).reducer() == TurboProcessor(0.4, full_every=8)
     assert PARProcessor(inner=None).reducer() is None
     assert PARProcessor(inner={"method": "tome", "ratio": 0.2}).reducer().ratio == 0.2
     with pytest.raises(ValueError, match="inner must name a method that merges tokens; got 'par'"):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from gen_turbo import ToMeProcessor, TurboProcessor
-from gen_turbo.contract import Frame, Site
+from gen_turbo.method import LayerInfo, StepInfo
 
 
 def _plan(processor, tokens, value=None, num_plans=0):
-    site = Site("here", processor.ratio, (8, 8), semantic=lambda kind: value)
-    return processor.plan(tokens, site, Frame(num_plans=num_plans))
+    site = LayerInfo("here", processor.ratio, (8, 8), semantic=lambda kind: value)
+    return processor.plan(tokens, site, StepInfo(num_plans=num_plans))
 
 
 def _tokens():
@@ -47,7 +47,7 @@ def test_small_pictures_have_smaller_tiles(side, reach):
     """Catches one size of tiles for all, which in a small picture merges tokens of distant places."""
     tokens = torch.randn(1, side * side, 8, generator=torch.Generator().manual_seed(1))
     processor = TurboProcessor(0.75)
-    plan = processor.plan(tokens, Site("here", 0.75, (side, side)), Frame())
+    plan = processor.plan(tokens, LayerInfo("here", 0.75, (side, side)), StepInfo())
     place = torch.arange(side * side)
     anchor = plan.anchor_BM[0][plan.slot_BN[0]]
     rows, columns = (place // side - anchor // side).abs(), (place % side - anchor % side).abs()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gen_turbo import TurboProcessor, attach
-from gen_turbo.contract import Frame, Site
+from gen_turbo.method import LayerInfo, StepInfo
 from tests.tiny_hosts import UNETS, picture, run_unet, sd_pipeline, unet_inputs
 
 # Softmax in float32 against Python's float64.
@@ -73,7 +73,7 @@ def test_with_guidance_only_the_prompt_is_asked():
     assert not torch.allclose(values[0, :5], expected[0], **ROUNDING)
 
 
-@pytest.mark.parametrize("restore", ["copy", "correct"])
+@pytest.mark.parametrize("restore", ["copy", "residual"])
 def test_another_prompt_keeps_other_tokens(restore):
     """Catches a value that is asked for and then not used, or that a run keeps for the next."""
     pipe = sd_pipeline()
@@ -92,18 +92,18 @@ def test_a_token_that_the_text_means_never_leaves():
     tokens = torch.ones(1, 64, 8)
     value = torch.full((1, 64), 0.1)
     value[:, 9] = 0.9
-    site = Site("here", 0.5, (8, 8), semantic=lambda kind: value if kind == "text" else None)
-    plan = TurboProcessor(0.5, semantic="text", value_weight=0.05).plan(tokens, site, Frame())
+    site = LayerInfo("here", 0.5, (8, 8), semantic=lambda kind: value if kind == "text" else None)
+    plan = TurboProcessor(0.5, semantic="text", value_weight=0.05).plan(tokens, site, StepInfo())
     assert 9 in plan.anchor_BM
 
 
 def test_no_text_is_an_error_and_not_a_silence():
     """Catches a setting that does nothing where a model has no text for it."""
     tokens = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
-    site = Site("down_blocks.0.attn1", 0.5, (8, 8), semantic=lambda kind: None)
+    site = LayerInfo("down_blocks.0.attn1", 0.5, (8, 8), semantic=lambda kind: None)
     processor = TurboProcessor(0.5, semantic="text")
     with pytest.raises(ValueError, match=r"found no text at down_blocks\.0\.attn1.*use semantic='self' or 'none'"):
-        processor.plan(tokens, site, Frame())
+        processor.plan(tokens, site, StepInfo())
 
 
 def test_a_block_without_cross_attention_has_no_text():

@@ -7,8 +7,8 @@ import torch
 
 import gen_turbo
 from gen_turbo import RandomProcessor, TurboProcessor, VisToGProcessor, attach, report
-from gen_turbo.contract import Frame, Site
-from tests.hosts.families import Keys, family
+from gen_turbo.method import LayerInfo, StepInfo
+from tests.engine.families import Keys, family
 from tests.snapshots import differences, model_state
 
 
@@ -45,8 +45,8 @@ def test_groups_are_not_worse_than_turbo_s_merging():
 
 def test_protected_tokens_stay_alone():
     """Catches text that is grouped with the picture, and a grid laid over both."""
-    x, site = tokens(num_tokens=67), Site("here", 0.5, (8, 8), num_protected=3)
-    plan = VisToGProcessor().plan(x, site, Frame())
+    x, site = tokens(num_tokens=67), LayerInfo("here", 0.5, (8, 8), num_protected=3)
+    plan = VisToGProcessor().plan(x, site, StepInfo())
     assert plan.num_slots == 3 + 32
     assert plan.anchor_BM[0, :3].tolist() == [0, 1, 2] and plan.sizes()[0, :3].tolist() == [1, 1, 1]
     alone = VisToGProcessor(0.5).plan_tokens(x[:, 3:], grid=(8, 8))
@@ -75,7 +75,7 @@ def test_attached_it_shortens_attention_and_leaves_no_trace(name):
     stock, before = run(), model_state(model)
     with attach(model, VisToGProcessor(0.0)):
         assert torch.equal(run(), stock)
-    for restore in ("copy", "correct"):
+    for restore in ("copy", "residual"):
         with attach(model, VisToGProcessor(0.9, restore=restore)), Keys() as keys:
             first, second = run(), run()
             rows = [site for site in report(model).sites if site.status == "reduced"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.core.plan import ReductionPlan
+from gen_turbo.tokens.token_map import TokenMap
 from tests.vlm.tiny_vlms import IMAGE, TinyVlm
 
 NOT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -19,12 +19,12 @@ NOT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_id
 class Method:
     """What a method does to one picture: its plan for (1, n, C), where, and whether slots are averaged."""
 
-    plan: Callable[[Tensor], ReductionPlan]
+    plan: Callable[[Tensor], TokenMap]
     cut: int = 0
     is_merged: bool = True
 
 
-def reduce_row(x_NC: Tensor, plan: ReductionPlan, is_merged: bool) -> Tensor:
+def reduce_row(x_NC: Tensor, plan: TokenMap, is_merged: bool) -> Tensor:
     """The slots of one picture by the definition of a plan: means, or the anchors themselves."""
     slots = plan.slot_BN[0].tolist()
     rows = []
@@ -40,7 +40,7 @@ def reduce_pictures(hidden_LC: Tensor, others: list[Tensor], ids: Tensor, size: 
     streams, columns, at = [[] for _ in range(1 + len(others))], [], 0
     while at < len(ids):
         end = at + (size if ids[at] == IMAGE else 1)
-        plan = method.plan(hidden_LC[None, at:end]) if ids[at] == IMAGE else ReductionPlan.identity(1, 1)
+        plan = method.plan(hidden_LC[None, at:end]) if ids[at] == IMAGE else TokenMap.identity(1, 1)
         for stream, x in zip(streams, (hidden_LC, *others), strict=True):
             stream.append(reduce_row(x[at:end], plan, is_merged))
         columns += [at + anchor for anchor in plan.anchor_BM[0].tolist()]

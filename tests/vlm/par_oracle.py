@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.hosts.vlm.routes import Prompt, Routed, Routing, Scores
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.routes import Prompt, Routed, Routing, Scores
 from tests.vlm import oracle
 from tests.vlm.tiny_vlms import IMAGE, TinyVlm
 
@@ -45,7 +45,7 @@ class Forced(ReductionProcessor, Routed):
     first: int = 2
     mode: str = "drop"
 
-    def plan(self, tokens: Tensor, site: Site, frame: Frame) -> ReductionPlan:
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         raise AssertionError("a routed method plans by its chooser")
 
     def routing(self, model: nn.Module, text: nn.Module) -> Routing:

@@ -7,16 +7,16 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from gen_turbo import TurboProcessor, attach, report
-from gen_turbo.contract import Frame, Site
-from gen_turbo.core import selection
-from gen_turbo.hosts.vlm.decoder import last_attention
-from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.divprune import DivPruneProcessor
 from gen_turbo.methods.fastv import FastVProcessor
 from gen_turbo.methods.pool import PoolProcessor
 from gen_turbo.methods.stride import StrideProcessor
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
+from gen_turbo.tokens import select as selection
+from gen_turbo.vlm.decoder import last_attention
+from gen_turbo.vlm.settings import Placed
 from tests.vlm import oracle
 from tests.vlm.test_generate import TOLERANCE, generate
 from tests.vlm.tiny_vlms import PROMPTS, TEXT, VISION, VLMS
@@ -41,7 +41,7 @@ def test_any_budget_reaches_the_language_model(method, kept):
     """Catches a budget that is rounded in a method of its own, and beams or rows that share one plan."""
     vlm = VLMS["llava"]
     model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
-    processor = method(1 - (kept - 0.5) / 16, **({"place": "gate"} if method is TurboVisionProcessor else {}))
+    processor = method(1 - (kept - 0.5) / 16, **({"place": "pre_llm"} if method is TurboVisionProcessor else {}))
     with attach(model, processor):
         generate(model, inputs)
         rows = report(model).sites
@@ -104,7 +104,7 @@ def test_fastv_generates_as_the_oracle(family):
 def test_divprune_is_greedy_max_min():
     """Catches another first token, similarity for distance, and a kept token chosen again."""
     x = features()
-    plan = DivPruneProcessor(0.7).plan(x, Site("x", 0.7), Frame())
+    plan = DivPruneProcessor(0.7).plan(x, LayerInfo("x", 0.7), StepInfo())
     for row in range(2):
         distance = 1 - torch.cosine_similarity(x[row][:, None], x[row][None], dim=-1)
         others = [[float(distance[i, j]) for j in range(20) if j != i] for i in range(20)]
@@ -121,7 +121,7 @@ def test_visionzip_keeps_dominant_and_merges_the_rest():
     """Catches dominant tokens that receive others, targets among the dominant, and tokens joined to another target."""
     x, value = features(), torch.rand(2, 20, generator=torch.Generator().manual_seed(2))
     processor = VisionZipProcessor(0.6, contextual=0.375)
-    plan = processor.plan(x, Site("x", 0.6, semantic=lambda kind: value if kind == "class" else None), Frame())
+    plan = processor.plan(x, LayerInfo("x", 0.6, semantic=lambda kind: value if kind == "class" else None), StepInfo())
     for row in range(2):
         order = sorted(range(20), key=lambda i: -float(value[row, i]))
         dominant, rest = order[:5], sorted(order[5:])
@@ -176,14 +176,14 @@ def test_spaced_tokens_are_evenly_spaced():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: FastVProcessor(place="gate"), "place must be 'decoder', got 'gate'"),
-        (lambda: StrideProcessor(place="roof"), "one of picture, tower, projector, gate, decoder; got 'roof'"),
-        (lambda: StrideProcessor(combine="glue"), "combine must be 'merge' or 'select'"),
+        (lambda: FastVProcessor(place="pre_llm"), "place must be 'decoder', got 'pre_llm'"),
+        (lambda: StrideProcessor(place="roof"), "one of input, tower, projector, pre_llm, decoder; got 'roof'"),
+        (lambda: StrideProcessor(combine="glue"), "combine must be 'merge' or 'prune'"),
         (lambda: StrideProcessor(layer=0), "layer must be at least 1"),
         (lambda: VisionZipProcessor(contextual=2.0), "contextual must be a fraction"),
         (lambda: selection.keep_spaced(4, 0), "cannot keep 0 of 4 tokens"),
         (lambda: VisionZipProcessor(0.5).plan_tokens(features()), "reads the attention of a vision tower"),
-        (lambda: attach(pixtral(), TurboVisionProcessor(0.5)), "vision tower of this Llava.* use place='gate'"),
+        (lambda: attach(pixtral(), TurboVisionProcessor(0.5)), "vision tower of this Llava.* use place='pre_llm'"),
         (lambda: attach(VLMS["llava"].make("sdpa"), FastVProcessor(layer=4)), "layer 4 is not one of the 4 layers"),
     ],
 )

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach, report
-from gen_turbo.hosts.vlm.settings import Placed
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import tower_oracle
 from tests.vlm.tiny_vlms import PAD, TEXT, VISION, pixels, ready
@@ -52,7 +52,7 @@ MODELS = {
     "blip2": lambda: _queries(Blip2ForConditionalGeneration, Blip2Config),
     "instructblip": lambda: _queries(InstructBlipForConditionalGeneration, InstructBlipConfig),
 }
-PLACES = [PUBLISHED, TurboVisionProcessor(0.5), TurboProcessor(0.5), Placed(RandomProcessor(0.5), combine="select")]
+PLACES = [PUBLISHED, TurboVisionProcessor(0.5), TurboProcessor(0.5), Placed(RandomProcessor(0.5), combine="prune")]
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def run(name, model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("processor", PLACES, ids=["published", "ratio", "gate", "random"])
+@pytest.mark.parametrize("processor", PLACES, ids=["published", "ratio", "pre_llm", "random"])
 def test_the_text_side_reads_the_merged_tokens(name, processor):
     """Catches a tower that is restored, a mask of the old length, and tokens other than the tower's."""
     model = MODELS[name]()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach
-from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS, Prompt
@@ -78,7 +78,7 @@ def test_nothing_removed_is_bit_identical(family, processor, cut):
     vlm = VLMS[family]
     model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
     stock = generate(model, inputs)[1]
-    with attach(model, Placed(processor, place="decoder" if cut else "gate")):
+    with attach(model, Placed(processor, place="decoder" if cut else "pre_llm")):
         assert torch.equal(generate(model, inputs)[1], stock)
 
 
@@ -90,7 +90,7 @@ def test_detach_restores_every_object(family, cut):
     model, inputs = vlm.make("sdpa"), PROMPTS["padded"].inputs(vlm)
     generate(model, inputs)  # transformers installs its own hooks in the first call
     before = model_state(model)
-    attachment = attach(model, Placed(TurboProcessor(0.5), place="decoder" if cut else "gate"))
+    attachment = attach(model, Placed(TurboProcessor(0.5), place="decoder" if cut else "pre_llm"))
     generate(model, inputs)
     attachment.detach()
     attachment.detach()
@@ -227,7 +227,7 @@ def test_a_picture_in_the_second_turn_is_reduced_too(cut):
     assert (logits - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("place", ["gate", "decoder"])
+@pytest.mark.parametrize("place", ["pre_llm", "decoder"])
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

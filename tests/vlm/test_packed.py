@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gen_turbo import RandomProcessor, TurboProcessor, attach, report
-from gen_turbo.core.plan import ReductionPlan
-from gen_turbo.hosts.attach import attachments
-from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.api import attachments
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placed
 from tests.vlm import oracle, packed_oracle
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
@@ -72,7 +72,7 @@ def test_generate_equals_the_oracle(family, prompt):
         destination = torch.arange(16)
         for anchor, members in found[index][2]:
             destination[members] = anchor
-        return ReductionPlan.from_destinations(destination[None])
+        return TokenMap.from_destinations(destination[None])
 
     expected = oracle.generated_logits(model, vlm, inputs, new, oracle.Method(planned), (features, deep))
     assert logits.shape[1] == STEPS and (logits - expected).abs().max() < TOLERANCE

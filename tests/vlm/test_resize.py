@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from gen_turbo import IdentityProcessor, attach, report
-from gen_turbo.core.selection import shrink_cells, shrunk_grid
-from gen_turbo.hosts.vlm.settings import Placed
 from gen_turbo.methods.resize import ResizeProcessor
+from gen_turbo.tokens.select import shrink_cells, shrunk_grid
+from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_blip import MODELS, run
@@ -40,7 +40,7 @@ def test_the_language_model_reads_the_smaller_picture(family, prompt, ratio, sid
     cells, middles = cell_by_cell(4, side)
     slot = torch.tensor([[row * side + column for row in cells for column in cells]])
     anchor = torch.tensor([[row * 4 + column for row in middles for column in middles]])
-    plan = oracle.ReductionPlan(slot, anchor)
+    plan = oracle.TokenMap(slot, anchor)
     small = smaller(inputs["pixel_values"], side)
     with torch.no_grad():
         kwargs = {"interpolate_pos_encoding": True, "output_hidden_states": True}
@@ -83,7 +83,7 @@ def test_ratio_0_is_bit_identical_and_detach_exact():
     model, inputs = vlm.make("sdpa"), PROMPTS["even"].inputs(vlm)
     with torch.no_grad():
         stock, before = model(**inputs).logits, model_state(model)
-        for processor in (ResizeProcessor(0.0), Placed(IdentityProcessor(0.5), place="picture")):
+        for processor in (ResizeProcessor(0.0), Placed(IdentityProcessor(0.5), place="input")):
             with attach(model, processor):
                 assert torch.equal(model(**inputs).logits, stock)
         with attach(model, ResizeProcessor(0.5)):
@@ -105,8 +105,8 @@ def test_without_a_picture_it_is_refused():
     """Catches resizing of tokens, which would be another method."""
     with pytest.raises(ValueError, match="use pool"):
         ResizeProcessor(0.5).plan_tokens(torch.zeros(1, 16, 4), (4, 4))
-    with pytest.raises(ValueError, match="place must be 'picture', got 'gate'"):
-        ResizeProcessor(0.5, place="gate")
+    with pytest.raises(ValueError, match="place must be 'input', got 'pre_llm'"):
+        ResizeProcessor(0.5, place="pre_llm")
 
 
 @pytest.mark.parametrize("grid", [(16, 16), (24, 24), (7, 9), (1, 5)])

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
-from gen_turbo.contract import Frame, Site
-from gen_turbo.hosts.attach import NoEffectWarning
-from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.api import NoEffectWarning
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.stride import StrideProcessor
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm.test_blip import MODELS, TOLERANCE
 from tests.vlm.tiny_vlms import pixels
@@ -21,7 +21,7 @@ MASK = torch.tensor([[1] * 9 + [0] * 2, [1] * 11])
 REMOVED = 3  # int(0.5 * 7 words of the shorter row)
 METHODS = {
     "turbo": TurboProcessor(0.0, text_ratio=0.5, value_weight=0.5),
-    "class": TurboVisionProcessor(0.0, text_ratio=0.5, place="gate", value_weight=5.0),
+    "class": TurboVisionProcessor(0.0, text_ratio=0.5, place="pre_llm", value_weight=5.0),
     "stride": StrideProcessor(0.0, text_ratio=0.5),
 }
 
@@ -47,8 +47,8 @@ def _slow(model, reducer, images):
         value = {"class": look[0, 1:-1], "self": look[:, 1:-1].mean(0)}
         seen = {kind: (one / one.sum())[None] for kind, one in value.items()}
         words = length - 2
-        site = Site("text", (REMOVED + 0.5) / words, semantic=seen.get)
-        slots = reducer.plan(row[None, 1:-1], site, Frame()).slot_BN[0].tolist()
+        site = LayerInfo("text", (REMOVED + 0.5) / words, semantic=seen.get)
+        slots = reducer.plan(row[None, 1:-1], site, StepInfo()).slot_BN[0].tolist()
         members = [[0], *([1 + w for w in range(words) if slots[w] == s] for s in range(max(slots) + 1)), [length - 1]]
         hidden = torch.stack([torch.stack([row[m] for m in member]).mean(0) for member in members])[None]
         sizes = torch.tensor([float(len(member)) for member in members]).log()[None, None, None]
@@ -104,7 +104,7 @@ def test_answers_change_and_come_back(name):
 
 
 @pytest.mark.parametrize("model", [MODELS["caption"], MODELS["blip2"]])
-@pytest.mark.parametrize("place", ["gate", "tower"])
+@pytest.mark.parametrize("place", ["pre_llm", "tower"])
 def test_causal_text_without_a_gate_is_refused(model, place):
     """Catches a setting that is ignored in silence."""
     with pytest.raises(ValueError, match="text that is read in both directions"):

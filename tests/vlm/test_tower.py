@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, RandomProcessor, ToMeProcessor, TurboProcessor, attach, report
-from gen_turbo.contract import Frame, Site
 from gen_turbo.factory import build_processor
-from gen_turbo.hosts.vlm.settings import Placed
+from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle, tower_oracle
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate
@@ -55,7 +55,7 @@ def test_the_published_algorithm_by_index_and_value(family, attention):
 
 
 def _part(model):
-    from gen_turbo.hosts.attach import attachments
+    from gen_turbo.api import attachments
 
     return attachments(model)[0]
 
@@ -148,11 +148,11 @@ def test_the_portable_weight_is_the_papers_at_its_size():
     value = torch.rand(1, 16, generator=torch.Generator().manual_seed(1))
     value = value / value.sum()
 
-    site = Site("x", 0.4, semantic=lambda kind: value)
-    raw = TurboVisionProcessor(0.4, alpha=0.1, scale=30.0).plan(tokens, site, Frame())
-    portable = TurboVisionProcessor(0.4, value_weight=3.0 / 16).plan(tokens, site, Frame())
-    late = TurboVisionProcessor(0.4, alpha=0.1, scale=30.0, beta=0.0, gamma=0).plan(tokens, site, Frame(num_plans=2))
-    none = TurboVisionProcessor(0.4, semantic="none").plan(tokens, site, Frame())
+    site = LayerInfo("x", 0.4, semantic=lambda kind: value)
+    raw = TurboVisionProcessor(0.4, alpha=0.1, scale=30.0).plan(tokens, site, StepInfo())
+    portable = TurboVisionProcessor(0.4, value_weight=3.0 / 16).plan(tokens, site, StepInfo())
+    late = TurboVisionProcessor(0.4, alpha=0.1, scale=30.0, beta=0.0, gamma=0).plan(tokens, site, StepInfo(num_plans=2))
+    none = TurboVisionProcessor(0.4, semantic="none").plan(tokens, site, StepInfo())
     assert torch.equal(raw.slot_BN, portable.slot_BN)
     assert torch.equal(late.slot_BN, none.slot_BN) and not torch.equal(raw.slot_BN, none.slot_BN)
 
@@ -171,7 +171,7 @@ def test_blip_settings_leave_the_published_number_of_tokens():
     processor, left = TurboVisionProcessor(num_removed=30, semantic="none"), 576
     for block in range(12):
         tokens = torch.randn(1, left, 4, generator=torch.Generator().manual_seed(block))
-        left = processor.plan(tokens, Site("x", 0.1), Frame(num_plans=block)).num_slots
+        left = processor.plan(tokens, LayerInfo("x", 0.1), StepInfo(num_plans=block)).num_slots
     assert left + 1 == 217
 
 

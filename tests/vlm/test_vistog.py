@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from gen_turbo import attach, report
-from gen_turbo.core.selection import pool_cells
+from gen_turbo.api import attachments
 from gen_turbo.factory import build_processor
-from gen_turbo.hosts.attach import attachments
-from gen_turbo.learned.vistog import VisToGArtefact
 from gen_turbo.methods.pool import PoolProcessor
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
+from gen_turbo.tokens.select import pool_cells
+from gen_turbo.training.vistog import VisToGArtefact
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_blip import MODELS, run
@@ -256,7 +256,7 @@ def test_other_connectors_are_refused(family):
     """Catches groups that are shuffled, tiled or packed as if they were patches."""
     model = VLMS[family].make("sdpa")
     before = model_state(model)
-    with pytest.raises(ValueError, match=r"no projector that reads plain patches; use place='gate'"):
+    with pytest.raises(ValueError, match=r"no projector that reads plain patches; use place='pre_llm'"):
         attach(model, VisToGVisionProcessor(0.5))
     assert differences(before, model_state(model)) == []
 
@@ -277,7 +277,7 @@ def test_numbers_that_do_not_fit_the_model_are_named(settings, words):
 
 def test_wrong_settings_are_named():
     """Catches places where semantic tokens have no meaning."""
-    for settings in ({"place": "gate"}, {"combine": "select"}, {"num_tokens": -1}, {"first_block": -1}):
+    for settings in ({"place": "pre_llm"}, {"combine": "prune"}, {"num_tokens": -1}, {"first_block": -1}):
         with pytest.raises(ValueError, match="got"):
             VisToGVisionProcessor(**settings)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gen_turbo import attach, scenes
-from gen_turbo.cli import main
+from gen_turbo.commands.cli import main
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.pipelines import tiny_vlm
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gen_turbo.core.selection import pool_cells
-from gen_turbo.learned.probe import is_same_model, weight_probe
-from gen_turbo.learned.vistog import SemanticGrouping, VisToGArtefact, VisToGShape
+from gen_turbo.tokens.select import pool_cells
+from gen_turbo.training.probe import is_same_model, weight_probe
+from gen_turbo.training.vistog import SemanticGrouping, VisToGArtefact, VisToGShape
 
 GRID, WIDTH, NUM = (6, 6), 8, 7
 

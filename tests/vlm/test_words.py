@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach, report
-from gen_turbo.hosts.denoiser import NoEffectWarning
-from gen_turbo.hosts.vlm.settings import Placed
-from gen_turbo.hosts.vlm.words import special_ids
+from gen_turbo.engine.denoiser import NoEffectWarning
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from gen_turbo.vlm.settings import Placed
+from gen_turbo.vlm.words import special_ids
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate, oracle_method
@@ -86,7 +86,7 @@ def test_generate_equals_the_oracle(family, attention, cut):
     vlm = VLMS[family]
     model, inputs = vlm.make(attention), prompt(vlm)
     processor = TurboProcessor(0.6, semantic="none", text_ratio=RATIO)
-    with attach(model, Placed(processor, place="decoder" if cut else "gate")):
+    with attach(model, Placed(processor, place="decoder" if cut else "pre_llm")):
         new, logits, _ = generate(model, inputs)
     assert logits.shape[1] == STEPS
     assert (logits - expected_logits(model, vlm, inputs, new, processor, cut)).abs().max() < TOLERANCE

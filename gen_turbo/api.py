@@ -1,0 +1,176 @@
+"""Installing a reducer on a model or a pipeline, and taking it off again object for object."""
+
+from __future__ import annotations
+
+import weakref
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from gen_turbo.engine.base import Host, Part
+from gen_turbo.engine.denoiser import NoEffectWarning as NoEffectWarning
+from gen_turbo.method import TokenReducer
+
+_FAMILIES = {
+    "diffusers.": "gen_turbo.models.families",
+    "transformers.": "gen_turbo.vlm.families",
+}
+"""Where the tuple HOSTS is for the models of a library; imported when a model of that library is attached to."""
+_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "vlm")
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Part] = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """A reducer on every denoiser of a pipeline, or on one model. As a context manager it detaches at the end.
+
+    Attributes:
+        parts: One attachment per model.
+    """
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The layers that are reduced; never empty."""
+        return tuple(name for part in self.parts for name in part.layer_names)
+
+    def detach(self) -> None:
+        """Makes every model what it was, object for object; doing it twice is harmless."""
+        for part in self.parts:
+            _release(part)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+
+def attach(target: Any, reducer: TokenReducer, *, replace: bool = False) -> Attachment:
+    """Installs a reducer on a diffusers pipeline's denoisers or on one model.
+
+    Args:
+        target: A pipeline or a model.
+        reducer: A processor, such as `TurboProcessor(0.4)`.
+        replace: Whether a reducer that is attached already gives way; otherwise that is an error.
+
+    Returns:
+        The attachment, which detaches.
+
+    Raises:
+        TypeError: If `reducer` is no token reducer or `target` is neither a pipeline nor a model.
+        ValueError: If no host takes the model, no layer would be reduced, or a reducer is attached already.
+            Nothing was changed then.
+    """
+    if not isinstance(reducer, TokenReducer):
+        raise TypeError(f"expected a processor such as TurboProcessor(0.4), got {reducer!r}")
+    pipeline, models = denoisers(target)
+    attached = [model for model in models if model in _ATTACHED]
+    if attached and not replace:
+        raise ValueError(
+            f"{type(attached[0]).__name__} already has a {type(_ATTACHED[attached[0]].reducer).__name__} attached; "
+            "call gen_turbo.detach first"
+        )
+    return _exchanged([_ATTACHED[model] for model in attached], [(model, reducer) for model in models], pipeline)
+
+
+def reattach(target: Any) -> Attachment:
+    """Attaches what is attached once more, to the layers as they are now.
+
+    Calls that give layers other processors, such as `enable_attention_slicing` and `fuse_qkv_projections`, take them
+    from the reducer; `report` calls these layers lost.
+
+    Raises:
+        ValueError: If nothing is attached, or the reducer does not fit the layers now. Nothing was changed then.
+    """
+    pipeline, models = denoisers(target)
+    before = [_ATTACHED[model] for model in models if model in _ATTACHED]
+    if not before:
+        raise ValueError(f"nothing is attached to this {type(target).__name__}; call gen_turbo.attach")
+    return _exchanged(before, [(part.model, part.reducer) for part in before], pipeline)
+
+
+def detach(target: Any) -> None:
+    """Takes the reducer off a pipeline or model; without one, nothing happens."""
+    for model in denoisers(target)[1]:
+        if model in _ATTACHED:
+            _release(_ATTACHED[model])
+
+
+def attachments(target: Any) -> list[Part]:
+    """What is attached to a pipeline's denoisers or to a model."""
+    return [_ATTACHED[model] for model in denoisers(target)[1] if model in _ATTACHED]
+
+
+def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
+    """Gives the pipeline, if `target` is one, and the models in it that denoise; never the autoencoder.
+
+    Raises:
+        TypeError: If the target is neither a model nor a pipeline with a denoiser.
+    """
+    if isinstance(target, nn.Module):
+        return None, [_uncompiled(target)]
+    models = [getattr(target, name, None) for name in _DENOISERS if name in getattr(target, "components", {})]
+    found = [_uncompiled(model) for model in models if isinstance(model, nn.Module)]
+    if not found:
+        got = type(target).__name__
+        raise TypeError(f"expected a diffusers pipeline with one of {_DENOISERS} or a model, got {got}")
+    return target, found
+
+
+def denoiser(target: Any) -> nn.Module:
+    """The model that denoises, the first where a pipeline has several; raises TypeError as `denoisers`."""
+    return denoisers(target)[1][0]
+
+
+def _exchanged(before: list[Part], wanted: list[tuple[nn.Module, TokenReducer]], pipeline: Any | None) -> Attachment:
+    """Takes parts off and installs others; if one of those cannot be, the first are back."""
+    hosts = [host_of(model) for model, _ in wanted]
+    for part in before:
+        _release(part)
+    try:
+        parts = [
+            host.attachment(model, reducer, pipeline) for (model, reducer), host in zip(wanted, hosts, strict=True)
+        ]
+    except Exception:
+        _install(before)
+        raise
+    _install(parts)
+    return Attachment(parts)
+
+
+def _release(part: Part) -> None:
+    """Takes one part off its model; a part that is off already changes nothing."""
+    part.remove()
+    for model in [model for model, other in _ATTACHED.items() if other is part]:
+        del _ATTACHED[model]
+
+
+def _install(parts: list[Part]) -> None:
+    for part in parts:
+        part.install()
+        _ATTACHED[part.model] = part
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside of what `torch.compile(model)` returns."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
+def host_of(model: nn.Module) -> Host:
+    """Finds the host by the names of the model's class and its bases, importing only the libraries they come from."""
+    bases = [cls for cls in type(model).__mro__ if cls.__module__.startswith(tuple(_FAMILIES))]
+    for cls in bases:
+        for host in _hosts(cls.__module__.split(".")[0] + "."):
+            if cls.__name__ in host.models:
+                return host
+    known = ", ".join(name for prefix in _FAMILIES for host in _hosts(prefix) for name in host.models)
+    raise ValueError(f"{type(model).__name__} is not supported; supported: {known}")
+
+
+def _hosts(prefix: str) -> tuple[Host, ...]:
+    hosts: tuple[Host, ...] = import_module(_FAMILIES[prefix]).HOSTS
+    return hosts

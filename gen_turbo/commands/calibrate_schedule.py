@@ -1,0 +1,185 @@
+"""`gen-turbo calibrate par` on a diffusion pipeline: prompts in, a file of schedules out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from gen_turbo import scenes
+from gen_turbo.config import CALL_SETTINGS, ConfigError, PipelineConfig
+
+_PROMPTS = (
+    "a photo of a street market with many people",
+    "a portrait of an old woman, soft light",
+    "a mountain lake at sunrise, wide angle",
+    "a red bicycle leaning on a white wall",
+)
+_OWN_SEED = 1000
+"""Keeps captions and noise apart from those of the benchmarks, whose seeds begin at 0."""
+_ALMOST_ALL, _MOST_DB = 0.999, 100.0
+_COSTS = (0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that concern diffusion pipelines."""
+    group = parser.add_argument_group("diffusion pipelines")
+    group.add_argument(
+        "--prompt", action="append", default=[], help="what to draw meanwhile; may be given several times"
+    )
+    group.add_argument("--prompts", type=int, default=2, help="how many prompts are recorded and compared (2)")
+    group.add_argument("--steps", type=int, help="the same as steps=...")
+    group.add_argument("--budgets", type=float, nargs="+", default=_COSTS, help="shares of the stock cost to fill")
+    group.add_argument("--like", type=Path, metavar="FILE", help="search nothing; carry over schedules of other steps")
+    group.add_argument("--inner", nargs="+", default=["turbo", "none"], help="merging methods meanwhile (turbo none)")
+
+
+def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) -> None:
+    """Measures a pipeline's denoiser, searches schedules or takes over another run's, runs them, writes the file."""
+    from gen_turbo.api import denoiser
+    from gen_turbo.factory import build_pipeline, quiet_loading
+    from gen_turbo.output import check_writable
+    from gen_turbo.training.schedule import Schedule, ScheduleFile, probe_of, undominated, write
+
+    steps = namespace.steps or config.steps
+    output = namespace.output or Path(f"runs/par/schedule-{steps}.yaml")
+    check_writable(output.parent)
+    quiet_loading()
+    pipe = build_pipeline(config)
+    pipe.set_progress_bar_config(disable=True)
+    draw = _drawer(pipe, replace(config, steps=steps), _prompts(namespace, config), namespace.seed + _OWN_SEED)
+    pipe.scheduler.set_timesteps(steps)
+    found = _searched(pipe, namespace, draw) if namespace.like is None else _taken_over(pipe, namespace.like)
+    model = denoiser(pipe)
+    title = f"{config.checkpoint}, {steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
+    title += f" --like {namespace.like.name}" if namespace.like is not None else ""
+    made = partial(ScheduleFile, type(model).__name__, tuple(probe_of(model).tolist()), type(pipe.scheduler).__name__)
+    done: list[Schedule] = []
+    for schedule in found:
+        done.append(_tried(pipe, made((schedule,)), draw, namespace.prompts))
+        write(output, made(undominated(done)), title)
+    print(output)
+
+
+def _searched(pipe: Any, namespace: argparse.Namespace, draw: Callable[[int, str], Any]) -> list[Any]:
+    """Schedules for all budgets, with and without merging, by what every unit costs and what is lost without it."""
+    from gen_turbo.api import denoiser, host_of
+    from gen_turbo.engine.groups import groups_of, insides
+    from gen_turbo.engine.probing import Probe
+    from gen_turbo.training.calibrate_denoiser import measure
+    from gen_turbo.training.schedule import WHOLE, Schedule
+
+    model = denoiser(pipe)
+    host: Any = host_of(model)
+    units = host.units(model)
+    groups = groups_of(model, host, units)
+    used = {name: units[name] for names in groups.values() for name in names}
+    num_calls = len(pipe.scheduler.timesteps)
+    prices = measure(Probe(model, host, used, groups), draw, num_calls, namespace.prompts, _note)
+    whole = _seconds(pipe, model, used, draw, namespace.prompts, None)
+    found = []
+    for inner in namespace.inner:
+        merging = None if inner == "none" else inner
+        seconds = whole if merging is None else _seconds(pipe, model, used, draw, namespace.prompts, merging)
+        base, shares = mean(seconds[WHOLE]) / mean(whole[WHOLE]), prices.shares(seconds, mean(whole[WHOLE]))
+        parts = ", ".join(f"{group} {share:.1%}" for group, share in shares.items())
+        _note(f"inner {merging}: {base:.1%} of a stock call; a call without {parts}")
+        choices = prices.choices(base, shares, insides(groups, used), sorted(namespace.budgets, reverse=True))
+        found += [(merging, skips) for skips in choices]
+    times = tuple(prices.recordings[0].times)
+    slopes = {unit: slope for unit, slope in prices.slopes.items() if any(unit in skips for _, skips in found)}
+    return [Schedule(times, skips, slopes, inner=merging) for merging, skips in found]
+
+
+def _taken_over(pipe: Any, path: Path) -> list[Any]:
+    """The schedules of a file, carried over to the calls of this run."""
+    from gen_turbo.api import denoiser
+    from gen_turbo.training.schedule import carried_over, read
+
+    file, model, scheduler = read(path), denoiser(pipe), type(pipe.scheduler).__name__
+    if not file.is_for(model) or file.scheduler != scheduler:
+        raise ConfigError(
+            f"{path} was made for another {file.model} or scheduler ({file.scheduler}), not this "
+            f"{type(model).__name__} and {scheduler}; search without --like"
+        )
+    return [carried_over(schedule, [float(time) for time in pipe.scheduler.timesteps]) for schedule in file.schedules]
+
+
+def _seconds(
+    pipe: Any, model: Any, units: dict[str, Any], draw: Callable[[int, str], Any], count: int, inner: str | None
+) -> dict[str, list[float]]:
+    """The seconds of every unit in every call of some pictures, with a merging method alone or of stock."""
+    from gen_turbo.api import attach
+    from gen_turbo.engine.stopwatch import timed
+    from gen_turbo.methods.par import PARProcessor
+
+    merging = None if inner is None else PARProcessor(inner=inner).reducer()
+    with attach(pipe, merging) if merging else nullcontext(), timed(model, units) as seconds:
+        for index in range(count):
+            _drawn(draw, index)
+    return seconds
+
+
+def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], count: int) -> Any:
+    """Runs stock and a schedule in turn on every prompt, and gives it with its cost and its distance to stock."""
+    from gen_turbo.api import attach
+    from gen_turbo.methods.par import PARProcessor
+    from gen_turbo.metrics.image import psnr
+
+    schedule = file.schedules[0]
+    shares, distances = [], []
+    for index in range(count):
+        picture, seconds = _drawn(draw, index)
+        with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=file, inner=schedule.inner)):
+            own, own_seconds = _drawn(draw, index)
+        shares.append(own_seconds / seconds)
+        distances.append(min(_MOST_DB, psnr(picture, own)))
+    cost, distance = sum(shares) / len(shares), sum(distances) / len(distances)
+    _note(f"inner {schedule.inner}: {cost:.3f} of the time of stock, {distance:.1f} dB")
+    return replace(schedule, cost=round(cost, 4), psnr_db=round(distance, 2))
+
+
+def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) -> Callable[[int, str], Any]:
+    """A function that makes the i-th picture, always from the same noise."""
+    given = {call: getattr(config, name) for name, call in CALL_SETTINGS.items() if getattr(config, name) is not None}
+
+    def draw(index: int, output_type: str) -> Any:
+        generator = torch.Generator().manual_seed(seed + index)
+        return pipe(prompt=prompts[index], generator=generator, output_type=output_type, **given)
+
+    return draw
+
+
+def _drawn(draw: Callable[[int, str], Any], index: int) -> tuple[Any, float]:
+    """A picture and the seconds that it took."""
+    from gen_turbo.engine.stopwatch import seconds_now
+
+    start = seconds_now()
+    picture = draw(index, "pil").images[0]
+    return picture, seconds_now() - start
+
+
+def _prompts(namespace: argparse.Namespace, config: PipelineConfig) -> list[str]:
+    """As many prompts as were asked for: those given, scenes for the embedded models, or some of our own."""
+    if namespace.prompt:
+        known: list[str] = namespace.prompt
+    elif config.checkpoint.startswith("embedded:"):
+        known = list(scenes.captions(namespace.prompts, namespace.seed + _OWN_SEED))
+    else:
+        known = list(_PROMPTS)
+    if not 1 <= namespace.prompts <= len(known):
+        raise ConfigError(
+            f"--prompts must be between 1 and {len(known)}, or give more --prompt; got {namespace.prompts}"
+        )
+    return known[: namespace.prompts]
+
+
+def _note(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,228 @@
+"""`gen-turbo explain`: one picture of what a method does to the tokens of another."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from gen_turbo.config import CaptionConfig, ConfigError, PipelineConfig, load_config
+from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
+from gen_turbo.overlay import arrows_panel, enlarged, groups_panel, heat_panel, kept_panel, layers_strip, sheet
+from gen_turbo.tokens.score import mean_one
+from gen_turbo.tokens.token_map import TokenMap
+
+# One step from so little noise that the picture is still the one given.
+_STRENGTH, _STEPS = 0.05, 20
+
+
+@dataclass
+class Trace:
+    """What was seen of a method at work on one picture.
+
+    Attributes:
+        grid: (height, width) in tokens.
+        slot: The slot of each token, (N,).
+        anchors: The token of each slot that lends it its place; those that stay where tokens are dropped.
+        is_dropping: Whether tokens are dropped rather than merged.
+        degree: Turbo's information degree of each token, (N,); None for methods without one.
+        runs: Whether each decoder layer ran; None where all do.
+        said: What the model said about the picture.
+    """
+
+    grid: Grid
+    slot: Tensor
+    anchors: list[int]
+    is_dropping: bool = False
+    degree: Tensor | None = None
+    runs: list[bool] | None = None
+    said: str = ""
+
+
+@dataclass
+class _Recorder:
+    """The first plan that a reducer makes on a grid, with what it was made from."""
+
+    tokens: Tensor | None = None
+    site: LayerInfo | None = None
+    plan: TokenMap | None = None
+    values: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def listen(self, reducer: TokenReducer, kind: str | None) -> None:
+        """Notes what this object plans; its class and other objects plan as before."""
+        own: Callable[[Tensor, LayerInfo, StepInfo], TokenMap] = reducer.plan
+
+        def plan(tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
+            made = own(tokens, site, frame)
+            if self.plan is None and site.grid is not None:
+                self.tokens, self.site, self.plan = tokens.detach(), site, made
+                if kind is not None and site.semantic is not None:
+                    self.values[kind] = site.semantic(kind)
+            return made
+
+        vars(reducer)["plan"] = plan
+
+    def degree(self, weight: float) -> Tensor | None:
+        """The information degree of each token: what it means, less how like another it is.
+
+        Turbo (arXiv 2407.11717): weight * N * A less R; here R is the cosine to the most similar of all others.
+        """
+        if self.tokens is None or self.site is None:
+            return None
+        unit = F.normalize(self.tokens[-1, self.site.num_protected :].float(), dim=-1)
+        likeness = (unit @ unit.T).fill_diagonal_(-torch.inf).amax(1)
+        value = next((value for value in self.values.values() if value is not None), None)
+        if value is None:
+            return -likeness
+        return weight * mean_one(value[-1:])[0, -len(unit) :] - likeness
+
+
+def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("--image", type=Path, required=True, help="the picture to look at")
+    parser.add_argument("--processor", required=True, help="a method's name or YAML file")
+    parser.add_argument("--output", type=Path, default=Path("explain.png"), help="a .png file (explain.png)")
+    parser.add_argument("--config", default="caption", help="a pipeline that reads pictures or draws them (caption)")
+    parser.add_argument("--prompt", help="what is asked about the picture, or what it shows")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as processor.ratio=0.75")
+    parser.set_defaults(run=run)
+
+
+def run(namespace: argparse.Namespace) -> None:
+    """Writes the picture and prints its path.
+
+    Raises:
+        ValueError: If a file or setting does not fit, or nothing was reduced on a grid.
+    """
+    config = load_config(namespace.config, [f"processor={namespace.processor}", *namespace.overrides])
+    # A pipeline of two models has no setting `processor` of its own, so the override above was refused.
+    assert isinstance(config, (PipelineConfig, CaptionConfig))
+    if namespace.output.suffix.lower() != ".png":
+        raise ConfigError(f"--output must be a .png file; got {namespace.output}")
+    from gen_turbo.factory import build_pipeline, build_processor, quiet_loading
+    from gen_turbo.inputs import open_picture
+    from gen_turbo.output import check_writable, write_picture
+
+    check_writable(namespace.output.parent)
+    image, processor = open_picture(namespace.image), build_processor(config.processor)
+    if processor is None:
+        raise ConfigError("there is no processor to explain; give one with --processor")
+    quiet_loading()
+    pipe = build_pipeline(replace(config, processor=None), None)
+    explain = explain_reading if isinstance(config, CaptionConfig) else explain_drawing
+    trace = explain(pipe, processor, image, namespace.prompt)
+    write_picture(namespace.output, draw_trace(image, trace))
+    print(f"{len(trace.anchors)} of {len(trace.slot)} tokens stay" + (f": {trace.said}" if trace.said else ""))
+    print(namespace.output)
+
+
+def draw_trace(image: Image.Image, trace: Trace) -> Image.Image:
+    """Draws the picture, what became of its tokens, and for Turbo who joined whom and the information degree."""
+    slot = trace.slot.view(trace.grid).numpy()
+    count = f"{len(trace.anchors)} of {slot.size} tokens"
+    panels = [(trace.said or "picture", enlarged(image))]
+    if trace.is_dropping:
+        is_kept = torch.zeros(slot.size, dtype=torch.bool)
+        is_kept[trace.anchors] = True
+        panels.append((f"kept: {count}", kept_panel(image, is_kept.view(trace.grid).numpy())))
+    else:
+        panels.append((f"groups: {count}", groups_panel(image, slot)))
+    if trace.degree is not None:
+        if not trace.is_dropping:
+            panels.append(("who merged into whom", arrows_panel(image, slot, trace.anchors)))
+        degree = trace.degree.double().view(trace.grid).numpy()
+        panels.append(("information degree, red is high", heat_panel(image, degree)))
+    return sheet(panels, None if trace.runs is None else layers_strip(trace.runs, 512))
+
+
+def explain_reading(pipe: Any, processor: TokenReducer, image: Image.Image, prompt: str | None = None) -> Trace:
+    """What a method does to the image tokens while a captioning pipeline reads a picture.
+
+    Raises:
+        ValueError: If the model's prompt holds no image tokens, or they make no grid.
+    """
+    from gen_turbo.api import attach
+    from gen_turbo.engine.report import report
+    from gen_turbo.vlm.settings import placement_of
+    from gen_turbo.vlm.watch import watch_reductions
+
+    recorder = _recorder(processor)
+    reductions: list[Any] = []
+    attachment = attach(pipe, processor)
+    part: Any = attachment.parts[0]
+    try:
+        if not watch_reductions(part, reductions.append):
+            raise ConfigError(f"text of a {type(part.model).__name__} reads the picture on the side; nothing to draw")
+        said = pipe(image, prompt).text
+        layers = [site.num_kept > 0 for site in report(pipe).sites if ".layers." in site.name]
+        slots = part.slots() if hasattr(part, "slots") else None
+    finally:
+        attachment.detach()
+        vars(processor).pop("plan", None)
+    if not reductions or not reductions[0].plans:
+        raise ConfigError("no image token left; raise the ratio, or lower the budget")
+    group, plan = reductions[0].plans[0]
+    if group.grid is None:
+        raise ConfigError("the image tokens of this model make no grid; nothing to draw")
+    placement = placement_of(processor)
+    is_dropping = hasattr(processor, "routing") or placement.combine == "prune" or placement.place == "decoder"
+    slot = (plan.slot_BN if slots is None else slots)[0].cpu()
+    runs = layers if len(layers) > 1 else None
+    degree = _degree(recorder, processor)
+    return Trace(group.grid, slot, plan.anchor_BM[0].tolist(), is_dropping, degree, runs, said)
+
+
+def explain_drawing(pipe: Any, processor: TokenReducer, image: Image.Image, prompt: str | None = None) -> Trace:
+    """What a method does to the finest tokens while a pipeline draws a picture almost as it is.
+
+    Raises:
+        ValueError: If the pipeline cannot start from a picture, or nothing was reduced on a grid.
+    """
+    from diffusers import AutoPipelineForImage2Image
+
+    from gen_turbo.api import attach
+
+    processor = replace(processor, restore="copy")
+    recorder = _recorder(processor)
+    try:
+        drawing = AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ConfigError(f"{type(pipe).__name__} cannot start from a picture") from error
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    side = int(model.config.sample_size * pipe.vae_scale_factor)
+    drawing.set_progress_bar_config(disable=True)
+    with attach(drawing, processor):
+        drawing(
+            prompt=prompt or "",
+            image=image.resize((side, side), Image.Resampling.LANCZOS),
+            strength=_STRENGTH,
+            num_inference_steps=_STEPS,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        )
+    plan, site = recorder.plan, recorder.site
+    if plan is None or site is None or site.grid is None or plan.is_identity:
+        raise ConfigError("no token was reduced on a grid; raise the ratio or take another method")
+    protected = site.num_protected
+    slot, anchors = plan.slot_BN[-1, protected:].cpu() - protected, plan.anchor_BM[-1, protected:] - protected
+    return Trace(site.grid, slot, anchors.tolist(), degree=_degree(recorder, processor))
+
+
+def _recorder(processor: TokenReducer) -> _Recorder:
+    recorder = _Recorder()
+    kind = getattr(processor, "semantic", None)
+    recorder.listen(processor, None if kind == "none" else kind)
+    return recorder
+
+
+def _degree(recorder: _Recorder, processor: TokenReducer) -> Tensor | None:
+    weight = getattr(processor, "value_weight", None)
+    degree = recorder.degree(weight) if weight is not None else None
+    return None if degree is None else degree.cpu()

@@ -1,0 +1,144 @@
+"""What reaches into the attention call of a processor without replacing the processor: sizes, short keys, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.tokens.weighted import default_scale, weigh_keys
+
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def reaches_attention(processor: Any) -> bool:
+    """Whether a processor calls PyTorch's attention function, directly or by diffusers' choice of kernels."""
+    code = getattr(type(processor).__call__, "__code__", None)
+    names = code.co_names if code else ()
+    return "scaled_dot_product_attention" in names or "dispatch_attention_fn" in names
+
+
+class AttentionMode(TorchFunctionMode):
+    """While it is entered, attention over at least as many keys as queries is computed as asked for.
+
+    Attributes:
+        keys: Merges keys and values by this plan of the image tokens, after their projection and positions.
+        sizes: Tokens that each image key stands for, (b, M); None for one each.
+        text_sizes: The same for text keys, (b, T).
+        keys_before: Whether text keys come before those of the image.
+        backend: The kernel of diffusers' dispatch that computes what has no mask; None for PyTorch's own.
+    """
+
+    def __init__(
+        self,
+        keys: TokenMap | None = None,
+        sizes: Tensor | None = None,
+        text_sizes: Tensor | None = None,
+        keys_before: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.keys, self.sizes, self.text_sizes = keys, sizes, text_sizes
+        self.keys_before, self.backend = keys_before, backend
+        self.num_calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Lets every call through but those of attention."""
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given: dict[str, Any] = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
+        if given["query"].shape[-2] <= given["key"].shape[-2]:
+            self.num_calls += 1
+            num_channels = given["value"].shape[-1]
+            output = _attend(self._weighted(self._short(given)), self.backend)
+            return output[..., :num_channels]
+        return _attend(given, self.backend)
+
+    def _short(self, given: dict[str, Any]) -> dict[str, Any]:
+        if self.keys is None:
+            return given
+        other = given["key"].shape[-2] - self.keys.num_tokens
+        plan = self.keys.between(other, 0) if self.keys_before else self.keys.between(0, other)
+        for name in ("key", "value"):
+            given[name] = plan.merge(given[name].transpose(1, 2)).transpose(1, 2)
+        if given.get("attn_mask") is not None:
+            given["attn_mask"] = plan.select(given["attn_mask"].movedim(-1, 1)).movedim(1, -1)
+        return given
+
+    def _weighted(self, given: dict[str, Any]) -> dict[str, Any]:
+        if self.sizes is None and self.text_sizes is None:
+            return given
+        log_size = self._log_size(given["key"].shape[-2])
+        if self.backend is None and log_size.device.type == "cpu":
+            return {**given, "attn_mask": _added(given, log_size)}
+        scale = given.get("scale") or default_scale(given["query"])
+        query, key = weigh_keys(given["query"], given["key"], log_size, scale)
+        value = F.pad(given["value"], (0, key.shape[-1] - given["value"].shape[-1]))
+        return {**given, "query": query, "key": key, "value": value, "scale": scale}
+
+    def _log_size(self, num_keys: int) -> Tensor:
+        """Logarithms of all keys' sizes, ones where a part of the keys is not weighed."""
+        one = self.sizes if self.sizes is not None else self.text_sizes
+        assert one is not None
+        image, text = self.sizes, self.text_sizes
+        if image is None:
+            image = one.new_ones(len(one), num_keys - one.shape[1])
+        if text is None:
+            text = one.new_ones(len(one), num_keys - one.shape[1])
+        batch = max(len(image), len(text))
+        parts = [part.repeat(batch // len(part), 1) for part in (image, text)]
+        return torch.cat(parts[::-1] if self.keys_before else parts, 1).float().log()
+
+
+def check_backend(backend: str, model: nn.Module) -> None:
+    """Tries a kernel on the model's device and type.
+
+    Raises:
+        ValueError: If there is no kernel of that name, its package is not installed, or it does not run there.
+    """
+    from diffusers.models import attention_dispatch
+
+    known = [name.value for name in attention_dispatch.AttentionBackendName]
+    if backend not in known:
+        raise ValueError(f"attention_backend must be one of {', '.join(known)}; got {backend!r}")
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    probe = torch.zeros(1, 16, 1, 64, device=parameter.device, dtype=parameter.dtype)
+    try:
+        attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(backend))
+        attention_dispatch.dispatch_attention_fn(probe, probe, probe, backend=backend)
+    except Exception as error:
+        place = f"{parameter.device.type} in {str(parameter.dtype).removeprefix('torch.')}"
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"attention_backend={backend!r} does not run on {place}: {reason}; try 'native'") from error
+
+
+def _added(given: dict[str, Any], log_size_BN: Tensor) -> Tensor:
+    """The call's mask with the keys' sizes added: PyTorch's CPU kernel takes a mask at 4 % where channels cost 25."""
+    batch, dtype = len(given["key"]), given["query"].dtype
+    bias = log_size_BN.to(dtype).repeat(batch // len(log_size_BN), 1)[:, None, None]
+    mask: Tensor | None = given.get("attn_mask")
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return mask + bias
+
+
+def _attend(given: dict[str, Any], backend: str | None) -> Tensor:
+    # Few kernels but PyTorch's own take masks, and some drop them without a word.
+    if backend is None or given.get("attn_mask") is not None:
+        output: Tensor = F.scaled_dot_product_attention(**given)
+        return output
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    by_token = {name: given[name].transpose(1, 2) for name in ("query", "key", "value")}
+    rest = {name: value for name, value in given.items() if name not in by_token}
+    output = dispatch_attention_fn(**by_token, **rest, backend=backend)
+    return output.transpose(1, 2)

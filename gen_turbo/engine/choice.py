@@ -1,0 +1,61 @@
+"""Which layers of a denoiser a reducer takes, and the ratio of each."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from gen_turbo.engine.base import DenoiserHost, Layer
+from gen_turbo.method import TokenReducer
+from gen_turbo.tokens.ratios import ratio_of_layer
+
+
+def layers_of(model: nn.Module, host: DenoiserHost, reducer: TokenReducer) -> list[Layer]:
+    """What the reducer's scope asks for: attention layers or blocks.
+
+    Raises:
+        ValueError: If blocks are asked for and the family has none.
+    """
+    if reducer.scope == "attention":
+        return host.layers(model)
+    blocks = host.blocks(model)
+    if not blocks:
+        raise ValueError(f"scope='block' has no blocks to merge in {type(model).__name__}; use scope='attention'")
+    return blocks
+
+
+def chosen_layers(reducer: TokenReducer, layers: list[Layer], model_name: str) -> list[tuple[Layer, float]]:
+    """The layers that are reduced and the ratio of each, by level and by name.
+
+    Raises:
+        ValueError: If a level or a layer that is named is not there, or none is chosen.
+    """
+    able = [layer for layer in layers if not layer.left_alone]
+    levels = sorted({layer.downsample for layer in able})
+    if not levels:
+        raise ValueError(f"this {model_name} has no self-attention in transformer blocks; nothing can be reduced")
+    unknown = sorted(set(reducer.ratios) - set(levels))
+    if unknown:
+        raise ValueError(f"ratios names downsample factors {unknown}, but {model_name} has attention at {levels}")
+    _check_patterns(reducer, able, model_name)
+    coarsest = levels[0] if reducer.max_downsample is None else reducer.max_downsample
+    by_level = {level: reducer.ratio for level in levels if level <= coarsest} | reducer.ratios
+    named = [
+        (layer, ratio_of_layer(layer.name, by_level.get(layer.downsample, -1), reducer.layer_ratios)) for layer in able
+    ]
+    chosen = [(layer, ratio) for layer, ratio in named if ratio >= 0]
+    if not chosen:
+        raise ValueError(
+            f"max_downsample={coarsest} and no ratios: no layer would be reduced, the finest is at {levels[0]}"
+        )
+    return chosen
+
+
+def _check_patterns(reducer: TokenReducer, able: list[Layer], model_name: str) -> None:
+    for pattern in reducer.layer_ratios:
+        if not any(fnmatchcase(layer.name, pattern) for layer in able):
+            raise ValueError(
+                f"layer_ratios names {pattern!r}, which is no layer of {model_name} that can be reduced; there are: "
+                f"{', '.join(layer.name for layer in able)}"
+            )

@@ -1,0 +1,97 @@
+"""What an attached reducer reaches, what it leaves alone and why, and what it has saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gen_turbo.api import attachments
+from gen_turbo.engine.base import LayerReport as LayerReport
+from gen_turbo.engine.denoiser import DenoiserPart
+from gen_turbo.engine.routed import RoutedPart
+from gen_turbo.method import Grid
+
+
+@dataclass(frozen=True)
+class Report:
+    """All attention layers of a model or pipeline, and what is remembered for them.
+
+    Attributes:
+        sites: One row per attention layer.
+        remembered_bytes: Bytes held now for corrected reduction; 0 between the runs of a pipeline.
+        most_remembered_bytes: The most held at once so far.
+        text_tokens: Text tokens of the last prompt whose text was merged, and what was left of them; else 0.
+        skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.
+    """
+
+    sites: list[LayerReport] = field(default_factory=list)
+    remembered_bytes: int = 0
+    most_remembered_bytes: int = 0
+    text_tokens: tuple[int, int] = (0, 0)
+    skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def flops_saved(self) -> float:
+        """Fraction of the reached layers' attention FLOPs that was not spent; 0 before the first call."""
+        stock = sum(site.stock_flops for site in self.sites)
+        return 1 - sum(site.flops for site in self.sites) / stock if stock else 0.0
+
+    @property
+    def tokens_by_grid(self) -> dict[Grid, tuple[int, int, int]]:
+        """Tokens, the fewest that are kept of them, and reached layers, by the (height, width) that layers last saw."""
+        found: dict[Grid, tuple[int, int, int]] = {}
+        for site in self.sites:
+            if site.status == "reduced" and site.grid is not None:
+                _, kept, layers = found.get(site.grid, (site.num_tokens, site.num_kept, 0))
+                found[site.grid] = site.num_tokens, min(kept, site.num_kept), layers + 1
+        return found
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return "no gen_turbo processor is attached"
+        reached = [site for site in self.sites if site.status == "reduced"]
+        saved = f"{self.flops_saved:.0%} of their FLOPs saved"
+        lines = [f"{len(reached)} of {len(self.sites)} layers reduced, {saved}"]
+        for (height, width), (before, kept, layers) in self.tokens_by_grid.items():
+            lines.append(f"  {height} x {width}: {before} -> {kept} tokens in {layers} layers")
+        if self.text_tokens[0]:
+            lines.append(f"  text: {self.text_tokens[0]} -> {self.text_tokens[1]} tokens")
+        for site in self.sites:
+            if site.status in ("reduced", "lost"):
+                grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else "not run yet"
+                calls = f"{site.num_reduced} reduced and {site.num_full} full calls"
+                tokens = f"{site.num_tokens} -> {site.num_kept} tokens"
+                age = f"plans up to {site.plan_age} steps old"
+                lines.append(f"  {site.name}: {site.status}, {grid}, {tokens}, {calls}, {age}")
+        for unit, (num_skipped, num_run) in self.skipped.items():
+            lines.append(f"  {unit}: skipped in {num_skipped} of {num_skipped + num_run} calls")
+        left: dict[str, int] = {}
+        for site in self.sites:
+            if site.status not in ("reduced", "lost"):
+                left[site.status] = left.get(site.status, 0) + 1
+        if any(site.status == "lost" for site in self.sites):
+            lines.append("  a later call took the lost layers; gen_turbo.reattach has them back")
+        lines += [f"  left alone, {reason}: {count}" for reason, count in left.items()]
+        lines.append(f"  remembered at most: {self.most_remembered_bytes / 1e6:.1f} MB")
+        return "\n".join(lines)
+
+
+def report(target: Any) -> Report:
+    """Says which layers of a pipeline or model are reached, which are left alone and why, and what was saved.
+
+    Raises:
+        TypeError: If the target is neither a model nor a pipeline with a denoiser.
+    """
+    parts = attachments(target)
+    return Report(
+        [row for part in parts for row in part.rows()],
+        sum(part.remembered_bytes for part in parts),
+        sum(part.most_remembered_bytes for part in parts),
+        max((part.text_tokens for part in parts if isinstance(part, DenoiserPart | RoutedPart)), default=(0, 0)),
+        {
+            unit: (stats.num_skipped, stats.num_run)
+            for part in parts
+            if isinstance(part, RoutedPart)
+            for unit, stats in part.skipped_units.items()
+        },
+    )

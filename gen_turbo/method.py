@@ -1,0 +1,179 @@
+"""All that methods and hosts know of each other: the site, the frame, the reducer and its settings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from gen_turbo.tokens.token_map import TokenMap
+
+Grid = tuple[int, int]
+"""(height, width) of the visual tokens, in tokens."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One attention call as a method sees it.
+
+    Attributes:
+        name: The layer's path in the model, `down_blocks.0.attentions.0.transformer_blocks.0.attn1`.
+        ratio: The fraction of visual tokens to remove here, in [0, 1).
+        grid: (height, width) of the visual tokens; None where it is unknown.
+        num_protected: Leading tokens that must survive: text, class token.
+        semantic: Gives the semantic value of each token by kind ("self", "text") as (B, N), or None where the
+            host has none to give. Called only when a method wants it, for it costs a projection.
+    """
+
+    name: str
+    ratio: float
+    grid: Grid | None = None
+    num_protected: int = 0
+    semantic: Callable[[str], Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Facts of the running forward, observed once at the model's root.
+
+    Attributes:
+        step: Calls of the denoiser since the run began; 0 for the first.
+        num_plans: Plans made before in this run at this resolution; varies what alternates, such as tile shift.
+    """
+
+    step: int = 0
+    num_plans: int = 0
+
+
+@dataclass
+class TokenReducer(ABC):
+    """Decides which visual tokens survive, and says where, when and how reduction is applied.
+
+    Attributes:
+        ratio: Fraction of visual tokens removed, in [0, 1). Raising it is faster and further from stock.
+        max_downsample: The coarsest layers of a UNet that are reduced, by how many times their grid is smaller than the
+            latent's: 1, 2, 4 or 8. None is the finest resolution that has attention (SDXL: 2). Raising it reaches
+            deeper, cheaper layers that matter more to the image.
+        ratios: Ratio by downsample factor (1 is the latent's own grid, 2 half of it); overrides `ratio` and
+            `max_downsample` for the levels it names.
+        layer_ratios: Ratio by layer, named as in `report` or by a pattern such as `up_blocks.*`; overrides `ratios`
+            for the layers it names, the last pattern that fits. 0 leaves a layer in full.
+        step_scale: Factor on every ratio from a step of the run on, 1 before the first step that is named:
+            `{0: 0.5, 10: 1}` removes half as many in the first ten steps. With "residual" it takes effect at a
+            layer's next full step.
+        restore: "residual" adds to the merged layer's output the detail that it missed when the layer last ran in
+            full; "copy" gives every token its slot's output, as published.
+        full_every: With "residual", every how many steps a layer runs in full. Raising it is faster.
+        extrapolation_order: With "residual", 0 holds the remembered detail, 1 continues it linearly in the step.
+        warmup_steps: With "residual", how many first steps run in full. Two give order 1 its slope at once.
+        stagger: With "residual", spreads the full steps of the layers over the steps, which evens out their times.
+        match_every: How many steps a plan serves; 0 means the whole run. With "residual" a new plan waits for the
+            layer's next full step. None takes 1 with "copy", for a plan made in the noise of the first step serves
+            the later ones badly, and 0 with "residual", which repairs what such a plan misses.
+        memory_limit_mb: With "residual", the most that may be remembered, in megabytes; layers beyond it run as in
+            the stock model. None sets no limit.
+        scope: "attention" shortens the attention layers; "block" whole transformer blocks, with cross-attention and
+            feed-forward, restoring each token by adding its slot's change. Saves more, further from stock.
+        merge_span: With scope "block", how many consecutive blocks of a stack share one short sequence, restored after
+            the last of them; 0 is all. Raising it remembers less, restores less often, and is further from stock.
+        kv_only: Merges keys and values only; every token still asks. Closer to stock, saves less.
+        proportional_attention: Lets a key that stands for several tokens weigh as much as they did.
+        text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
+            (SD3, Flux, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions); attention counts
+            each by its size. None merges tokens equal to their neighbour where they are half of the text, as padding
+            is: no loss beyond rounding, where a fixed fraction is free only up to the padding that there is. In
+            vision-language models: fraction of the words that leave a prompt with pictures, none by default.
+        reuse_text: Computes keys and values of the text in cross-attention once per prompt (UNets): the same picture.
+        attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
+            every attention layer; None leaves the model's own.
+    """
+
+    ratio: float = 0.5
+    max_downsample: int | None = None
+    ratios: dict[int, float] = field(default_factory=dict)
+    layer_ratios: dict[str, float] = field(default_factory=dict)
+    step_scale: dict[int, float] = field(default_factory=dict)
+    restore: str = "residual"
+    full_every: int = 3
+    extrapolation_order: int = 1
+    warmup_steps: int = 2
+    stagger: bool = False
+    match_every: int | None = None
+    memory_limit_mb: float | None = None
+    scope: str = "attention"
+    merge_span: int = 1
+    kv_only: bool = False
+    proportional_attention: bool = False
+    text_ratio: float | None = None
+    reuse_text: bool = True
+    attention_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every setting.
+
+        Raises:
+            ValueError: Naming the setting, its value and what it may be.
+        """
+        self._check_ratios()
+        if self.text_ratio is not None and not 0 <= self.text_ratio < 1:
+            raise ValueError(f"text_ratio must be a fraction of tokens, 0 <= text_ratio < 1; got {self.text_ratio}")
+        if self.restore not in ("residual", "copy"):
+            raise ValueError(f"restore must be 'residual' or 'copy'; got {self.restore!r}")
+        if self.extrapolation_order not in (0, 1):
+            raise ValueError(f"extrapolation_order must be 0 (hold) or 1 (linear); got {self.extrapolation_order}")
+        least: dict[str, int] = {
+            "max_downsample": 0,
+            "full_every": 2,
+            "warmup_steps": 1,
+            "match_every": 0,
+            "merge_span": 0,
+        }
+        for setting, minimum in least.items():
+            if getattr(self, setting) is not None and getattr(self, setting) < minimum:
+                raise ValueError(f"{setting} must be at least {minimum}; got {getattr(self, setting)}")
+        if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
+            raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
+        self._check_scope()
+
+    def _check_ratios(self) -> None:
+        by_level = {f"ratios[{downsample}]": ratio for downsample, ratio in self.ratios.items()}
+        by_layer = {f"layer_ratios[{layer!r}]": ratio for layer, ratio in self.layer_ratios.items()}
+        bound = f"<= {self.max_ratio:g}" if self.max_ratio < 1 else "< 1"
+        for step, scale in self.step_scale.items():
+            if step < 0 or not 0 <= scale < float("inf"):
+                raise ValueError(f"step_scale must give factors >= 0 by step >= 0; got {step}: {scale}")
+        for name, ratio in {"ratio": self.ratio, **by_level, **by_layer}.items():
+            if not 0 <= ratio <= self.max_ratio or ratio >= 1:
+                raise ValueError(f"{name} must be the fraction of tokens to remove, 0 <= {name} {bound}; got {ratio}")
+            for step, scale in self.step_scale.items():
+                if ratio * scale > self.max_ratio or ratio * scale >= 1:
+                    raise ValueError(
+                        f"{name} times step_scale[{step}] must be {bound}; got {ratio} * {scale} = {ratio * scale:g}"
+                    )
+
+    def _check_scope(self) -> None:
+        if self.scope not in ("attention", "block"):
+            raise ValueError(f"scope must be 'attention' or 'block'; got {self.scope!r}")
+        if self.scope == "attention" and self.merge_span != 1:
+            raise ValueError(f"merge_span={self.merge_span} is of whole blocks; use scope='block', got 'attention'")
+        inside = [name for name in ("kv_only", "proportional_attention") if getattr(self, name)]
+        if self.scope == "block" and inside:
+            raise ValueError(f"{' and '.join(inside)} concern attention alone; use scope='attention', got 'block'")
+
+    @property
+    def plan_life(self) -> int:
+        """How many steps a plan serves, the default resolved; 0 is the whole run."""
+        if self.match_every is None:
+            return 1 if self.restore == "copy" else 0
+        return self.match_every
+
+    @property
+    def max_ratio(self) -> float:
+        """The largest ratio that the method can reach."""
+        return 1.0
+
+    @abstractmethod
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
+        """Plans the reduction of tokens (B, N, C) at one site; the same input gives the same plan."""

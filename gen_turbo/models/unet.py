@@ -1,0 +1,135 @@
+"""UNets: the self-attention of every transformer block of UNet2DConditionModel (SD 1.x, 2.x, XL) and ControlNets."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from gen_turbo.engine.base import Form, Layer, Observation, Part, TextForm
+from gen_turbo.engine.routed import denoiser_part
+from gen_turbo.engine.units import Unit, units_of
+from gen_turbo.method import TokenReducer
+from gen_turbo.models.cuts import unet_cuts
+from gen_turbo.models.observe import layout_of, num_pictures, time_of
+from gen_turbo.tokens.score import attention_column_mean, text_attention
+
+_NUM_QUERIES = 256
+_BLOCK = Form(is_residual=True)
+_ADDED_KV = Form(is_map=True, is_residual=True, keys_before=True)
+"""Attention on the map itself with keys of text before its own, as in Kandinsky and DeepFloyd IF."""
+_CROSS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""The cross-attention that stands beside a self-attention in its block, or None."""
+
+
+class UNetHost:
+    """Enters a UNet, or a ControlNet, which is the way down of one, by its `attn1` processors; all else stays."""
+
+    models = ("UNet2DConditionModel", "ControlNetModel")
+
+    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Part:
+        """Prepares a reducer for the UNet."""
+        return denoiser_part(model, self, reducer, pipeline)
+
+    def units(self, model: nn.Module) -> dict[str, Unit]:
+        """What can be skipped: the whole UNet, all that is deeper than a layer of the way up, transformer blocks."""
+        return units_of(model, self, unet_cuts(model))
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """Every attention layer with its downsample factor, from the block that holds it."""
+        num_levels = len(model.down_blocks)  # type: ignore[arg-type]
+        blocks = {name: block for name, block in model.named_modules() if isinstance(block, BasicTransformerBlock)}
+        found = []
+        for name, module in model.named_modules():
+            if not isinstance(module, Attention):
+                continue
+            owner, _, role = name.rpartition(".")
+            if owner not in blocks and module.added_kv_proj_dim is not None:
+                why = "cross-attention only" if module.only_cross_attention else ""
+                found.append(Layer(name, 2 ** _level(name, num_levels), why, _ADDED_KV))
+                continue
+            reason = _left_alone(blocks.get(owner), role)
+            if not reason:
+                _CROSS[module] = blocks[owner].attn2
+            found.append(Layer(name, 2 ** _level(name, num_levels), reason))
+        return found
+
+    def blocks(self, model: nn.Module) -> list[Layer]:
+        """Every transformer block whose first attention is over image tokens."""
+        num_levels = len(model.down_blocks)  # type: ignore[arg-type]
+        return [
+            Layer(name, 2 ** _level(name, num_levels), _left_alone(block, "attn1"), _BLOCK)
+            for name, block in model.named_modules()
+            if isinstance(block, BasicTransformerBlock)
+        ]
+
+    def text_form(self, model: nn.Module) -> TextForm | str:
+        """None."""
+        return "its text is in cross-attention"
+
+    def text_projections(self, model: nn.Module) -> list[str]:
+        """Keys and values of every cross-attention of a transformer block."""
+        return [name for name, _ in model.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
+
+    def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
+        """Reads sample, timestep and encoder_hidden_states."""
+        sample = arguments["sample"]
+        return Observation(
+            time_of(arguments["timestep"]),
+            tuple(sample.shape[-2:]),
+            layout_of(sample),
+            arguments.get("encoder_hidden_states"),
+            num_pictures=num_pictures(sample),
+        )
+
+    def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:
+        """The attention column mean over strided queries for "self", cross-attention to words for "text"."""
+        if kind == "text":
+            return _text_value(layer, tokens, condition)
+        if kind != "self" or getattr(layer, "fused_projections", False):
+            return None
+        queries = tokens[:, :: max(1, tokens.shape[1] // _NUM_QUERIES)]
+        return attention_column_mean(_heads(layer, "to_q", queries), _heads(layer, "to_k", tokens))
+
+
+def _text_value(attn: nn.Module, tokens: Tensor, text: Tensor | None) -> Tensor | None:
+    """Asks the block's cross-attention what its tokens, as self-attention is about to see them, find in the text.
+
+    The first text token begins every text and takes what no word claims; rows of zeros are padding. Padding that the
+    text encoder gave a state of its own, as CLIP does, cannot be told from words, is attended to by the model and
+    counts. With guidance the conditional half is last, in the text as in the tokens.
+    """
+    cross = _CROSS.get(attn)
+    if cross is None or text is None or cross.to_k.in_features != text.shape[-1]:
+        return None
+    text = text[-len(tokens) :]
+    is_word = text.ne(0).any(-1)
+    is_word[:, 0] = False
+    return text_attention(_heads(cross, "to_q", tokens), _heads(cross, "to_k", text), is_word)
+
+
+def _heads(attn: nn.Module, projection: str, tokens: Tensor) -> Tensor:
+    """Projects tokens (B, N, C) to (B, heads, N, channels of a head)."""
+    projected: Tensor = attn.get_submodule(projection)(tokens)
+    batch, num_tokens, _ = projected.shape
+    heads: int = attn.heads  # type: ignore[assignment]
+    return projected.view(batch, num_tokens, heads, -1).transpose(1, 2)
+
+
+def _level(name: str, num_levels: int) -> int:
+    """How often the grid was halved at a layer: blocks go down, the middle stays, blocks come up again."""
+    kind, _, rest = name.partition(".")
+    index = int(rest.split(".")[0]) if kind in ("down_blocks", "up_blocks") else 0
+    return {"down_blocks": index, "up_blocks": num_levels - 1 - index}.get(kind, num_levels - 1)
+
+
+def _left_alone(block: nn.Module | None, role: str) -> str:
+    if block is None:
+        return "not in a transformer block"
+    if role != "attn1":
+        return "cross-attention"
+    return "cross-attention only" if block.only_cross_attention else ""

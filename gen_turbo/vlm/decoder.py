@@ -1,0 +1,199 @@
+"""Decoder layers in prefill: image tokens leave from one layer on, and every later layer's mask and cache follow.
+
+Shape names: B rows, L columns that reach the first layer, M of them that stay, C channels, H heads, D channels of one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from gen_turbo.tokens.columns import Columns
+from gen_turbo.vlm.cache import ShortenedCache
+from gen_turbo.vlm.gate import Gate
+from gen_turbo.vlm.run import Pictures, Planner, Reduction, reduce
+
+Attention = Callable[[], Tensor]
+"""Gives, once asked, the attention (B, L) that the last token of each row pays to every column."""
+
+
+class Cut:
+    """The hooks on the decoder layers behind one cut.
+
+    Attributes:
+        first: The first layer without the dropped tokens.
+        attention: Attention of the last token in the layer before the cut, for methods that ask for it.
+        is_skipped: Whether no row of this call runs a layer, which then needs no mask.
+    """
+
+    def __init__(self, text: nn.Module, gate: Gate, first: int, planner: Planner) -> None:
+        self.first, self.attention = first, _no_attention
+        self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
+        self.is_skipped: Callable[[int], bool] = lambda index: False
+        self._text, self._gate, self._planner = text, gate, planner
+        stack: Any = text
+        self._layers: list[nn.Module] = list(stack.layers)[: stack.config.num_hidden_layers]
+        self._here: Columns | None = None
+
+    def install(self) -> list[Any]:
+        """Puts the hooks in place and gives back their handles."""
+        before = self._layers[self.first - 1].register_forward_pre_hook(self._before_cut, with_kwargs=True)
+        handles = [before]
+        for index in range(self.first, len(self._layers)):
+            handles.append(self._layers[index].register_forward_pre_hook(self._hook(index), with_kwargs=True))
+        return handles
+
+    def _before_cut(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remembers what enters the layer before the cut until the cut is made."""
+        self._here, self.attention = None, _no_attention
+        if self._gate.pictures is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            real = _real(self._gate, kwargs.get("attention_mask"))
+            self.attention = lambda: last_attention(layer, hidden, kwargs["position_embeddings"], real)
+
+    def _hook(self, index: int) -> Any:
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index == self.first and self._gate.pictures is not None:
+                self._cut(hidden, kwargs.get("past_key_values"), self._gate.pictures)
+            total = self._total(index, kwargs.get("past_key_values"))
+            if total is None:
+                return None
+            changed = dict(kwargs)
+            if self._here is not None:
+                if index == self.first:
+                    hidden = self._here.take(hidden, 1)
+                changed.update(self._positions(kwargs))
+            if not self.is_skipped(index):
+                changed["attention_mask"] = self._mask(kwargs, hidden, total, index)
+            changed.pop("hidden_states", None)
+            return (hidden, *args[1:]), changed
+
+        return before
+
+    def _cut(self, hidden_BLC: Tensor, cache: Any, pictures: Pictures) -> None:
+        reduction = reduce(pictures, hidden_BLC, self._planner)
+        self.attention = _no_attention
+        self.on_reduction(pictures, reduction)
+        if reduction.is_identity:
+            return
+        gate = self._gate
+        self._here = Columns.of_kept(reduction.keep_BL)
+        known = cache.cut_at(self.first) if isinstance(cache, ShortenedCache) else None
+        before = Columns.all_of(len(hidden_BLC), gate.held, hidden_BLC.device) if known is None else known
+        gate.cuts[self.first] = before.grown(gate.held).beside(self._here)
+        gate.dropped = self._here
+
+    def _total(self, index: int, cache: Any) -> Columns | None:
+        """Which of the first layer's columns, held and new, this layer works on; None if on all."""
+        if self.first in self._gate.cuts:
+            return self._gate.cuts[self.first]
+        known = cache.cut_at(index) if isinstance(cache, ShortenedCache) else None
+        return known.grown(self._gate.held + self._gate.length) if known is not None else None
+
+    def _positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        here = self._here
+        assert here is not None
+        rotary = tuple(here.take(table, -2, batch_dim=-3) for table in kwargs["position_embeddings"])
+        positions = kwargs.get("position_ids")
+        return {
+            "position_embeddings": rotary,
+            "position_ids": None if positions is None else here.take(positions, -1, batch_dim=-2),
+        }
+
+    def _mask(self, kwargs: dict[str, Any], hidden: Tensor, total: Columns, index: int) -> Tensor | None:
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            if not total.is_ragged:
+                return None
+            cache = kwargs.get("past_key_values")
+            made: Tensor | None = create_causal_mask(
+                self._text.config, hidden, total.valid_BM.long(), cache, layer_idx=index
+            )
+            return made
+        if mask.ndim == 2:
+            return total.mask(mask)
+        keys = total.keys(mask)
+        return keys if self._here is None else self._here.queries(keys)
+
+
+def last_attention(
+    layer: nn.Module, hidden_BLC: Tensor, rotary: tuple[Tensor, Tensor], real_BL: Tensor | None
+) -> Tensor:
+    """Computes the attention that the last token of each row pays to every column of this call, averaged over heads.
+
+    One row of queries against all keys, so that no attention matrix is made and any attention kernel will do: the
+    score of FastV (Chen et al., 2024, arXiv 2403.06764, as released).
+
+    Args:
+        layer: A decoder layer whose attention has `q_proj`, `k_proj` and, in some models, norms on heads.
+        hidden_BLC: What enters the layer.
+        rotary: Cosine and sine of the positions, (b, L, D).
+        real_BL: False where a column is padding.
+
+    Returns:
+        (B, L), every row summing to one.
+    """
+    attn: Any = layer.self_attn
+    rotate = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb")  # noqa: B009  a name mypy cannot know
+    batch, length = hidden_BLC.shape[:2]
+    column = torch.arange(length, device=hidden_BLC.device).expand(batch, -1)
+    last = column[:, -1] if real_BL is None else column.masked_fill(~real_BL, -1).amax(1)
+    normed = layer.input_layernorm(hidden_BLC)  # type: ignore[operator]
+    query = _heads(attn, "q", normed[torch.arange(batch, device=last.device), last][:, None])
+    key = _heads(attn, "k", normed)
+    tables = [table.expand(batch, -1, -1) for table in rotary]
+    at_last = [table[torch.arange(batch, device=last.device), last][:, None] for table in tables]
+    query, key = rotate(query, query, *at_last)[0], rotate(key, key, *tables)[0]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = (query @ key.transpose(-1, -2)).float()[:, :, 0] * attn.scaling
+    if real_BL is not None:
+        logits = logits.masked_fill(~real_BL[:, None], torch.finfo(logits.dtype).min)
+    attention: Tensor = logits.softmax(-1).mean(1)
+    return attention
+
+
+def check_cut(model: nn.Module, config: Any, first: int) -> None:
+    """Says before anything is changed why tokens cannot leave at a layer.
+
+    Raises:
+        ValueError: If the layer is none of the model's, has a sliding window, or comes before later image features.
+    """
+    name = type(model).__name__
+    if not first < config.num_hidden_layers:
+        raise ValueError(f"layer {first} is not one of the {config.num_hidden_layers} layers of {name}")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{name} has layers with sliding windows, whose masks cannot follow a cut; use place='pre_llm'"
+        )
+    stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if first < stacked:
+        raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use layer={stacked} or later")
+
+
+def _heads(attn: Any, kind: str, normed: Tensor) -> Tensor:
+    """Queries or keys by head, (B, H, L, D), with the norm that some models put on them."""
+    projected: Tensor = getattr(attn, f"{kind}_proj")(normed)
+    heads = projected.reshape(*projected.shape[:2], -1, attn.head_dim)
+    norm = getattr(attn, f"{kind}_norm", None)
+    heads = norm(heads) if norm is not None else heads
+    return heads.transpose(1, 2)
+
+
+def _real(gate: Gate, mask: Tensor | None) -> Tensor | None:
+    """Which columns of this call are no padding, from the 2D mask or from what the last query may see."""
+    if gate.real_BM is not None and gate.real_BM.ndim == 2:
+        return gate.real_BM[:, -gate.length :].bool()
+    if mask is None or mask.ndim != 4:
+        return None
+    seen = mask[:, 0, -1, -gate.length :]
+    return seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+
+
+def _no_attention() -> Tensor:
+    raise ValueError("attention of the last token is known only while a cut is planned; use place='decoder'")

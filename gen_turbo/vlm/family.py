@@ -1,0 +1,99 @@
+"""What the machinery must know of one family of vision-language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_turbo.method import Grid
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """A vision tower: a stack of pre-norm blocks.
+
+    Attributes:
+        module: The tower's path in the model; its output is what later code reads.
+        encoder: Path, from the tower, of the module that holds the list of blocks.
+        blocks: Name of the list of blocks in the encoder.
+        kinds: Model types of the configurations of towers built like this; others are left alone.
+        num_leading: Class tokens in front of the patches.
+        last_block: Gives, for a model, the index of the block whose output later code reads.
+        attention: Name, in a block, of its self-attention.
+        norm2: Name, in a block, of the norm between attention and MLP.
+        has_qkv: Whether attention makes queries, keys and values in one layer `qkv` and takes no mask.
+        is_packed: Whether all pictures stand in one row of tokens, as in Qwen's towers.
+        is_restored: Whether later code needs every patch again.
+        projector: Path, in the model, of the one layer that reads the patches in raster order, and nothing else;
+            empty where other code lies between, or text reads them by cross-attention.
+        output_norm: Name, in the tower, of the norm behind the last block that its reader sees; empty if none is.
+    """
+
+    module: str
+    kinds: tuple[str, ...]
+    encoder: str = "encoder"
+    blocks: str = "layers"
+    num_leading: Callable[[nn.Module], int] = lambda model: 0
+    last_block: Callable[[nn.Module], int] = lambda model: -1
+    attention: str = "self_attn"
+    norm2: str = "layer_norm2"
+    has_qkv: bool = False
+    is_packed: bool = False
+    is_restored: bool = True
+    projector: str = ""
+    output_norm: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        base: Path of the module that puts image features in place of the placeholders and calls the language model.
+        text: Path of the language model, which has `layers`.
+        tower: The vision tower; None where it cannot be reduced.
+        grids: Gives, for a base model, the arguments of its call and the lengths of the images, the (height, width)
+            of each in tokens; None where it has none.
+        pieces: Gives, for a base model, how many tokens one picture has at most, where features of several pictures
+            come in one; None where each picture's come alone.
+        masks_in_base: Whether the base model turns the 2D mask into a 4D one before the language model sees it.
+        is_cross: Whether text reads the picture by cross-attention, so that image tokens are in no prompt.
+    """
+
+    base: str = "model"
+    text: str = "model.language_model"
+    tower: TowerFacts | None = None
+    grids: Callable[[nn.Module, dict[str, Any], list[int]], list[Grid | None]] | None = None
+    pieces: Callable[[nn.Module], int] | None = None
+    masks_in_base: bool = False
+    is_cross: bool = False
+
+
+def square(length: int) -> Grid | None:
+    """The grid of a square picture of `length` tokens in raster order; None if it is no square number."""
+    side = round(length**0.5)
+    return (side, side) if side * side == length else None
+
+
+def square_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
+    """Takes every picture as square."""
+    return [square(length) for length in lengths]
+
+
+def image_token_mask(base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+    """Marks the placeholders of a call of the base model: (B, L); None if the call has neither ids nor embeddings."""
+    config: Any = base.config
+    token = config.image_token_id
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if ids is not None:
+        mask: Tensor = ids == token
+        return mask
+    if embeds is None:
+        return None
+    placeholder = base.get_input_embeddings()(torch.tensor(token, device=embeds.device)).to(embeds)  # type: ignore[operator]
+    found: Tensor = (embeds == placeholder).all(-1)
+    return found

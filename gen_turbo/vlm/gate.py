@@ -1,0 +1,248 @@
+"""The gate before the language model: fewer image tokens enter it, with the positions, mask and cache that fit.
+
+Shape names: B rows, L columns of the call, M of them that stay, C channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from gen_turbo.method import Grid
+from gen_turbo.tokens.columns import Columns
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.cache import ShortenedCache, shortened
+from gen_turbo.vlm.family import Family, image_token_mask
+from gen_turbo.vlm.layers import real_columns
+from gen_turbo.vlm.origin import Seen
+from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
+from gen_turbo.vlm.words import Words
+
+
+class Gate:
+    """The hooks on the base model and the language model, and what they know of the call that is running.
+
+    Attributes:
+        planner: Plans for the image tokens before the language model; None lets all of them pass.
+        is_merged: Whether slots of image tokens and of words are averaged or only their anchors stay.
+        seen: The pictures whose features were made last.
+        pictures: The image tokens of this call as the first decoder layer sees them; None where there are none.
+        held: Columns that the first layer's cache held when this call began.
+        length: Columns of this call that reach the first layer.
+        real_BM: Which columns that reach the first layer, with those held, are no padding; None if all are.
+        cuts: Columns that decoder layers of this call keep, by first layer, to be noted in the cache at the end.
+        dropped: What spreads the output of the last decoder layer back; set by the decoder.
+        words: Chooses words that leave with the image tokens of a prompt; None lets all of them pass.
+        on_prompt: Is told the pictures, embeddings and mask of a call that brings pictures, before they are planned.
+    """
+
+    def __init__(
+        self, base: nn.Module, text: nn.Module, family: Family, planner: Planner | None, is_merged: bool
+    ) -> None:
+        self.planner, self.is_merged = planner, is_merged
+        self.words: Words | None = None
+        self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
+        self.on_prompt: Callable[[Pictures, Tensor, Any], None] = lambda pictures, embeds, mask: None
+        self._base, self._text, self._family = base, text, family
+        self._arguments = list(inspect.signature(base.forward).parameters)
+        self._given: dict[str, Any] = {}
+        self._features: list[Tensor] = []
+        self.seen = Seen()
+        self._forget()
+
+    def install(self) -> list[Any]:
+        """Puts the hooks in place and gives back their handles."""
+        return [
+            self._base.register_forward_pre_hook(self._before_base, with_kwargs=True),
+            self._base.register_forward_hook(lambda module, args, output: self._forget()),
+            self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
+            self._text.register_forward_hook(self._after_text, with_kwargs=True),
+        ]
+
+    def watch(self, get_image_features: Callable[..., Any], note: Callable[[Seen], None]) -> Callable[..., Any]:
+        """Wraps the base model's `get_image_features` so that the features of each picture are seen."""
+        signature = inspect.signature(get_image_features)
+
+        @wraps(get_image_features)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = get_image_features(*args, **kwargs)
+            pooled = output.pooler_output if hasattr(output, "pooler_output") else output
+            self._features = self._pictures_of(pooled)
+            lengths = [len(features) for features in self._features]
+            grids = self._family.grids or (lambda base, given, lengths: [None] * len(lengths))
+            given = signature.bind_partial(*args, **kwargs).arguments
+            self.seen = Seen(self._features, grids(self._base, {**given, **given.get("kwargs", {})}, lengths))
+            note(self.seen)
+            return output
+
+        return watched
+
+    def _pictures_of(self, pooled: Any) -> list[Tensor]:
+        """Features of each picture on its own."""
+        pieces = self._family.pieces
+        if pieces is None:
+            return list(pooled)
+        most = pieces(self._base)
+        return [one for features in pooled if len(features) for one in features.split(most)]
+
+    def _forget(self) -> None:
+        self.pictures: Pictures | None = None
+        self.held = self.length = 0
+        self.real_BM: Tensor | None = None
+        self.cuts: dict[int, Columns] = {}
+        self.dropped: Columns | None = None
+        self._here: Columns | None = None
+        self._total: Columns | None = None
+        self._given, self._features = {}, []
+
+    def _before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._forget()
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            self._features = self._pictures_of(encoded.pooler_output)
+        if encoded is not None or given.get("pixel_values") is not None:
+            self._given = {**given, "is_image": image_token_mask(base, given)}
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        if not self._family.masks_in_base or not isinstance(cache, ShortenedCache) or cache.columns is None:
+            return None
+        length = next(given[name].shape[1] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
+        columns = cache.columns.grown(cache.get_seq_length() + length)
+        return args, {**kwargs, "attention_mask": _mask_2d(columns, mask, True)}
+
+    def _pictures(self, embeds_BLC: Tensor) -> Pictures | None:
+        is_image = self._given.get("is_image")
+        if is_image is None or not self._features:
+            return None
+        lengths = [len(features) for features in self._features]
+        origins = self.seen.find(self._features)
+        if int(is_image.sum()) != sum(lengths):
+            raise ValueError(
+                f"{int(is_image.sum())} image placeholders for {sum(lengths)} image features; pass every picture of "
+                "the prompt, and only those"
+            )
+        grids = [None if origin is None else self.seen.grids[origin] for origin in origins]
+        return Pictures(is_image.to(embeds_BLC.device), lengths, grids, origins)
+
+    def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        if cache is None and _uses_cache(text, kwargs):
+            cache = DynamicCache(config=text.config)
+        self.held = _held(cache)
+        self.length = embeds.shape[1]
+        self.pictures = self._pictures(embeds)
+        reduction = None
+        if self.pictures is not None:
+            self.on_prompt(self.pictures, embeds, kwargs.get("attention_mask"))
+        if self.pictures is not None and self.planner is not None:
+            reduction = reduce(self.pictures, embeds, self.planner)
+            self.on_reduction(self.pictures, reduction)
+        if self.pictures is not None and self.words is not None:
+            reduction = reduction or reduce(self.pictures, embeds, _pass_all)
+            real = real_columns(kwargs.get("attention_mask"), embeds)
+            reduction = self.words.added(reduction, self._given.get("input_ids"), real, embeds)
+        is_shortened = isinstance(cache, ShortenedCache) and cache.columns is not None
+        if reduction is not None and not reduction.is_identity:
+            self._here = Columns.of_kept(reduction.keep_BL)
+        elif not is_shortened:
+            self.real_BM = kwargs.get("attention_mask")
+            return (args, {**kwargs, "past_key_values": cache}) if cache is not None else None
+        changed = self._shortened(embeds, cache, kwargs, reduction)
+        return args, {**kwargs, **changed}
+
+    def _shortened(self, embeds: Tensor, cache: Any, kwargs: dict[str, Any], reduction: Reduction | None) -> Any:
+        """The changed arguments of a call that brings fewer columns than tokens, or follows one that did."""
+        cache = shortened(cache) if cache is not None else None
+        batch, length = embeds.shape[:2]
+        seen = cache.get_seq_length() if cache is not None else 0
+        known = cache.columns if cache is not None else None
+        before = known.grown(seen) if known is not None else Columns.all_of(batch, seen, embeds.device)
+        here = self._here
+        self._total = before.beside(here) if here is not None else before.grown(seen + length)
+        changed: dict[str, Any] = {"past_key_values": cache}
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            changed["attention_mask"] = {kind: self._mask(one, cache) for kind, one in mask.items()}
+        else:
+            changed["attention_mask"] = self._mask(mask, cache)
+            self.real_BM = changed["attention_mask"]
+        if here is None or reduction is None or self.pictures is None:
+            return changed
+        changed["inputs_embeds"] = here.take(reduction.apply(embeds, self.is_merged), 1)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(seen, seen + length, device=embeds.device)[None]
+        changed["position_ids"] = here.take(positions, -1, batch_dim=-2)
+        if kwargs.get("visual_pos_masks") is not None:
+            changed.update(_deepstack(kwargs, reduction, here, self.is_merged))
+        self.length = here.num_kept
+        is_image = here.mask(self.pictures.is_image_BL)
+        before, lengths = self.pictures, reduction.lengths()
+        grids: list[Grid | None] = before.grids if lengths == before.lengths else [None] * len(lengths)
+        self.pictures = Pictures(is_image, lengths, grids, before.origins)
+        return changed
+
+    def _mask(self, mask: Tensor | None, cache: Any) -> Tensor | None:
+        assert self._total is not None
+        if mask is None or mask.ndim == 2:
+            return _mask_2d(self._total, mask, cache is not None)
+        if self._here is None:
+            return mask
+        keys = Columns.all_of(len(self._here.index_BM), self.held, mask.device).beside(self._here)
+        return self._here.queries(keys.keys(mask))
+
+    def _after_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and (self._total is not None or self.cuts):
+            cache = shortened(cache)
+            cache.columns = self._total if self._total is not None else cache.columns
+            cache.cuts = {**cache.cuts, **self.cuts}
+        for columns in (self.dropped, self._here):
+            if columns is not None:
+                output.last_hidden_state = columns.spread(output.last_hidden_state)
+        self.dropped = self._here = None
+        return output
+
+
+def _pass_all(tokens: Tensor, group: Group) -> TokenMap:
+    return TokenMap.identity(1, group.length, tokens.device)
+
+
+def _uses_cache(text: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("use_cache")
+    return bool(text.config.use_cache if asked is None else asked)  # type: ignore[union-attr]
+
+
+def _held(cache: Any) -> int:
+    if isinstance(cache, ShortenedCache):
+        return cache.num_held()
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _mask_2d(columns: Columns, mask: Tensor | None, has_cache: bool) -> Tensor | None:
+    """The mask of the columns that stay. Without a cache, gaps in the positions need one: they mean packing."""
+    if mask is not None:
+        if mask.shape[1] != columns.num_columns:
+            raise ValueError(f"an attention mask of {mask.shape[1]} columns for {columns.num_columns} tokens; pad both")
+        return columns.mask(mask)
+    return columns.valid_BM.long() if columns.is_ragged or not has_cache else None
+
+
+def _deepstack(kwargs: dict[str, Any], reduction: Reduction, here: Columns, is_merged: bool) -> dict[str, Any]:
+    """Reduces features that later layers add to the image tokens as the tokens themselves were reduced."""
+    marks = kwargs["visual_pos_masks"]
+    kept = here.mask(marks)
+    reduced = []
+    for features in kwargs["deepstack_visual_embeds"]:
+        full = features.new_zeros(*marks.shape, features.shape[-1]).masked_scatter(marks[..., None], features)
+        reduced.append(here.take(reduction.apply(full, is_merged), 1)[kept])
+    return {"visual_pos_masks": kept, "deepstack_visual_embeds": reduced}

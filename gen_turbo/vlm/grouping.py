@@ -1,0 +1,208 @@
+"""Fewer tokens before the projector: semantic tokens that read the picture unseen, or any method's plan.
+
+Shape names: B pictures, N patches, M groups, D channels of the tower.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gen_turbo.engine.base import LayerReport
+from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.training.files import artefact_path
+from gen_turbo.training.probe import is_same_model, weight_probe
+from gen_turbo.training.vistog import SemanticGrouping, VisToGArtefact, VisToGShape
+from gen_turbo.vlm.family import Family, TowerFacts, square
+from gen_turbo.vlm.gate import Gate
+from gen_turbo.vlm.part import VlmPart, token_flops, tower_facts
+from gen_turbo.vlm.projections import InstanceForward
+from gen_turbo.vlm.run import Group
+from gen_turbo.vlm.semantic import SemanticStream
+from gen_turbo.vlm.settings import Grouped
+
+
+class Grouper(Protocol):
+    """Makes M tokens of N patches."""
+
+    def install(self) -> list[Any]:
+        """Puts hooks in place and gives back what takes them off."""
+        ...
+
+    def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
+        """The groups (B, M, D), and a plan whose anchors are the places that they take among the patches."""
+        ...
+
+
+class _Planned:
+    """Groups that a method plans on the patches themselves."""
+
+    def __init__(self, reducer: TokenReducer) -> None:
+        self._reducer = reducer
+
+    def install(self) -> list[Any]:
+        return []
+
+    def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
+        plan = self._reducer.plan(patches_BND, LayerInfo("projector", self._reducer.ratio, grid), StepInfo())
+        merged = getattr(self._reducer, "combine", "merge") == "merge"
+        return plan.merge(patches_BND) if merged else plan.select(patches_BND), plan
+
+
+class GroupingPart(VlmPart):
+    """A reducer that works between vision tower and projector.
+
+    The projector reads groups alone. What it returns is copied to the places of the patches, so that the model's own
+    checks hold, and the gate lets one copy of each into the language model, with mask, positions and cache that fit.
+    Where text reads the picture by cross-attention, the tower returns class tokens and groups.
+
+    Attributes:
+        grouping: The semantic tokens and the grouping layer, for training and for pictures of groups; None where
+            a method plans on patches, or nothing is removed.
+        connector: The trained projector; None to use the model's own.
+    """
+
+    grouping: SemanticGrouping | None = None
+    connector: nn.Module | None = None
+
+    def install(self) -> None:
+        """Puts every hook in place."""
+        super().install()
+        if self._grouper is None:
+            return
+        self._handles += self._grouper.install()
+        if self._family.is_cross:
+            tower = self.model.get_submodule(self._facts.module)
+            self._handles.append(tower.register_forward_hook(self._after_tower))
+        else:
+            projector = self.model.get_submodule(self._facts.projector)
+            self._handles.append(InstanceForward(projector, self._project))
+
+    def slots(self) -> Tensor | None:
+        """The group of each patch of the pictures seen last, (B, N); None before the first."""
+        if isinstance(self._grouper, SemanticStream):
+            return self._grouper.slots
+        return self._seats.slot_BN if self._seats is not None else None
+
+    def _prepare(self, model: nn.Module) -> None:
+        self._facts = grouping_facts(model, self._family)
+        self._leading = self._facts.num_leading(model)
+        self._seats: TokenMap | None = None
+        self._grouper: Grouper | None = self._make_grouper(model) if self.reducer.ratio > 0 else None
+        if self._family.is_cross:
+            self._rows[self._facts.module] = LayerReport(self._facts.module, 1, "reduced")
+            return
+        name = self._family.text
+        base, text = model.get_submodule(self._family.base), model.get_submodule(name)
+        self._cost = token_flops(text)
+        self._gate = Gate(base, text, self._family, self._plan_seats, False)
+        self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
+        self._rows[name] = LayerReport(name, 1, "reduced")
+
+    def _make_grouper(self, model: nn.Module) -> Grouper:
+        if not isinstance(self.reducer, Grouped):
+            return _Planned(self.reducer)
+        artefact = _artefact(model, self._facts, self.reducer)
+        if artefact is None:
+            grouping = SemanticGrouping(_shape(model, self._facts, self.reducer, self.reducer.ratio)).eval()
+            artefact = VisToGArtefact(grouping, {}, weight_probe([]), {})
+        self.grouping = artefact.grouping
+        self.connector = _connector(model, self._facts, artefact)
+        return SemanticStream(model, self._facts, self.grouping)
+
+    def probe(self) -> Tensor:
+        """The sample of the weights that learned groups depend on: tower and projector."""
+        return _probe(self.model, self._facts)
+
+    def copy_connector(self) -> nn.Module:
+        """A copy of the model's projector that takes its place from now on, to be trained."""
+        connector = deepcopy(self.model.get_submodule(self._facts.projector))
+        vars(connector).pop("forward", None)
+        self.connector = connector
+        return connector
+
+    def _project(self, forward: Any, patches: Tensor) -> Tensor:
+        assert self._grouper is not None
+        groups, self._seats = self._grouper.groups(patches, _grid(patches))
+        projected: Tensor = (self.connector or forward)(groups)
+        return self._seats.unmerge(projected)
+
+    def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        assert self._grouper is not None
+        tokens: Tensor = output.last_hidden_state
+        patches = tokens[:, self._leading :]
+        groups, self._seats = self._grouper.groups(patches, _grid(patches))
+        name, pictures = self._facts.module, len(patches)
+        self._count(name, _grid(patches), pictures * patches.shape[1], pictures * groups.shape[1], 0, 0)
+        output.last_hidden_state = torch.cat([tokens[:, : self._leading], groups], 1)
+        return output
+
+    def _plan_seats(self, tokens: Tensor, group: Group) -> TokenMap:
+        """The places of the groups of each picture, whose tokens are copies now."""
+        seats = self._seats
+        if seats is None or seats.num_tokens != group.length:
+            return TokenMap.identity(1, group.length, tokens.device)
+        rows = self._origins(group)
+        return seats if len(seats.slot_BN) == 1 else TokenMap(seats.slot_BN[rows], seats.anchor_BM[rows])
+
+
+def grouping_facts(model: nn.Module, family: Family) -> TowerFacts:
+    """The facts of a tower whose patches can be grouped before they are read.
+
+    Raises:
+        ValueError: If there is none, or something else than patches is read.
+    """
+    name, facts, config = type(model).__name__, tower_facts(model, family), model.config
+    if facts is None or not (facts.projector or family.is_cross):
+        raise ValueError(f"{name} has no projector that reads plain patches; use place='pre_llm'")
+    layers: Any = getattr(config, "vision_feature_layer", None)
+    if isinstance(layers, (list, tuple)) and len(layers) > 1:
+        raise ValueError(f"the projector of this {name} reads {len(layers)} layers of the tower; use place='pre_llm'")
+    if getattr(config, "vision_feature_select_strategy", None) == "full" and facts.num_leading(model):
+        raise ValueError(f"the projector of this {name} reads the class token; set vision_feature_select_strategy")
+    return facts
+
+
+def _probe(model: nn.Module, facts: TowerFacts) -> Tensor:
+    return weight_probe(model.get_submodule(path) for path in (facts.module, facts.projector) if path)
+
+
+def _shape(model: nn.Module, facts: TowerFacts, settings: Grouped, ratio: float) -> VisToGShape:
+    """The sizes of untrained groups; raises ValueError if no patch would leave."""
+    tower: Any = model.get_submodule(facts.module)
+    num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    num_groups = settings.num_tokens or num_patches - int(num_patches * ratio)
+    if settings.num_tokens >= num_patches:
+        raise ValueError(f"num_tokens must be below the {num_patches} patches of a picture; got {num_groups}")
+    if num_groups == num_patches:
+        raise ValueError(f"none of the {num_patches} patches of a picture would leave; raise ratio or set num_tokens")
+    return VisToGShape(num_groups, tower.config.hidden_size, settings.first_block)
+
+
+def _artefact(model: nn.Module, facts: TowerFacts, settings: Grouped) -> VisToGArtefact | None:
+    if settings.weights is None:
+        return None
+    artefact = VisToGArtefact.load(artefact_path(settings.weights))
+    num_groups = artefact.grouping.shape.num_groups
+    if settings.num_tokens not in (0, num_groups):
+        raise ValueError(f"{settings.weights} was trained for num_tokens={num_groups}; got {settings.num_tokens}")
+    if not is_same_model(artefact.probe, _probe(model, facts)):
+        raise ValueError(f"{settings.weights} was trained for another model; make weights: gen-turbo calibrate vistog")
+    return artefact
+
+
+def _connector(model: nn.Module, facts: TowerFacts, artefact: VisToGArtefact) -> nn.Module | None:
+    """The trained projector on the device and in the type of the model's own."""
+    if not artefact.connector:
+        return None
+    connector = deepcopy(model.get_submodule(facts.projector))
+    connector.load_state_dict(artefact.connector)
+    return connector.eval()
+
+
+def _grid(patches: Tensor) -> Grid:
+    return square(patches.shape[1]) or (1, patches.shape[1])

@@ -1,0 +1,56 @@
+"""Which of the pictures that the tower saw each picture of a call is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from gen_turbo.method import Grid
+from gen_turbo.tokens.token_map import TokenMap
+
+
+@dataclass
+class Seen:
+    """What is known of the pictures whose features were made last.
+
+    Attributes:
+        features: Projected features of each picture, (n, C).
+        grids: (height, width) of each picture in tokens, where there is one.
+        plans: The tower's plan on the patches of each picture, one row each; empty where it merged none.
+        values: Semantic value of the patches by kind, (n,) for each picture.
+    """
+
+    features: list[Tensor] = field(default_factory=list)
+    grids: list[Grid | None] = field(default_factory=list)
+    plans: list[TokenMap] = field(default_factory=list)
+    values: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.features, *chain(*self.values.values())))
+
+    def find(self, features: list[Tensor]) -> list[int | None]:
+        """Finds each picture's place among those seen, by its features: `generate` repeats them for its beams.
+
+        Raises:
+            ValueError: If features are the beginning of a picture: a prompt that comes in pieces.
+        """
+        return [self._place(one, index) for index, one in enumerate(features)]
+
+    def _place(self, one: Tensor, guess: int) -> int | None:
+        order = [guess % len(self.features), *range(len(self.features))] if self.features else []
+        for index in order:
+            other = self.features[index]
+            if other is one or (other.shape == one.shape and torch.equal(other, one)):
+                return int(index)
+        for other in self.features:
+            if len(one) < len(other) and torch.equal(other[: len(one)], one):
+                raise ValueError(
+                    f"a call brings {len(one)} of a picture's {len(other)} tokens; prefill in one piece (leave out "
+                    "prefill_chunk_size)"
+                )
+        return None

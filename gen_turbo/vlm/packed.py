@@ -1,0 +1,273 @@
+"""Packed vision towers, as Qwen's: pictures of any size in one row of tokens, attention in windows, 2 x 2 patches each.
+
+Shape names: S tokens of all pictures, U units of G tokens that become one feature, M slots of units, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
+
+from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.family import TowerFacts
+from gen_turbo.vlm.packed_attention import PackedAttention
+from gen_turbo.vlm.tower import block_ratio
+
+
+@dataclass
+class _Pass:
+    """One call of the tower.
+
+    Attributes:
+        grids: (height, width) of each picture in units.
+        order: The unit, in raster order, at each place of the tower's own order; None where they are the same.
+        left: Units that each picture has now.
+        by_block: Each block's plan on the units that entered it.
+        totals: The units after each block, as a plan on those that the call began with.
+    """
+
+    grids: list[Grid]
+    order: Tensor | None
+    left: list[int]
+    by_block: dict[int, TokenMap] = field(default_factory=dict)
+    totals: dict[int, TokenMap] = field(default_factory=dict)
+
+
+class PackedTower:
+    """The hooks on one packed tower.
+
+    What merges are the units of 2 x 2 patches that the tower's end turns into one feature, patch by patch, so that
+    every feature is made as in the stock model. A unit may merge with one of another window; the slot then stands
+    in the window, and at the position, of the unit that lends it its place. As in `Tower` merging happens where the
+    norm between attention and MLP is entered. Features, also those of inner blocks, are copied back to every unit.
+    Videos of more than two frames pass as they are.
+
+    Attributes:
+        reducer: Plans each block's merge; None only watches.
+        on_block: Is told the block and the units of all pictures before and after it.
+    """
+
+    def __init__(self, model: nn.Module, facts: TowerFacts, reducer: TokenReducer | None) -> None:
+        self.facts, self.reducer = facts, reducer
+        tower: Any = model.get_submodule(facts.module)
+        self.module = tower
+        self.blocks: list[Any] = list(getattr(tower, facts.blocks))
+        self.on_block: Callable[[int, int, int], None] = lambda block, before, after: None
+        self._side: int = tower.spatial_merge_size
+        self._unit = self._side**2
+        self._attention = [PackedAttention(getattr(block, facts.attention)) for block in self.blocks]
+        self._pass: _Pass | None = None
+        self._plans: list[TokenMap] = []
+
+    @property
+    def watched(self) -> list[int]:
+        """Blocks whose queries and keys are seen: all if they merge, else the last."""
+        count = len(self.blocks)
+        return list(range(count)) if self.reducer is not None else [count - 1]
+
+    def plans(self) -> list[TokenMap]:
+        """The plan of the whole tower on each picture of the last call, in raster order; empty where none merged."""
+        return self._plans
+
+    def values(self, kind: str) -> list[Tensor] | None:
+        """The attention that the units of each picture received in the last block, in raster order.
+
+        Args:
+            kind: "self" for the column mean of attention; there is no class token, so None for every other kind.
+
+        Returns:
+            One (U,) for each picture, summing to one.
+        """
+        now = self._pass
+        if kind != "self" or now is None:
+            return None
+        received = self._received(len(self.blocks) - 1, now)
+        raster = received if now.order is None else torch.empty_like(received).index_copy(0, now.order, received)
+        return list(raster.split_with_sizes(now.left))
+
+    def install(self) -> list[Any]:
+        """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""
+        tower, merges = self.module, self.reducer is not None
+        handles: list[Any] = [tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)]
+        for index in self.watched:
+            handles += self._attention[index].install(merges)
+        if not merges:
+            return handles
+        for index, block in enumerate(self.blocks):
+            norm2 = getattr(block, self.facts.norm2)
+            handles.append(block.register_forward_pre_hook(self._before_block(index), with_kwargs=True))
+            handles.append(norm2.register_forward_pre_hook(self._before_norm2(index)))
+            handles.append(block.mlp.register_forward_hook(self._after_mlp(index)))
+        deep = zip(
+            getattr(tower, "deepstack_visual_indexes", ()), getattr(tower, "deepstack_merger_list", ()), strict=True
+        )
+        for index, merger in [(len(self.blocks) - 1, tower.merger), *deep]:
+            handles.append(merger.register_forward_pre_hook(self._before_merger(index)))
+            handles.append(merger.register_forward_hook(self._after_merger(index)))
+        return [*handles, tower.register_forward_hook(self._after_tower)]
+
+    def _before_tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._pass, self._plans = None, []
+        sizes = args[1] if len(args) > 1 else kwargs["grid_thw"]
+        side = self._side
+        if bool((sizes[:, 0] > 1).any()):
+            return
+        grids = [(height // side, width // side) for _, height, width in sizes.tolist()]
+        order = None
+        if hasattr(tower, "window_size"):
+            given = {"window_size": tower.window_size, "patch_size": tower.patch_size}
+            index, _ = get_vision_window_index(sizes, spatial_merge_size=side, kwargs={**kwargs}, **given)
+            order = index.to((args[0] if args else kwargs["hidden_states"]).device)
+        self._pass = _Pass(grids, order, [height * width for height, width in grids])
+
+    def _before_block(self, index: int) -> Any:
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            now = self._pass
+            total = now.totals.get(index - 1) if now is not None else None
+            self._attention[index].weigh(self._log_size(total))
+            if now is None or total is None:
+                return None
+            rotary = tuple(self._narrow(total.select(self._wide(table))) for table in kwargs["position_embeddings"])
+            anchors = total.anchor_BM[0] * self._unit
+            held = torch.searchsorted(anchors, kwargs["cu_seqlens"].to(anchors))
+            # Windows may have lost all their units.
+            held = held[held.diff(prepend=held[:1] - 1) > 0]
+            cu_seqlens = (held * self._unit).to(kwargs["cu_seqlens"].dtype)
+            shorter = {"position_embeddings": rotary, "cu_seqlens": cu_seqlens, "max_seqlen": None}
+            return (self._merged(index - 1, args[0]), *args[1:]), {**kwargs, **shorter}
+
+        return before
+
+    def _before_norm2(self, index: int) -> Any:
+        def before(norm: nn.Module, args: tuple[Any, ...]) -> Any:
+            if self._pass is None:
+                return None
+            plan, earlier = self._plan(index, self._pass), self._pass.totals.get(index - 1)
+            if not plan.is_identity:
+                self._pass.by_block[index] = plan
+            if earlier is not None or not plan.is_identity:
+                self._pass.totals[index] = plan if earlier is None else earlier.then(plan)
+            return (self._merged(index, args[0]),)
+
+        return before
+
+    def _after_mlp(self, index: int) -> Any:
+        def after(mlp: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            plan = self._pass.by_block.get(index) if self._pass is not None else None
+            return self._narrow(plan.unmerge(self._wide(output))) if plan is not None else None
+
+        return after
+
+    def _before_merger(self, index: int) -> Any:
+        return lambda merger, args: (self._merged(index, args[0]),)
+
+    def _after_merger(self, index: int) -> Any:
+        def after(merger: nn.Module, args: tuple[Any, ...], features_MC: Tensor) -> Tensor | None:
+            total = self._pass.totals.get(index) if self._pass is not None else None
+            return total.unmerge(features_MC[None])[0] if total is not None else None
+
+        return after
+
+    def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        now, last = self._pass, len(self.blocks) - 1
+        for attention in self._attention:
+            attention.forget()
+        if now is None or last not in now.totals:
+            return output
+        output.last_hidden_state = self._restored(last, output.last_hidden_state)
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            output.hidden_states = tuple(self._restored(index - 1, state) for index, state in enumerate(states))
+        self._plans = self._raster_plans(now, now.totals[last])
+        return output
+
+    def _plan(self, index: int, now: _Pass) -> TokenMap:
+        """Plans one block's merge, pictures of one size together, on the mean over heads of the keys of each unit."""
+        keys = self._attention[index].keys().mean(1)
+        metric = keys.reshape(-1, self._unit * keys.shape[-1]).split_with_sizes(now.left)
+        groups: dict[tuple[int, Grid], list[int]] = {}
+        for picture, key in enumerate(zip(now.left, now.grids, strict=True)):
+            groups.setdefault(key, []).append(picture)
+        plans: dict[int, TokenMap] = {}
+        for pictures in groups.values():
+            plan = self._group_plan(index, now, pictures, torch.stack([metric[picture] for picture in pictures]))
+            for row, picture in enumerate(pictures):
+                plans[picture] = plan.by_row()[row if len(plan.slot_BN) > 1 else 0]
+        before, ordered = sum(now.left), [plans[picture] for picture in range(len(plans))]
+        now.left = [plan.num_slots for plan in ordered]
+        self.on_block(index, before, sum(now.left))
+        return _beside(ordered)
+
+    def _group_plan(self, index: int, now: _Pass, pictures: list[int], metric: Tensor) -> TokenMap:
+        assert self.reducer is not None
+        height, width = now.grids[pictures[0]]
+        is_whole = now.order is None and index - 1 not in now.totals
+
+        def semantic(kind: str) -> Tensor | None:
+            if kind != "self":
+                return None
+            received = self._received(index, now).split_with_sizes(now.left)
+            return torch.stack([received[picture] for picture in pictures])
+
+        ratio = block_ratio(height * width, metric.shape[1], self.reducer.ratio, index, len(self.blocks))
+        grid = (height, width) if is_whole else None
+        site = LayerInfo(f"{self.facts.module}.{index}", ratio, grid, semantic=semantic)
+        return self.reducer.plan(metric, site, StepInfo(num_plans=index))
+
+    def _received(self, index: int, now: _Pass) -> Tensor:
+        """Attention received by each unit, (U,), summing to one in each picture."""
+        received = self._attention[index].received().reshape(-1, self._unit).sum(1)
+        return torch.cat([picture / picture.sum() for picture in received.split_with_sizes(now.left)])
+
+    def _raster_plans(self, now: _Pass, total: TokenMap) -> list[TokenMap]:
+        """The plan of each picture on its units in raster order."""
+        destination = total.anchor_BM[0][total.slot_BN[0]]
+        if now.order is not None:
+            destination = torch.empty_like(destination).index_copy(0, now.order, now.order[destination])
+        plans, at = [], 0
+        for part, left in zip(destination.split_with_sizes([h * w for h, w in now.grids]), now.left, strict=True):
+            plans.append(TokenMap.from_destinations(part[None] - at, left))
+            at += len(part)
+        return plans
+
+    def _merged(self, index: int, y_SC: Tensor) -> Tensor:
+        """What leaves a block, merged by the block's plan; its weights are the sizes before the block."""
+        plan = self._pass.by_block.get(index) if self._pass is not None else None
+        if self._pass is None or plan is None or len(y_SC) != plan.num_tokens * self._unit:
+            return y_SC
+        earlier = self._pass.totals.get(index - 1)
+        return self._narrow(plan.merge(self._wide(y_SC), None if earlier is None else earlier.sizes().to(y_SC.dtype)))
+
+    def _restored(self, index: int, y_SC: Tensor) -> Tensor:
+        """What leaves a block as the rest of the model wants it."""
+        total, merged = self._pass.totals.get(index) if self._pass is not None else None, self._merged(index, y_SC)
+        # The last of the recorded states may be the output of the tower, restored already.
+        if total is None or len(merged) != total.num_slots * self._unit:
+            return merged
+        return self._narrow(total.unmerge(self._wide(merged)))
+
+    def _log_size(self, total: TokenMap | None) -> Tensor | None:
+        return total.sizes()[0].log().repeat_interleave(self._unit) if total is not None else None
+
+    def _wide(self, y_SC: Tensor) -> Tensor:
+        """Units as tokens of one row: (1, U, G * C)."""
+        return y_SC.reshape(1, -1, self._unit * y_SC.shape[-1])
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1] // self._unit)
+
+
+def _beside(plans: list[TokenMap]) -> TokenMap:
+    """Plans of one row each, side by side as one."""
+    slots, anchors, tokens, places = [], [], 0, 0
+    for plan in plans:
+        slots.append(plan.slot_BN + places)
+        anchors.append(plan.anchor_BM + tokens)
+        tokens, places = tokens + plan.num_tokens, places + plan.num_slots
+    return TokenMap(torch.cat(slots, 1), torch.cat(anchors, 1))

@@ -1,0 +1,297 @@
+"""A reducer on one vision-language model: what is put in place, what it does to a call, and the way back."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_turbo.engine.base import LayerReport, OnModel
+from gen_turbo.engine.denoiser import NoEffectWarning
+from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.cross import CrossGate
+from gen_turbo.vlm.decoder import Cut, check_cut
+from gen_turbo.vlm.family import Family, TowerFacts
+from gen_turbo.vlm.gate import Gate
+from gen_turbo.vlm.origin import Seen
+from gen_turbo.vlm.packed import PackedTower
+from gen_turbo.vlm.run import Group, Pictures, Reduction
+from gen_turbo.vlm.settings import placement_of
+from gen_turbo.vlm.shrink import Shrink, can_shrink
+from gen_turbo.vlm.text import TEXT_ENCODER, TextMerge, check_text
+from gen_turbo.vlm.tower import Tower
+from gen_turbo.vlm.words import PROMPT, Words, check_words
+
+
+class VlmPart(OnModel):
+    """A reducer on one model.
+
+    Raises:
+        ValueError: If the family has no such place, or the place does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, reducer: TokenReducer) -> None:
+        super().__init__(model)
+        self.reducer = reducer
+        self._family = family
+        self._placement = placement_of(reducer)
+        self._handles: list[Any] = []
+        self._rows: dict[str, LayerReport] = {}
+        self._had_features: Any = None
+        self._cost = 0
+        _check(model, family, reducer)
+        self._tower: Tower | PackedTower | Shrink | None = None
+        self._gate: Gate | None = None
+        self._cut: Cut | None = None
+        self._cross: CrossGate | None = None
+        self._text = TextMerge(model, reducer) if reducer.text_ratio and family.is_cross else None
+        self._prepare(model)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Where tokens leave."""
+        return tuple(self._rows)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Bytes held now between the calls of the model: what is known of the pictures seen last."""
+        return self._gate.seen.num_bytes if self._gate is not None else 0
+
+    @property
+    def most_remembered_bytes(self) -> int:
+        """The most bytes held at once: nothing is kept of pictures seen before."""
+        return self.remembered_bytes
+
+    def rows(self) -> list[LayerReport]:
+        """One row per place where tokens leave."""
+        return list(self._rows.values())
+
+    def install(self) -> None:
+        """Puts every hook in place."""
+        for stage in (self._tower, self._cross, self._gate, self._cut, self._text):
+            if stage is not None:
+                self._handles += stage.install()
+        if self._gate is not None:
+            self._handles += self._gate.words.install(self.model) if self._gate.words is not None else []
+            base = self.model.get_submodule(self._family.base)
+            self._had_features = vars(base).get("get_image_features")
+            base.get_image_features = self._gate.watch(base.get_image_features, self._note)  # type: ignore[assignment,arg-type]
+
+    def remove(self) -> None:
+        """Takes every hook off; doing it twice is harmless."""
+        for handle in reversed(self._handles):
+            handle.remove()
+        model = self._model()
+        if self._handles and self._gate is not None and model is not None:
+            base = model.get_submodule(self._family.base)
+            vars(base).pop("get_image_features", None)
+            if self._had_features is not None:
+                base.get_image_features = self._had_features
+            self._gate.seen = Seen()
+        self._handles = []
+
+    def _prepare(self, model: nn.Module) -> None:
+        place, family = self._placement.place, self._family
+        facts = tower_facts(model, family)
+        if place == "input":
+            self._prepare_picture(model)
+        elif facts is not None and place != "decoder":
+            kind = PackedTower if facts.is_packed else Tower
+            self._tower = kind(model, facts, self.reducer if place == "tower" else None)
+            self._tower.on_block = self._note_block
+        if place == "tower":
+            assert isinstance(self._tower, (Tower, PackedTower))
+            self._rows.update(
+                {name: LayerReport(name, 1, "reduced") for name in map(self._block_name, self._tower.watched)}
+            )
+        if self._text is not None:
+            self._text.on_merge = lambda before, after, words: self._note_text(TEXT_ENCODER, before, after, words)
+            self._rows[TEXT_ENCODER] = LayerReport(TEXT_ENCODER, 1, "reduced")
+        if family.is_cross:
+            self._prepare_cross()
+            return
+        base, text = model.get_submodule(family.base), model.get_submodule(family.text)
+        self._cost = token_flops(text)
+        planner = {"pre_llm": self._plan_at_gate, "tower": self._plan_duplicates, "input": self._plan_duplicates}.get(
+            place
+        )
+        # What the tower or a smaller picture made equal is its own mean; features of inner blocks are not.
+        self._gate = Gate(base, text, family, planner, self._placement.combine == "merge")
+        if self.reducer.text_ratio:
+            self._gate.words = Words(model, self.reducer)
+            self._gate.words.on_reduction = lambda before, after, longest: self._note_text(
+                PROMPT, before, after, longest
+            )
+            self._rows[PROMPT] = LayerReport(PROMPT, 1, "reduced")
+        if place == "decoder":
+            first = self._placement.layer
+            self._cut = Cut(text, self._gate, first, self._plan_at_cut)
+            self._cut.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
+            name = f"{family.text}.layers.{first}"
+        else:
+            name = family.text
+            self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
+        self._rows[name] = LayerReport(name, 1, "reduced")
+
+    def _prepare_picture(self, model: nn.Module) -> None:
+        facts = tower_facts(model, self._family)
+        assert facts is not None
+        self._tower = Shrink(model, facts, self.reducer)
+        self._tower.on_shrink = lambda grid, before, after: self._count(facts.module, grid, before, after, 0, 0)
+        self._rows[facts.module] = LayerReport(facts.module, 1, "reduced")
+
+    def _prepare_cross(self) -> None:
+        if self._placement.place == "pre_llm":
+            assert isinstance(self._tower, Tower)
+            name = self._tower.facts.module
+            self._cross = CrossGate(self._tower, self.reducer, self._placement.combine == "merge")
+            self._cross.on_reduction = lambda before, after: self._count(name, None, before, after, 0, 0)
+            self._rows[name] = LayerReport(name, 1, "reduced")
+
+    def _block_name(self, index: int) -> str:
+        assert self._tower is not None
+        return f"{self._tower.facts.module}.{index}"
+
+    def _note(self, seen: Seen) -> None:
+        """Keeps what the tower knows of the pictures whose features were just made."""
+        if self._tower is None:
+            return
+        seen.plans = self._tower.plans()
+        for kind in ("class", "self"):
+            values = self._tower.values(kind) if self._wants_value(kind) else None
+            if values is not None:
+                seen.values[kind] = values
+
+    def _wants_value(self, kind: str) -> bool:
+        wanted = getattr(self.reducer, "semantic", "none")
+        return self._placement.place == "pre_llm" and (wanted == kind or (wanted == "class" and kind == "self"))
+
+    def _plan_at_gate(self, tokens: Tensor, group: Group) -> TokenMap:
+        site = LayerInfo("pre_llm", self.reducer.ratio, group.grid, semantic=lambda kind: self._value(kind, group))
+        return self.reducer.plan(tokens, site, StepInfo())
+
+    def _plan_at_cut(self, tokens: Tensor, group: Group) -> TokenMap:
+        def semantic(kind: str) -> Tensor | None:
+            assert self._cut is not None and self._gate is not None and self._gate.pictures is not None
+            if kind != "last":
+                return None
+            pictures = self._gate.pictures
+            return self._cut.attention()[pictures.is_image_BL][pictures.index(group)]
+
+        return self.reducer.plan(
+            tokens, LayerInfo("decoder", self.reducer.ratio, group.grid, semantic=semantic), StepInfo()
+        )
+
+    def _plan_duplicates(self, tokens: Tensor, group: Group) -> TokenMap:
+        """The tower's own plan, whose slots are equal tokens now; nothing where features are no longer patches."""
+        assert self._gate is not None
+        plans = self._gate.seen.plans
+        if all(plan.num_tokens != group.length for plan in plans):
+            return TokenMap.identity(1, group.length, tokens.device)
+        found = [plans[origin] for origin in self._origins(group)]
+        slot, anchor = ([getattr(plan, name) for plan in found] for name in ("slot_BN", "anchor_BM"))
+        return TokenMap(torch.cat(slot), torch.cat(anchor))
+
+    def _value(self, kind: str, group: Group) -> Tensor | None:
+        assert self._gate is not None
+        values = self._gate.seen.values.get(kind, [])
+        if all(len(value) != group.length for value in values):
+            return None
+        return torch.stack([values[origin] for origin in self._origins(group)])
+
+    def _origins(self, group: Group) -> list[int]:
+        """Which of the tower's pictures each of a group's is; beam search repeats them."""
+        assert self._gate is not None and self._gate.pictures is not None
+        found = [self._gate.pictures.origins[image] for image in group.images]
+        origins = [origin for origin in found if origin is not None]
+        if len(origins) < len(found):
+            raise ValueError(
+                "the image features of this call were not made by this model's tower while the reducer was attached; "
+                "pass pixel_values instead of features made before"
+            )
+        return origins
+
+    def _note_block(self, index: int, before: int, after: int) -> None:
+        self._count(self._block_name(index), None, before, after, 0, 0)
+
+    def _note_text(self, name: str, before: int, after: int, words: int) -> None:
+        self._count(name, None, before, after, 0, 0)
+        if before == after and int((self.reducer.text_ratio or 0) * words) == 0:
+            warnings.warn(
+                f"no word was removed from texts of {words} words at text_ratio {self.reducer.text_ratio}; raise it",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
+    def _note_reduction(self, name: str, pictures: Pictures, reduction: Reduction) -> None:
+        before, after = sum(pictures.lengths), sum(reduction.lengths())
+        grid = pictures.grids[0] if pictures.grids else None
+        batch, length = pictures.is_image_BL.shape
+        stock, cost = batch * length * self._cost, (batch * length - before + after) * self._cost
+        self._count(name, grid, before, after, cost, stock)
+        longest = max(pictures.lengths)
+        if after == before and self.reducer.ratio > 0 and int(self.reducer.ratio * longest) == 0:
+            warnings.warn(
+                f"no token was removed from pictures of {longest} tokens at ratio {self.reducer.ratio}; raise `ratio`",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
+    def _count(self, name: str, grid: Grid | None, before: int, after: int, flops: int, stock: int) -> None:
+        row = self._rows[name]
+        self._rows[name] = LayerReport(
+            name,
+            1,
+            "reduced",
+            grid,
+            before,
+            after,
+            row.num_full + (before == after),
+            row.num_reduced + (before != after),
+            row.flops + flops,
+            row.stock_flops + stock,
+        )
+
+
+def tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
+    """The tower's facts if it is of a kind that they hold for."""
+    facts = family.tower
+    if facts is None:
+        return None
+    config: Any = model.get_submodule(facts.module).config
+    return facts if config.model_type in facts.kinds else None
+
+
+def token_flops(text: nn.Module) -> int:
+    """Operations of one token in all decoder layers, without attention between tokens."""
+    layers: Any = text.layers
+    total: int = sum(weight.numel() for layer in layers for weight in layer.parameters() if weight.ndim == 2)
+    return 2 * total
+
+
+def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
+    """Says before anything is changed why a place does not fit a model."""
+    placement = placement_of(reducer)
+    name = type(model).__name__
+    denoising = [setting for setting in ("layer_ratios", "step_scale") if getattr(reducer, setting)]
+    if denoising:
+        raise ValueError(f"{' and '.join(denoising)} concern denoisers; {name} is none, leave them out")
+    if family.is_cross:
+        check_text(model, reducer)
+    else:
+        check_words(model, reducer, placement.place)
+    facts = tower_facts(model, family)
+    if placement.place == "input":
+        if facts is None or not can_shrink(model, facts) or (family.grids is None and not family.is_cross):
+            raise ValueError(f"the vision tower of this {name} reads no smaller pictures; use the method pool instead")
+        return
+    if placement.place == "tower" and facts is None:
+        raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='pre_llm' or place='decoder'")
+    if placement.place == "decoder" and family.is_cross:
+        raise ValueError(f"{name} has no image tokens in its prompt; use place='tower' or place='pre_llm'")
+    if placement.place != "decoder":
+        return
+    check_cut(model, model.get_submodule(family.text).config, placement.layer)

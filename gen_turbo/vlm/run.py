@@ -1,0 +1,138 @@
+"""What is known during one call of a vision-language model: where its image tokens are, and of which picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gen_turbo.method import Grid
+from gen_turbo.tokens.token_map import TokenMap
+
+Planner = Callable[[Tensor, "Group"], TokenMap]
+"""Plans for tokens (K, n, C) of K pictures of one size."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures of one call that have the same number of tokens and the same grid, and are planned together."""
+
+    images: list[int]
+    length: int
+    grid: Grid | None
+
+
+@dataclass
+class Pictures:
+    """The image tokens of one call.
+
+    Attributes:
+        is_image_BL: Which columns are image tokens.
+        lengths: Tokens of each picture, in the order of the flattened mask.
+        grids: (height, width) of each picture, where there is one.
+        origins: Which of the pictures that the tower saw last each one is; None for one that it did not see.
+    """
+
+    is_image_BL: Tensor
+    lengths: list[int]
+    grids: list[Grid | None]
+    origins: list[int | None] = field(default_factory=list)
+
+    def groups(self) -> list[Group]:
+        """The pictures by size."""
+        found: dict[tuple[int, Grid | None], list[int]] = {}
+        for image, key in enumerate(zip(self.lengths, self.grids, strict=True)):
+            found.setdefault(key, []).append(image)
+        return [Group(images, length, grid) for (length, grid), images in found.items()]
+
+    def index(self, group: Group) -> Tensor:
+        """Places of a group's tokens among all image tokens: (K, n)."""
+        starts = [0]
+        for length in self.lengths:
+            starts.append(starts[-1] + length)
+        first = torch.tensor([starts[image] for image in group.images], device=self.is_image_BL.device)
+        return first[:, None] + torch.arange(group.length, device=first.device)
+
+
+@dataclass(frozen=True)
+class WordPlan:
+    """The plan for the words of one row.
+
+    Attributes:
+        row: The row.
+        places: The columns of its words.
+        plan: One row, on those words.
+    """
+
+    row: int
+    places: Tensor
+    plan: TokenMap
+
+    @property
+    def anchors(self) -> Tensor:
+        """The columns of the words that stay."""
+        return self.places[self.plan.anchor_BM[0]]
+
+
+@dataclass
+class Reduction:
+    """Plans for all pictures of one call, and what follows from them.
+
+    Attributes:
+        plans: Each group's plan.
+        keep_BL: Columns that stay: text, and the anchor of every slot.
+        pictures: The pictures as they were.
+        words: Plans for words, where some of them leave too.
+    """
+
+    pictures: Pictures
+    plans: list[tuple[Group, TokenMap]]
+    keep_BL: Tensor
+    words: list[WordPlan] = field(default_factory=list)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every token stays."""
+        return not self.words and all(plan.is_identity for _, plan in self.plans)
+
+    def apply(self, x_BLC: Tensor, is_merged: bool) -> Tensor:
+        """Puts the mean of each slot at its anchor, or leaves anchors as they are; no column leaves yet."""
+        if not is_merged:
+            return x_BLC
+        is_image = self.pictures.is_image_BL
+        tokens = x_BLC[is_image]
+        for group, plan in self.plans:
+            index = self.pictures.index(group)
+            tokens = tokens.index_put((index.gather(1, _rows(plan.anchor_BM, index)),), plan.merge(tokens[index]))
+        merged = x_BLC.masked_scatter(is_image[..., None], tokens)
+        for one in self.words:
+            merged[one.row, one.anchors] = one.plan.merge(x_BLC[one.row, one.places][None])[0]
+        return merged
+
+    def lengths(self) -> list[int]:
+        """Tokens that each picture keeps."""
+        kept = dict.fromkeys(range(len(self.pictures.lengths)), 0)
+        for group, plan in self.plans:
+            kept.update(dict.fromkeys(group.images, plan.num_slots))
+        return [kept[image] for image in range(len(kept))]
+
+
+def reduce(pictures: Pictures, x_BLC: Tensor, planner: Planner) -> Reduction:
+    """Plans for the pictures of one call from its columns (B, L, C), size by size."""
+    tokens = x_BLC[pictures.is_image_BL]
+    stays = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    plans = []
+    for group in pictures.groups():
+        index = pictures.index(group)
+        plan = planner(tokens[index], group)
+        plans.append((group, plan))
+        stays[index.gather(1, _rows(plan.anchor_BM, index))] = True
+    keep = ~pictures.is_image_BL
+    return Reduction(pictures, plans, keep.masked_scatter(pictures.is_image_BL, stays))
+
+
+def _rows(anchor_BM: Tensor, index: Tensor) -> Tensor:
+    """A plan of one row serves every picture."""
+    return anchor_BM.expand(len(index), -1) if len(anchor_BM) == 1 else anchor_BM

@@ -1,0 +1,105 @@
+"""Where in a vision-language model a method works, and how; for methods that have no such settings, the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.token_map import TokenMap
+
+PLACES = ("input", "tower", "projector", "pre_llm", "decoder")
+
+
+@dataclass
+class Placement:
+    """Settings of a method that works on the image tokens of a vision-language model.
+
+    Attributes:
+        place: "input" makes the image smaller before the vision tower; "tower" merges inside the tower, between
+            self-attention and MLP of every block; "projector" merges what the tower returns, before it is projected;
+            "pre_llm" reduces the projected image tokens before the language model; "decoder" drops them from one
+            decoder layer on.
+        layer: With "decoder", the first decoder layer without the dropped tokens; at least 1.
+        combine: At the gate or before the projector, "merge" averages the tokens of a slot, "prune" keeps the slot's
+            anchor and drops the others; words that `text_ratio` removes too. In the decoder, where a token must not
+            see later ones, image tokens are always selected.
+    """
+
+    place: str = "pre_llm"
+    layer: int = 2
+    combine: str = "merge"
+
+    def __post_init__(self) -> None:
+        """Checks every setting, its own and those of the method's other bases; raises ValueError."""
+        check = getattr(super(), "__post_init__", None)
+        if check is not None:
+            check()
+        if self.place not in PLACES:
+            raise ValueError(f"place must be one of {', '.join(PLACES)}; got {self.place!r}")
+        if self.combine not in ("merge", "prune"):
+            raise ValueError(f"combine must be 'merge' or 'prune'; got {self.combine!r}")
+        if self.layer < 1:
+            raise ValueError(f"layer must be at least 1, the second decoder layer; got {self.layer}")
+
+
+@dataclass
+class Grouped(Placement):
+    """Settings of a method whose own tokens pass through the vision tower and gather the patches, as in VisToG.
+
+    A ratio of 0 leaves the model as it is, whatever these say.
+
+    Attributes:
+        num_tokens: Image tokens that the language model reads; 0 takes them from `weights`, else from the ratio.
+        weights: File of learned weights, or `embedded:NAME` for one inside the package; None groups untrained.
+        first_block: The block of the tower before which the semantic tokens enter. Raising it costs the tower less
+            and lets them read less. `weights` brings its own.
+    """
+
+    place: str = "projector"
+    num_tokens: int = 0
+    weights: str | None = None
+    first_block: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every setting, its own and those of the method's other bases; raises ValueError."""
+        super().__post_init__()
+        if self.place != "projector" or self.combine != "merge":
+            raise ValueError(f"groups are made before the projector alone; got place={self.place!r}, {self.combine!r}")
+        for setting in ("num_tokens", "first_block"):
+            if getattr(self, setting) < 0:
+                raise ValueError(f"{setting} must not be negative; got {getattr(self, setting)}")
+
+
+_DEFAULT = Placement()
+
+
+def placement_of(reducer: TokenReducer) -> Placement:
+    """Gives a method's placement; a method that knows nothing of vision-language models works at the gate."""
+    return reducer if isinstance(reducer, Placement) else _DEFAULT
+
+
+class Placed(Placement, TokenReducer):
+    """Any method at a place of one's choice: `attach(model, Placed(TurboProcessor(0.5), place="decoder", layer=3))`.
+
+    Raises:
+        ValueError: If a setting is not one of those that `Placement` knows.
+    """
+
+    def __init__(self, reducer: TokenReducer, place: str = "pre_llm", layer: int = 2, combine: str = "merge") -> None:
+        for setting in fields(TokenReducer):
+            setattr(self, setting.name, getattr(reducer, setting.name))
+        self.place, self.layer, self.combine = place, layer, combine
+        self.reducer = reducer
+        self.semantic = getattr(reducer, "semantic", "none")
+        self.__post_init__()
+
+    @property
+    def max_ratio(self) -> float:
+        """The largest ratio that the method can reach."""
+        return self.reducer.max_ratio
+
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
+        """Plans as the method does."""
+        return self.reducer.plan(tokens, site, frame)

@@ -1,0 +1,119 @@
+"""Kernels by name, sizes and full queries inside the attention call, and what cannot be reached."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
+
+from gen_turbo import IdentityProcessor, TurboProcessor, attach
+from gen_turbo.engine.attention import AttentionMode
+from gen_turbo.engine.base import Observation
+from tests.engine.families import Keys, family, relative
+from tests.snapshots import differences, model_state
+from tests.tiny_transformers import random
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "pixart-alpha", "flux", "kandinsky"])
+@pytest.mark.parametrize("processor", [IdentityProcessor, TurboProcessor])
+def test_a_kernel_by_name_computes_every_attention(name, processor, monkeypatch):
+    """Catches the silence of UNet, SD3 and PixArt, whose own processors know no kernels."""
+    math = attention_dispatch.AttentionBackendName._NATIVE_MATH
+    backends = attention_dispatch._AttentionBackendRegistry._backends
+    original, calls = backends[math], []
+    monkeypatch.setitem(backends, math, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    model, run = family(name)
+    with Keys() as keys:
+        stock = run(times=(900,))
+    with attach(model, processor(0.4, attention_backend="_native_math")):
+        calls.clear()
+        outputs = run(times=(900,))
+    assert len(calls) >= len(keys.seen)
+    assert torch.allclose(outputs, stock, atol=1e-4)
+
+
+def test_an_ip_adapter_in_cross_attention_stays_where_it_is():
+    """Catches wrapping a processor with weights, which leaves the module tree."""
+    model, _ = family("sd15")
+    layer = model.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    adapter = IPAdapterAttnProcessor2_0(hidden_size=16, cross_attention_dim=32, num_tokens=(4,))
+    layer.set_processor(adapter)
+    with attach(model, IdentityProcessor(attention_backend="native")):
+        assert layer.processor is adapter
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("turbo", "attention_backend must be one of flash.*xformers; got 'turbo'"),
+        ("flash", "attention_backend='flash' does not run on cpu in float32: .*flash-attn.*; try 'native'"),
+        ("sage", "attention_backend='sage' does not run on cpu in float32: .*sageattention.*; try 'native'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_kernel_that_cannot_run_says_why_and_changes_nothing(backend, words):
+    """Catches a kernel that is ignored, and a failure in the middle of a run."""
+    model, _ = family("sd15")
+    before = model_state(model)
+    with pytest.raises(ValueError, match=words):
+        attach(model, TurboProcessor(0.4, attention_backend=backend))
+    assert differences(before, model_state(model)) == []
+
+
+@pytest.mark.parametrize("setting", ["kv_only", "proportional_attention"])
+@pytest.mark.parametrize("inner", [AttnProcessor(), SlicedAttnProcessor(2)])
+def test_a_processor_without_a_kernel_cannot_be_reached_into(setting, inner):
+    """Catches a setting that does nothing on attention slicing."""
+    model, _ = family("sd15")
+    model.set_attn_processor(inner)
+    with pytest.raises(ValueError, match=rf"{setting} cannot reach into {type(inner).__name__} at "):
+        attach(model, TurboProcessor(0.4, **{setting: True}))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@pytest.mark.parametrize("full_queries", [False, True])
+@pytest.mark.parametrize("backend", [None, "native"])
+def test_sizes_make_the_merging_of_equal_tokens_exact(name, full_queries, backend):
+    """Catches sizes at the wrong keys: tokens that are equal lose nothing when they merge, if sizes count.
+
+    Without a kernel by name the sizes are a mask here, with one they are channels.
+    """
+    model, _ = family(name)
+    cells, text = random(1, 16, 32 if name == "sd3" else 16), random(1, 5, 32, seed=2)
+    tokens = cells.reshape(1, 4, 1, 4, 1, -1).expand(1, 4, 2, 4, 2, -1).reshape(1, 64, -1)
+    given = {"encoder_hidden_states": text} if name == "sd3" else {}
+    observation = Observation(900.0, (8, 8), (), None, num_text=5)
+    errors = {}
+    for weighted in (False, True):
+        settings = {"kv_only": full_queries, "proportional_attention": weighted, "attention_backend": backend}
+        with attach(model, TurboProcessor(0.5, restore="copy", semantic="none", **settings)) as attachment:
+            layer = model.get_submodule(attachment.sites[0])
+            stock = layer(tokens, **given)
+            attachment.parts[0].clock.begin(observation)
+            merged = layer(tokens, **given)
+        pairs = zip(merged, stock, strict=True) if name == "sd3" else [(merged, stock)]
+        errors[weighted] = max(relative(a, b) for a, b in pairs)
+    assert errors[True] < 1e-5 < 1e-3 < errors[False]
+
+
+@pytest.mark.parametrize("backend", [None, "native"])
+def test_sizes_do_not_leave_the_fast_kernel(backend):
+    """Catches keys with more channels than values, which PyTorch computes by its slow formula, 5 times the time."""
+    sizes = torch.ones(1, 16).index_fill_(1, torch.tensor([3]), 4)
+    query, key, value = (random(2, 2, 16, 8, seed=seed) for seed in range(3))
+    with torch.profiler.profile() as profile, AttentionMode(sizes=sizes, backend=backend):
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    repeated = [tensor.repeat_interleave(sizes[0].long(), 2) for tensor in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated)
+    assert torch.allclose(output, expected, atol=1e-6)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert not any("_math" in name for name in names)
+
+
+@pytest.mark.parametrize("settings", [{"kv_only": True}, {"proportional_attention": True}])
+def test_block_scope_refuses_what_concerns_attention_alone(settings):
+    """Catches a combination of settings of which one is dropped."""
+    with pytest.raises(ValueError, match="concern attention alone; use scope='attention'"):
+        TurboProcessor(0.4, scope="block", **settings)

@@ -1,0 +1,191 @@
+"""Every family and variant: nothing at ratio 0, a shorter sequence above, exact restoration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import ToMeProcessor, TurboProcessor, attach, report
+from tests.engine.coverage import read
+from tests.engine.families import COLUMNS, CONTROL_NET, NAMES, cell, family, relative
+from tests.tiny_transformers import FAMILIES, build, random, run
+
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
+
+TRANSFORMERS = tuple(FAMILIES)
+SHARED = (
+    "flux",
+    "chroma",
+    "hunyuan-video",
+    "hunyuan-dit",
+    "cogview4",
+    "qwen-image",
+    "wan",
+    "cogvideox-rotary",
+    "mochi",
+)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cell_of_the_table_is_so(name, column):
+    """Catches a setting that does nothing on a family, changes ratio 0, or leaves something; and a stale table."""
+    assert read()[name, column] == cell(name, column)
+
+
+def test_the_table_has_no_empty_cell():
+    """Catches a family or a setting that nobody checked."""
+    cells = read()
+    assert set(cells) == {(name, column) for name in NAMES for column in COLUMNS}
+    assert all(value.strip() for value in cells.values())
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_odd_grids_and_single_pictures(name):
+    """Catches a square root of the number of tokens, and a batch of two that is taken for granted."""
+    model, run_model = family(name)
+    # diffusers' DiT is square: it takes the root itself.
+    grid = (6, 6) if name == "dit" else (6, 10)
+    shape = {"batch": 1, "grid": grid}
+    stock = run_model(**shape)
+    with attach(model, TurboProcessor(0.4, restore="copy")):
+        reduced = run_model(**shape)
+        grids = {site.grid for site in report(model).sites if site.status == "reduced"}
+    assert reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.5 and grids == {grid}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_one_plan_serves_the_batch_where_positions_have_no_batch_axis(name):
+    """Catches one plan per row, for which the rotary table has no row."""
+    plans = _plans_of(name, FAMILIES[name])
+    assert {len(plan.slot_BN) for plan in plans} == {FAMILIES[name].num_frames}
+
+
+@pytest.mark.parametrize("name", ["pixart-alpha", "sd3"])
+def test_guidance_halves_share_one_plan_without_a_pipeline(name):
+    """Catches two plans for one picture, where the batch is the latents twice."""
+    latents = random(1, *FAMILIES[name].latents((8, 8))).repeat(2, 1, 1, 1)
+    assert {len(plan.slot_BN) for plan in _plans_of(name, FAMILIES[name], latents=latents)} == {1}
+    assert {len(plan.slot_BN) for plan in _plans_of(name, FAMILIES[name])} == {2}
+
+
+def _plans_of(name, kind, **kwargs):
+    plans = []
+
+    class Watching(TurboProcessor):
+        def plan(self, tokens, site, frame):
+            plans.append(super().plan(tokens, site, frame))
+            return plans[-1]
+
+    model = build(name)
+    with attach(model, Watching(0.4)):
+        run(name, model, **kwargs)
+    return plans
+
+
+@pytest.mark.parametrize("name", ["wan", "mochi", "ltx-video"])
+def test_no_slot_crosses_frames(name):
+    """Catches merging one frame's last row into the next frame's first."""
+    (plan,) = {id(p): p for p in _plans_of(name, FAMILIES[name])}.values()
+    assert plan.num_tokens == 64 and len(plan.slot_BN) % 3 == 0
+
+
+def test_positions_are_taken_by_anchor(monkeypatch):
+    """Catches averaged rotary tables, whose rows have another length than one."""
+    model, seen = build("flux"), []
+    block = model.single_transformer_blocks[0]
+    inner = block.attn.processor
+
+    def watch(processor, attn, *args, **kwargs):
+        seen.append(kwargs["image_rotary_emb"] if "image_rotary_emb" in kwargs else args[3])
+        return original(processor, attn, *args, **kwargs)
+
+    original = type(inner).__call__
+    watch.__signature__ = __import__("inspect").signature(original)
+    monkeypatch.setattr(type(inner), "__call__", watch)
+    with attach(model, TurboProcessor(0.4, restore="copy")):
+        run("flux", model, times=(900,))
+    lengths = {len(cosine) for cosine, _ in seen}
+    assert lengths == {5 + 39}
+    for cosine, sine in seen:
+        assert torch.allclose(cosine**2 + sine**2, torch.ones(()), atol=1e-5)
+
+
+def test_a_corrected_step_between_equal_full_steps_is_exact():
+    """Catches detail that is remembered for other tokens: on latents that do not change, nothing may be lost."""
+    for name in ("sd3", "flux", "wan", "lumina2"):
+        for scope in ("attention", "block"):
+            model = build(name)
+            latents = random(1, *FAMILIES[name].latents((8, 8)))
+            with (
+                attach(model, TurboProcessor(0.4, extrapolation_order=0, scope=scope, warmup_steps=1)),
+                torch.no_grad(),
+            ):
+                outputs = [_call(name, model, latents, time) for time in (500.0, 499.999)]
+            assert relative(outputs[1], outputs[0]) < 1e-3
+
+
+def _call(name, model, latents, time):
+    kind = FAMILIES[name]
+    return model(hidden_states=latents, **kind.inputs(1, (8, 8)), **kind.time(time, 1), return_dict=False)[0]
+
+
+def test_what_is_not_supported_names_what_is():
+    """Catches a bare refusal, and silence on a diffusers model that no host knows."""
+    from diffusers import SanaTransformer2DModel
+
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 8}
+    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
+    with pytest.raises(ValueError, match=r"SanaTransformer2DModel is not supported; supported: .*Flux.*Wan"):
+        attach(SanaTransformer2DModel(**shape, **cross, caption_channels=16), ToMeProcessor(0.4))
+
+
+def test_text_only_layers_and_cross_attention_are_left_alone():
+    """Catches merging words."""
+    left = {
+        "lumina2": "context_refiner.0.attn",
+        "z-image": "context_refiner.0.attention",
+        "wan": "blocks.0.attn2",
+        "pixart-alpha": "transformer_blocks.0.attn2",
+    }
+    for name, layer in left.items():
+        model = build(name)
+        with attach(model, TurboProcessor(0.4)):
+            assert {site.name: site.status for site in report(model).sites}[layer] == "not over image tokens"
+
+
+def test_names_are_all_here():
+    """Catches a family that is in the table of hosts and in no test."""
+    from gen_turbo.models.families import HOSTS
+
+    tested = {type(family(name)[0]).__name__ for name in NAMES}
+    assert tested == {model for host in HOSTS for model in host.models}
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "hunyuan-dit", "lumina2"])
+def test_set_on_a_bare_transformer_it_names_attach(name):
+    """Catches a processor that takes a rotary table for something else, and a joint layer run as a plain one."""
+    model = build(name)
+    for layer in (module for module in model.modules() if hasattr(module, "processor")):
+        layer.set_processor(TurboProcessor(0.4))
+    with pytest.raises(TypeError, match=r"TurboProcessor alone cannot run .*Attention .*use gen_turbo.attach"):
+        run(name, model)
+
+
+@pytest.mark.parametrize("name", ["sd15", CONTROL_NET])
+def test_set_on_a_bare_model_of_plain_attention_it_reduces(name):
+    """Catches a ControlNet whose own `set_attn_processor` takes a processor that then does nothing."""
+    model, run_model = family(name)
+    stock = run_model(times=(900,))
+    for ratio in (0.0, 0.4):
+        model.set_attn_processor(TurboProcessor(ratio))
+        assert torch.equal(run_model(times=(900,)), stock) == (ratio == 0)
+
+
+def test_set_on_a_bare_model_settings_that_need_attach_say_so():
+    """Catches settings that are dropped in silence."""
+    for settings in ({"scope": "block"}, {"kv_only": True}, {"attention_backend": "native"}):
+        model, run_model = family("sd15")
+        model.set_attn_processor(TurboProcessor(0.4, **settings))
+        with pytest.raises(TypeError, match=r"needs gen_turbo.attach"):
+            run_model(times=(900,))

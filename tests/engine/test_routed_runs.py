@@ -1,0 +1,62 @@
+"""Skipping in denoisers whose blocks share short sequences: around a run, of a block alone, never inside of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import TurboProcessor, attach, report
+from tests import tiny_transformers
+from tests.schedules import blocks_of, par
+from tests.snapshots import differences, model_state
+from tests.tiny_hosts import UNETS, run_unet, unet_inputs
+
+
+@pytest.mark.parametrize(("name", "units"), [("sd15", ["deep.1", "output"]), ("sd3", ["output"]), ("flux", ["output"])])
+@pytest.mark.parametrize("unit", [0, 1])
+def test_skipping_goes_around_runs_of_blocks(name, units, unit):
+    """Catches a run that is left open by a skip, and detail that is corrected by the age of another run."""
+    skipped = units[unit % len(units)]
+    is_unet = name in UNETS
+    model = UNETS[name]() if is_unet else tiny_transformers.build(name)
+
+    def run():
+        return run_unet(model, **unet_inputs()) if is_unet else tiny_transformers.run(name, model)
+
+    stock, before = run(), model_state(model)
+    for restore in ("copy", "residual"):
+        inner = TurboProcessor(0.4, scope="block", merge_span=0, restore=restore, warmup_steps=1)
+        with attach(model, inner):
+            merged = run()
+        with attach(model, par(model, {skipped: [2]}, inner=inner)):
+            outputs = run()
+            reached = report(model)
+        assert reached.skipped == {skipped: (1, 3)} and any(site.num_reduced for site in reached.sites)
+        assert torch.equal(outputs[:2], merged[:2]) and not torch.equal(outputs[2], merged[2])
+        assert (outputs[3] - stock[3]).norm() < 0.6 * stock[3].norm()
+    assert differences(before, model_state(model)) == []
+
+
+def test_a_block_alone_in_its_run_is_skipped():
+    """Catches a block of its own stack that is taken for a run, or shortened though it is skipped."""
+    unet = UNETS["sd15"]()
+    block = blocks_of(unet)[0]
+    outputs = []
+    for length in (0, 1):
+        inner = TurboProcessor(0.4, scope="block", merge_span=length, warmup_steps=1)
+        with attach(unet, par(unet, {block: [2, 3]}, inner=inner)):
+            outputs.append(run_unet(unet, **unet_inputs()))
+            assert report(unet).skipped == {block: (2, 2)}
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("length", [0, 2])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_block_inside_of_a_run_is_not_skipped(length, place):
+    """Catches a forecast for all tokens that is added to a short sequence, and a model left half changed."""
+    model = tiny_transformers.build("sd3")
+    before, block = model_state(model), blocks_of(model)[place]
+    inner = TurboProcessor(0.4, scope="block", merge_span=length)
+    with pytest.raises(ValueError, match=rf"the schedule skips {block}, but merge_span={length} joins blocks"):
+        attach(model, par(model, {block: [2], "output": [3]}, inner=inner))
+    assert differences(before, model_state(model)) == []

@@ -1,0 +1,36 @@
+"""From a ratio to a count."""
+
+from __future__ import annotations
+
+import pytest
+
+from gen_turbo.tokens.ratios import max_ratio, num_removed, ratio_at_step, ratio_of_layer
+
+
+def test_max_ratio_leaves_one_token_per_cell() -> None:
+    """Catches a bound of 1 / cell."""
+    assert max_ratio((2, 2)) == 0.75 and max_ratio((4,)) == 0.75 and max_ratio((1, 1)) == 0
+
+
+def test_count_is_rounded_down() -> None:
+    """Catches rounding to nearest, which removes one token too many."""
+    assert num_removed(4096, 0.4) == 1638 and num_removed(9, 0.75) == 6 and num_removed(9, 0) == 0
+
+
+@pytest.mark.parametrize("ratio", [0.76, -0.1, float("nan")])
+def test_a_ratio_out_of_reach_raises_and_is_not_capped(ratio: float) -> None:
+    """Catches min(ratio, bound)."""
+    with pytest.raises(ValueError, match=r"is not in \[0, 0.75\].*lower `ratio` or use a larger `stride`"):
+        num_removed(64, ratio)
+
+
+def test_the_last_pattern_that_fits_names_a_layers_ratio() -> None:
+    """Catches the first match, and a substring taken for a pattern."""
+    ratios = {"up.*": 0.5, "up.1.*": 0.2, "down": 0.4}
+    assert [ratio_of_layer(name, 0.3, ratios) for name in ("up.0.a", "up.1.a", "down.0.a")] == [0.5, 0.2, 0.3]
+
+
+def test_a_factor_holds_from_its_step_on() -> None:
+    """Catches a factor for its own step alone, and steps taken in the order they were written in."""
+    scale = {10: 1.0, 2: 0.5}
+    assert [ratio_at_step(0.4, step, scale) for step in (0, 1, 2, 9, 10, 99)] == [0.4, 0.4, 0.2, 0.2, 0.4, 0.4]

@@ -1,0 +1,51 @@
+"""Semantic value and the penalty made of it."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+
+from gen_turbo.tokens.score import attention_column_mean, information_penalty, mean_one
+
+# Softmax in float32 against Python's float64.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def attention_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries of 3 and keys of 6 tokens in 2 rows, 2 heads, 4 channels, and a log size per key."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 3, 4, generator=generator), torch.randn(2, 2, 6, 4, generator=generator)
+    return 2 * q, 2 * k, torch.rand(2, 6, generator=generator)
+
+
+@pytest.mark.parametrize("is_sized", [False, True])
+def test_column_mean_equals_the_loop(is_sized: bool) -> None:
+    """Catches a softmax over queries, a missing scale, and log sizes added to the wrong axis."""
+    q, k, log_size = attention_inputs()
+    value = attention_column_mean(q, k, log_size if is_sized else None)
+    for b in range(2):
+        biases = log_size[b].tolist() if is_sized else [0.0] * 6
+        expected = oracles.attention_column_mean(q[b].tolist(), k[b].tolist(), biases)
+        torch.testing.assert_close(value[b], torch.tensor(expected), **ROUNDING)
+
+
+def test_half_attention_is_summed_in_float32() -> None:
+    """Catches a column mean in half precision, where a value of 1/N of many tokens loses its digits."""
+    q, k, _ = attention_inputs()
+    value = attention_column_mean(q.half(), k.half())
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.sum(1), torch.ones(2), **ROUNDING)
+
+
+def test_penalty_has_the_weight_as_its_mean_on_any_scale() -> None:
+    """Catches a penalty that shrinks with the number of tokens or with the scale of the value."""
+    value = torch.rand(2, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mean_one(value).mean(1), torch.ones(2), **ROUNDING)
+    share = value / value.sum(1, keepdim=True)
+    torch.testing.assert_close(information_penalty(1000 * value, 0.26), 0.26 * 7 * share, **ROUNDING)
+
+
+def test_no_value_anywhere_gives_no_penalty() -> None:
+    """Catches a division by zero."""
+    assert torch.equal(information_penalty(torch.zeros(1, 4), 0.5), torch.zeros(1, 4))

@@ -1,0 +1,90 @@
+"""The command `gen-turbo calibrate par` on a diffusion pipeline: prompts in, a file of schedules out."""
+
+import pytest
+import torch
+
+from gen_turbo import PARProcessor, load_pipeline
+from gen_turbo.commands.cli import main
+from gen_turbo.training.schedule import WHOLE, Schedule, carried_over, read, undominated
+from tests.snapshots import differences, model_state
+from tests.tiny_hosts import sd_pipeline
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny pipeline on disk."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    sd_pipeline().save_pretrained(folder)
+    return folder
+
+
+def test_a_pipeline_is_calibrated_and_takes_its_schedule(checkpoint, tmp_path, capsys):
+    """Catches a file that another load of the same weights refuses, and schedules that skip nothing."""
+    output = tmp_path / "own.yaml"
+    command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "height=32", "width=32"]
+    command += ["--steps", "6", "--prompts", "1", "--prompt", "a circle", "--budgets", "0.7", "0.4", "--inner", "none"]
+    code, said = main([*command, "--output", str(output)]), capsys.readouterr()
+    assert code == 0, said.err
+    assert (said.out + said.err).count("of the time of stock") == 2
+    file = read(output)
+    # Times of so small a model scatter: the second may have been no cheaper than the first.
+    assert file.num_calls == 6 and file.schedules and undominated(file.schedules) == file.schedules
+    assert all(schedule.skips and schedule.psnr_db < 100 for schedule in file.schedules)
+    whole = [len(schedule.skips.get(WHOLE, frozenset())) for schedule in file.schedules]
+    assert whole == sorted(whole)
+
+    pipe = load_pipeline("tiny", processor=None, checkpoint=str(checkpoint))
+    pipe.set_progress_bar_config(disable=True)
+    before = model_state(pipe.unet)
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        given = {"num_inference_steps": 6, "height": 32, "width": 32, "generator": generator, "output_type": "pt"}
+        return pipe("a circle", **given).images
+
+    stock = draw()
+    pipe.set_attn_processor(PARProcessor(budget=0.999, schedule=str(output), inner=None))
+    assert not torch.equal(draw(), stock)
+    pipe.reset_attn_processor()
+    assert torch.equal(draw(), stock)
+    assert [key for key in differences(before, model_state(pipe.unet)) if key != "random"] == []
+
+
+def test_a_schedule_is_carried_over_by_its_times(checkpoint, tmp_path, capsys):
+    """Catches calls that are carried over by their number, a first call without, and another model's schedule."""
+    known = Schedule(
+        (900.0, 600.0, 300.0), {WHOLE: frozenset({1}), "b": frozenset({2})}, {"b": 0.5}, 0.4, 30.0, "turbo"
+    )
+    made = carried_over(known, [900.0, 750.0, 600.0, 450.0, 300.0, 150.0])
+    assert made.skips == {WHOLE: frozenset({2, 3}), "b": frozenset({4, 5})}
+    assert (made.slopes, made.inner, made.cost, made.psnr_db) == ({"b": 0.5}, "turbo", 1.0, None)
+    assert carried_over(known, [600.0, 500.0]).skips == {WHOLE: frozenset({1})}
+
+    command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "height=32", "width=32"]
+    command += ["--prompts", "1", "--prompt", "a circle", "--inner", "none"]
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    assert main([*command, "--steps", "5", "--budgets", "0.5", "--output", str(first)]) == 0
+    assert main([*command, "--steps", "10", "--like", str(first), "--output", str(second)]) == 0
+    (short,), (long,) = read(first).schedules, read(second).schedules
+    assert len(long.times) == 10 and long.skips == carried_over(short, long.times).skips and long.skips
+    capsys.readouterr()
+    assert main(["calibrate", "par", "--config", "tiny", "--like", str(first), "--output", str(second)]) == 2
+    assert "was made for another UNet2DConditionModel" in capsys.readouterr().err
+
+
+def test_a_schedule_that_another_beats_is_left_out():
+    """Catches one that is dearer and farther in a file, a rival with merging for one without, and equals both lost."""
+
+    def measured(cost: float, psnr_db: float, inner: str | None) -> Schedule:
+        return Schedule((2.0, 1.0), {WHOLE: frozenset({1})}, {}, cost, psnr_db, inner)
+
+    best, worse, cheaper = measured(0.5, 60.0, "turbo"), measured(0.6, 59.0, "turbo"), measured(0.4, 50.0, "turbo")
+    plain, equal = measured(0.6, 40.0, None), measured(0.5, 60.0, "turbo")
+    assert undominated([worse, best, cheaper, plain, equal]) == (best, cheaper, plain)
+
+
+def test_too_few_steps_are_refused(checkpoint, tmp_path, capsys):
+    """Catches an empty file where nothing can be skipped."""
+    command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "--steps", "3", "--prompts", "1"]
+    assert main([*command, "--prompt", "a circle", "--output", str(tmp_path / "own.yaml")]) == 2
+    assert "a run of 3 calls has nothing to skip; take at least 4 steps" in capsys.readouterr().err
