@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.engine.base import Host, Part
-from gen_turbo.engine.denoiser import NoEffectWarning as NoEffectWarning
+from gen_turbo.engine.base import Part
+from gen_turbo.engine.denoiser import DenoiserPart
+from gen_turbo.engine.graphs import Mode
+from gen_turbo.engine.root import NoEffectWarning as NoEffectWarning
 from gen_turbo.method import TokenReducer
 
 _FAMILIES = {
     "diffusers.": "gen_turbo.models.families",
     "transformers.": "gen_turbo.vlm.families",
 }
-"""Where the tuple HOSTS is for the models of a library; imported when a model of that library is attached to."""
+"""Where the tuple ADAPTERS is for the models of a library; imported when a model of that library is attached to."""
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "vlm")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Part] = weakref.WeakKeyDictionary()
 
@@ -48,20 +50,23 @@ class Attachment:
         self.detach()
 
 
-def attach(target: Any, reducer: TokenReducer, *, replace: bool = False) -> Attachment:
+def attach(target: Any, reducer: TokenReducer, *, replace: bool = False, graphs: Mode = "auto") -> Attachment:
     """Installs a reducer on a diffusers pipeline's denoisers or on one model.
 
     Args:
         target: A pipeline or a model.
         reducer: A processor, such as `TurboProcessor(0.4)`.
         replace: Whether a reducer that is attached already gives way; otherwise that is an error.
+        graphs: Whether calls of a denoiser on a GPU are captured in CUDA graphs, one for each kind of step: "auto"
+            keeps those that measure faster in the first steps, True keeps all, False captures nothing. Replaying is
+            bit-identical to running. `IdentityProcessor` with graphs is the stock model, launched at once.
 
     Returns:
         The attachment, which detaches.
 
     Raises:
         TypeError: If `reducer` is no token reducer or `target` is neither a pipeline nor a model.
-        ValueError: If no host takes the model, no layer would be reduced, or a reducer is attached already.
+        ValueError: If no family takes the model, no layer would be reduced, or a reducer is attached already.
             Nothing was changed then.
     """
     if not isinstance(reducer, TokenReducer):
@@ -73,14 +78,15 @@ def attach(target: Any, reducer: TokenReducer, *, replace: bool = False) -> Atta
             f"{type(attached[0]).__name__} already has a {type(_ATTACHED[attached[0]].reducer).__name__} attached; "
             "call gen_turbo.detach first"
         )
-    return _exchanged([_ATTACHED[model] for model in attached], [(model, reducer) for model in models], pipeline)
+    wanted = [(model, reducer, graphs) for model in models]
+    return _exchanged([_ATTACHED[model] for model in attached], wanted, pipeline)
 
 
 def reattach(target: Any) -> Attachment:
     """Attaches what is attached once more, to the layers as they are now.
 
-    Calls that give layers other processors, such as `enable_attention_slicing` and `fuse_qkv_projections`, take them
-    from the reducer; `report` calls these layers lost.
+    Settings that reach into attention (`kv_only`, `proportional_attention`, `text_ratio`, `attention_backend`) are
+    checked against the processors that the layers have now.
 
     Raises:
         ValueError: If nothing is attached, or the reducer does not fit the layers now. Nothing was changed then.
@@ -89,7 +95,7 @@ def reattach(target: Any) -> Attachment:
     before = [_ATTACHED[model] for model in models if model in _ATTACHED]
     if not before:
         raise ValueError(f"nothing is attached to this {type(target).__name__}; call gen_turbo.attach")
-    return _exchanged(before, [(part.model, part.reducer) for part in before], pipeline)
+    return _exchanged(before, [(part.model, part.reducer, getattr(part, "graphs", False)) for part in before], pipeline)
 
 
 def detach(target: Any) -> None:
@@ -125,20 +131,28 @@ def denoiser(target: Any) -> nn.Module:
     return denoisers(target)[1][0]
 
 
-def _exchanged(before: list[Part], wanted: list[tuple[nn.Module, TokenReducer]], pipeline: Any | None) -> Attachment:
+def _exchanged(
+    before: list[Part], wanted: list[tuple[nn.Module, TokenReducer, Mode]], pipeline: Any | None
+) -> Attachment:
     """Takes parts off and installs others; if one of those cannot be, the first are back."""
-    hosts = [host_of(model) for model, _ in wanted]
+    found = [adapter_of(model) for model, _, _ in wanted]
     for part in before:
         _release(part)
     try:
-        parts = [
-            host.attachment(model, reducer, pipeline) for (model, reducer), host in zip(wanted, hosts, strict=True)
-        ]
+        parts = [_part(adapter, *one, pipeline) for one, adapter in zip(wanted, found, strict=True)]
     except Exception:
         _install(before)
         raise
     _install(parts)
     return Attachment(parts)
+
+
+def _part(adapter: Any, model: nn.Module, reducer: TokenReducer, graphs: Mode, pipeline: Any | None) -> Part:
+    """Prepares a reducer for one model and changes nothing yet."""
+    if hasattr(adapter, "attachment"):
+        part: Part = adapter.attachment(model, reducer, pipeline)
+        return part
+    return DenoiserPart(model, adapter, reducer, pipeline, graphs)
 
 
 def _release(part: Part) -> None:
@@ -160,17 +174,21 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return inner
 
 
-def host_of(model: nn.Module) -> Host:
-    """Finds the host by the names of the model's class and its bases, importing only the libraries they come from."""
+def adapter_of(model: nn.Module) -> Any:
+    """Finds the family by the names of the model's class and its bases, importing only the library they come from.
+
+    Raises:
+        ValueError: If no family takes the model.
+    """
     bases = [cls for cls in type(model).__mro__ if cls.__module__.startswith(tuple(_FAMILIES))]
     for cls in bases:
-        for host in _hosts(cls.__module__.split(".")[0] + "."):
-            if cls.__name__ in host.models:
-                return host
-    known = ", ".join(name for prefix in _FAMILIES for host in _hosts(prefix) for name in host.models)
+        for adapter in _adapters(cls.__module__.split(".")[0] + "."):
+            if cls.__name__ in adapter.models:
+                return adapter
+    known = ", ".join(name for prefix in _FAMILIES for adapter in _adapters(prefix) for name in adapter.models)
     raise ValueError(f"{type(model).__name__} is not supported; supported: {known}")
 
 
-def _hosts(prefix: str) -> tuple[Host, ...]:
-    hosts: tuple[Host, ...] = import_module(_FAMILIES[prefix]).HOSTS
-    return hosts
+def _adapters(prefix: str) -> tuple[Any, ...]:
+    adapters: tuple[Any, ...] = import_module(_FAMILIES[prefix]).ADAPTERS
+    return adapters

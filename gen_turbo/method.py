@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -85,7 +86,6 @@ class TokenReducer(ABC):
             each by its size. None merges tokens equal to their neighbour where they are half of the text, as padding
             is: no loss beyond rounding, where a fixed fraction is free only up to the padding that there is. In
             vision-language models: fraction of the words that leave a prompt with pictures, none by default.
-        reuse_text: Computes keys and values of the text in cross-attention once per prompt (UNets): the same picture.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
             every attention layer; None leaves the model's own.
     """
@@ -107,7 +107,6 @@ class TokenReducer(ABC):
     kv_only: bool = False
     proportional_attention: bool = False
     text_ratio: float | None = None
-    reuse_text: bool = True
     attention_backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -162,9 +161,14 @@ class TokenReducer(ABC):
         if self.scope == "block" and inside:
             raise ValueError(f"{' and '.join(inside)} concern attention alone; use scope='attention', got 'block'")
 
+    map_period: ClassVar[int] = 0
+    """After how many maps of a run a method chooses alike again; 0 where it may choose otherwise at every step."""
+    keeps_all: ClassVar[bool] = False
+    """Whether a method removes nothing, whatever the ratio."""
+
     @property
-    def plan_life(self) -> int:
-        """How many steps a plan serves, the default resolved; 0 is the whole run."""
+    def map_life(self) -> int:
+        """How many steps a map serves, the default resolved; 0 is the whole run."""
         if self.match_every is None:
             return 1 if self.restore == "copy" else 0
         return self.match_every

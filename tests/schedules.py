@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gen_turbo import PARProcessor
-from gen_turbo.api import host_of
+from gen_turbo.api import adapter_of
 from gen_turbo.training.schedule import Schedule, ScheduleFile, probe_of
 
 TIMES = (900.0, 700.0, 500.0, 300.0)
@@ -31,4 +31,4 @@ def par(model: nn.Module, skips: Mapping[str, Iterable[int]], inner: Any = None,
 
 def blocks_of(model: nn.Module) -> list[str]:
     """Names of the blocks that can be skipped."""
-    return [unit for unit, made in host_of(model).units(model).items() if made.form is not None]
+    return [unit for unit, made in adapter_of(model).units(model).items() if made.signature is not None]

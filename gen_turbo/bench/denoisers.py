@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.engine.base import Observation
+from gen_turbo.models.adapter import Geometry
 
 _LATENT_SCALE = 8
 _FLUX_PATCH = 2
@@ -54,10 +54,10 @@ class Denoiser:
         arguments = {"encoder_hidden_states": text, "timestep": _empty(1)}
         return arguments | _INPUTS[self.model](self, sample)
 
-    def observation(self, pixels: int) -> Observation:
-        """What a host reads from such a call."""
+    def geometry(self, pixels: int) -> Geometry:
+        """Where the tokens of such a call are."""
         side = pixels // _LATENT_SCALE // self.patch
-        return Observation(1000.0, (side, side), (pixels,), None, num_text=self.text[0] if self.joins_text else 0)
+        return Geometry((side, side), num_text=self.text[0] if self.joins_text else 0)
 
 
 def _sdxl_depths(depths: Mapping[str, int]) -> dict[str, Any]:

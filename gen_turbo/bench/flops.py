@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+from gen_turbo.api import adapter_of
 from gen_turbo.bench import records
 from gen_turbo.bench.denoisers import DENOISERS, Denoiser
-from gen_turbo.engine.base import DenoiserHost, Observation
 from gen_turbo.engine.denoiser import DenoiserPart
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.turbo import TurboProcessor
-from gen_turbo.models.families import HOSTS
+from gen_turbo.models.adapter import Adapter, Geometry, ModelCall
 from gen_turbo.tokens.token_map import TokenMap
 
 SCOPES = ("attention", "block")
@@ -134,7 +134,7 @@ class Counted:
 def count_stock(denoiser: Denoiser, model: nn.Module, pixels: int) -> Stock:
     """Counts one call of a stock model."""
     counter = _Counter()
-    with _labelled(model, _host_of(model), counter):
+    with _labelled(model, adapter_of(model), counter):
         total = _count(denoiser, model, pixels, counter)
     return Stock(total, *(counter.flops.get(name, 0) for name in (_SOFTMAX, _LINEAR, _REST)))
 
@@ -142,15 +142,15 @@ def count_stock(denoiser: Denoiser, model: nn.Module, pixels: int) -> Stock:
 def count_reduced(
     denoiser: Denoiser, model: nn.Module, pixels: int, scope: str, ratio: float, text_ratio: float = 0.0
 ) -> tuple[int, int]:
-    """Counts the call that plans, and then a call that is served by its plans, through the host's own code.
+    """Counts the call that plans, and then a call that is served by its plans, through the package's own code.
 
-    Tokens have shapes but no values: all that a call reads from values, its time and its grid, is told to the host.
+    Tokens have shapes but no values: all that a call reads from values, its time and its grid, is given.
     """
     reducer = _ShapesTurbo(
         ratio, restore="copy", match_every=0, scope=scope, max_downsample=_ALL_LEVELS, text_ratio=text_ratio
     )
-    host: Any = _ToldHost(_host_of(model), denoiser.observation(pixels))
-    part = DenoiserPart(model, host, reducer, None)
+    adapter: Any = _WithoutValues(adapter_of(model), denoiser.geometry(pixels))
+    part = DenoiserPart(model, adapter, reducer, None)
     part.install()
     try:
         return _count(denoiser, model, pixels, _Counter()), _count(denoiser, model, pixels, _Counter())
@@ -173,24 +173,24 @@ class _ShapesTurbo(TurboProcessor):
         return super().plan(tokens, replace(site, semantic=None), frame)
 
 
-class _ToldHost:
-    """A family's host that is told what the call of a root shows; its time falls from call to call."""
+class _WithoutValues:
+    """A family's adapter for tensors without values: it is given the grid, and its time falls from call to call."""
 
-    def __init__(self, host: Any, observation: Observation) -> None:
-        self._host = host
-        self._observation = observation
+    def __init__(self, adapter: Adapter, geometry: Geometry) -> None:
+        self._adapter, self._geometry, self._time = adapter, geometry, 1000.0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._host, name)
+        return getattr(self._adapter, name)
 
-    def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
-        condition = self._observation.condition
-        self._observation = replace(self._observation, timestep=self._observation.timestep - 1, condition=condition)
-        return self._observation
+    def read(self, arguments: Mapping[str, Any]) -> ModelCall:
+        return self._adapter.read(arguments)._replace(condition=None)
 
+    def time(self, timestep: Any) -> float:
+        self._time -= 1
+        return self._time
 
-def _host_of(model: nn.Module) -> Any:
-    return next(host for host in HOSTS if type(model).__name__ in host.models)
+    def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
+        return self._geometry
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -220,10 +220,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _labelled(model: nn.Module, host: DenoiserHost, counter: _Counter) -> Iterator[None]:
+def _labelled(model: nn.Module, adapter: Adapter, counter: _Counter) -> Iterator[None]:
     """Labels blocks, the attention layers in them that can be reduced, and what of them sees text alone."""
-    labels = {layer.name: _REST for layer in host.blocks(model) if not layer.left_alone}
-    labels |= {layer.name: _LINEAR for layer in host.layers(model) if not layer.left_alone}
+    labels = {layer.name: _REST for layer in adapter.blocks(model) if not layer.left_alone}
+    labels |= {layer.name: _LINEAR for layer in adapter.layers(model) if not layer.left_alone}
     labels |= {name: _FIXED for name, _ in model.named_modules() if name.endswith(_TEXT_KEYS)}
     handles = []
     for name, label in labels.items():

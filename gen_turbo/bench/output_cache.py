@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.api import host_of
+from gen_turbo.api import adapter_of
 
 
 class OutputCacheProcessor:
@@ -39,7 +39,7 @@ def cached_outputs(model: Any, interval: int) -> Iterator[None]:
     Raises:
         ValueError: If there is none at that resolution.
     """
-    host: Any = host_of(model)
+    host: Any = adapter_of(model)
     finest = [layer.name for layer in host.layers(model) if layer.downsample == 1 and not layer.left_alone]
     layers = [model.get_submodule(name) for name in finest]
     if not layers:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.api import attach, denoiser, host_of
+from gen_turbo.api import adapter_of, attach, denoiser
 from gen_turbo.bench.output_cache import cached_outputs
 from gen_turbo.factory import build_processor
 from gen_turbo.methods.par import PARProcessor
@@ -77,7 +77,7 @@ class Method(Setting):
                 processor.schedules(model)
             except ValueError as error:
                 return str(error)
-        host: Any = host_of(model)
+        host: Any = adapter_of(model)
         levels = {layer.downsample for layer in host.layers(model) if not layer.left_alone}
         wanted: int = processor.max_downsample or min(levels)
         return f"it merges to downsample {wanted}, and the model has {sorted(levels)}" if wanted not in levels else ""

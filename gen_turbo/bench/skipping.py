@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from gen_turbo.api import attach, host_of
+from gen_turbo.api import adapter_of, attach
 from gen_turbo.bench.settings import Setting
 from gen_turbo.bench.step_models import times_of
 from gen_turbo.methods.par import PARProcessor
@@ -36,7 +36,7 @@ class Skipping(Setting):
         Raises:
             ValueError: If no unit of the model fits.
         """
-        known: Any = host_of(target)
+        known: Any = adapter_of(target)
         names = [name for name in known.units(target) if any(fnmatchcase(name, unit) for unit in self.units)]
         if not names:
             raise ValueError(f"{type(target).__name__} has no unit that fits {', '.join(self.units)}")

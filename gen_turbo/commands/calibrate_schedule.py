@@ -70,14 +70,14 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
 
 def _searched(pipe: Any, namespace: argparse.Namespace, draw: Callable[[int, str], Any]) -> list[Any]:
     """Schedules for all budgets, with and without merging, by what every unit costs and what is lost without it."""
-    from gen_turbo.api import denoiser, host_of
+    from gen_turbo.api import adapter_of, denoiser
     from gen_turbo.engine.groups import groups_of, insides
     from gen_turbo.engine.probing import Probe
     from gen_turbo.training.calibrate_denoiser import measure
     from gen_turbo.training.schedule import WHOLE, Schedule
 
     model = denoiser(pipe)
-    host: Any = host_of(model)
+    host: Any = adapter_of(model)
     units = host.units(model)
     groups = groups_of(model, host, units)
     used = {name: units[name] for names in groups.values() for name in names}

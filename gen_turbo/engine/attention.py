@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.engine.placed import Placed
+from gen_turbo.engine.run_map import RunMap, taken
+from gen_turbo.kernels import merge
+from gen_turbo.models.adapter import LayerSpec, TokenArg
 from gen_turbo.tokens.weighted import default_scale, weigh_keys
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -36,7 +39,7 @@ class AttentionMode(TorchFunctionMode):
 
     def __init__(
         self,
-        keys: TokenMap | None = None,
+        keys: RunMap | None = None,
         sizes: Tensor | None = None,
         text_sizes: Tensor | None = None,
         keys_before: bool = False,
@@ -64,18 +67,24 @@ class AttentionMode(TorchFunctionMode):
     def _short(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.keys is None:
             return given
-        other = given["key"].shape[-2] - self.keys.num_tokens
-        plan = self.keys.between(other, 0) if self.keys_before else self.keys.between(0, other)
+        batch, other = len(given["key"]), given["key"].shape[-2] - self.keys.num_tokens
+        wide = self.keys.widened(other, 0, batch) if self.keys_before else self.keys.widened(0, other, batch)
         for name in ("key", "value"):
-            given[name] = plan.merge(given[name].transpose(1, 2)).transpose(1, 2)
-        if given.get("attn_mask") is not None:
-            given["attn_mask"] = plan.select(given["attn_mask"].movedim(-1, 1)).movedim(1, -1)
+            batch, heads, length, channels = given[name].shape
+            rows = given[name].transpose(1, 2).reshape(batch, length, heads * channels)
+            short = merge(rows, wide.order, wide.offsets, wide.share)
+            given[name] = short.view(batch, -1, heads, channels).transpose(1, 2)
+        mask = given.get("attn_mask")
+        if mask is not None:
+            arg = TokenArg("attn_mask", axis=mask.ndim - 1, has_batch=True, has_text_before=self.keys_before)
+            given["attn_mask"] = taken(mask, self.keys.rows_of(mask, arg, other), mask.ndim - 1, True)
         return given
 
     def _weighted(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.sizes is None and self.text_sizes is None:
             return given
-        log_size = self._log_size(given["key"].shape[-2])
+        # Mochi attends to one sample at a time; all of them have the same map.
+        log_size = self._log_size(given["key"].shape[-2])[: len(given["key"])]
         if self.backend is None and log_size.device.type == "cpu":
             return {**given, "attn_mask": _added(given, log_size)}
         scale = given.get("scale") or default_scale(given["query"])
@@ -95,6 +104,49 @@ class AttentionMode(TorchFunctionMode):
         batch = max(len(image), len(text))
         parts = [part.repeat(batch // len(part), 1) for part in (image, text)]
         return torch.cat(parts[::-1] if self.keys_before else parts, 1).float().log()
+
+
+class InsideAttention(Placed):
+    """Stands in front of an attention layer whose attention is to be computed otherwise than its processor says.
+
+    Attributes:
+        map: How the keys are merged that a reduced layer runs on; None in a full call. Sizes count by it.
+        keys: The same where this attention has to merge its keys itself.
+        text_sizes: How many text tokens each text key stands for; None for one each.
+    """
+
+    is_weighted = False
+    backend: str | None = None
+    map: RunMap | None = None
+    keys: RunMap | None = None
+    text_sizes: Tensor | None = None
+
+    def __init__(self, spec: LayerSpec, module: nn.Module, is_weighted: bool, backend: str | None) -> None:
+        super().__init__(spec.name, module)
+        self.is_outermost = False
+        self.keys_before, self.has_text_keys = spec.signature.keys_before, spec.signature.has_text_keys
+        self.is_weighted, self.backend = is_weighted, backend
+
+    @property
+    def reaches(self) -> bool:
+        """Whether the layer's processor calls PyTorch's attention function."""
+        module: Any = self.module
+        return reaches_attention(module.processor)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer with its attention computed as asked for."""
+        sizes = self.map.size if self.is_weighted and self.map is not None else None
+        if sizes is None and self.keys is None and self.text_sizes is None and self.backend is None:
+            return self.inner(*args, **kwargs)
+        mode = AttentionMode(self.keys, sizes, self.text_sizes, self.keys_before, self.backend)
+        with mode:
+            output = self.inner(*args, **kwargs)
+        if mode.num_calls == 0 and (self.keys is not None or sizes is not None):
+            raise RuntimeError(
+                f"the attention at {self.name} did not call PyTorch's attention; set kv_only and "
+                "proportional_attention to False, or the kernel by attention_backend alone"
+            )
+        return output
 
 
 def check_backend(backend: str, model: nn.Module) -> None:

@@ -6,26 +6,26 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from gen_turbo.engine.base import DenoiserHost, Layer
 from gen_turbo.method import TokenReducer
+from gen_turbo.models.adapter import Adapter, LayerSpec
 from gen_turbo.tokens.ratios import ratio_of_layer
 
 
-def layers_of(model: nn.Module, host: DenoiserHost, reducer: TokenReducer) -> list[Layer]:
+def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list[LayerSpec]:
     """What the reducer's scope asks for: attention layers or blocks.
 
     Raises:
         ValueError: If blocks are asked for and the family has none.
     """
     if reducer.scope == "attention":
-        return host.layers(model)
-    blocks = host.blocks(model)
+        return adapter.layers(model)
+    blocks = adapter.blocks(model)
     if not blocks:
         raise ValueError(f"scope='block' has no blocks to merge in {type(model).__name__}; use scope='attention'")
     return blocks
 
 
-def chosen_layers(reducer: TokenReducer, layers: list[Layer], model_name: str) -> list[tuple[Layer, float]]:
+def chosen_layers(reducer: TokenReducer, layers: list[LayerSpec], model_name: str) -> list[tuple[LayerSpec, float]]:
     """The layers that are reduced and the ratio of each, by level and by name.
 
     Raises:
@@ -52,7 +52,7 @@ def chosen_layers(reducer: TokenReducer, layers: list[Layer], model_name: str) -
     return chosen
 
 
-def _check_patterns(reducer: TokenReducer, able: list[Layer], model_name: str) -> None:
+def _check_patterns(reducer: TokenReducer, able: list[LayerSpec], model_name: str) -> None:
     for pattern in reducer.layer_ratios:
         if not any(fnmatchcase(layer.name, pattern) for layer in able):
             raise ValueError(

@@ -1,275 +1,305 @@
-"""A reducer on one diffusers denoiser: which layers it takes, the hooks at the root, and the way back."""
+"""A reducer on one diffusers denoiser: which layers it takes, what stands in front of them, and the way back."""
 
 from __future__ import annotations
 
-import inspect
+import copy
 import warnings
-import weakref
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from gen_turbo.engine.attention import check_backend, reaches_attention
-from gen_turbo.engine.base import SELF_ATTENTION, DenoiserHost, Layer, LayerReport, OnModel, TextForm
-from gen_turbo.engine.bind import Binding, bind, binding_of, positional_names, unbind, unbound
-from gen_turbo.engine.block import BlockBinding
+from gen_turbo.engine.attention import InsideAttention, check_backend
+from gen_turbo.engine.base import LayerReport, OnModel
+from gen_turbo.engine.begin import Beginning
 from gen_turbo.engine.choice import chosen_layers, layers_of
-from gen_turbo.engine.clock import Clock, Stream, run_facts_of
-from gen_turbo.engine.compiled import begun, ended, number_of, outside
-from gen_turbo.engine.reduction import Cost, Reduction
-from gen_turbo.engine.runs import BlockRun, check_between, runs_of
-from gen_turbo.engine.text import MergedText, merge_text
-from gen_turbo.engine.text_keys import TextProjection
+from gen_turbo.engine.graphs import Graphs, Mode
+from gen_turbo.engine.layer import (
+    FeatureMapKeysLayer,
+    FeatureMapLayer,
+    MergedKeysLayer,
+    Phase,
+    ReducedLayer,
+    SequenceShape,
+    Totals,
+)
+from gen_turbo.engine.program import Program
+from gen_turbo.engine.root import NoEffectWarning, Root
+from gen_turbo.engine.skip import Skipping, UnitStats
+from gen_turbo.engine.span import joined, spans_of
 from gen_turbo.method import TokenReducer
+from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, TextSignature, Unit
+from gen_turbo.training.schedule import Schedule
 
 _NOT_PER_TOKEN = ("add_", "norm", "context", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
-
-
 _INSIDE_ATTENTION = ("kv_only", "proportional_attention", "text_ratio", "attention_backend")
 
 
-class NoEffectWarning(UserWarning):
-    """A whole run went by without one reduced layer."""
+@runtime_checkable
+class LayerPruner(Protocol):
+    """A reducer that skips layers of a denoiser too.
+
+    Attributes:
+        threshold: Largest relative error of a unit's last forecast at which it is still skipped; None for any.
+    """
+
+    threshold: float | None
+
+    def merging(self) -> TokenReducer:
+        """The reducer of the tokens of what runs."""
+        ...
+
+    def schedules(self, model: nn.Module) -> Sequence[Schedule]:
+        """One schedule for each kind of run; none where nothing is skipped.
+
+        Raises:
+            ValueError: If there is none for this model.
+        """
+        ...
 
 
 class DenoiserPart(OnModel):
-    """A reducer on one denoiser: the bindings, the hooks, and what was there before."""
+    """A reducer on one denoiser.
 
-    def __init__(self, model: nn.Module, host: DenoiserHost, reducer: TokenReducer, pipeline: Any | None) -> None:
+    Attributes:
+        reducer: What was attached.
+        graphs: Whether calls are captured.
+        layers: What stands in front of layers or blocks, in the order of the model.
+        skipping: What leaves units out; None where nothing does.
+        root: What stands in front of the model.
+
+    Raises:
+        ValueError: If no layer would be reduced, a setting does not fit the model, or a schedule skips a block out of a
+            span that shares a short sequence.
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, reducer: TokenReducer, pipeline: Any | None, graphs: Mode = "auto"
+    ) -> None:
         super().__init__(model)
-        self.reducer = reducer
-        self.clock = Clock(run_facts_of(pipeline))
-        self._host = host
-        self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._handles: list[RemovableHandle] = []
-        self._is_installed = False
-        self.number = number_of(self)
-        self.layers = layers_of(model, host, reducer)
-        self.reductions = {
-            layer.name: self._reduction(model, layer, ratio, index)
-            for index, (layer, ratio) in enumerate(chosen_layers(reducer, self.layers, type(model).__name__))
-        }
-        is_block = reducer.scope == "block"
-        runs = runs_of(model, self.reductions.values(), reducer.merge_span) if is_block else []
-        self.runs = [BlockRun(run) for run in runs if len(run) > 1]
-        alone = [run[0] for run in runs if len(run) == 1]
-        self.blocks = {reduction.layer.name: BlockBinding.of(block, reduction) for block, reduction in alone}
-        self._text = self._text_form(model)
-        self.text_tokens = 0, 0
-        attended = {} if is_block else self.reductions
-        if reducer.attention_backend is not None:
-            check_backend(reducer.attention_backend, model)
-        if reducer.attention_backend is not None or self._text is not None:
-            others = [layer for layer in host.layers(model) if layer.name not in attended and _is_free(model, layer)]
-            attended = attended | {layer.name: self._reduction(model, _passive(layer), 0.0, 0) for layer in others}
-        self._projections = [
-            TextProjection(name, model.get_submodule(name), self.clock, reducer.memory_limit_mb)
-            for name in (host.text_projections(model) if reducer.reuse_text else ())
-        ]
-        self.bindings = {name: self._binding(model, reduction) for name, reduction in attended.items()}
+        self.reducer, self.graphs = reducer, graphs
+        self._tokens = reducer.merging() if isinstance(reducer, LayerPruner) else reducer
+        self._blocks = sorted({type(model.get_submodule(block.name)).__name__ for block in adapter.blocks(model)})
+        self.specs = layers_of(model, adapter, self._tokens)
+        chosen = chosen_layers(self._tokens, self.specs, type(model).__name__)
+        beginning = Beginning(self._tokens, adapter)
+        self.layers = self._spans(model, [_layer(model, *pair, beginning) for pair in chosen])
+        self._text = self._text_signature(model, adapter)
+        self._insides = self._inside_attention(model, adapter)
+        self.skipping = self._skipping(model, adapter)
+        units = self.skipping.units if self.skipping is not None else {}
+        left_out = {name: _layers_in(unit, self.layers) for name, unit in units.items()}
+        self.root = Root(
+            model,
+            adapter,
+            beginning,
+            Program(self._tokens, self.layers, left_out),
+            self._insides,
+            self._text,
+            self.skipping,
+            Graphs(model, graphs) if graphs is not False else None,
+            pipeline,
+        )
 
-    def _reduction(self, model: nn.Module, layer: Layer, ratio: float, index: int) -> Reduction:
-        return Reduction(layer, self.reducer, ratio, self.clock, index, _cost(model.get_submodule(layer.name)))
+    def install(self) -> None:
+        """Puts everything in place, what is called first last."""
+        for placed in self._placed():
+            placed.install()
+        model: Any = self.model
+        if not getattr(model, "_repeated_blocks", None) and self._blocks:
+            # So that `compile_repeated_blocks` works where diffusers names none.
+            model._repeated_blocks = self._blocks
 
-    def _text_form(self, model: nn.Module) -> TextForm | None:
+    def remove(self) -> None:
+        """Gives every forward back and forgets all runs; doing it twice is harmless."""
+        for placed in reversed(self._placed()):
+            placed.remove()
+        model = self._model()
+        if model is not None and vars(model).get("_repeated_blocks") is self._blocks:
+            del model._repeated_blocks
+
+    def _placed(self) -> list[Any]:
+        skipping = [self.skipping] if self.skipping is not None else []
+        return [*self._insides.values(), *self.layers, *skipping, self.root]
+
+    def _spans(self, model: nn.Module, layers: list[ReducedLayer]) -> list[ReducedLayer]:
+        """The layers, those of several blocks on one short sequence as its blocks."""
+        if self._tokens.scope != "block":
+            return layers
+        spans = spans_of(model, layers, self._tokens.merge_span)
+        return [block for span in spans for block in (joined(span) if len(span) > 1 else span)]
+
+    def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | None:
         """Where text is merged; None where it is not, which is an error if it was asked for."""
-        ratio, name = self.reducer.text_ratio, type(model).__name__
-        if ratio == 0 or (ratio is None and not any(reduction.ratio > 0 for reduction in self.reductions.values())):
+        ratio, name = self._tokens.text_ratio, type(model).__name__
+        if ratio == 0 or (ratio is None and not any(layer.ratio > 0 for layer in self.layers)):
             return None
-        form = self._host.text_form(model)
-        if isinstance(form, str):
-            why = f"text_ratio={ratio} has no text tokens to merge in {name}: {form}; leave it out"
+        signature = adapter.text_signature(model)
+        if isinstance(signature, str):
+            why = f"text_ratio={ratio} has no text tokens to merge in {name}: {signature}; leave it out"
         else:
-            layers = [layer for layer in self._host.layers(model) if layer.form.has_text_keys]
-            unweighed = [layer.name for layer in layers if not self._can_weigh(model, layer)]
-            self._text_layers = [layer.name for layer in layers]
-            if not unweighed:
-                return form
-            why = f"text_ratio={ratio} cannot weigh text at {unweighed[0]} of {name}, whose attention it does not reach"
+            attentions = [spec for spec in adapter.layers(model) if spec.signature.has_text_keys]
+            candidates = (InsideAttention(s, model.get_submodule(s.name), False, None) for s in attentions)
+            unreached = [inside.name for inside in candidates if not inside.reaches]
+            if not unreached:
+                return signature
+            why = f"text_ratio={ratio} cannot weigh text at {unreached[0]} of {name}, whose attention it does not reach"
         if ratio is not None:
             raise ValueError(why)
         return None
 
-    def _can_weigh(self, model: nn.Module, layer: Layer) -> bool:
-        is_bound = _is_free(model, layer) or (self.reducer.scope == "attention" and layer.name in self.reductions)
-        return is_bound and reaches_attention(unbound(_processor(model, layer.name)))
+    def _inside_attention(self, model: nn.Module, adapter: Adapter) -> dict[str, InsideAttention]:
+        """What reaches into attention: of reduced layers where sizes or keys matter, of all for text and kernels."""
+        tokens, reduced = self._tokens, {layer.name: layer for layer in self.layers}
+        backend = tokens.attention_backend
+        if backend is not None:
+            check_backend(backend, model)
+        is_inside = tokens.scope == "attention" and (tokens.kv_only or tokens.proportional_attention)
+        insides = {}
+        for spec in adapter.layers(model):
+            for_text = self._text is not None and spec.signature.has_text_keys
+            for_layer = is_inside and spec.name in reduced
+            module: Any = model.get_submodule(spec.name)
+            # A processor with weights, such as an IP-Adapter's, chooses its kernels itself.
+            for_kernel = backend is not None and not isinstance(module.processor, nn.Module)
+            if not (for_text or for_layer or for_kernel):
+                continue
+            inside = InsideAttention(spec, module, tokens.proportional_attention and for_layer, backend)
+            needs = [name for name in _INSIDE_ATTENTION if getattr(tokens, name)]
+            if not inside.reaches:
+                raise ValueError(
+                    f"{' and '.join(needs)} cannot reach into {type(module.processor).__name__} at {spec.name}, which "
+                    "calls no attention kernel of PyTorch; leave them out or use the model's default attention "
+                    "processors"
+                )
+            insides[spec.name] = inside
+            if for_layer:
+                reduced[spec.name].inside = inside
+        return insides
 
-    def _binding(self, model: nn.Module, reduction: Reduction) -> Binding:
-        inner = unbound(_processor(model, reduction.layer.name))
-        needs = [name for name in _INSIDE_ATTENTION if getattr(self.reducer, name)]
-        if needs and not reaches_attention(inner):
-            raise ValueError(
-                f"{' and '.join(needs)} cannot reach into {type(inner).__name__} at {reduction.layer.name}, which "
-                "calls no attention kernel of PyTorch; leave them out or use the model's default attention processors"
-            )
-        attn = weakref.ref(model.get_submodule(reduction.layer.name))
-        return Binding(inner, reduction, self._host, positional_names(inner), attn)
-
-    def install(self) -> None:
-        """Puts the bound processors, the hooks of blocks and the two root hooks in place."""
-        model = self.model
-        for name, binding in self.bindings.items():
-            _set_processor(model, name, bind(binding))
-
-        names, number, is_traced = self._names, self.number, self._is_traced
-        begin, end = outside(self.begin), outside(self.end)
-
-        def before(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            if is_traced and torch.compiler.is_compiling():
-                return begun(names, args, kwargs, number)
-            return begin({**dict(zip(names, args, strict=False)), **kwargs})
-
-        def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return ended(output, number) if is_traced and torch.compiler.is_compiling() else end()
-
-        self._handles = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after),
-        ]
-        for name, block in self.blocks.items():
-            self._handles += block.install(model.get_submodule(name))
-        for run in self.runs:
-            self._handles += run.install(model)
-        for projection in self._projections:
-            projection.install()
-        self._is_installed = True
-
-    @property
-    def _is_traced(self) -> bool:
-        """Whether a graph can hold a whole call: all that is asked of it is tokens that come alone."""
-        forms = {reduction.layer.form for reduction in self.reductions.values()}
-        return forms == {SELF_ATTENTION} and self.reducer.scope == "attention" and self._text is None
-
-    def begin(self, arguments: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
-        """Notes a call of the root; gives other arguments where its text is merged."""
-        if self.runs:
-            check_between(arguments)
-        if self.reducer.scope == "block" and getattr(self.model, "is_cache_enabled", False):
-            raise ValueError(
-                f"scope='block' cannot run with the cache that is on in {type(self.model).__name__}, which compares "
-                "whole sequences; use scope='attention' or call disable_cache"
-            )
-        stream = self.clock.begin(self._host.observe(self.model, arguments))
-        return None if self._text is None else self._with_short_text(arguments, stream, self._text)
-
-    def end(self) -> None:
-        """Notes that the root returns; warns after a run's last call if no layer was reduced in it."""
-        stream = self.clock.end()
-        is_positive = any(reduction.ratio > 0 for reduction in self.reductions.values())
-        if stream is not None and stream.num_reduced == 0 and is_positive:
-            warnings.warn(_no_effect(stream.step + 1), NoEffectWarning, stacklevel=2)
-
-    def _with_short_text(
-        self, arguments: dict[str, Any], stream: Stream, form: TextForm
-    ) -> tuple[tuple[()], dict[str, Any]] | None:
-        """The root's arguments with merged text, which is made once per prompt; None where nothing was merged."""
-        if stream.text is None:
-            lost = [name for name in self._text_layers if self.is_lost(name)]
-            if lost and self.reducer.text_ratio is not None:
-                raise ValueError(f"text cannot be weighed at {lost[0]}, which a later call took; gen_turbo.reattach")
-            stream.text = MergedText({}) if lost else merge_text(arguments, form, self.reducer.text_ratio)
-        text = stream.text
-        if not text.num_merged:
+    def _skipping(self, model: nn.Module, adapter: Adapter) -> Skipping | None:
+        if not isinstance(self.reducer, LayerPruner):
             return None
-        stream.observation = replace(
-            stream.observation, num_text=text.num_text, text_sizes=text.sizes, num_merged_text=text.num_merged
-        )
-        num_own = text.num_text - form.num_before
-        self.text_tokens = num_own + text.num_merged, num_own
-        return (), {**arguments, **text.arguments}
-
-    def is_lost(self, name: str) -> bool:
-        """Whether a later call put another processor in a binding's place."""
-        if name not in self.bindings:
-            return False
-        model = self.model
-        return binding_of(_processor(model, name), model.get_submodule(name)) is not self.bindings[name]
-
-    def remove(self) -> None:
-        """Puts every processor back that is still ours and takes the hooks off; doing it twice is harmless."""
-        model = self._model()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        for projection in self._projections if self._is_installed else ():
-            projection.remove()
-        self.clock.forget()
-        if model is None or not self._is_installed:
-            return
-        self._is_installed = False
-        for name, binding in self.bindings.items():
-            if not self.is_lost(name):
-                _set_processor(model, name, binding.inner)
-            unbind(binding)
+        schedules = self.reducer.schedules(model)
+        if not schedules:
+            return None
+        units, threshold = adapter.units(model), self.reducer.threshold
+        skipping = Skipping(model, units, schedules, threshold, lambda: _warn(schedules))
+        inside = [unit for unit in skipping.units if any(unit == b.name and hasattr(b, "span") for b in self.layers)]
+        if inside:
+            raise ValueError(
+                f"the schedule skips {', '.join(inside)}, but merge_span={self._tokens.merge_span} joins blocks "
+                "to spans on one short sequence, in which none can be skipped alone; use merge_span=1"
+            )
+        return skipping
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """The layers that are reduced."""
-        return tuple(self.reductions)
+        """The layers whose tokens are reduced and the units that are skipped."""
+        return (*(layer.name for layer in self.layers), *(self.skipping.units if self.skipping else ()))
 
     @property
     def remembered_bytes(self) -> int:
-        """Bytes held now for corrected reduction."""
-        return self.clock.num_bytes
+        """Bytes held now for residuals and forecasts."""
+        return self.root.num_bytes
 
     @property
     def most_remembered_bytes(self) -> int:
         """The most bytes held at once so far."""
-        return self.clock.most_bytes
+        return self.root.most_bytes
+
+    @property
+    def text_tokens(self) -> tuple[int, int]:
+        """Text tokens of the last prompt whose text was merged, and what was left of them."""
+        return self.root.text_tokens
+
+    @property
+    def skipped_units(self) -> dict[str, UnitStats]:
+        """How often each unit of the schedules ran and was skipped."""
+        return self.skipping.stats if self.skipping is not None else {}
+
+    @property
+    def graph_status(self) -> str:
+        """What became of CUDA graphs; empty where none were wanted."""
+        return self.root.graphs.status if self.root.graphs is not None else ""
 
     def rows(self) -> list[LayerReport]:
-        """One row per attention layer, reduced or not."""
-        return [self._row(layer, self.reductions.get(layer.name)) for layer in self.layers]
+        """One row per layer, reduced or not."""
+        reduced = {layer.name: layer for layer in self.layers}
+        return [self._row(spec, reduced.get(spec.name)) for spec in self.specs]
 
-    def _row(self, layer: Layer, reduction: Reduction | None) -> LayerReport:
-        if reduction is None:
-            return LayerReport(layer.name, layer.downsample, layer.left_alone or "level not chosen")
-        stats = reduction.stats
+    def _row(self, spec: LayerSpec, layer: ReducedLayer | None) -> LayerReport:
+        if layer is None:
+            return LayerReport(spec.name, spec.downsample, spec.left_alone or "level not chosen")
+        totals: Totals = copy.deepcopy(layer.totals)
+        for context in self.root.runs.contexts():
+            totals.add(context.states[layer])
+        grid, shape, num_kept = totals.last
+        cost, kv_only = _cost(self.model.get_submodule(layer.name)), self._tokens.kv_only
+        flops = stock = num_reduced = 0
+        for (phase, seen, kept), count in totals.calls.items():
+            num_reduced += count if phase is Phase.REDUCED else 0
+            if seen is None:
+                continue
+            stock += count * cost.flops(seen, seen.image, seen.image, seen.merged_text)
+            if phase is not Phase.REDUCED:
+                flops += count * cost.flops(seen, seen.image, seen.image)
+            if phase is not Phase.FULL:
+                flops += count * cost.flops(seen, seen.image if kv_only else kept, kept)
         return LayerReport(
-            layer.name,
-            layer.downsample,
-            "lost" if self.is_lost(layer.name) else "reduced",
-            stats.grid,
-            stats.num_tokens,
-            stats.num_kept,
-            stats.num_full,
-            stats.num_reduced,
-            stats.flops,
-            stats.stock_flops,
-            stats.plan_age,
+            spec.name,
+            spec.downsample,
+            "reduced",
+            grid,
+            shape.image if shape is not None else 0,
+            num_kept,
+            sum(totals.calls.values()) - num_reduced,
+            num_reduced,
+            flops,
+            stock,
+            totals.plan_age,
         )
 
 
-def _no_effect(num_steps: int) -> str:
-    return (
-        f"no token was removed in this run of {num_steps} steps: every step ran in full; take more steps, a smaller "
-        "`warmup_steps`, a larger `memory_limit_mb`, or restore='copy'"
-    )
+@dataclass(frozen=True)
+class Cost:
+    """What one layer costs.
+
+    Attributes:
+        linear_weights: Weights of the linear layers that every token of the sequence goes through.
+        width: Channels of all heads of the attention together.
+    """
+
+    linear_weights: int
+    width: int
+
+    def flops(self, shape: SequenceShape, num_queries: int, num_keys: int, more_text: int = 0) -> int:
+        """Operations on so many image queries and keys; text that shares the attention is counted with it."""
+        inside = shape.leading + shape.trailing + (more_text if shape.leading else 0)
+        num_text = max(shape.text + more_text, inside)
+        softmax = 2 * (num_queries + num_text) * (num_keys + num_text) * self.width
+        return 2 * shape.batch * ((num_queries + inside) * self.linear_weights + softmax)
 
 
-def _passive(layer: Layer) -> Layer:
-    return layer if layer.left_alone else replace(layer, left_alone="level not chosen")
+def _layer(model: nn.Module, spec: LayerSpec, ratio: float, beginning: Beginning) -> ReducedLayer:
+    kind: type[ReducedLayer] = MergedKeysLayer if beginning.reducer.kv_only else ReducedLayer
+    if spec.signature.is_map:
+        kind = FeatureMapKeysLayer if beginning.reducer.kv_only else FeatureMapLayer
+    # A method that keeps every token leaves its layers stock.
+    return kind(spec, model.get_submodule(spec.name), 0.0 if beginning.reducer.keeps_all else ratio, beginning)
 
 
-def _is_free(model: nn.Module, layer: Layer) -> bool:
-    """Whether a layer's processor has no weights, which would leave the module tree with it."""
-    return not isinstance(_processor(model, layer.name), nn.Module)
-
-
-def _processor(model: nn.Module, name: str) -> Any:
-    return model.get_submodule(name).processor
-
-
-def _set_processor(model: nn.Module, name: str, processor: Any) -> None:
-    layer: Any = model.get_submodule(name)
-    if hasattr(layer, "set_processor"):
-        layer.set_processor(processor)
-    else:
-        layer.processor = processor
+def _layers_in(unit: Unit, layers: list[ReducedLayer]) -> list[str]:
+    """The layers that do not run when a unit is skipped."""
+    if unit.name == WHOLE:
+        return [layer.name for layer in layers]
+    modules = (unit.module, *unit.idle)
+    return [
+        layer.name
+        for layer in layers
+        if any(layer.name == name or layer.name.startswith(f"{name}.") for name in modules)
+    ]
 
 
 def _cost(module: nn.Module) -> Cost:
@@ -281,3 +311,12 @@ def _cost(module: nn.Module) -> Cost:
     )
     to_q = next((m for name, m in module.named_modules() if name.endswith("to_q") and isinstance(m, nn.Linear)), None)
     return Cost(weights, to_q.out_features if to_q is not None else 0)
+
+
+def _warn(schedules: Sequence[Schedule]) -> None:
+    known = " or ".join(sorted({f"{len(schedule.times)} steps from {schedule.times[0]:g}" for schedule in schedules}))
+    warnings.warn(
+        f"nothing is skipped in this run: the schedules are for {known}; take as many steps, or calibrate for this run",
+        NoEffectWarning,
+        stacklevel=2,
+    )

@@ -8,7 +8,6 @@ from typing import Any
 from gen_turbo.api import attachments
 from gen_turbo.engine.base import LayerReport as LayerReport
 from gen_turbo.engine.denoiser import DenoiserPart
-from gen_turbo.engine.routed import RoutedPart
 from gen_turbo.method import Grid
 
 
@@ -22,6 +21,7 @@ class Report:
         most_remembered_bytes: The most held at once so far.
         text_tokens: Text tokens of the last prompt whose text was merged, and what was left of them; else 0.
         skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.
+        graphs: What became of CUDA graphs; empty where none were wanted.
     """
 
     sites: list[LayerReport] = field(default_factory=list)
@@ -29,6 +29,7 @@ class Report:
     most_remembered_bytes: int = 0
     text_tokens: tuple[int, int] = (0, 0)
     skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
+    graphs: str = ""
 
     @property
     def flops_saved(self) -> float:
@@ -57,7 +58,7 @@ class Report:
         if self.text_tokens[0]:
             lines.append(f"  text: {self.text_tokens[0]} -> {self.text_tokens[1]} tokens")
         for site in self.sites:
-            if site.status in ("reduced", "lost"):
+            if site.status == "reduced":
                 grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else "not run yet"
                 calls = f"{site.num_reduced} reduced and {site.num_full} full calls"
                 tokens = f"{site.num_tokens} -> {site.num_kept} tokens"
@@ -67,11 +68,11 @@ class Report:
             lines.append(f"  {unit}: skipped in {num_skipped} of {num_skipped + num_run} calls")
         left: dict[str, int] = {}
         for site in self.sites:
-            if site.status not in ("reduced", "lost"):
+            if site.status != "reduced":
                 left[site.status] = left.get(site.status, 0) + 1
-        if any(site.status == "lost" for site in self.sites):
-            lines.append("  a later call took the lost layers; gen_turbo.reattach has them back")
         lines += [f"  left alone, {reason}: {count}" for reason, count in left.items()]
+        if self.graphs:
+            lines.append(f"  CUDA graphs: {self.graphs}")
         lines.append(f"  remembered at most: {self.most_remembered_bytes / 1e6:.1f} MB")
         return "\n".join(lines)
 
@@ -83,15 +84,12 @@ def report(target: Any) -> Report:
         TypeError: If the target is neither a model nor a pipeline with a denoiser.
     """
     parts = attachments(target)
+    denoisers = [part for part in parts if isinstance(part, DenoiserPart)]
     return Report(
         [row for part in parts for row in part.rows()],
         sum(part.remembered_bytes for part in parts),
         sum(part.most_remembered_bytes for part in parts),
-        max((part.text_tokens for part in parts if isinstance(part, DenoiserPart | RoutedPart)), default=(0, 0)),
-        {
-            unit: (stats.num_skipped, stats.num_run)
-            for part in parts
-            if isinstance(part, RoutedPart)
-            for unit, stats in part.skipped_units.items()
-        },
+        max((part.text_tokens for part in denoisers), default=(0, 0)),
+        {unit: (stats.num_skipped, stats.num_run) for part in denoisers for unit, stats in part.skipped_units.items()},
+        "; ".join(dict.fromkeys(part.graph_status for part in denoisers if part.graph_status)),
     )

@@ -1,171 +1,272 @@
-"""A reducer around runs of consecutive blocks: merged before the first, restored and corrected after the last."""
+"""Which run, guidance branch and step a call of the denoiser belongs to, and what the run holds.
+
+A pipeline shows the beginning, the length and the times of a run on the host: by the timesteps of its scheduler, which
+are another object in every run. Where a model is called without one, a time that does not fall begins a new run. From
+the third step of a pipeline's run on nothing is read from the device.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+import sys
+import threading
+import weakref
 from dataclasses import dataclass, field
-from threading import get_ident
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+import torch
+from torch import Tensor
 
-from gen_turbo.engine.call import Call, flat, like
-from gen_turbo.engine.clock import Stream
-from gen_turbo.engine.compiled import outside
-from gen_turbo.engine.reduction import Reduction
-from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.engine.layer import LayerState, ReducedLayer
+from gen_turbo.engine.run_map import RunMap
+from gen_turbo.engine.text import MergedText
+from gen_turbo.models.adapter import Geometry, ModelCall
 
-_OTHER_STREAM = "encoder_hidden_states"
-_BETWEEN_BLOCKS = ("controlnet", "skip_layers")
+_MAX_CONTEXTS = 4
+_MAX_FRAMES = 60
+_SETTLED = 2
+"""Steps of a guidance branch in which what tells branches apart may be read from the device."""
 
 
 @dataclass
-class _Running:
-    """One call of a run between its first and its last hook.
+class Run:
+    """One run of a pipeline, or of a bare model.
 
     Attributes:
-        call: The call of the first block, whose tokens are restored.
-        call_now: The call of the block that runs.
-        plan: Where tokens go; in a full call the plan whose misses are remembered, None if nothing is.
-        is_full: Whether the blocks run on all tokens.
-        merged: What the first block runs on, merged.
-        given: In a full call, the arguments that the merged sequence has changed so far.
+        marker: The timesteps of the scheduler, another object in every run; None for a bare model.
+        times: The denoising time of every call, as the scheduler counts; empty for a bare model.
+        num_calls: Calls of every guidance branch; 0 where that is not known.
+        recreates: Whether the caller makes its conditioning tensors anew in every step.
+        num_reduced: Layers, and skipped units, that were reduced in its calls so far.
+        num_steps: Calls so far of the branch that was called most.
+        num_bytes: Bytes remembered now.
+        is_over: Whether its last call was made.
     """
 
-    call: Call
-    call_now: Call
-    stream: Stream
-    plan: TokenMap | None
-    is_full: bool
-    merged: Tensor | None
-    given: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
+    marker: object = None
+    times: tuple[float, ...] = ()
+    num_calls: int = 0
+    recreates: bool = False
+    num_reduced: int = 0
+    num_steps: int = 0
+    num_bytes: int = 0
+    is_over: bool = False
 
 
-class BlockRun:
-    """Consecutive blocks of one stack; the tokens of all of them are merged once.
+@dataclass
+class Context:
+    """One sequence of calls: a run, or one guidance branch of a run that calls the model for each.
 
-    In a full call each block runs on the merged sequence too, right after it ran in full, so that nothing of the run
-    need be kept until its end.
+    Attributes:
+        run: The run that it is part of.
+        layout: Shape, dtype and device of the latents.
+        condition: The conditioning tensor.
+        geometry: Where the tokens are.
+        step: Its calls before the running one.
+        time: The denoising time of the running call; None where it was not read.
+        index: The place of the running call in the run's times; None where that is not known.
+        maps: The token maps, by resolution and ratio.
+        states: What its layers hold.
+        groups: What the program knows of each group of layers.
+        text: The text merged for its prompt; None before that was tried.
+        num_bytes: Bytes of residuals.
+        extras: What other parts of an attachment remember for it.
+        captured: Its CUDA graphs, by what they are of.
+        is_revived: Whether it runs on the buffers of an earlier context.
     """
 
-    def __init__(self, blocks: list[tuple[nn.Module, Reduction]]) -> None:
-        self.reductions = [reduction for _, reduction in blocks]
-        self._names = [tuple(inspect.signature(type(block).forward).parameters)[1:] for block, _ in blocks]
-        self._running: dict[int, _Running] = {}
+    run: Run
+    layout: tuple[object, ...]
+    condition: Tensor | None
+    geometry: Geometry
+    step: int = 0
+    time: float | None = None
+    index: int | None = None
+    maps: dict[tuple[object, ...], RunMap] = field(default_factory=dict)
+    states: dict[ReducedLayer, LayerState] = field(default_factory=dict)
+    groups: list[Any] = field(default_factory=list)
+    text: MergedText | None = None
+    num_bytes: int = 0
+    extras: dict[str, Any] = field(default_factory=dict)
+    captured: dict[Any, Any] = field(default_factory=dict)
+    is_revived: bool = False
 
-    def install(self, model: nn.Module) -> list[RemovableHandle]:
-        """Hooks the blocks; ours are the last to see arguments and the first to see outputs."""
-        handles = []
-        for index, reduction in enumerate(self.reductions):
-            block = model.get_submodule(reduction.layer.name)
-            handles.append(block.register_forward_pre_hook(outside(self._before(index)), with_kwargs=True))
-            handles.append(block.register_forward_hook(outside(self._after(index)), prepend=True))
-        return handles
+    @property
+    def num_text(self) -> int:
+        """Text tokens in every row, where they share a sequence with image tokens."""
+        return self.text.num_text if self.text and self.text.num_merged else self.geometry.num_text
 
-    def _before(self, index: int) -> Callable[..., Any]:
-        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            arguments = {**dict(zip(self._names[index], args, strict=False)), **kwargs}
-            return self._enter_first(block, arguments) if index == 0 else self._enter(index, block, arguments)
+    @property
+    def num_merged_text(self) -> int:
+        """Text tokens that were merged into others."""
+        return self.text.num_merged if self.text else 0
 
-        return before
+    def release(self, state: LayerState) -> None:
+        """Forgets what one layer holds."""
+        self.num_bytes -= state.num_bytes
+        self.run.num_bytes -= state.num_bytes
+        state.forget()
 
-    def _after(self, index: int) -> Callable[..., Any]:
-        return lambda block, args, output: self._leave(index, output)
-
-    def _enter_first(self, block: nn.Module, arguments: dict[str, Any]) -> Any:
-        self._running.pop(get_ident(), None)
-        reduction = self.reductions[0]
-        stream = reduction.clock.current
-        if stream is None:
-            return None
-        call = Call.of(block.forward, arguments, reduction.layer.form, stream.observation, reduction.layer.downsample)
-        if call is None:
-            return None
-        plan = reduction.plan(call, stream, _no_value)
-        wanted = reduction.remembered_plan(call, stream, _no_value) if plan is None else plan
-        merged = None if wanted is None else call.merged(wanted)
-        self._running[get_ident()] = _Running(call, call, stream, wanted, plan is None, merged)
-        return None if plan is None or merged is None else ((), call.shortened(plan, merged))
-
-    def _enter(self, index: int, block: nn.Module, arguments: dict[str, Any]) -> Any:
-        running = self._running.get(get_ident())
-        if running is None:
-            return None
-        layer, first = self.reductions[index].layer, running.call
-        # Of the short sequence the positions are not known; those of the first block's tokens are its own.
-        long = arguments if running.is_full else arguments | {layer.form.tokens: first.arguments[first.form.tokens]}
-        call = Call.of(block.forward, long, layer.form, first.observation, layer.downsample)
-        if call is None:
-            raise ValueError(f"{layer.name} is called otherwise than the block before it; use merge_span=1")
-        self.reductions[index].follow(call, running.plan, running.is_full)
-        running.call_now = call
-        if running.is_full or running.plan is None:
-            return None
-        return (), call.shortened(running.plan, arguments[layer.form.tokens])
-
-    def _leave(self, index: int, output: Any) -> Any:
-        running = self._running.get(get_ident())
-        if running is None:
-            return None
-        if running.is_full and running.plan is not None and running.merged is not None:
-            self._run_merged(running, running.plan, running.merged)
-        if index < len(self.reductions) - 1:
-            return None
-        del self._running[get_ident()]
-        call, plan, merged = running.call, running.plan, running.merged
-        if plan is None or merged is None:
-            return None
-        if running.is_full:
-            restored = call.restored(running.output, plan, merged)
-            self.reductions[0].remember(call, running.stream, _no_value, output, lambda plan: restored)
-            return None
-        return like(self.reductions[0].corrected(call.restored(output, plan, merged), running.stream))
-
-    def _run_merged(self, running: _Running, plan: TokenMap, merged: Tensor) -> None:
-        """Runs the block that has just run in full on the merged sequence."""
-        call = running.call_now
-        tokens = running.given.pop(call.form.tokens, merged)
-        running.output = call.function(**(call.shortened(plan, tokens) | running.given))
-        outputs = flat(running.output)
-        place = call.form.outputs[0]
-        running.given = {call.form.tokens: outputs[place]}
-        if len(outputs) == 2:
-            running.given[_OTHER_STREAM] = outputs[1 - place]
+    @property
+    def is_last(self) -> bool:
+        """Whether the running call is the last one of its branch."""
+        run = self.run
+        return bool(run.num_calls) and self.index is not None and self.index >= run.num_calls - 1
 
 
-def runs_of(model: nn.Module, reductions: Iterable[Reduction], length: int) -> list[list[tuple[nn.Module, Reduction]]]:
-    """Cuts consecutive blocks of one stack and one ratio into runs of at most `length`; 0 sets no limit.
+class _Here(threading.local):
+    """What is running in one thread."""
 
-    Raises:
-        ValueError: If a block takes what an earlier one gave, as with long skip connections.
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.contexts: list[Context] = []
+
+
+class Runs:
+    """Tells runs, guidance branches and steps apart. Every thread has runs of its own.
+
+    Args:
+        pipeline: The pipeline that a processor was attached through; its scheduler is looked at where no other
+            pipeline is calling.
+        time: From a call's timestep to the scheduler's time, falling; waits for the device.
     """
-    runs: list[list[tuple[nn.Module, Reduction]]] = []
-    for reduction in reductions:
-        if reduction.layer.form.also and length != 1:
-            raise ValueError(f"the blocks of {type(model).__name__} are linked across runs; use merge_span=1")
-        pair = (model.get_submodule(reduction.layer.name), reduction)
-        if runs and _follows(runs[-1][-1][1], reduction) and (length == 0 or len(runs[-1]) < length):
-            runs[-1].append(pair)
-        else:
-            runs.append([pair])
-    return runs
+
+    def __init__(self, pipeline: Any | None, time: Any) -> None:
+        has_scheduler = getattr(pipeline, "scheduler", None) is not None
+        self._pipeline = weakref.ref(pipeline) if has_scheduler else lambda: None
+        self._time = time
+        self._here = _Here()
+        self.ended: list[Context] = []
+
+    def find(self, call: ModelCall) -> Context | None:
+        """The context that a call continues, its step counted; None where `open` has to begin one."""
+        here, pipeline = self._here, self._caller()
+        times = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+        marker = times if times is not None and len(times) else None
+        if here.run is None or marker is not here.run.marker:
+            self.forget()
+            here.run = _run_of(pipeline, marker)
+        run = here.run
+        layout = (tuple(call.sample.shape), call.sample.dtype, call.sample.device)
+        alike = [context for context in here.contexts if context.layout == layout]
+        found = next((context for context in alike if context.condition is call.condition), None)
+        time = None
+        if found is None and alike and call.condition is not None:
+            found, time = self._same_branch(alike, call, run)
+        is_bare = run.marker is None or run.is_over
+        if found is not None and is_bare:
+            time = self._time(call.timestep) if time is None else time
+            if found.time is not None and time >= found.time:
+                self.forget()
+                here.run, found = Run(run.marker, is_over=run.is_over), None
+        if found is not None:
+            found.condition = call.condition
+            found.step += 1
+            found.index = None if found.index is None else found.index + 1
+            found.time = run.times[found.index] if found.index is not None and found.index < len(run.times) else time
+            run.num_steps = max(run.num_steps, found.step + 1)
+        return found
+
+    def open(self, call: ModelCall, geometry: Geometry) -> Context:
+        """Begins a context for a call that continues none."""
+        here = self._here
+        assert here.run is not None
+        run, time = here.run, self._time(call.timestep)
+        layout = (tuple(call.sample.shape), call.sample.dtype, call.sample.device)
+        index = _index_of(time, run.times)
+        if run.times and index is None:
+            # Somebody else's run on the model of a pipeline.
+            run = here.run = Run(run.marker, is_over=True)
+        if run.is_over:
+            index = None
+        elif index is not None and not here.contexts:
+            # Image to image begins late: the run's last call is counted from there.
+            run.num_calls = min(len(run.times), index + run.num_calls) if run.num_calls else len(run.times)
+        context = Context(run, layout, call.condition, geometry, time=time, index=index)
+        run.num_steps = max(run.num_steps, 1)
+        for old in here.contexts[: -_MAX_CONTEXTS + 1]:
+            self.end(old)
+        here.contexts.append(context)
+        return context
+
+    def end(self, context: Context) -> None:
+        """Forgets a context."""
+        here = self._here
+        here.contexts = [other for other in here.contexts if other is not context]
+        context.run.num_bytes -= context.num_bytes
+        self.ended.append(context)
+
+    def finish(self, context: Context) -> Run | None:
+        """After a call: forgets the context if that was its last; gives the run if that was the last of all."""
+        if not context.is_last:
+            return None
+        self.end(context)
+        if self._here.contexts:
+            return None
+        context.run.is_over = True
+        return context.run
+
+    def forget(self) -> None:
+        """Drops all that is remembered in this thread."""
+        for context in list(self._here.contexts):
+            self.end(context)
+        self._here.run = None
+
+    def contexts(self) -> list[Context]:
+        """What is remembered in this thread."""
+        return self._here.contexts
+
+    def _same_branch(self, alike: list[Context], call: ModelCall, run: Run) -> tuple[Context | None, float | None]:
+        """The branch of a conditioning tensor that was not seen before; waits for the device in the first steps."""
+        is_bare = run.marker is None or run.is_over
+        if not is_bare and min(context.step for context in alike) >= _SETTLED:
+            # Branches are called in turn: the one that has been called least is due.
+            return (min(alike, key=lambda context: context.step), None) if run.recreates else (None, None)
+        time = self._time(call.timestep)
+        for context in alike:
+            moved = context.time is None or time != context.time or _is_repeated(context, run)
+            if moved and _is_equal(context.condition, call.condition):
+                run.recreates = True
+                return context, time
+        return None, time
+
+    def _caller(self) -> Any | None:
+        """The pipeline that is calling the model; the one attached through where none is on the stack."""
+        frame: Any = sys._getframe(2)
+        for _ in range(_MAX_FRAMES):
+            if frame is None:
+                break
+            if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
+                owner = frame.f_locals.get("self")
+                if hasattr(type(owner), "components") and getattr(owner, "scheduler", None) is not None:
+                    return owner
+            frame = frame.f_back
+        return self._pipeline()
 
 
-def check_between(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError if the root is asked to add to, or to leave out, blocks inside of a run."""
-    for name, value in arguments.items():
-        if value is not None and any(part in name for part in _BETWEEN_BLOCKS):
-            raise ValueError(f"{name} reaches between blocks that share one short sequence; use merge_span=1")
+def _run_of(pipeline: Any | None, marker: Any) -> Run:
+    if marker is None:
+        return Run()
+    times = tuple(float(time) for time in marker)
+    told = getattr(pipeline, "_num_timesteps", None)
+    return Run(marker, times, told if isinstance(told, int) and 0 < told <= len(times) else 0)
 
 
-def _follows(before: Reduction, after: Reduction) -> bool:
-    stack, _, number = before.layer.name.rpartition(".")
-    return after.layer.name == f"{stack}.{int(number) + 1}" and before.ratio == after.ratio
+def _index_of(time: float, times: tuple[float, ...]) -> int | None:
+    """The place of a time among those of a run; models are given rounded or scaled ones."""
+    if not times:
+        return None
+    place = min(range(len(times)), key=lambda index: abs(times[index] - abs(time)))
+    gaps = [abs(other - times[place]) for other in times if other != times[place]]
+    return place if abs(times[place] - abs(time)) <= min(gaps, default=2.0) / 2 else None
 
 
-def _no_value(tokens: Tensor, kind: str) -> Tensor | None:
-    """Blocks read tokens before any norm; their attention is not asked for the value of tokens."""
-    return None
+def _is_repeated(context: Context, run: Run) -> bool:
+    """Whether the scheduler has the context's next call at the time of its last one, as those of second order do."""
+    place = context.index
+    return place is not None and place + 1 < len(run.times) and run.times[place] == run.times[place + 1]
+
+
+def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gen_turbo.engine.units import Unit
+from gen_turbo.models.adapter import Unit
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Text tokens merged once per prompt at the model's root; attention weighs them by their sizes afterwards."""
+"""Text tokens merged once per prompt at the model's entrance; attention weighs them by their sizes afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_turbo.engine.base import TextForm
+from gen_turbo.models.adapter import TextSignature
 from gen_turbo.tokens.farthest import farthest_point_plan
 
 _WORTHWHILE = 1 / 2
@@ -25,7 +25,7 @@ class MergedText:
     """The text of one prompt on fewer tokens.
 
     Attributes:
-        arguments: What the root is given in place of its own arguments; empty where nothing was merged.
+        arguments: What the model is given in place of its own arguments; empty where nothing was merged.
         num_merged: Text tokens that are gone.
         num_text: Tokens that are left, with those that the model puts before the text; 0 where nothing was merged.
         sizes: How many tokens each of them stands for, (b, num_text).
@@ -37,31 +37,31 @@ class MergedText:
     sizes: Tensor | None = None
 
 
-def merge_text(arguments: Mapping[str, Any], form: TextForm, ratio: float | None) -> MergedText:
+def merge_text(arguments: Mapping[str, Any], signature: TextSignature, ratio: float | None) -> MergedText:
     """Merges the text tokens that are most alike; equal ones, such as padding, first.
 
     Args:
-        arguments: Those of the root, by name.
-        form: Which of them hold the text.
+        arguments: Those of the model, by name.
+        signature: Which of them hold the text.
         ratio: Fraction of text tokens that leaves; None for all that repeat their neighbour, if they are half.
 
     Returns:
-        The merged text; where there are positions, one plan serves the whole batch.
+        The merged text; where there are positions, one map serves the whole batch.
     """
-    text: Tensor = arguments[form.embedding]
+    text: Tensor = arguments[signature.embedding]
     num_tokens = text.shape[1]
-    positions, mask = arguments.get(form.positions), arguments.get(form.mask)
-    rows = _rows(text, positions, mask, form.hides)
+    positions, mask = arguments.get(signature.positions), arguments.get(signature.mask)
+    rows = _rows(text, positions, mask, signature.hides)
     num_slots = _num_distinct(rows) if ratio is None else num_tokens - int(num_tokens * ratio)
     if ratio is None and num_tokens - num_slots < num_tokens * _WORTHWHILE:
         return MergedText({})
     plan = farthest_point_plan(rows, num_slots)
-    merged: dict[str, Any] = {form.embedding: plan.merge(text)}
+    merged: dict[str, Any] = {signature.embedding: plan.merge(text)}
     if positions is not None:
-        merged[form.positions] = plan.select(positions[None])[0] if positions.ndim == 2 else plan.select(positions)
+        merged[signature.positions] = plan.select(positions[None])[0] if positions.ndim == 2 else plan.select(positions)
     if mask is not None:
-        merged[form.mask] = plan.between(0, mask.shape[1] - num_tokens).select(mask)
-    sizes = F.pad(plan.sizes(), (form.num_before, 0), value=1)
+        merged[signature.mask] = plan.between(0, mask.shape[1] - num_tokens).select(mask)
+    sizes = F.pad(plan.sizes(), (signature.num_before, 0), value=1)
     return MergedText(merged, num_tokens - num_slots, sizes.shape[1], sizes)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.models import register
-from gen_turbo.models.bare import bare_call
 from gen_turbo.tokens.token_map import TokenMap
 
 register.add_pipeline_methods()
@@ -20,8 +19,8 @@ class ReductionProcessor(TokenReducer):
     """A method as users hold it: `pipe.set_attn_processor(TurboProcessor(0.4))`.
 
     It keeps no state: what a run remembers lives with the model it is attached to, so one object may serve many
-    models. `attach` and `pipe.set_attn_processor` bind it to each layer; set on a bare model by diffusers' own
-    `set_attn_processor` it merges every self-attention afresh, with what a single layer can know.
+    models. `attach` and `pipe.set_attn_processor` put it in front of each layer; a model's own `set_attn_processor`
+    does not, and its first call says so.
     """
 
     def plan_tokens(self, tokens: Tensor, grid: Grid | None = None) -> TokenMap:
@@ -36,13 +35,15 @@ class ReductionProcessor(TokenReducer):
             raise ValueError(f"a grid of {grid[0]} x {grid[1]} does not hold {tokens.shape[1]} tokens; pass (h, w)")
         return self.plan(tokens, LayerInfo("tokens", self.ratio, grid), StepInfo())
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """Attends as diffusers' default processor does, self-attention on merged tokens."""
-        return bare_call(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses to work in one layer of a model alone, which knows neither grid nor step.
+
+        Raises:
+            TypeError: Always, with the lines that attach.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} is not set on a model but attached: give the model its own processors back, for instance by "
+            f"`model.set_attn_processor(AttnProcessor2_0())`, and call `pipe.set_attn_processor({name}(...))` or "
+            f"`gen_turbo.attach(model, {name}(...))`"
+        )

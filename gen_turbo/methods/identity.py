@@ -20,6 +20,8 @@ class IdentityProcessor(ReductionProcessor):
     A control. It goes through the same bookkeeping as every method and so shows what that costs.
     """
 
+    keeps_all = True
+
     restore: str = "copy"
     text_ratio: float | None = 0.0
 

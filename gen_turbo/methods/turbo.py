@@ -47,6 +47,8 @@ class TurboProcessor(ReductionProcessor):
             smaller ones, four to its shorter side but of no less than 4 tokens, lest distant places are merged.
     """
 
+    map_period = 2
+
     ratio: float = 0.7
     semantic: str = "self"
     value_weight: float = 0.002

@@ -38,6 +38,8 @@ class VisToGProcessor(ReductionProcessor):
             Raising it spares detail and coarsens what is smooth.
     """
 
+    map_period = 1
+
     ratio: float = 0.7
     window: int = 5
     num_refinements: int = 1

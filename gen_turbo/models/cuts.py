@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.engine.units import Unit
+from gen_turbo.models.adapter import Unit
 
 _KNOWN = {
     "down": {"DownBlock2D", "CrossAttnDownBlock2D"},

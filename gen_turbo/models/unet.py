@@ -10,36 +10,29 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from gen_turbo.engine.base import Form, Layer, Observation, Part, TextForm
-from gen_turbo.engine.routed import denoiser_part
-from gen_turbo.engine.units import Unit, units_of
-from gen_turbo.method import TokenReducer
+from gen_turbo.models.adapter import Geometry, LayerSignature, LayerSpec, ModelCall, TextSignature, Unit, units_of
 from gen_turbo.models.cuts import unet_cuts
-from gen_turbo.models.observe import layout_of, num_pictures, time_of
+from gen_turbo.models.inputs import num_images, time_of
 from gen_turbo.tokens.score import attention_column_mean, text_attention
 
 _NUM_QUERIES = 256
-_BLOCK = Form(is_residual=True)
-_ADDED_KV = Form(is_map=True, is_residual=True, keys_before=True)
-"""Attention on the map itself with keys of text before its own, as in Kandinsky and DeepFloyd IF."""
+_BLOCK = LayerSignature(is_residual=True)
+_ADDED_KV = LayerSignature(is_map=True, is_residual=True, keys_before=True)
+"""Attention on the feature map itself with keys of text before its own, as in Kandinsky and DeepFloyd IF."""
 _CROSS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 """The cross-attention that stands beside a self-attention in its block, or None."""
 
 
-class UNetHost:
+class UNetAdapter:
     """Enters a UNet, or a ControlNet, which is the way down of one, by its `attn1` processors; all else stays."""
 
     models = ("UNet2DConditionModel", "ControlNetModel")
-
-    def attachment(self, model: nn.Module, reducer: TokenReducer, pipeline: Any | None) -> Part:
-        """Prepares a reducer for the UNet."""
-        return denoiser_part(model, self, reducer, pipeline)
 
     def units(self, model: nn.Module) -> dict[str, Unit]:
         """What can be skipped: the whole UNet, all that is deeper than a layer of the way up, transformer blocks."""
         return units_of(model, self, unet_cuts(model))
 
-    def layers(self, model: nn.Module) -> list[Layer]:
+    def layers(self, model: nn.Module) -> list[LayerSpec]:
         """Every attention layer with its downsample factor, from the block that holds it."""
         num_levels = len(model.down_blocks)  # type: ignore[arg-type]
         blocks = {name: block for name, block in model.named_modules() if isinstance(block, BasicTransformerBlock)}
@@ -50,41 +43,39 @@ class UNetHost:
             owner, _, role = name.rpartition(".")
             if owner not in blocks and module.added_kv_proj_dim is not None:
                 why = "cross-attention only" if module.only_cross_attention else ""
-                found.append(Layer(name, 2 ** _level(name, num_levels), why, _ADDED_KV))
+                found.append(LayerSpec(name, 2 ** _level(name, num_levels), why, _ADDED_KV))
                 continue
             reason = _left_alone(blocks.get(owner), role)
             if not reason:
                 _CROSS[module] = blocks[owner].attn2
-            found.append(Layer(name, 2 ** _level(name, num_levels), reason))
+            found.append(LayerSpec(name, 2 ** _level(name, num_levels), reason))
         return found
 
-    def blocks(self, model: nn.Module) -> list[Layer]:
+    def blocks(self, model: nn.Module) -> list[LayerSpec]:
         """Every transformer block whose first attention is over image tokens."""
         num_levels = len(model.down_blocks)  # type: ignore[arg-type]
         return [
-            Layer(name, 2 ** _level(name, num_levels), _left_alone(block, "attn1"), _BLOCK)
+            LayerSpec(name, 2 ** _level(name, num_levels), _left_alone(block, "attn1"), _BLOCK)
             for name, block in model.named_modules()
             if isinstance(block, BasicTransformerBlock)
         ]
 
-    def text_form(self, model: nn.Module) -> TextForm | str:
+    def text_signature(self, model: nn.Module) -> TextSignature | str:
         """None."""
         return "its text is in cross-attention"
 
-    def text_projections(self, model: nn.Module) -> list[str]:
-        """Keys and values of every cross-attention of a transformer block."""
-        return [name for name, _ in model.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
+    def read(self, arguments: Mapping[str, Any]) -> ModelCall:
+        """Sample, timestep and encoder_hidden_states."""
+        return ModelCall(arguments["sample"], arguments["timestep"], arguments.get("encoder_hidden_states"))
 
-    def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation:
-        """Reads sample, timestep and encoder_hidden_states."""
+    def time(self, timestep: Any) -> float:
+        """The time as the scheduler counts it."""
+        return time_of(timestep)
+
+    def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
+        """Every latent is a token of the finest level."""
         sample = arguments["sample"]
-        return Observation(
-            time_of(arguments["timestep"]),
-            tuple(sample.shape[-2:]),
-            layout_of(sample),
-            arguments.get("encoder_hidden_states"),
-            num_pictures=num_pictures(sample),
-        )
+        return Geometry(tuple(sample.shape[-2:]), num_images=num_images(sample))
 
     def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:
         """The attention column mean over strided queries for "self", cross-attention to words for "text"."""

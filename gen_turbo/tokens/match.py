@@ -182,12 +182,11 @@ def _penalised(similarity_BN: Tensor, penalty_BN: Tensor, num_removed: int) -> T
         raise ValueError(f"penalty_BN {tuple(penalty_BN.shape)} must be (batch, {similarity_BN.shape[1]} tokens)")
     scores_BN = (similarity_BN - penalty_BN.to(similarity_BN.dtype)).nan_to_num(nan=-2.0, neginf=-torch.inf)
     scores_BN = scores_BN.masked_fill(similarity_BN == -torch.inf, -torch.inf)
-    num_finite = int((scores_BN > -torch.inf).sum(1).min())
-    if num_finite < num_removed:
-        raise ValueError(
-            f"cannot remove {num_removed} tokens: only {num_finite} sources have a finite penalty; lower `ratio` "
-            "or protect fewer tokens"
-        )
+    # The device checks this in its own time; the host does not wait for the answer.
+    torch._assert_async(
+        ((scores_BN > -torch.inf).sum(1) >= num_removed).all(),
+        f"cannot remove {num_removed} tokens: fewer sources have a finite penalty; lower `ratio` or protect less",
+    )
     return scores_BN
 
 
@@ -198,8 +197,21 @@ def _highest(scores_BN: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tile_layout(
+    grid: tuple[int, int],
+    tile: tuple[int, int],
+    stride: tuple[int, int],
+    shift: bool,
+    variant: str | int,
+    device: torch.device,
+) -> _Layout:
+    """The layout, which compiled code holds as a constant."""
+    return _made_tile_layout(grid, tile, stride, shift, variant, device)
+
+
+@lru_cache(maxsize=64)
+def _made_tile_layout(
     grid: tuple[int, int],
     tile: tuple[int, int],
     stride: tuple[int, int],

@@ -12,10 +12,9 @@ import torch
 import yaml
 from torch import nn
 
+from gen_turbo.models.adapter import WHOLE as WHOLE
 from gen_turbo.training.probe import is_same_model, weight_probe
 
-WHOLE = "output"
-"""The unit that is the whole model: its output is forecast and no layer runs."""
 _PROBE_VALUES = 32
 _KEYS = ("model", "probe", "scheduler", "times", "slopes", "levels")
 _TOLERANCE = 1e-3

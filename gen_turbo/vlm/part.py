@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.engine.base import LayerReport, OnModel
-from gen_turbo.engine.denoiser import NoEffectWarning
+from gen_turbo.engine.root import NoEffectWarning
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cross import CrossGate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_turbo import TurboProcessor, attach, reattach, report
-from gen_turbo.api import NoEffectWarning
+from gen_turbo import TurboProcessor, attach, report
 from tests.contracts.combinations import COMBINATIONS, Combination
 from tests.snapshots import differences, model_state
 
@@ -91,14 +89,10 @@ def _first(made: Made) -> str:
     row, other = made.row, made.row.make()
     attachment = attach(row.target(other), TurboProcessor(**REDUCING))
     row.add(other)
-    lost = [site for site in report(row.target(other)).sites if site.status == "lost"]
-    if lost:
-        assert any(issubclass(warning.category, NoEffectWarning) for warning in _warned(lambda: row.draw(other)))
-        attachment = reattach(row.target(other))
     assert torch.equal(row.draw(other), made.reduced)
     attachment.detach()
     assert torch.equal(row.draw(other), made.stock)
-    return "layers lost, with a warning; `reattach` has them back" if lost else "same pictures"
+    return "same pictures"
 
 
 COLUMNS: dict[str, Callable[[Made], str]] = {
@@ -108,13 +102,6 @@ COLUMNS: dict[str, Callable[[Made], str]] = {
     "detached": _detached,
     "attached first": _first,
 }
-
-
-def _warned(function: Callable[[], object]) -> list[warnings.WarningMessage]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function()
-    return caught
 
 
 @cache

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnPro
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach
 from gen_turbo.engine.attention import AttentionMode
-from gen_turbo.engine.base import Observation
+from gen_turbo.models.adapter import Geometry, ModelCall
 from tests.engine.families import Keys, family, relative
 from tests.snapshots import differences, model_state
 from tests.tiny_transformers import random
@@ -83,18 +83,30 @@ def test_sizes_make_the_merging_of_equal_tokens_exact(name, full_queries, backen
     cells, text = random(1, 16, 32 if name == "sd3" else 16), random(1, 5, 32, seed=2)
     tokens = cells.reshape(1, 4, 1, 4, 1, -1).expand(1, 4, 2, 4, 2, -1).reshape(1, 64, -1)
     given = {"encoder_hidden_states": text} if name == "sd3" else {}
-    observation = Observation(900.0, (8, 8), (), None, num_text=5)
     errors = {}
     for weighted in (False, True):
         settings = {"kv_only": full_queries, "proportional_attention": weighted, "attention_backend": backend}
         with attach(model, TurboProcessor(0.5, restore="copy", semantic="none", **settings)) as attachment:
             layer = model.get_submodule(attachment.sites[0])
             stock = layer(tokens, **given)
-            attachment.parts[0].clock.begin(observation)
-            merged = layer(tokens, **given)
+            merged = _alone(attachment.parts[0], layer, tokens, given)
         pairs = zip(merged, stock, strict=True) if name == "sd3" else [(merged, stock)]
         errors[weighted] = max(relative(a, b) for a, b in pairs)
     assert errors[True] < 1e-5 < 1e-3 < errors[False]
+
+
+def _alone(part, layer, tokens, given):
+    """One reduced call of a layer on 8 x 8 tokens, as in the first step of a run."""
+    root = part.root
+    call = ModelCall(tokens, 900.0, None)
+    root.runs.find(call)
+    context = root.runs.open(call, Geometry((8, 8), num_text=5))
+    root.program.enter(context)
+    root.beginning.context = context
+    root.program.begin(context, frozenset())
+    merged = layer(tokens, **given)
+    root.program.end(context, frozenset())
+    return merged
 
 
 @pytest.mark.parametrize("backend", [None, "native"])

@@ -7,7 +7,7 @@ import torch
 
 from gen_turbo import ToMeProcessor, TurboProcessor, attach, report
 from tests.engine.coverage import read
-from tests.engine.families import COLUMNS, CONTROL_NET, NAMES, cell, family, relative
+from tests.engine.families import COLUMNS, NAMES, cell, family, relative
 from tests.tiny_transformers import FAMILIES, build, random, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
@@ -155,37 +155,8 @@ def test_text_only_layers_and_cross_attention_are_left_alone():
 
 
 def test_names_are_all_here():
-    """Catches a family that is in the table of hosts and in no test."""
-    from gen_turbo.models.families import HOSTS
+    """Catches a family that is in the table of adapters and in no test."""
+    from gen_turbo.models.families import ADAPTERS
 
     tested = {type(family(name)[0]).__name__ for name in NAMES}
-    assert tested == {model for host in HOSTS for model in host.models}
-
-
-@pytest.mark.parametrize("name", ["sd3", "flux", "hunyuan-dit", "lumina2"])
-def test_set_on_a_bare_transformer_it_names_attach(name):
-    """Catches a processor that takes a rotary table for something else, and a joint layer run as a plain one."""
-    model = build(name)
-    for layer in (module for module in model.modules() if hasattr(module, "processor")):
-        layer.set_processor(TurboProcessor(0.4))
-    with pytest.raises(TypeError, match=r"TurboProcessor alone cannot run .*Attention .*use gen_turbo.attach"):
-        run(name, model)
-
-
-@pytest.mark.parametrize("name", ["sd15", CONTROL_NET])
-def test_set_on_a_bare_model_of_plain_attention_it_reduces(name):
-    """Catches a ControlNet whose own `set_attn_processor` takes a processor that then does nothing."""
-    model, run_model = family(name)
-    stock = run_model(times=(900,))
-    for ratio in (0.0, 0.4):
-        model.set_attn_processor(TurboProcessor(ratio))
-        assert torch.equal(run_model(times=(900,)), stock) == (ratio == 0)
-
-
-def test_set_on_a_bare_model_settings_that_need_attach_say_so():
-    """Catches settings that are dropped in silence."""
-    for settings in ({"scope": "block"}, {"kv_only": True}, {"attention_backend": "native"}):
-        model, run_model = family("sd15")
-        model.set_attn_processor(TurboProcessor(0.4, **settings))
-        with pytest.raises(TypeError, match=r"needs gen_turbo.attach"):
-            run_model(times=(900,))
+    assert tested == {model for adapter in ADAPTERS for model in adapter.models}

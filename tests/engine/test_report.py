@@ -10,23 +10,18 @@ from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 
 
 def test_every_line_of_the_text():
-    """Catches a report that leaves out a resolution, a reason, lost layers or the age of plans."""
+    """Catches a report that leaves out a resolution, a reason or the age of plans."""
     unet = sd15_unet()
     with attach(unet, TurboProcessor(0.5, restore="copy", match_every=0, ratios={2: 0.25})):
         before = str(report(unet))
         run_unet(unet, **unet_inputs())
         told = report(unet)
-        unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(
-            unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.processor
-        )
-        after = report(unet)
     assert "not run yet" in before and "0% of their FLOPs saved" in before
     lines = str(told).splitlines()
     assert lines[0].startswith("6 of 14 layers reduced, ") and f"{told.flops_saved:.0%}" in lines[0]
     assert lines[1:3] == ["  16 x 16: 256 -> 128 tokens in 3 layers", "  8 x 8: 64 -> 48 tokens in 3 layers"]
     assert sum("4 reduced and 0 full calls, plans up to 3 steps old" in line for line in lines) == 6
     assert "  left alone, cross-attention: 7" in lines and "  left alone, level not chosen: 1" in lines
-    assert after.tokens_by_grid[16, 16] == (256, 128, 2) and "lost, 16 x 16" in str(after)
     assert str(report(unet)) == "no gen_turbo processor is attached"
 
 

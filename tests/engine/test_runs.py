@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
-from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.engine import layer
+from gen_turbo.kernels import unmerge
 from tests.engine.families import family, relative
 from tests.snapshots import differences, model_state
 from tests.tiny_transformers import FAMILIES, random
@@ -48,8 +49,7 @@ def test_a_corrected_step_between_equal_full_steps_is_exact(name):
 def test_tokens_are_merged_and_remembered_once(monkeypatch):
     """Catches restoring and remembering after every block."""
     made = []
-    unmerge = TokenMap.unmerge
-    monkeypatch.setattr(TokenMap, "unmerge", lambda plan, x: made.append(1) or unmerge(plan, x))
+    monkeypatch.setattr(layer, "unmerge", lambda *args: made.append(1) or unmerge(*args))
     seen = {}
     for length in (1, 2, 0):
         model, run = family("sd3")
@@ -62,15 +62,17 @@ def test_tokens_are_merged_and_remembered_once(monkeypatch):
     assert seen[1][1] > seen[2][1] > seen[0][1]
 
 
-def test_runs_end_with_a_stack():
-    """Catches a run from one stack of blocks into another, whose tokens may be of other grids."""
+def test_spans_end_with_a_stack():
+    """Catches a span from one stack of blocks into another, whose tokens may be of other grids."""
     model, _ = family("sdxl")
-    with attach(model, TurboProcessor(0.4, scope="block", merge_span=0, max_downsample=2)) as attachment:
-        runs = [[reduction.layer.name for reduction in run.reductions] for run in attachment.parts[0].runs]
-        alone = list(attachment.parts[0].blocks)
-    assert sorted([*alone, *(name for run in runs for name in run)]) == sorted(attachment.sites)
-    assert all(len({name.rpartition(".")[0] for name in run}) == 1 for run in runs)
-    assert max(map(len, runs)) == 2
+    with attach(model, TurboProcessor(0.4, scope="block", merge_span=0, max_downsample=4)) as attachment:
+        blocks = attachment.parts[0].layers
+        spans: dict[int, list[str]] = {}
+        for block in blocks:
+            spans.setdefault(id(getattr(block, "span", block)), []).append(block.name)
+    assert [block.name for block in blocks] == list(attachment.sites)
+    assert all(len({name.rpartition(".")[0] for name in span}) == 1 for span in spans.values())
+    assert max(map(len, spans.values())) == 2
 
 
 def test_what_reaches_between_blocks_is_refused():
@@ -80,5 +82,5 @@ def test_what_reaches_between_blocks_is_refused():
         kind = FAMILIES["flux"]
         call = kind.inputs(1, (8, 8)) | kind.time(900, 1)
         model(hidden_states=random(1, 64, 8), **call, controlnet_block_samples=[random(1, 64, 32)])
-    with pytest.raises(ValueError, match="the blocks of HunyuanDiT2DModel are linked across runs; use merge_span=1"):
+    with pytest.raises(ValueError, match="the blocks of HunyuanDiT2DModel are linked across spans; use merge_span=1"):
         attach(family("hunyuan-dit")[0], _turbo())

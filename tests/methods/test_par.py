@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline
-from gen_turbo.api import attachments, host_of
+from gen_turbo.api import adapter_of, attachments
 from gen_turbo.engine.stopwatch import timed
 from gen_turbo.tokens.forecast import best_slope, forecast
 from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, read, write
@@ -114,7 +114,7 @@ def test_the_search_counts_what_merging_saves_already():
 def test_seconds_of_units():
     """Catches hooks that stay, seconds of a unit that lack what idles with it, and parts longer than the whole."""
     model = sd15_unet()
-    units = host_of(model).units(model)
+    units = adapter_of(model).units(model)
     with timed(model, units) as seconds:
         run_unet(model, **unet_inputs())
     assert all(len(calls) == 4 for calls in seconds.values())

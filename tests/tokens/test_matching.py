@@ -261,7 +261,7 @@ def test_too_many_removed_raises_with_the_numbers_and_the_fix() -> None:
         tile_soft_matching(metric, (4, 4), 13)
     with pytest.raises(ValueError, match="0 are sources"):
         tile_soft_matching(metric, (4, 4), 1, tile=1)
-    with pytest.raises(ValueError, match="only 11 sources have a finite penalty"):
+    with pytest.raises(RuntimeError, match="cannot remove 12 tokens: fewer sources have a finite penalty"):
         tile_soft_matching(metric, (4, 4), 12, penalty_BN=torch.zeros(1, 16).index_fill(1, torch.tensor([1]), math.inf))
 
 

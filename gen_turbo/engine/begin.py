@@ -1,0 +1,156 @@
+"""The first step of a layer in a run: where its tokens are, how they merge, what it remembers.
+
+Nothing here is traced, but for `rewrite`, which makes a map anew inside of a step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_turbo.engine.layer import LayerState, Phase, ReducedLayer, SequenceShape
+from gen_turbo.engine.run_map import RunMap
+from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
+from gen_turbo.models.adapter import Adapter, coarsened
+from gen_turbo.tokens.frames import one_sequence
+from gen_turbo.tokens.token_map import TokenMap
+
+if TYPE_CHECKING:
+    from gen_turbo.engine.runs import Context
+
+
+class Beginning:
+    """Makes the maps of a run and the memory of its layers.
+
+    Attributes:
+        context: What the running call belongs to; the root sets it.
+    """
+
+    def __init__(self, reducer: TokenReducer, adapter: Adapter) -> None:
+        self.reducer, self.adapter = reducer, adapter
+        self.context: Context | None = None
+
+    def start(self, layer: ReducedLayer, given: dict[str, Any]) -> None:
+        """Finds the layer's tokens and its map, or says in `layer.state.left_alone` why it runs in full."""
+        state, context = layer.state, self.context
+        assert context is not None
+        signature, geometry = layer.spec.signature, context.geometry
+        x = given.get(layer.tokens)
+        context.release(state)
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            self._leave(layer, "its tokens have another shape")
+            return
+        leading = context.num_text if signature.has_text_before else 0
+        rest = x.shape[1] - leading
+        grid = None if geometry.grid is None else coarsened(geometry.grid, layer.spec.downsample)
+        num_grid = geometry.num_frames * grid[0] * grid[1] if grid else 0
+        num_image = min(num_grid, rest) if signature.has_text_after else rest
+        if num_image <= 0:
+            self._leave(layer, "it has no image tokens")
+            return
+        trailing = rest - num_image
+        state.grid = grid if num_image == num_grid else None
+        state.shape = SequenceShape(len(x), num_image, leading, trailing, context.num_text, context.num_merged_text)
+        base = self._map(layer, x[:, leading : leading + num_image], state)
+        state.num_kept = base.num_slots
+        if base.num_slots == base.num_tokens:
+            context.run.num_reduced += 1
+            self._leave(layer, "its method keeps every token")
+            return
+        state.base, state.map = base, base.widened(leading, trailing)
+        for arg in signature.token_args:
+            value = given.get(arg.name)
+            items = value if isinstance(value, tuple | list) else [value]
+            taken = [item for i, item in enumerate(items) if item is not None and (not arg.items or i in arg.items)]
+            state.rows.append([base.rows_of(item, arg, context.num_text) for item in taken])
+
+    def rewrite(self, layer: ReducedLayer, x: Tensor) -> None:
+        """Makes the map of a layer anew, from what it reads now, for all that share it."""
+        state = layer.state
+        if self.context is None:
+            return
+        assert state.base is not None and state.map is not None
+        first = state.map.leading
+        state.base.write(
+            self._matched(layer, x[:, first : first + state.base.num_tokens], state.ratio, layer.step_info)
+        )
+
+    def allocate(self, layer: ReducedLayer, misses: list[Tensor | None]) -> None:
+        """Keeps a layer's first residuals; one that would exceed the memory limit runs in full instead."""
+        state, context, reducer = layer.state, self.context, self.reducer
+        assert context is not None
+        has_slope = reducer.extrapolation_order == 1
+        num_bytes = (1 + has_slope) * sum(miss.numel() * miss.element_size() for miss in misses if miss is not None)
+        limit = reducer.memory_limit_mb
+        if limit is not None and context.run.num_bytes + num_bytes > limit * 1e6:
+            self._leave(layer, "memory_limit_mb leaves no room")
+            return
+        context.run.num_bytes += num_bytes
+        context.num_bytes += num_bytes
+        state.residuals = misses
+        state.slopes = [torch.zeros_like(miss) if has_slope and miss is not None else None for miss in misses]
+
+    def _leave(self, layer: ReducedLayer, why: str) -> None:
+        assert self.context is not None
+        self.context.release(layer.state)
+        layer.state.left_alone = why
+        layer.phase = Phase.FULL
+
+    def _map(self, layer: ReducedLayer, tokens: Tensor, state: LayerState) -> RunMap:
+        """The map of this resolution, made by the first layer that needs it and served to the others."""
+        context = self.context
+        assert context is not None
+        # Layers that refresh at other steps keep a map of their own where maps are made anew.
+        group = layer.state.gap if self.reducer.map_life and self.reducer.restore == "residual" else None
+        key = (state.grid, tokens.shape[1], len(tokens), state.ratio, id(group))
+        known = context.maps.get(key)
+        if known is not None and 0 < self.reducer.map_life <= context.step - known.made_at:
+            known.made_at, known.num_maps = context.step, known.num_maps + 1
+            known.write(self._matched(layer, tokens, state.ratio, StepInfo(context.step, known.num_maps)))
+        if known is None:
+            dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+            value = self._matched(layer, tokens, state.ratio, StepInfo(context.step))
+            known = context.maps[key] = RunMap(value, len(tokens), dtype, owner=layer.name)
+            known.made_at = context.step
+        return known
+
+    def _matched(self, layer: ReducedLayer, tokens: Tensor, ratio: float, step_info: StepInfo) -> TokenMap:
+        """Plans the merging of image tokens (B, N, C).
+
+        Under guidance the batch repeats its images: the second rows, which are conditional, plan for all. Where
+        positions have no batch axis, one map serves all samples, by the mean of their similarities. Frames of a video
+        are matched one by one.
+        """
+        context = self.context
+        assert context is not None
+        num = context.geometry.num_images
+        rows = tokens[num : 2 * num] if 0 < num < len(tokens) and len(tokens) % num == 0 else tokens
+        shares = layer.spec.signature.shares_map and len(rows) > 1
+        metric = _side_by_side(rows) if shares else rows
+        grid = layer.state.grid
+        num_frames = context.geometry.num_frames if grid else 1
+
+        def value(kind: str) -> Tensor | None:
+            if self.reducer.scope != "attention":
+                # Blocks read tokens before any norm; their attention is not asked for the value of tokens.
+                return None
+            module = layer.module
+            found = self.adapter.semantic_value(module, rows, kind, context.condition)
+            if found is None:
+                return None
+            found = found.mean(0, keepdim=True) if shares else found
+            return found.reshape(len(found) * num_frames, -1)
+
+        info = LayerInfo(layer.name, ratio, grid, semantic=value)
+        metric = metric.reshape(len(metric) * num_frames, -1, metric.shape[2])
+        found = self.reducer.plan(metric, info, step_info)
+        return one_sequence(found, num_frames) if num_frames > 1 else found
+
+
+def _side_by_side(rows: Tensor) -> Tensor:
+    """Joins samples (B, N, C) to (1, N, B * C) so that a cosine is the mean of the samples' cosines."""
+    unit = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
+    return unit.permute(1, 0, 2).reshape(1, rows.shape[1], -1)

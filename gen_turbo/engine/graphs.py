@@ -1,0 +1,225 @@
+"""Capturing whole calls of a denoiser: one CUDA graph per kind of step, which the host launches at once.
+
+A call of a kind is captured after it has run eagerly, and replayed from then on; a replay runs the same kernels on the
+same numbers. Captured calls read copies of their arguments at fixed addresses. What layers remember stays allocated
+between runs as long as a graph reads it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gen_turbo.engine.runs import Context
+from gen_turbo.engine.watch import Watch
+
+Mode = Literal["auto"] | bool
+_MAX_IDLE = 4
+_EAGER_TIMED = 2
+_GAIN = 0.97
+"""A replay has to take no more than this share of the eager call, else graphs only hold memory."""
+
+
+class GraphsWarning(UserWarning):
+    """CUDA graphs were asked for where a call cannot be captured."""
+
+
+@dataclass
+class Captured:
+    """Calls of one kind: how they ran eagerly, and the graph that replays them.
+
+    Attributes:
+        num_eager: Eager calls so far.
+        timed: Events around eager calls and around replays.
+        graph: The graph; None before it was captured.
+        inputs: The tensors that it reads.
+        spec: How arguments are put together of their leaves.
+        output: What it writes.
+    """
+
+    num_eager: int = 0
+    timed: dict[str, list[tuple[Any, Any]]] = field(default_factory=lambda: {"eager": [], "graph": []})
+    graph: Any = None
+    inputs: list[Tensor] = field(default_factory=list)
+    spec: Any = None
+    output: Any = None
+
+
+class Graphs:
+    """The graphs of one model.
+
+    Args:
+        model: The model.
+        mode: True captures every kind of step, "auto" keeps graphs only where they measure faster.
+
+    Attributes:
+        status: What became of it, for the report.
+    """
+
+    def __init__(self, model: nn.Module, mode: Mode) -> None:
+        self.mode = mode
+        self.status = "nothing captured yet"
+        self.num_captured = self.num_replayed = 0
+        self._model = model
+        self._watch: Watch | None = None
+        self._idle: list[Context] = []
+        self._pool: Any = None
+        self._refused: str = ""
+
+    def run_for(self, inner: Callable[..., Any], step: Any, timestep: Any, kind: Any) -> Callable[[], Any] | None:
+        """What runs a call by its graph or captures it; None where it has to run as it is.
+
+        Args:
+            inner: The model.
+            step: The call: `args`, `kwargs` and `context`.
+            timestep: Its time; a number becomes a tensor, or every step would be a graph of its own.
+            kind: What tells the kind of the step from others.
+        """
+        context, args, kwargs = step.context, step.args, step.kwargs
+        why = self._refused or self._obstacle(context)
+        if why:
+            self._note(why)
+            return None
+        if self._watch is None or not self._watch.is_same(context.step == 0):
+            self.drop()
+            self._watch = Watch(self._model)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if isinstance(timestep, int | float):
+            dtype = torch.float64 if isinstance(timestep, float) else torch.int64
+            leaves = [torch.tensor(leaf, dtype=dtype) if leaf is timestep else leaf for leaf in leaves]
+        signature = tuple(_sign(leaf) for leaf in leaves)
+        try:
+            entry = context.captured.setdefault(
+                (kind, signature, torch.is_inference_mode_enabled()), Captured(spec=spec)
+            )
+        except TypeError:
+            self._note("an argument that is neither a tensor nor a plain value")
+            return None
+        if entry.graph is not None:
+            return lambda: self._replay(entry, leaves)
+        if entry.num_eager < (_EAGER_TIMED if self.mode == "auto" else 1):
+            return lambda: self._eager(entry, inner, args, kwargs)
+        return lambda: self._capture(entry, inner, leaves, (args, kwargs))
+
+    def revive(self, context: Context) -> None:
+        """Gives a new context the buffers of one that has ended, if graphs read them."""
+        for old in self._idle:
+            if old.layout == context.layout and old.geometry == context.geometry:
+                self._idle.remove(old)
+                context.maps, context.states, context.groups = old.maps, old.states, old.groups
+                context.captured, context.extras = old.captured, old.extras
+                context.is_revived = True
+                break
+
+    def keep(self, context: Context) -> None:
+        """Keeps the buffers of a context that has ended while graphs read them."""
+        has_graphs = any(entry.graph is not None for entry in context.captured.values())
+        if has_graphs and not context.num_merged_text:
+            self._idle = [*self._idle[-_MAX_IDLE + 1 :], context]
+
+    def drop(self) -> None:
+        """Frees all graphs."""
+        for context in self._idle:
+            context.captured.clear()
+        self._idle = []
+        self._watch = self._pool = None
+
+    def _obstacle(self, context: Context) -> str:
+        device: Any = context.layout[2]
+        if device.type != "cuda":
+            return f"the model runs on {device.type}, which has no CUDA graphs"
+        if torch.is_grad_enabled():
+            return "gradients are recorded"
+        if getattr(self._model, "is_cache_enabled", False):
+            return "a cache is enabled, which decides on the host"
+        if self._watch is not None and self._watch.is_offloaded:
+            return "weights are offloaded layer by layer"
+        return ""
+
+    def _note(self, why: str) -> None:
+        if self.mode is True and self.status != why:
+            warnings.warn(f"CUDA graphs were asked for, but {why}; calls run as they are", GraphsWarning, stacklevel=6)
+        self.status = why
+
+    def _eager(self, entry: Captured, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        entry.num_eager += 1
+        return _timed(entry.timed["eager"], lambda: inner(*args, **kwargs))
+
+    def _capture(self, entry: Captured, inner: Callable[..., Any], leaves: list[Any], call: Any) -> Any:
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda)
+        entry.inputs = [_static(leaf, device) for leaf in leaves if isinstance(leaf, Tensor)]
+        left = iter(entry.inputs)
+        args, kwargs = pytree.tree_unflatten([next(left) if isinstance(x, Tensor) else x for x in leaves], entry.spec)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                entry.output = inner(*args, **kwargs)
+        except Exception as error:  # whatever a model does that a capture forbids
+            torch.cuda.synchronize()
+            self._refused = f"this model cannot be captured: {str(error).splitlines()[0] if str(error) else error!r}"
+            self._note(self._refused)
+            return inner(*call[0], **call[1])
+        entry.graph = graph
+        self.num_captured += 1
+        self.status = "captured"
+        return self._replay(entry, leaves)
+
+    def _replay(self, entry: Captured, leaves: list[Any]) -> Any:
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for static, value in zip(entry.inputs, given, strict=True):
+            static.copy_(value, non_blocking=True)
+        self.num_replayed += 1
+        if self.mode == "auto" and len(entry.timed["graph"]) < _EAGER_TIMED:
+            _timed(entry.timed["graph"], entry.graph.replay)
+        else:
+            entry.graph.replay()
+        output = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, entry.output)
+        if self.mode == "auto":
+            self._judge(entry)
+        return output
+
+    def _judge(self, entry: Captured) -> None:
+        """Gives graphs up where they do not gain, as soon as the device has run what was timed."""
+        eager, replays = entry.timed["eager"], entry.timed["graph"]
+        if len(replays) < _EAGER_TIMED or not eager or not all(end.query() for _, end in (*eager, *replays)):
+            return
+        before = min(begin.elapsed_time(end) for begin, end in eager)
+        after = min(begin.elapsed_time(end) for begin, end in replays)
+        entry.timed["eager"] = []
+        self.status = f"captured: {after:.1f} ms a step instead of {before:.1f}"
+        if after > _GAIN * before:
+            self._refused = f"graphs gain nothing here: {after:.1f} ms a step, {before:.1f} without"
+            self.status = self._refused
+            self.drop()
+
+
+def _sign(leaf: Any) -> object:
+    """What a graph depends on of an argument: of a tensor all but its values, of another value that itself."""
+    return (tuple(leaf.shape), leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+def _static(leaf: Tensor, device: torch.device) -> Tensor:
+    # Expanded tensors become whole ones, others keep their order of axes.
+    return torch.empty_like(leaf, device=device, memory_format=torch.preserve_format).copy_(leaf)
+
+
+def _timed(events: list[tuple[Any, Any]], function: Callable[[], Any]) -> Any:
+    begin, end = _event(), _event()
+    begin.record()
+    result = function()
+    end.record()
+    events.append((begin, end))
+    return result
+
+
+def _event() -> Any:
+    kind: Any = torch.cuda.Event
+    return kind(enable_timing=True)

@@ -1,0 +1,343 @@
+"""The whole life of a reduced call: one attention layer or transformer block, in full or on merged tokens.
+
+What depends on the run or the step was decided before: the root writes the phase, the run's state and the numbers in
+its buffers. A layer reads no clock, counts nothing, and is traced by torch.compile as it stands.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gen_turbo.engine.placed import Placed
+from gen_turbo.engine.run_map import RunMap, taken
+from gen_turbo.kernels import merge, unmerge
+from gen_turbo.method import StepInfo
+from gen_turbo.models.adapter import LayerSpec
+
+if TYPE_CHECKING:
+    from gen_turbo.engine.attention import InsideAttention
+    from gen_turbo.engine.begin import Beginning
+
+
+class Phase(Enum):
+    """What a reduced layer does in one step."""
+
+    FULL = "full"
+    """Runs as in the stock model."""
+    REFRESH = "refresh"
+    """Runs in full, then on merged tokens, and remembers the difference."""
+    REDUCED = "reduced"
+    """Runs on merged tokens and adds what is remembered."""
+
+
+class SequenceShape(NamedTuple):
+    """Tokens of a layer's sequence: image tokens, and others before and behind them; text that shares attention."""
+
+    batch: int
+    image: int
+    leading: int
+    trailing: int
+    text: int
+    merged_text: int
+
+
+@dataclass
+class LayerState:
+    """What one layer holds in one run.
+
+    Attributes:
+        map: How its sequence is merged; None before its first step that is not a full one.
+        base: The same map of the image tokens alone, which layers share.
+        gap: Steps since the last refresh, 0-dim; in a refresh, since the one before, or infinity.
+        rows: For each argument of positions, the rows that are kept.
+        residuals: For each output, what the last refresh found that merging misses; allocated once.
+        slopes: For each output, its change per step between the last two refreshes.
+        left_alone: Why the layer runs in full for the rest of the run; empty if it does not.
+        ratio: The fraction of tokens that `map` removes.
+        calls: Steps by phase and by the image tokens kept.
+        plan_age: The most steps that a map had served when the layer used it.
+        shape: Of its sequence; None before the first step that is not a full one.
+        grid: (height, width) of the tokens of a frame; None where they are no rectangle.
+        num_kept: Image tokens after merging.
+    """
+
+    gap: Tensor
+    map: RunMap | None = None
+    base: RunMap | None = None
+    rows: list[list[Tensor]] = field(default_factory=list)
+    residuals: list[Tensor | None] = field(default_factory=list)
+    slopes: list[Tensor | None] = field(default_factory=list)
+    left_alone: str = ""
+    ratio: float = 0.0
+    calls: Counter[tuple[Phase, int]] = field(default_factory=Counter)
+    plan_age: int = 0
+    shape: SequenceShape | None = None
+    grid: tuple[int, int] | None = None
+    num_kept: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is remembered."""
+        return sum(t.numel() * t.element_size() for t in (*self.residuals, *self.slopes) if t is not None)
+
+    def forget(self) -> None:
+        """Drops map and memory; the next step that is not a full one begins anew."""
+        self.map = self.base = None
+        self.residuals, self.slopes, self.rows = [], [], []
+
+
+@dataclass
+class Totals:
+    """What happened at one layer in the runs that are over.
+
+    Attributes:
+        calls: Steps by phase, by the shape of the sequence and by the image tokens kept.
+        plan_age: The most steps that a map had served.
+        last: Grid, shape and tokens kept in the last run.
+    """
+
+    calls: Counter[tuple[Phase, SequenceShape | None, int]] = field(default_factory=Counter)
+    plan_age: int = 0
+    last: tuple[tuple[int, int] | None, SequenceShape | None, int] = (None, None, 0)
+
+    def add(self, state: LayerState) -> None:
+        """Adds a run that is over, or one that goes on to a copy of these totals."""
+        for (phase, num_kept), count in state.calls.items():
+            self.calls[phase, state.shape, num_kept] += count
+        self.plan_age = max(self.plan_age, state.plan_age)
+        if state.shape is not None:
+            self.last = state.grid, state.shape, state.num_kept
+
+
+class ReducedLayer(Placed):
+    """Stands in front of one attention layer or block.
+
+    Attributes:
+        spec: Where its image tokens are.
+        ratio: The fraction of them that is removed.
+        phase: What it does in the running step.
+        state: What it holds in the running run.
+        starts: Whether the running step is its first one with the map and memory of `state`.
+        writes_map: Whether it makes the map anew in the running step, for itself and the layers that share it.
+        step_info: What the method is told then.
+        beginning: Makes maps and decides what a layer can take part in.
+        inside: Reaches into the attention of the layer; None where nothing is asked for there.
+    """
+
+    phase = Phase.FULL
+
+    def __init__(self, spec: LayerSpec, module: nn.Module, ratio: float, beginning: Beginning) -> None:
+        super().__init__(spec.name, module)
+        self.is_outermost = beginning.reducer.scope == "block"
+        self.spec, self.ratio, self.beginning = spec, ratio, beginning
+        self.names = argument_names(module)
+        self.tokens, self.outputs = spec.signature.tokens, spec.signature.outputs
+        self.none = spec.signature.none
+        self.is_residual = spec.signature.is_residual
+        self.has_more = bool(spec.signature.also or spec.signature.token_args)
+        self.state = _NONE
+        self.starts = self.writes_map = False
+        self.step_info = StepInfo()
+        self.totals = Totals()
+        self.inside: InsideAttention | None = None
+
+    # One Python frame: what a reduced call costs on the host is what it loses on a GPU.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: C901
+        """Runs the layer as the phase says."""
+        if self.phase is Phase.FULL:
+            return self.inner(*args, **kwargs)
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        for name in self.none:
+            if given.get(name) is not None:
+                return self.inner(**given)
+        state = self.state
+        if self.starts and state.map is None:
+            self.beginning.start(self, given)
+        if state.map is None:
+            return self.inner(**given)
+        tokens = given[self.tokens]
+        if self.writes_map:
+            self.beginning.rewrite(self, tokens)
+        full = self.inner(**given) if self.phase is Phase.REFRESH else None
+
+        short = merge(tokens, state.map.order, state.map.offsets, state.map.share)
+        given[self.tokens] = short
+        if self.has_more:
+            shorten(self.spec, state, given, tokens)
+        if self.inside is not None:
+            self.inside.map = state.base
+        output = self.inner(**given)
+        if self.inside is not None:
+            self.inside.map = None
+
+        base, minus = (tokens, short) if self.is_residual else (None, None)
+        if full is not None:
+            self.remember(full, output, base, minus)
+            return full
+        slot, gap = state.map.slot, state.gap
+        if not isinstance(output, tuple):
+            if not state.residuals:
+                return unmerge(output, slot, base, minus)
+            return unmerge(output, slot, base, minus, state.residuals[0], state.slopes[0], gap)
+        return self.restored(output, base, minus)
+
+    def restored(self, output: tuple[Any, ...], base: Tensor | None, minus: Tensor | None) -> tuple[Any, ...]:
+        """Several outputs with a row per token again, and what is remembered of each added."""
+        state, outputs = self.state, list(output)
+        for index, y in enumerate(output):
+            residual = state.residuals[index] if state.residuals else None
+            slope = state.slopes[index] if state.residuals else None
+            if index in self.outputs:
+                assert state.map is not None
+                outputs[index] = unmerge(y, state.map.slot, base, minus, residual, slope, state.gap)
+            elif residual is not None:
+                outputs[index] = y + residual if slope is None else y + residual + slope * state.gap
+        return tuple(outputs)
+
+    def remember(self, full: Any, output: Any, base: Tensor | None, minus: Tensor | None) -> None:
+        """Keeps what the merged call missed of the full one, and how it changed since the last time."""
+        state = self.state
+        assert state.map is not None
+        if torch.is_grad_enabled() and _is_in_backward():
+            return
+        several = isinstance(full, tuple)
+        misses: list[Tensor | None] = []
+        for index, (whole, y) in enumerate(zip(full, output, strict=True) if several else [(full, output)]):
+            if whole is None:
+                misses.append(None)
+            elif index in self.outputs:
+                misses.append((whole - unmerge(y, state.map.slot, base, minus)).detach())
+            else:
+                misses.append((whole - y).detach())
+        if self.starts:
+            self.beginning.allocate(self, misses)
+            return
+        for miss, residual, slope in zip(misses, state.residuals, state.slopes, strict=True):
+            if miss is not None and residual is not None:
+                if slope is not None:
+                    slope.copy_((miss - residual) / state.gap)
+                residual.copy_(miss)
+
+
+def _is_in_backward() -> bool:
+    """Whether a checkpointed block runs once more, for its gradients."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class FeatureMapLayer(ReducedLayer):
+    """The same for attention that reads and gives feature maps (B, C, h, w), as in Kandinsky and DeepFloyd IF."""
+
+    def install(self) -> None:
+        """Replaces the forward; the layer's own is called on sequences as maps of one column."""
+        super().install()
+        on_maps = self.inner
+
+        def on_sequences(**given: Any) -> Tensor:
+            x = given[self.tokens]
+            y: Tensor = on_maps(**{**given, self.tokens: x.transpose(1, 2)[..., None].contiguous()})
+            return y.flatten(2).transpose(1, 2)
+
+        self._on_maps, self.inner = on_maps, on_sequences
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As every one; its own forward is called by another name."""
+        off: Any = super().__deepcopy__(memo)
+        off._on_maps = off.inner
+        return off
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer as the phase says."""
+        if self.phase is Phase.FULL:
+            return self._on_maps(*args, **kwargs)
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        x = given[self.tokens]
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            return self._on_maps(**given)
+        y = super().forward(**{**given, self.tokens: x.flatten(2).transpose(1, 2)})
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+class MergedKeysLayer(ReducedLayer):
+    """The same where keys and values alone are merged, so that every token still has a query of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer as the phase says."""
+        if self.phase is Phase.FULL:
+            return self.inner(*args, **kwargs)
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        for name in self.none:
+            if given.get(name) is not None:
+                return self.inner(**given)
+        state = self.state
+        if self.starts and state.map is None:
+            self.beginning.start(self, given)
+        if state.map is None:
+            return self.inner(**given)
+        if self.writes_map:
+            self.beginning.rewrite(self, given[self.tokens])
+        full = self.inner(**given) if self.phase is Phase.REFRESH else None
+        assert self.inside is not None
+        self.inside.keys = self.inside.map = state.base
+        output = self.inner(**given)
+        self.inside.keys = self.inside.map = None
+        if full is not None:
+            self.remember(full, output, None, None)
+            return full
+        if not state.residuals:
+            return output
+        outputs = output if isinstance(output, tuple) else (output,)
+        added = self.restored(outputs, None, None)
+        return added if isinstance(output, tuple) else added[0]
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """None has fewer rows than the tokens."""
+        return ()
+
+    @outputs.setter
+    def outputs(self, value: tuple[int, ...]) -> None:
+        pass
+
+
+class FeatureMapKeysLayer(FeatureMapLayer, MergedKeysLayer):
+    """Feature maps of which keys and values alone are merged."""
+
+
+def shorten(spec: LayerSpec, state: LayerState, given: dict[str, Any], tokens: Tensor) -> None:
+    """Gives every other argument that has a row per token the rows of the merged ones."""
+    assert state.map is not None
+    short = given[spec.signature.tokens]
+    for name in spec.signature.also:
+        value = given.get(name)
+        if value is not None:
+            same = value is tokens
+            given[name] = short if same else merge(value, state.map.order, state.map.offsets, state.map.share)
+    for arg, rows in zip(spec.signature.token_args, state.rows, strict=True):
+        value = given.get(arg.name)
+        if isinstance(value, tuple | list):
+            items, number = list(value), 0
+            for index, item in enumerate(value):
+                if not arg.items or index in arg.items:
+                    items[index] = taken(item, rows[number], arg.axis, arg.has_batch)
+                    number += 1
+            given[arg.name] = type(value)(items)
+        elif value is not None:
+            given[arg.name] = taken(value, rows[0], arg.axis, arg.has_batch)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of what a module takes by position."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+_NONE = LayerState(torch.zeros(()))

@@ -1,0 +1,254 @@
+"""The entrance of an attached denoiser: what depends on the run or the step is decided here, once, before any layer."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gen_turbo.engine.attention import InsideAttention
+from gen_turbo.engine.begin import Beginning
+from gen_turbo.engine.graphs import Graphs
+from gen_turbo.engine.placed import Placed
+from gen_turbo.engine.program import Program
+from gen_turbo.engine.runs import Context, Run, Runs
+from gen_turbo.engine.skip import Skipping
+from gen_turbo.engine.span import check_between
+from gen_turbo.engine.text import MergedText, merge_text
+from gen_turbo.models.adapter import Adapter, TextSignature
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_NOTHING: frozenset[str] = frozenset()
+
+
+# Kept out of graphs: `_outside` with all that it calls, `_skipped` alone, so that what it calls is compiled.
+def _outside(function: _F) -> _F:
+    disable: Any = torch.compiler.disable
+    kept_out: _F = disable(function)
+    return kept_out
+
+
+def _skipped(function: _F) -> _F:
+    disable: Any = torch.compiler.disable
+    kept_out: _F = disable(function, recursive=False)
+    return kept_out
+
+
+class NoEffectWarning(UserWarning):
+    """A whole run went by without one reduced layer."""
+
+
+class Root(Placed):
+    """Stands in front of the whole model. One thread runs it at a time.
+
+    Args:
+        model: The model.
+        adapter: Its family.
+        beginning: Makes maps and memory in the first step of a run.
+        program: Chooses the phase of every layer.
+        insides: What reaches into attention.
+        text: Where text is merged; None where it is not.
+        skipping: What leaves units out; None where nothing does.
+        graphs: Captures whole calls; None where nothing is captured.
+        pipeline: The pipeline attached through.
+    """
+
+    _is_on = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        beginning: Beginning,
+        program: Program,
+        insides: Mapping[str, InsideAttention],
+        text: TextSignature | None,
+        skipping: Skipping | None,
+        graphs: Graphs | None,
+        pipeline: Any | None,
+    ) -> None:
+        super().__init__("", model)
+        self.adapter, self.beginning, self.program, self.insides = adapter, beginning, program, insides
+        self.text, self.skipping, self.graphs = text, skipping, graphs
+        self.runs = Runs(pipeline, adapter.time)
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.has_spans = any(hasattr(layer, "span") for layer in program.layers)
+        self.text_tokens = 0, 0
+        self.most_bytes = 0
+        self._lock = threading.RLock()
+        self._one = torch.zeros(())
+
+    def install(self) -> None:
+        """Replaces the model's forward."""
+        super().install()
+        self._is_on = True
+
+    def remove(self) -> None:
+        """Puts the model's forward back and forgets all runs."""
+        self._is_on = False
+        super().remove()
+        self.runs.forget()
+        if self.graphs is not None:
+            self.graphs.drop()
+
+    @_skipped
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model with every layer set for the running step; torch.compile sees what is inside alone."""
+        if not self._is_on:
+            return self.inner(*args, **kwargs)
+        step = self.begin(args, kwargs)
+        try:
+            if step.run is not None:
+                _touched(self._one)
+                step.output = self.replaced(step)
+            else:
+                step.output = self.inner(*step.args, **step.kwargs)
+            return step.output
+        finally:
+            self.end(step)
+
+    @_outside
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
+        """Finds the run and the step of a call, and sets every layer for it."""
+        self._lock.acquire()
+        try:
+            return self._begun(args, kwargs)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self._check(arguments)
+        call = self.adapter.read(arguments)
+        context = self.runs.find(call)
+        if context is None:
+            context = self.runs.open(call, self.adapter.geometry(self.module, arguments))
+            if self.graphs is not None:
+                self.graphs.revive(context)
+            self.program.enter(context)
+            if self.skipping is not None:
+                self.skipping.enter(context)
+        self._fold()
+        self.beginning.context = context
+        step, starts = _Step(context, args, kwargs), False
+        if self.text is not None:
+            self._with_short_text(step, arguments, self.text)
+        if self.skipping is not None:
+            step.skipped, starts = self.skipping.begin(context, kwargs.get("return_dict", True))
+        kind = self.program.begin(context, step.skipped)
+        for inside in self.insides.values():
+            inside.text_sizes = context.text.sizes if context.text is not None and inside.has_text_keys else None
+        if self.skipping is not None and self.skipping.replaces_all:
+            step.run = self.skipping.whole
+        elif starts or "starts" in kind:
+            step.run = lambda: _eagerly(self.inner, step.args, step.kwargs)
+        elif self.graphs is not None:
+            skips = self.skipping.kind if self.skipping is not None else ()
+            step.run = self.graphs.run_for(self.inner, step, call.timestep, (kind, skips))
+        return step
+
+    @_outside
+    def replaced(self, step: _Step) -> Any:
+        """What stands for a call of the model as it is."""
+        return step.run()
+
+    @_outside
+    def end(self, step: _Step) -> None:
+        """Counts the step and leaves every layer stock."""
+        try:
+            context = step.context
+            # Checkpointed blocks run once more in the backward pass, and have to do the same then.
+            is_kept = torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False)
+            num_reduced = self.program.end(context, step.skipped, is_kept)
+            if self.skipping is not None:
+                num_reduced += self.skipping.end(step.output)
+            context.run.num_reduced += num_reduced
+            self.most_bytes = max(self.most_bytes, self.num_bytes)
+            for inside in self.insides.values():
+                inside.text_sizes = None
+            self.beginning.context = None
+            over = self.runs.finish(context)
+            self._fold()
+            if over is not None and over.num_reduced == 0 and self._expects_effect():
+                warnings.warn(_no_effect(over), NoEffectWarning, stacklevel=4)
+        finally:
+            self._lock.release()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes remembered now."""
+        contexts = self.runs.contexts()
+        skipping = self.skipping
+        forecasts = sum(skipping.num_bytes(context) for context in contexts) if skipping is not None else 0
+        return sum(context.num_bytes for context in contexts) + forecasts
+
+    def _fold(self) -> None:
+        """Adds the counts of contexts that have ended to those of their layers."""
+        for context in self.runs.ended:
+            for layer, state in context.states.items():
+                layer.totals.add(state)
+            if self.graphs is not None:
+                self.graphs.keep(context)
+        self.runs.ended.clear()
+
+    def _expects_effect(self) -> bool:
+        reducer = self.beginning.reducer
+        return not reducer.keeps_all and any(layer.ratio > 0 for layer in self.program.layers)
+
+    def _check(self, arguments: dict[str, Any]) -> None:
+        if self.has_spans:
+            check_between(arguments)
+        model = self.module
+        if self.beginning.reducer.scope == "block" and getattr(model, "is_cache_enabled", False):
+            raise ValueError(
+                f"scope='block' cannot run with the cache that is on in {type(model).__name__}, which compares "
+                "whole sequences; use scope='attention' or call disable_cache"
+            )
+
+    def _with_short_text(self, step: _Step, arguments: dict[str, Any], signature: TextSignature) -> None:
+        """Gives the model merged text, which is made once per prompt."""
+        context, reducer = step.context, self.beginning.reducer
+        if context.text is None:
+            lost = [name for name, inside in self.insides.items() if inside.has_text_keys and not inside.reaches]
+            if lost and reducer.text_ratio is not None:
+                raise ValueError(f"text cannot be weighed at {lost[0]}, whose attention was replaced by another one")
+            context.text = MergedText({}) if lost else merge_text(arguments, signature, reducer.text_ratio)
+        text = context.text
+        if text.num_merged:
+            num_own = text.num_text - signature.num_before
+            self.text_tokens = num_own + text.num_merged, num_own
+            step.args, step.kwargs = (), {**arguments, **text.arguments}
+
+
+class _Step:
+    """One call of the model between `begin` and `end`."""
+
+    def __init__(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.context, self.args, self.kwargs = context, args, kwargs
+        self.skipped = _NOTHING
+        self.run: Any = None
+        self.output: Any = None
+
+
+def _eagerly(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls a function of which nothing is compiled: in the first step of a run layers find their maps and memory."""
+    with torch.compiler.set_stance("force_eager"):
+        return function(*args, **kwargs)
+
+
+def _touched(x: Tensor) -> Tensor:
+    """An operation to compile: with `fullgraph=True` PyTorch refuses a call in which nothing compiled has run."""
+    return x + 0
+
+
+def _no_effect(run: Run) -> str:
+    return (
+        f"no token was removed in this run of {run.num_steps} steps: every step ran in full; take more steps, a "
+        "smaller `warmup_steps`, a larger `memory_limit_mb`, or restore='copy'"
+    )

@@ -1,0 +1,151 @@
+"""Consecutive blocks on one short sequence: merged before the first, restored after the last.
+
+In a refresh each block runs on the merged sequence too, right after it ran in full, so that nothing of the span need be
+kept until its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from gen_turbo.engine.layer import Phase, ReducedLayer, shorten
+from gen_turbo.kernels import merge
+
+_TEXT = "encoder_hidden_states"
+_BETWEEN_BLOCKS = ("controlnet", "skip_layers")
+
+
+@dataclass
+class Span:
+    """What the blocks of a span hand on in the running call.
+
+    Attributes:
+        long: The tokens that the first block was given; None where the span runs in full.
+        short: The same, merged.
+        carried: In a refresh, what the merged sequence has become: arguments of the next block.
+    """
+
+    long: Tensor | None = None
+    short: Tensor | None = None
+    carried: dict[str, Any] = field(default_factory=dict)
+
+
+class SpanBlock(ReducedLayer):
+    """One block of a span of several; all of them share the state of the first.
+
+    Attributes:
+        span: What its blocks hand on.
+        is_first: Whether it merges.
+        is_last: Whether it restores.
+    """
+
+    span = Span()
+    is_first = is_last = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block as the phase says."""
+        span = self.span
+        if self.phase is Phase.FULL:
+            span.long = None
+            return self.inner(*args, **kwargs)
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        if self.is_first:
+            self.enter(given)
+        state = self.state
+        if span.long is None or span.short is None or state.map is None:
+            return self.inner(**given)
+        full = None
+        if self.phase is Phase.REFRESH:
+            full = self.inner(**given)
+            given.update(span.carried)
+        elif self.is_first:
+            given[self.tokens] = span.short
+        shorten(self.spec, state, given, span.long)
+        output = self.inner(**given)
+        if full is not None:
+            if self.is_last:
+                self.remember(full, output, span.long, span.short)
+            else:
+                span.carried = self.handed_on(output)
+        elif self.is_last:
+            outputs = output if isinstance(output, tuple) else (output,)
+            restored = self.restored(outputs, span.long, span.short)
+            output = restored if isinstance(output, tuple) else restored[0]
+        if self.is_last:
+            span.long, span.short, span.carried = None, None, {}
+        return output if full is None else full
+
+    def enter(self, given: dict[str, Any]) -> None:
+        """Merges the tokens of the first block; the span runs in full where its arguments do not allow it."""
+        span = self.span
+        span.long, span.short, span.carried = None, None, {}
+        for name in self.none:
+            if given.get(name) is not None:
+                return
+        state = self.state
+        if self.starts and state.map is None:
+            self.beginning.start(self, given)
+        if state.map is None:
+            return
+        tokens = given[self.tokens]
+        if self.writes_map:
+            self.beginning.rewrite(self, tokens)
+        span.long = tokens
+        span.short = merge(tokens, state.map.order, state.map.offsets, state.map.share)
+        span.carried = {self.tokens: span.short}
+
+    def handed_on(self, output: Any) -> dict[str, Any]:
+        """The arguments of the next block that the output of this one becomes."""
+        if not isinstance(output, tuple):
+            return {self.tokens: output}
+        place = self.outputs[0]
+        carried = {self.tokens: output[place]}
+        if len(output) == 2:
+            carried[_TEXT] = output[1 - place]
+        return carried
+
+
+def spans_of(model: nn.Module, layers: Iterable[ReducedLayer], length: int) -> list[list[ReducedLayer]]:
+    """Cuts consecutive blocks of one stack and one ratio into spans of at most `length`; 0 sets no limit.
+
+    Raises:
+        ValueError: If a block takes what an earlier one gave, as with long skip connections.
+    """
+    spans: list[list[ReducedLayer]] = []
+    for layer in layers:
+        if layer.spec.signature.also and length != 1:
+            raise ValueError(f"the blocks of {type(model).__name__} are linked across spans; use merge_span=1")
+        if spans and _follows(spans[-1][-1], layer) and (length == 0 or len(spans[-1]) < length):
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    return spans
+
+
+def joined(layers: list[ReducedLayer]) -> list[SpanBlock]:
+    """The same layers as the blocks of one span."""
+    span, blocks = Span(), []
+    for layer in layers:
+        module = layer.module
+        block = SpanBlock(layer.spec, module, layer.ratio, layer.beginning)
+        block.span = span
+        blocks.append(block)
+    blocks[0].is_first = blocks[-1].is_last = True
+    return blocks
+
+
+def check_between(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError if the model is asked to add to, or to leave out, blocks inside of a span."""
+    for name, value in arguments.items():
+        if value is not None and any(part in name for part in _BETWEEN_BLOCKS):
+            raise ValueError(f"{name} reaches between blocks that share one short sequence; use merge_span=1")
+
+
+def _follows(before: ReducedLayer, after: ReducedLayer) -> bool:
+    stack, _, number = before.name.rpartition(".")
+    return after.name == f"{stack}.{int(number) + 1}" and before.ratio == after.ratio

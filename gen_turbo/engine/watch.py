@@ -1,0 +1,58 @@
+"""Whether a model is still what a graph was captured of: its weights, processors, adapters and their scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Watch:
+    """What a CUDA graph has baked in of a model, seen again without waiting for the device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = list(model.modules())
+        self._tensors = [tensor for module in self._modules for tensor in _tensors_of(module)]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._adapted = [module for module in self._modules if hasattr(module, "scaling")]
+        self._attentions = [module for module in self._modules if hasattr(module, "processor")]
+        self._state = self._read()
+        self.is_offloaded = any(_is_offloaded(module) for module in self._modules[1:])
+
+    def is_same(self, is_first_step: bool) -> bool:
+        """Whether nothing has changed; in the first step of a run the modules themselves are looked at again."""
+        if is_first_step:
+            modules = list(self._model.modules())
+            if len(modules) != len(self._modules) or any(
+                a is not b for a, b in zip(modules, self._modules, strict=True)
+            ):
+                return False
+            tensors = [tensor for module in modules for tensor in _tensors_of(module)]
+            if len(tensors) != len(self._tensors):
+                return False
+            self._tensors = tensors
+        return [tensor.data_ptr() for tensor in self._tensors] == self._addresses and self._read() == self._state
+
+    def _read(self) -> list[object]:
+        """Scales of adapters, processors and what hangs on the model, by identity or as plain values."""
+        state: list[object] = [tuple(getattr(self._model, "peft_config", None) or ())]
+        for module in self._adapted:
+            layer: Any = module
+            scaling = layer.scaling
+            scales = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else scaling
+            state.append((scales, str(getattr(layer, "active_adapters", "")), bool(getattr(layer, "merged", False))))
+        for module in self._attentions:
+            processor: Any = module.processor
+            scale = getattr(processor, "scale", None)
+            state.append((id(processor), tuple(scale) if isinstance(scale, list) else str(type(scale))))
+        return state
+
+
+def _tensors_of(module: nn.Module) -> list[Any]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or any("offload" in name for name in getattr(registry, "hooks", ()))

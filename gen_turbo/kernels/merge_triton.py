@@ -1,0 +1,168 @@
+"""The Triton kernels and their launchers; this module is imported on the first call on a GPU.
+
+A program of either kernel handles a tile of ROWS rows by BLOCK channels and one batch row. Strides are passed, so
+that a part of a longer sequence is read in place: row r of the flattened tokens of batch row i lies at
+r * stride + i * shift, where shift is 0 for a contiguous tensor.
+
+A launch costs 17 Python frames, nearly all of them Triton's (the binder, the cache key, the launcher); through the
+operators of `ops` it costs 43 and three times the host time, which is why only tracing goes there. A CUDA graph or
+compiled code pays neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from torch import Tensor
+
+# Rows that a program has in flight at a time; most slots are smaller.
+_ROWS = 4
+
+
+# What the kernels name must be known wherever inductor copies their source: tl, and nothing of this module.
+@triton.jit  # type: ignore[untyped-decorator]
+def merge_kernel(
+    x: tl.tensor,
+    order: tl.tensor,
+    offsets: tl.tensor,
+    out: tl.tensor,
+    stride: tl.tensor,
+    shift: tl.tensor,
+    channels: tl.tensor,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """Averages the rows of one slot; the grid is (slots per batch row, batch, channel blocks)."""
+    batch = tl.program_id(1).to(tl.int64)
+    slot = batch * tl.num_programs(0) + tl.program_id(0)
+    channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.load(offsets + slot)
+    end = tl.load(offsets + slot + 1)
+    x += batch * shift
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(begin, end, ROWS):
+        entry = first + tl.arange(0, ROWS)
+        row = tl.load(order + entry, mask=entry < end, other=0)
+        mask = (entry < end)[:, None] & (channel < channels)[None, :]
+        total += tl.load(x + row[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(total, 0) * (1.0 / tl.maximum(end - begin, 1).to(tl.float32))
+    tl.store(out + slot * channels + channel, mean.to(out.dtype.element_ty), mask=channel < channels)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def unmerge_kernel(
+    y: tl.tensor,
+    slot: tl.tensor,
+    base: tl.tensor,
+    minus: tl.tensor,
+    residual: tl.tensor,
+    slope: tl.tensor,
+    gap: tl.tensor,
+    out: tl.tensor,
+    y_stride: tl.tensor,
+    y_shift: tl.tensor,
+    base_stride: tl.tensor,
+    base_shift: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    HAS_BASE: tl.constexpr,
+    HAS_MINUS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """Restores ROWS tokens; the grid is (blocks of tokens, batch, channel blocks). Unused pointers are never read."""
+    batch = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    row = batch * length + token
+    source = tl.load(slot + row, mask=token < length, other=0)[:, None]
+    mask = (token < length)[:, None] & (channel < channels)
+    at = row[:, None] * channels + channel
+    value = tl.load(y + batch * y_shift + source * y_stride + channel, mask=mask, other=0.0).to(tl.float32)
+    if HAS_MINUS:
+        value -= tl.load(minus + source * channels + channel, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BASE:
+        place = base + batch * base_shift + row[:, None] * base_stride + channel
+        value += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SLOPE:
+        value += tl.load(slope + at, mask=mask, other=0.0).to(tl.float32) * tl.load(gap)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+def launch_merge(kernel: Any, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Launches `merge_kernel`, plain or wrapped for tracing, on the current device; arguments as in `verbs.merge`."""
+    batch, length, channels = x.shape
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    stride, num_slots = x.stride(1), (offsets.shape[0] - 1) // batch
+    out = x.new_empty(batch, num_slots, channels)
+    # One vector of 16 bytes of a half type per thread; whole warps beyond the last channel do nothing.
+    block = 1024 if channels > 512 else 512 if channels > 256 else 256
+    kernel[(num_slots, batch, -(-channels // block))](
+        x,
+        order,
+        offsets,
+        out,
+        stride,
+        x.stride(0) - length * stride,
+        channels,
+        BLOCK=block,
+        ROWS=_ROWS,
+        num_warps=block // 256,
+    )
+    return out
+
+
+def launch_unmerge(
+    kernel: Any,
+    y: Tensor,
+    slot: Tensor,
+    base: Tensor | None,
+    minus: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    gap: Tensor | None,
+) -> Tensor:
+    """Launches `unmerge_kernel`, plain or wrapped for tracing, on the current device; arguments as `verbs.unmerge`."""
+    batch, _, channels = y.shape
+    length = slot.shape[0] // batch
+    out = y.new_empty(batch, length, channels)
+    for term, shape in ((base, out.shape), (minus, y.shape), (residual, out.shape), (slope, out.shape)):
+        if term is not None and term.shape != shape:
+            raise ValueError(f"got a term of shape {tuple(term.shape)} where {tuple(shape)} is needed")
+    if y.stride(2) != 1:
+        y = y.contiguous()
+    # A pointer that is not read still needs a tensor.
+    onto = y if base is None else base if base.stride(2) == 1 else base.contiguous()
+    y_stride, base_stride = y.stride(1), onto.stride(1)
+    block = 1024 if channels > 512 else 512 if channels > 256 else 256
+    kernel[(-(-length // _ROWS), batch, -(-channels // block))](
+        y,
+        slot,
+        onto,
+        y if minus is None else minus.contiguous(),
+        y if residual is None else residual.contiguous(),
+        y if slope is None else slope.contiguous(),
+        y if gap is None else gap,
+        out,
+        y_stride,
+        y.stride(0) - y.shape[1] * y_stride,
+        base_stride,
+        onto.stride(0) - length * base_stride,
+        length,
+        channels,
+        HAS_BASE=base is not None,
+        HAS_MINUS=minus is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_SLOPE=residual is not None and slope is not None and gap is not None,
+        BLOCK=block,
+        ROWS=_ROWS,
+        num_warps=block // 256,
+    )
+    return out

@@ -1,0 +1,213 @@
+"""What attaching needs to know of an architecture family: where its image tokens are and what its calls show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from gen_turbo.method import Grid
+
+
+@dataclass(frozen=True)
+class TokenArg:
+    """An argument with one row per token of position-like values: rows of the destinations are taken, never averaged.
+
+    Attributes:
+        name: The argument; a tensor or a tuple of tensors.
+        axis: Where the tokens are; an argument with two such axes, such as a mask of pairs, has a `TokenArg` for each.
+        has_batch: Whether there is a row per sample at axis 0; otherwise the whole batch must share one map.
+        has_text_before: Whether the rows of the text tokens come first.
+        items: Which items of a tuple they are; empty for all.
+    """
+
+    name: str
+    axis: int = 0
+    has_batch: bool = False
+    has_text_before: bool = False
+    items: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerSignature:
+    """Where the image tokens are in the arguments and the output of one kind of layer.
+
+    Attributes:
+        tokens: The argument that holds them, (B, N, C), or (B, C, h, w) where `is_map`.
+        has_text_before: Whether text tokens come before them in that argument.
+        has_text_after: Whether text or padding comes behind them in that argument.
+        also: Other arguments of the same rows as `tokens`, averaged too.
+        token_args: Arguments of positions.
+        none: Arguments that must be None, else the call is left alone.
+        outputs: Which items of a tuple that is returned hold them.
+        is_map: Whether tokens and output are feature maps.
+        is_residual: Whether the layer adds its input itself, so that what is restored is the change.
+        keys_before: Whether the attention's keys begin with those of the text; otherwise other keys come behind.
+        has_text_keys: Whether the attention's other keys are the text tokens of the model's input.
+    """
+
+    tokens: str = "hidden_states"
+    has_text_before: bool = False
+    has_text_after: bool = False
+    also: tuple[str, ...] = ()
+    token_args: tuple[TokenArg, ...] = ()
+    none: tuple[str, ...] = ("attention_mask",)
+    outputs: tuple[int, ...] = (0,)
+    is_map: bool = False
+    is_residual: bool = False
+    keys_before: bool = False
+    has_text_keys: bool = False
+
+    @property
+    def shares_map(self) -> bool:
+        """Whether positions have no batch axis, so that one map must serve the whole batch."""
+        return any(not arg.has_batch for arg in self.token_args)
+
+
+SELF_ATTENTION = LayerSignature(none=("encoder_hidden_states", "attention_mask"))
+"""Self-attention over image tokens alone."""
+
+
+@dataclass(frozen=True)
+class TextSignature:
+    """Where a model is given the text that shares attention with the image.
+
+    Attributes:
+        embedding: The argument that holds it, (B, T, C).
+        positions: An argument of its positions, (T, d), of which rows are taken; empty where it has none.
+        mask: An argument with a value per text token, (B, T), or per text token and then others; empty for none.
+        hides: Whether the model never reads a token whose mask is zero.
+        num_before: Tokens that the model puts before the text.
+    """
+
+    embedding: str = "encoder_hidden_states"
+    positions: str = ""
+    mask: str = ""
+    hides: bool = False
+    num_before: int = 0
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of a model.
+
+    Attributes:
+        name: Its path in the model.
+        downsample: How many times coarser than the model's input its token grid is.
+        left_alone: Why it cannot be reduced; empty if it can.
+        signature: Where its image tokens are.
+    """
+
+    name: str
+    downsample: int = 1
+    left_alone: str = ""
+    signature: LayerSignature = SELF_ATTENTION
+
+
+WHOLE = "output"
+"""The unit that is the whole model: its output is forecast and no layer runs."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Something that one forecast stands for when it is skipped.
+
+    Attributes:
+        name: As schedules name it.
+        module: The path of the module whose result is forecast; empty for the whole model.
+        idle: Paths of the other modules that need not run then, for only what is forecast reads them.
+        signature: Of a block, whose change of its input is forecast; None where the result itself is.
+    """
+
+    name: str
+    module: str
+    idle: tuple[str, ...] = ()
+    signature: LayerSignature | None = None
+
+
+class ModelCall(NamedTuple):
+    """What one call of a model shows without waiting for the device.
+
+    Attributes:
+        sample: The latents, a batch first.
+        timestep: As the model is given it, a number or a tensor of equal ones.
+        condition: The conditioning tensor; None where there is none.
+    """
+
+    sample: Tensor
+    timestep: Any
+    condition: Tensor | None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the tokens of a run are; read once, in the first call.
+
+    Attributes:
+        grid: (height, width) of the model's input in tokens; None where the tokens are no rectangle.
+        num_frames: Frames of a video, each a grid; 1 for an image.
+        num_text: Text tokens in every row, where they share a sequence with image tokens.
+        num_images: Rows of the batch before it repeats itself, as it does under guidance; 0 where that is not known.
+    """
+
+    grid: Grid | None
+    num_frames: int = 1
+    num_text: int = 0
+    num_images: int = 0
+
+
+class Adapter(Protocol):
+    """One family of diffusers denoisers: the only code that knows its argument names."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the classes that it takes; subclasses are taken too."""
+        ...
+
+    def layers(self, model: nn.Module) -> list[LayerSpec]:
+        """Every attention layer, those that can be reduced and those that are left alone."""
+        ...
+
+    def blocks(self, model: nn.Module) -> list[LayerSpec]:
+        """Every transformer block, for whole-block merging; empty where the family has none that can be merged."""
+        ...
+
+    def units(self, model: nn.Module) -> dict[str, Unit]:
+        """Everything that can be skipped, by name."""
+        ...
+
+    def text_signature(self, model: nn.Module) -> TextSignature | str:
+        """Where the model is given text that can be merged, or why there is none."""
+        ...
+
+    def read(self, arguments: Mapping[str, Any]) -> ModelCall:
+        """Reads the arguments of one call of the model, by name, without waiting for the device."""
+        ...
+
+    def time(self, timestep: Any) -> float:
+        """The denoising time as the scheduler counts it, falling during a run; waits for the device."""
+        ...
+
+    def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
+        """Reads where the tokens are; may wait for the device."""
+        ...
+
+    def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:
+        """The semantic value of tokens (B, N, C) at a layer as (B, N); None where there is none of that kind."""
+        ...
+
+
+def units_of(model: nn.Module, adapter: Adapter, cuts: Sequence[Unit] = ()) -> dict[str, Unit]:
+    """Everything that can be skipped in a model, by name: the whole, what its family can cut out, and its blocks."""
+    blocks = [Unit(layer.name, layer.name, signature=layer.signature) for layer in adapter.blocks(model)]
+    return {unit.name: unit for unit in [Unit(WHOLE, ""), *cuts, *blocks]}
+
+
+def coarsened(grid: Grid, downsample: int) -> Grid:
+    """The grid after repeated halving, each rounding up as a padded stride-2 convolution does."""
+    height, width = grid
+    while downsample > 1:
+        height, width, downsample = (height + 1) // 2, (width + 1) // 2, downsample // 2
+    return height, width

@@ -1,0 +1,45 @@
+"""Flat index tensors of random maps, made by sorting instead of by the package."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class FlatMap(NamedTuple):
+    """What the verbs of gen_turbo.kernels take, and the map it comes from."""
+
+    slot_BN: Tensor
+    num_slots: int
+    order: Tensor
+    offsets: Tensor
+    share: Tensor
+    slot: Tensor
+
+
+def flat_map(slot_BN: Tensor, num_slots: int, dtype: torch.dtype = torch.float32) -> FlatMap:
+    """The tensors of a map; slots may be empty."""
+    flat = (slot_BN + num_slots * torch.arange(len(slot_BN))[:, None]).reshape(-1)
+    sizes = flat.bincount(minlength=len(slot_BN) * num_slots)
+    order = flat.argsort(stable=True)
+    share = sizes.to(dtype).reciprocal()[flat[order]]
+    return FlatMap(slot_BN, num_slots, order, F.pad(sizes.cumsum(0), (1, 0)), share, flat)
+
+
+def random_map(batch: int, num_tokens: int, num_slots: int, seed: int, dtype: torch.dtype = torch.float32) -> FlatMap:
+    """Every slot has a token; the low slots draw most of the others, so that sizes go from 1 to many."""
+    generator = torch.Generator().manual_seed(seed)
+    slot_BN = torch.empty(batch, num_tokens, dtype=torch.int64)
+    for row in slot_BN:
+        skewed = torch.rand(num_tokens, generator=generator).pow(3).mul(num_slots).long()
+        skewed[:num_slots] = torch.arange(num_slots)
+        row.copy_(skewed[torch.randperm(num_tokens, generator=generator)])
+    return flat_map(slot_BN, num_slots, dtype)
+
+
+def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers of a private generator."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
