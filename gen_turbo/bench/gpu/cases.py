@@ -18,7 +18,7 @@ _LATENT_SCALE, _FRAME_SCALE = 8, 4
 _DIVISOR = 16
 _SHRINK = 4
 """On a CPU every side has a quarter of its pixels."""
-_LAST_TIME = 999.0
+_TIMES = 1000
 _GUIDANCE = 3.5
 
 WAN = Denoiser(
@@ -157,7 +157,11 @@ def pipeline(case: Case, model: nn.Module, denoiser: Denoiser | None = None) -> 
     takes = "sample" if "sample" in inputs else "hidden_states"
     latents = inputs.pop(takes)
     inputs = _repeated(inputs, case.batch)
-    return BarePipeline(model, latents, inputs, _first_time(denoiser, case.batch, device, dtype), case.batch > 1)
+    is_flux = denoiser.model == "FluxTransformer2DModel"
+    time = torch.zeros(case.batch, device=device, dtype=dtype if is_flux else torch.float32)
+    if denoiser.model == "UNet2DConditionModel":
+        time = time[0]
+    return BarePipeline(model, latents, inputs, time, 1 / _TIMES if is_flux else 1.0, case.batch > 1)
 
 
 def _published(denoiser: Denoiser, case: Case) -> dict[str, Any]:
@@ -181,15 +185,6 @@ def _wan(denoiser: Denoiser, case: Case) -> dict[str, Any]:
 
 
 _SHAPES: dict[str, Callable[[Denoiser, Case], dict[str, Any]]] = {"WanTransformer3DModel": _wan}
-
-
-def _first_time(denoiser: Denoiser, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The time of a run's first step as the pipeline of such a model gives it."""
-    if denoiser.model == "UNet2DConditionModel":
-        return torch.tensor(_LAST_TIME, device=device)
-    if denoiser.model == "FluxTransformer2DModel":
-        return torch.full((batch,), _LAST_TIME / 1000, device=device, dtype=dtype)
-    return torch.full((batch,), _LAST_TIME, device=device)
 
 
 def _flux_positions(case: Case, denoiser: Denoiser, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

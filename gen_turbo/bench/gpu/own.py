@@ -13,7 +13,8 @@ from gen_turbo.api import denoiser
 from gen_turbo.bench.denoisers import Denoiser
 from gen_turbo.bench.gpu.cases import PUBLISHED, Case, pipeline
 from gen_turbo.bench.gpu.pipeline import BarePipeline
-from gen_turbo.factory import load_pipeline
+from gen_turbo.factory import build_pipeline, load_pipeline
+from gen_turbo.schemas import PipelineConfig
 
 _LATENT_SCALE = 8
 _PROMPT = "a photograph of a red barn in a field"
@@ -44,12 +45,13 @@ def load(name: str, pixels: int | None, device: torch.device) -> tuple[BarePipel
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         return _of_model(folder, pixels, device)
     if (folder / "model_index.json").is_file():
-        from diffusers import DiffusionPipeline
-
-        pipe: Any = DiffusionPipeline.from_pretrained(folder)
+        pipe: Any = build_pipeline(PipelineConfig(checkpoint=name, pipeline="text-to-image", device="cpu"))
     else:
         pipe = load_pipeline(name, processor=None, device="cpu")
-    model = denoiser(pipe)
+    try:
+        model = denoiser(pipe)
+    except TypeError as error:
+        raise ValueError(f"{name} makes no images that can be measured here: {error}") from error
     pipe.to(device, _dtype(type(model).__name__, device))
     pipe.set_progress_bar_config(disable=True)
     loop = _of_pipeline(pipe, model, pixels)
@@ -104,7 +106,8 @@ def _of_pipeline(pipe: Any, model: nn.Module, pixels: int | None) -> BarePipelin
         raise ValueError(f"{type(pipe).__name__} calls its denoiser in a way that cannot be repeated here")
     half, rest = divmod(len(sample), 2)
     is_guided = rest == 0 and bool(torch.equal(sample[:half], sample[half:]))
-    return BarePipeline(model, sample[:half] if is_guided else sample, seen, time, is_guided)
+    scale = float(time.reshape(-1)[0]) / float(pipe.scheduler.timesteps[0])
+    return BarePipeline(model, sample[:half] if is_guided else sample, seen, time, scale, is_guided)
 
 
 def _params(name: str, model: nn.Module, loop: BarePipeline) -> dict[str, Any]:

@@ -30,6 +30,14 @@ class BarePipeline:
     from it on the device. With guidance the model is called on both branches of the same latents at once. The loop
     reads nothing back to the host.
 
+    Args:
+        model: What denoises.
+        latents: What every run begins with, without a second guidance branch.
+        inputs: What else the model is given, for all branches.
+        time: A time as the model is given it, for its shape and type.
+        time_scale: From the scheduler's times to those that the model is given.
+        is_guided: Whether the model is called on two branches.
+
     Attributes:
         model: What denoises.
         components: The model under the name that diffusers has for its kind.
@@ -37,7 +45,13 @@ class BarePipeline:
     """
 
     def __init__(
-        self, model: nn.Module, latents: Tensor, inputs: Mapping[str, Any], first_time: Tensor, is_guided: bool
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        inputs: Mapping[str, Any],
+        time: Tensor,
+        time_scale: float = 1.0,
+        is_guided: bool = False,
     ) -> None:
         name = "unet" if hasattr(model, "down_blocks") else "transformer"
         setattr(self, name, model)
@@ -46,8 +60,8 @@ class BarePipeline:
         self.scheduler = SimpleNamespace(timesteps=None)
         self._latents = latents
         self._inputs = dict(inputs)
-        self._first_time = first_time
-        self._scale = float(first_time.reshape(-1)[0]) / _LAST_TIME
+        self._time = time
+        self._scale = time_scale
         self._is_guided = is_guided
 
     @property
@@ -57,7 +71,7 @@ class BarePipeline:
 
     def around(self, model: nn.Module) -> BarePipeline:
         """The same loop around another model."""
-        return BarePipeline(model, self._latents, self._inputs, self._first_time, self._is_guided)
+        return BarePipeline(model, self._latents, self._inputs, self._time, self._scale, self._is_guided)
 
     @torch.no_grad()
     def __call__(self, steps: int, before: Callable[[int], object] = _nothing) -> Tensor:
@@ -67,7 +81,7 @@ class BarePipeline:
             steps: Of the run.
             before: Called with a step's number before the step, and with `steps` after the last.
         """
-        latents, shape, dtype = self._latents, self._first_time.shape, self._first_time.dtype
+        latents, shape, dtype = self._latents, self._time.shape, self._time.dtype
         self.scheduler.timesteps = torch.tensor(times_of(steps), device=latents.device)
         for step, time in enumerate(self.scheduler.timesteps):
             before(step)
