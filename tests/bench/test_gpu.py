@@ -12,9 +12,10 @@ import torch
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
 from gen_turbo.bench.commands import add_arguments, run
-from gen_turbo.bench.gpu import cells, command, meter, variants
+from gen_turbo.bench.gpu import command, meter, variants
 from gen_turbo.bench.gpu.apart import apart
 from gen_turbo.bench.gpu.cases import CASES, build, cases, pipeline
+from gen_turbo.bench.gpu.journal import Wishes
 from gen_turbo.bench.gpu.pipeline import BarePipeline
 from gen_turbo.bench.gpu.tables import denoisers, reading
 from gen_turbo.bench.gpu.variants import Mode, prepared, repeated_blocks, twin
@@ -62,6 +63,8 @@ def test_a_run_without_a_gpu_says_so_and_resumes(tmp_path: Path, capsys: pytest.
     assert all(r.origin.hardware.startswith("no GPU, tiny widths") and r.params["device"] == "cpu" for r in found)
     assert all(len(r.wall_s) == len(r.baseline_wall_s) == len(r.values["eager_s"]) == 1 for r in found)
     assert all(len(r.values["step_ms"]) == 10 and r.counts["finite"] == 1 for r in found)
+    counts = {r.setting: r.counts["operators"] for r in found if r.params["mode"] == "eager"}
+    assert counts["stock"] < counts["turbo-0.4"] < 2 * counts["stock"]
     before = (tmp_path / "gpu.jsonl").read_text()
     _run(tmp_path, *arguments, "--modes", "eager", "captured")
     assert (tmp_path / "gpu.jsonl").read_text() == before
@@ -221,8 +224,8 @@ def test_the_users_own_model(part: str, tmp_path: Path) -> None:
 def test_a_process_that_dies_costs_one_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Catches a crash that takes the other settings with it, and one that is met again and again."""
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    wishes = cells.Wishes(tmp_path, 0, 10, 1, [], [], "2000-01-01T00:00:00+00:00")
+    monkeypatch.setattr(command, "_begin_on_device", lambda: None)
+    wishes = Wishes(tmp_path, 0, 10, 1, [], [], "2000-01-01T00:00:00+00:00")
 
     def work(announce: Any, deadline: float) -> int:
         if not load(tmp_path, "gpu"):

@@ -123,7 +123,19 @@ def build(case: Case, device: torch.device, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     # Made in its own type at once: twelve billion weights in float32 would not fit beside themselves.
     with default_dtype(dtype):
-        return denoiser.build(depths, device=str(device)).to(dtype)
+        model = denoiser.build(depths, device=str(device))
+    _cast(model, dtype)
+    return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts as `from_pretrained` does: what its class wants in float32 stays so."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for path, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(torch.float32 if kept & {*path.split("."), name} else dtype)
 
 
 @contextmanager
@@ -146,8 +158,8 @@ def pipeline(case: Case, model: nn.Module, denoiser: Denoiser | None = None) -> 
         denoiser: Its configuration; the published one of the case by default.
     """
     denoiser = denoiser or PUBLISHED[case.model]
-    reference = next(model.parameters())
-    device, dtype = reference.device, reference.dtype
+    anything: Any = model
+    device, dtype = anything.device, anything.dtype
     generator = torch.Generator().manual_seed(0)
     shapes = _SHAPES.get(denoiser.model, _published)(denoiser, case)
     inputs = _filled(shapes, generator, device, dtype)

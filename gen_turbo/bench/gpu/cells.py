@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from gen_turbo.bench import records
 from gen_turbo.bench.gpu import meter
+from gen_turbo.bench.gpu.journal import (
+    BENCH,
+    Wishes,
+    check_device,
+    described,
+    device_name,
+    is_finished,
+    origin,
+    sentence,
+)
 from gen_turbo.bench.gpu.pipeline import BarePipeline
 from gen_turbo.bench.gpu.variants import (
     Mode,
@@ -29,65 +37,18 @@ from gen_turbo.bench.gpu.variants import (
     prepared,
 )
 from gen_turbo.bench.settings import Setting, Stock
-from gen_turbo.bench.timing import Spread
 
-BENCH = "gpu"
-NO_GPU = "no GPU, tiny widths and wall times"
-_BASELINE_STEPS = 3
-_WARM_STEPS, _INSPECTED_STEPS = 8, 7
-"""Both pass every kind of step; the last inspected one is reduced with every setting."""
+_BASELINE_STEPS = 4
+"""Of bare stock, whose steps are all alike."""
+_SLOW_S = 0.1
+"""A step so slow that what happens once per run is lost in it."""
+_WARM_STEPS, _WATCHED_STEPS = 8, 7
+"""Both pass every kind of step."""
+_COUNTED_STEPS = 3
+"""The third is the first that every setting reduces."""
+_COUNTING_S = 5.0
 _MOST_SECONDS, _MOST_COMPILING = 60.0, 120.0
-_SENTENCE = 300
 _STOCK = Variant(Stock(), tuple(Mode))
-
-
-class BrokenDeviceError(RuntimeError):
-    """The device takes no more work from this process."""
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What is asked of a whole benchmark.
-
-    Attributes:
-        records: Folder of the records.
-        seed: Of weights.
-        steps: Of a timed run.
-        rounds: Alternating rounds; None for what each case has.
-        settings: Names or shell patterns; all where there is none.
-        modes: Names of modes; all where there is none.
-        began: When, as records write it; a failure since then is not tried again.
-    """
-
-    records: Path
-    seed: int
-    steps: int
-    rounds: int | None
-    settings: list[str]
-    modes: list[str]
-    began: str
-
-
-def origin() -> records.Origin:
-    """Where this process measures, beginning with the name of the GPU or with the absence of one."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return replace(_origin(), date=now)
-
-
-@cache
-def _origin() -> records.Origin:
-    here = records.Origin.here()
-    return replace(here, hardware=f"{device_name() or NO_GPU}, {here.hardware}")
-
-
-def device_name() -> str:
-    """The name of the GPU; empty without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def sentence(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_SENTENCE]
 
 
 class Cells:
@@ -115,6 +76,8 @@ class Cells:
         self._rounds = rounds
         self._wishes = wishes
         self._announce = announce
+        self._is_slow = False
+        self._uncounted: list[tuple[Variant, Mode, records.BenchRecord]] = []
 
     def measure(self, found: list[Variant], is_first: bool, deadline: float) -> int:
         """Measures what has no record yet and returns how many cells are left because the time is over."""
@@ -137,7 +100,7 @@ class Cells:
             return len(pending) + is_stock_due
         if mode.is_compiled:
             forget_compiled()
-        with ExitStack() as stack, compiler_limits():
+        with contextlib.ExitStack() as stack, compiler_limits():
             stock: _Ready | None = None
             if mode is Mode.EAGER:
                 stock = _Ready(self._eager, meter.first_run(self._eager, self._wishes.steps), (0, 0))
@@ -162,9 +125,10 @@ class Cells:
     def _eager(self) -> BarePipeline:
         pipeline = self._make()
         pipeline(_BASELINE_STEPS)
+        self._is_slow = meter.timed(pipeline, 2).step_s > _SLOW_S
         return pipeline
 
-    @contextmanager
+    @contextlib.contextmanager
     def _ready(self, variant: Variant, mode: Mode) -> Iterator[_Ready]:
         graphs, breaks = num_graphs()
         with prepared(self._eager, variant, mode) as pipeline:
@@ -172,7 +136,7 @@ class Cells:
             now = num_graphs()
             yield _Ready(pipeline, first, (now[0] - graphs, now[1] - breaks))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _guarded(self, variant: Variant, mode: Mode) -> Iterator[_Guarded]:
         """Turns an error into a record, and stops what takes too long."""
         guarded = _Guarded()
@@ -183,7 +147,7 @@ class Cells:
                 yield guarded
         except Exception as error:
             guarded.has_failed = True
-            self._keep(replace(failure, failure=sentence(error)), mode)
+            self._keep(replace(failure, failure=sentence(error)))
             check_device(error)
         finally:
             self._announce("")
@@ -192,7 +156,8 @@ class Cells:
         """Measures one setting beside stock in the same mode and beside eager stock, and records it."""
         loops: dict[str, tuple[meter.Steps, int]] = {}
         if stock is not None:
-            loops["stock"] = (stock.pipeline, _BASELINE_STEPS)
+            is_short = mode is Mode.EAGER or self._is_slow
+            loops["stock"] = (stock.pipeline, _BASELINE_STEPS if is_short else self._wishes.steps)
         loops["own"] = (own.pipeline, self._wishes.steps)
         if mode is not Mode.EAGER:
             loops["eager"] = (self._eager, _BASELINE_STEPS)
@@ -208,7 +173,7 @@ class Cells:
             "first_run_s": [own.first.seconds],
             "peak_mib": [own.first.peak_mib],
         }
-        counts = meter.inspected(own.pipeline, _INSPECTED_STEPS) | {"finite": int(own.first.is_finite)}
+        counts = {"host_waits": meter.host_waits(own.pipeline, _WATCHED_STEPS), "finite": int(own.first.is_finite)}
         if mode.is_compiled:
             counts |= {"graphs": own.graphs[0], "graph_breaks": own.graphs[1]}
         record = self._record(
@@ -221,9 +186,23 @@ class Cells:
             values=values,
             counts=counts,
         )
-        self._keep(record, mode)
+        self._keep(record)
+        if not mode.is_compiled:
+            self._uncounted.append((variant, mode, record))
 
-    def _keep(self, record: records.BenchRecord, mode: Mode) -> None:
+    def count(self, deadline: float) -> None:
+        """Adds to the records of this process how many kernels a step launches, of what needs no compiling again."""
+        for variant, mode, record in self._uncounted:
+            if time.monotonic() > deadline + _COUNTING_S:
+                break
+            with contextlib.suppress(Exception), prepared(self._eager, variant, mode) as pipeline:
+                pipeline(_COUNTED_STEPS)
+                counts = record.counts | meter.launches(pipeline, _COUNTED_STEPS)
+                records.append(self._wishes.records, replace(record, counts=counts))
+            self._clean()
+        self._uncounted = []
+
+    def _keep(self, record: records.BenchRecord) -> None:
         records.append(self._wishes.records, record)
         print(described(record), flush=True)
 
@@ -263,39 +242,3 @@ class _Ready:
     pipeline: BarePipeline
     first: meter.FirstRun
     graphs: tuple[int, int]
-
-
-def is_finished(wishes: Wishes, setting: str, params: Mapping[str, Any]) -> bool:
-    """Whether a cell has a measurement, or has failed in this very benchmark."""
-    record = records.found(wishes.records, BENCH, setting, params, wishes.seed)
-    return record is not None and (not record.failure or record.origin.date >= wishes.began)
-
-
-def described(record: records.BenchRecord) -> str:
-    """A record in one line."""
-    params = record.params
-    name = f"{params['model']} {params.get('pixels', '')} {params['mode']}, {record.setting}"
-    if record.failure:
-        return f"{name}: {record.failure}"
-    times = Spread.of([1000 * seconds for seconds in record.wall_s])
-    parts = [f"{name}: {times:.2f} ms"]
-    against = {"stock": record.baseline_wall_s, "eager stock": record.values["eager_s"]}
-    if params["mode"] == Mode.EAGER:
-        del against["eager stock"]
-    for text, base in against.items():
-        if base:
-            parts.append(f"{statistics.median(base) / statistics.median(record.wall_s):.2f}x {text}")
-    parts += [f"{value} {name.replace('_', ' ')}" for name, value in record.counts.items()]
-    peak = record.values["peak_mib"][0]
-    return ", ".join([*parts, f"{peak:.0f} MiB"] if peak else parts)
-
-
-def check_device(error: Exception) -> None:
-    """Raises BrokenDeviceError if an error has left the device unusable."""
-    if not torch.cuda.is_available():
-        return
-    try:
-        torch.cuda.synchronize()
-        torch.ones(1, device="cuda").item()
-    except RuntimeError as again:
-        raise BrokenDeviceError(sentence(error)) from again

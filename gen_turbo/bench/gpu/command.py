@@ -17,7 +17,8 @@ from gen_turbo.bench import records
 from gen_turbo.bench.gpu import own, reading
 from gen_turbo.bench.gpu.apart import Announce, apart
 from gen_turbo.bench.gpu.cases import CASES, PUBLISHED, Case, build, cases, pipeline
-from gen_turbo.bench.gpu.cells import BENCH, NO_GPU, BrokenDeviceError, Cells, Wishes
+from gen_turbo.bench.gpu.cells import Cells
+from gen_turbo.bench.gpu.journal import BENCH, NO_GPU, BrokenDeviceError, Wishes
 from gen_turbo.bench.gpu.pipeline import BarePipeline
 from gen_turbo.bench.gpu.variants import variants
 
@@ -87,7 +88,7 @@ def _measure(found: list[Case], wishes: Wishes, is_first: bool, announce: Announ
         made.extend([] if made else [build(case, device, wishes.seed)])
         return pipeline(case, made[0])
 
-    left = 0
+    left, measured = 0, list[Cells]()
     for index, case in enumerate(found):
         rest = sum(other.share for other in found[index:])
         ends = time.monotonic() + max(0.0, deadline - time.monotonic()) * case.share / rest
@@ -95,6 +96,9 @@ def _measure(found: list[Case], wishes: Wishes, is_first: bool, announce: Announ
         cells = Cells(partial(make, case), params, wishes.rounds or case.rounds, wishes, announce)
         is_unet = PUBLISHED[case.model].model.startswith("UNet")
         left += cells.measure(variants(case.model, is_unet), is_first, ends)
+        measured.append(cells)
+    for cells in measured:
+        cells.count(deadline)
     return left
 
 
@@ -104,7 +108,9 @@ def _measure_own(name: str, pixels: int | None, wishes: Wishes, announce: Announ
     loop, params = own.load(name, pixels, device)
     cells = Cells(lambda: loop, params, wishes.rounds or CASES[0].rounds, wishes, announce)
     found = variants(name, hasattr(loop.model, "down_blocks"))
-    return sum(cells.measure(found, is_first, deadline) for is_first in (True, False))
+    left = sum(cells.measure(found, is_first, deadline) for is_first in (True, False))
+    cells.count(deadline)
+    return left
 
 
 def _supervised(work: Work, deadline: float, wishes: Wishes) -> int:
@@ -134,7 +140,7 @@ class _Counted:
 
     def __call__(self, announce: Announce) -> int:
         try:
-            torch.cuda.init()  # type: ignore[no-untyped-call]
+            _begin_on_device()
         except RuntimeError:
             return _NO_CUDA_IN_FORK
         try:
@@ -145,3 +151,7 @@ class _Counted:
         if left:
             print(f"{BENCH}: {left} settings are left for another call", flush=True)
         return 0
+
+
+def _begin_on_device() -> None:
+    torch.ones(1, device="cuda")

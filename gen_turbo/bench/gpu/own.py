@@ -110,8 +110,8 @@ def _of_pipeline(pipe: Any, model: nn.Module, pixels: int | None) -> BarePipelin
     return BarePipeline(model, sample[:half] if is_guided else sample, seen, time, scale, is_guided)
 
 
-def _params(name: str, model: nn.Module, loop: BarePipeline) -> dict[str, Any]:
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+def _params(name: str, model: Any, loop: BarePipeline) -> dict[str, Any]:
+    dtype = str(model.dtype).removeprefix("torch.")
     return {"model": name, "pixels": "x".join(map(str, loop.latent_shape[2:])) + " latents", "dtype": dtype}
 
 

@@ -17,7 +17,7 @@ from gen_turbo.bench import records
 from gen_turbo.bench.gpu import meter
 from gen_turbo.bench.gpu.apart import Announce
 from gen_turbo.bench.gpu.cases import default_dtype
-from gen_turbo.bench.gpu.cells import (
+from gen_turbo.bench.gpu.journal import (
     BENCH,
     Wishes,
     check_device,
@@ -52,7 +52,6 @@ def catalogue() -> list[Setting]:
 
     return [
         Method("turbo-192", "turbo", "turbo", ratio(192)),
-        Method("turbo-64", "turbo", "turbo", ratio(64)),
         Method("turbo_vit-gate-64", "turbo_vit, gate", "turbo_vit", ratio(64) | {"place": "pre_llm"}),
         Method("turbo_vit-tower-64", "turbo_vit, tower", "turbo_vit", ratio(64)),
         Method("fastv-64", "fastv", "fastv", ratio(64) | {"layer": 2}),
@@ -73,7 +72,7 @@ def measure(wishes: Wishes, announce: Announce, deadline: float) -> int:
     wished = [] if wishes.settings and not patterns else selected(known, patterns)
     settings = [setting for setting in wished if not isinstance(setting, Stock)]
     model: Any = None
-    left = 0
+    left, measured = 0, list[_Cell]()
     for batch in _BATCHES if device.type == "cuda" else _TINY_BATCHES:
         for setting in settings:
             for phase in PHASES:
@@ -85,6 +84,9 @@ def measure(wishes: Wishes, announce: Announce, deadline: float) -> int:
                     continue
                 model = model or _made(device, wishes.seed)
                 cell.measure(model)
+                measured.append(cell)
+    for cell in measured:
+        cell.count(model)
     return left
 
 
@@ -106,6 +108,7 @@ class _Cell:
     def __init__(self, wishes: Wishes, setting: Setting, batch: int, phase: str, announce: Announce) -> None:
         self._wishes, self._setting, self._batch, self._phase = wishes, setting, batch, phase
         self._announce = announce
+        self._measured_as: records.BenchRecord | None = None
         self._rounds = wishes.rounds or _ROUNDS[phase]
         self._params = {
             "model": NAME,
@@ -136,16 +139,26 @@ class _Cell:
             self._announce("")
         records.append(self._wishes.records, record)
         print(described(record), flush=True)
+        self._measured_as = record
+
+    def count(self, model: Any) -> None:
+        """Adds to its record the kernels of the prompt, its own and stock's."""
+        record = self._measured_as
+        if record is None or record.failure or self._phase != "prefill":
+            return
+        own, stock = (meter.launches(loop, 1) for loop in self._loops(model))
+        counts = record.counts | own | {f"stock_{name}": number for name, number in stock.items()}
+        records.append(self._wishes.records, replace(record, counts=counts))
+
+    def _loops(self, model: Any) -> tuple[_Reading, _Reading]:
+        own, stock = (_Reading(model, s.applied, self._batch, PHASES[self._phase]) for s in (self._setting, Stock()))
+        return own, stock
 
     def _measured(self, model: Any) -> records.BenchRecord:
-        own, stock = (_Reading(model, s.applied, self._batch, PHASES[self._phase]) for s in (self._setting, Stock()))
+        own, stock = self._loops(model)
         stock_first, first = meter.first_run(stock, 1), meter.first_run(own, 1)
         traces = meter.alternated({"stock": (stock, 1), "own": (own, 1)}, self._rounds)
         counts = {"kv_bytes": own.cache_bytes, "stock_kv_bytes": stock.cache_bytes}
-        if self._phase == "prefill":
-            launched, of_stock = (meter.inspected(loop, 1) for loop in (own, stock))
-            key = "kernels" if "kernels" in launched else "operators"
-            counts |= {key: launched[key], f"stock_{key}": of_stock[key]}
         gc.collect()
         return self._record(
             cpu_s=[trace.cpu_s for trace in traces["own"]],

@@ -82,7 +82,7 @@ def _cell(record: BenchRecord | None) -> str:
 
 def _facts(record: BenchRecord) -> tuple[str, str, str]:
     counts = record.counts
-    return str(counts["kernels"]), str(counts["host_waits"]), f"{record.values['peak_mib'][0] / 1024:.1f}"
+    return str(counts.get("kernels", "")), str(counts["host_waits"]), f"{record.values['peak_mib'][0] / 1024:.1f}"
 
 
 def _ratio(baseline: Sequence[float], own: Sequence[float]) -> float:
