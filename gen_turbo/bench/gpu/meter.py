@@ -96,8 +96,8 @@ class FirstRun:
     is_finite: bool
 
 
-def first_run(loop: Steps, steps: int) -> FirstRun:
-    """Runs a loop for the first time."""
+def first_run(loop: Steps, steps: int, more: int = 0) -> FirstRun:
+    """Runs a loop for the first time, and some times more before the peak is read."""
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.synchronize()
@@ -107,6 +107,8 @@ def first_run(loop: Steps, steps: int) -> FirstRun:
     if has_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
+    for _ in range(more):
+        loop(steps, lambda step: None)
     peak = torch.cuda.max_memory_allocated() / _MIB if has_gpu else 0.0
     return FirstRun(seconds, peak, bool(made.isfinite().all()))
 
