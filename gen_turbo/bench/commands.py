@@ -14,6 +14,7 @@ BENCHES = {
     "flops": "counted arithmetic of whole denoisers of real size against the least that merging leaves",
     "check": "how many pictures show what their caption says",
     "understanding": "answers of the embedded vision-language model, by kind, with ever fewer tokens",
+    "gpu": "whole denoisers and LLaVA-1.5 on a GPU, eager, captured and compiled, beside stock",
     "vlm-step": "reading a picture with a LLaVA-1.5 of real widths, few layers and random weights",
     "caption-generate": "pictures drawn anew from their captions: how many still show the scene, and times",
 }
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         children[name].add_argument("--width", type=_positive, default=320, help="channels of a token")
     for name, rounds in (("primitives", 30), ("layer", 7), ("step", 3), ("vlm-step", 3)):
         children[name].add_argument("--rounds", type=_positive, default=rounds, help="alternating timed rounds")
-    for name in ("step", "quality", "check", "understanding", "vlm-step"):
+    for name in ("step", "quality", "check", "understanding", "vlm-step", "gpu"):
         children[name].add_argument(
             "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns; all by default"
         )
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     children["flops"].add_argument("--pixels", nargs="*", type=_positive, default=[], help="sides of the pictures")
     _add_step_arguments(children["step"])
     _add_vlm_step_arguments(children["vlm-step"])
+    _add_gpu_arguments(children["gpu"])
     _add_caption_generate_arguments(children["caption-generate"])
     for name, captions in (("quality", 50), ("check", 200)):
         _add_picture_arguments(children[name], captions)
@@ -82,6 +84,19 @@ def _add_vlm_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=_positive, default=32, help="tokens to generate")
 
 
+def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=8.0, help="when to stop; the same command goes on later")
+    parser.add_argument(
+        "--models", nargs="*", default=[], metavar="PATTERN", help="names such as sd15-1024, flux or llava*; all"
+    )
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="your own pipeline or model folder instead")
+    parser.add_argument("--pixels", type=_positive, help="side of your own model's images")
+    modes = ("eager", "captured", "compiled", "compiled + captured")
+    parser.add_argument("--modes", nargs="*", default=[], choices=modes, metavar="MODE", help=f"of {', '.join(modes)}")
+    parser.add_argument("--steps", type=_steps, default=10, help="of a timed run, at least 3")
+    parser.add_argument("--rounds", type=_positive, help="alternating timed rounds; 2 or 3 by default")
+
+
 def _add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", default="caption-generate", help="name or YAML of such a pipeline")
     parser.add_argument("--pictures", type=_positive, default=50, help="held-out scenes")
@@ -109,6 +124,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _steps(text: str) -> int:
+    number = int(text)
+    if number < 3:
+        raise argparse.ArgumentTypeError(f"{text} steps are too few: two full steps come first")
     return number
 
 

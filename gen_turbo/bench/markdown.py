@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from gen_turbo.bench.records import BenchRecord, without
 
 NO_RECORDS = "No records yet."
-_SELECTING = ("--settings", "--models", "--pixels", "--records", "--work", "--part")
+_SELECTING = ("--settings", "--models", "--pixels", "--records", "--work", "--part", "--modes", "--minutes")
 _TIMED = "Medians of CPU seconds (lower to upper quartile)"
 
 

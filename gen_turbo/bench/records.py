@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+COMMIT_VARIABLE = "GEN_TURBO_COMMIT"
+"""Environment variable that names the commit of a source that is installed without its history."""
 _PACKAGES = ("gen_turbo", "torch", "diffusers", "transformers", "tomesd")
 
 
@@ -28,7 +30,8 @@ class Origin:
     Attributes:
         hardware: Processor, cores in the machine and threads used.
         versions: Of Python and of the packages that matter.
-        commit: Of the source, with "-dirty" behind it where files differed; "unknown" outside of a checkout.
+        commit: Of the source, with "-dirty" behind it where files differed; outside of a checkout what
+            the environment says, or "unknown".
         command: What to type to repeat it.
         date: In UTC, to the second.
     """
@@ -61,6 +64,7 @@ class BenchRecord:
         values: Other measurements, by name and case: `psnr_db`, `passed`.
         counts: Counted, not measured: `attention_flops`.
         seed: Of everything drawn.
+        failure: Why there is no measurement; empty where there is one.
         origin: Hardware, versions, commit, command, date.
     """
 
@@ -75,6 +79,7 @@ class BenchRecord:
     seed: int
     values: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    failure: str = ""
     origin: Origin = field(default_factory=Origin.here)
 
     def to_line(self) -> str:
@@ -175,7 +180,7 @@ def _commit() -> str:
         head = _git(folder, "rev-parse", "--short=12", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", "..", ":!records")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT_VARIABLE, "unknown")
     return f"{head}-dirty" if changed else head
 
 

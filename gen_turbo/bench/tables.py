@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gen_turbo.bench import scopes as scope_catalogue
 from gen_turbo.bench.cells import median_speedup, milliseconds, of_one_workload, passed, speedups_of
+from gen_turbo.bench.gpu import tables as gpu_tables
 from gen_turbo.bench.markdown import table
 from gen_turbo.bench.reading_tables import caption_generate, routing, understanding, unseen, vlm_step
 from gen_turbo.bench.records import BenchRecord, load
@@ -144,6 +145,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "unseen": unseen,
     "routing": routing,
     "vlm-step": vlm_step,
+    "gpu": gpu_tables.denoisers,
+    "gpu-vlm": gpu_tables.reading,
     "caption-generate": caption_generate,
 }
 """The name between a README's markers -> what stands there, given the folder of the records."""

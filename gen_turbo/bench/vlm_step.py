@@ -147,11 +147,12 @@ def _counted(model: LlavaForConditionalGeneration, setting: Setting, new_tokens:
     for phase in PHASES:
         cache, counts[phase] = counted(_running(model, setting, phase, new_tokens))
         if phase == "prefill":
-            counts["kv_bytes"] = _num_bytes(cache)
+            counts["kv_bytes"] = num_bytes(cache)
     return counts
 
 
-def _num_bytes(cache: DynamicCache) -> int:
+def num_bytes(cache: DynamicCache) -> int:
+    """Bytes of all keys and values."""
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
