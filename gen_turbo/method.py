@@ -76,7 +76,8 @@ class TokenReducer(ABC):
         memory_limit_mb: With "residual", the most that may be remembered, in megabytes; layers beyond it run as in
             the stock model. None sets no limit.
         scope: "attention" shortens the attention layers; "block" whole transformer blocks, with cross-attention and
-            feed-forward, restoring each token by adding its slot's change. Saves more, further from stock.
+            feed-forward, restoring each token by adding its merged token's change; "model" a transformer from its first
+            block to its last, with one residual for all. Each saves more, further from stock.
         merge_span: With scope "block", how many consecutive blocks of a stack share one short sequence, restored after
             the last of them; 0 is all. Raising it remembers less, restores less often, and is further from stock.
         kv_only: Merges keys and values only; every token still asks. Closer to stock, saves less.
@@ -153,13 +154,15 @@ class TokenReducer(ABC):
                     )
 
     def _check_scope(self) -> None:
-        if self.scope not in ("attention", "block"):
-            raise ValueError(f"scope must be 'attention' or 'block'; got {self.scope!r}")
-        if self.scope == "attention" and self.merge_span != 1:
-            raise ValueError(f"merge_span={self.merge_span} is of whole blocks; use scope='block', got 'attention'")
+        if self.scope not in ("attention", "block", "model"):
+            raise ValueError(f"scope must be 'attention', 'block' or 'model'; got {self.scope!r}")
+        if self.scope != "block" and self.merge_span != 1:
+            raise ValueError(f"merge_span={self.merge_span} is of whole blocks; use scope='block', got {self.scope!r}")
         inside = [name for name in ("kv_only", "proportional_attention") if getattr(self, name)]
-        if self.scope == "block" and inside:
-            raise ValueError(f"{' and '.join(inside)} concern attention alone; use scope='attention', got 'block'")
+        if self.scope != "attention" and inside:
+            raise ValueError(
+                f"{' and '.join(inside)} concern attention alone; use scope='attention', got {self.scope!r}"
+            )
 
     map_period: ClassVar[int] = 0
     """After how many maps of a run a method chooses alike again; 0 where it may choose otherwise at every step."""

@@ -117,6 +117,7 @@ class Beginning:
             known.made_at = context.step
         return known
 
+    @torch.no_grad()
     def _matched(self, layer: ReducedLayer, tokens: Tensor, ratio: float, step_info: StepInfo) -> TokenMap:
         """Plans the merging of image tokens (B, N, C).
 

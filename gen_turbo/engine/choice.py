@@ -21,7 +21,9 @@ def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list
         return adapter.layers(model)
     blocks = adapter.blocks(model)
     if not blocks:
-        raise ValueError(f"scope='block' has no blocks to merge in {type(model).__name__}; use scope='attention'")
+        raise ValueError(f"scope={reducer.scope!r} has no blocks to merge in {type(model).__name__}; use 'attention'")
+    if reducer.scope == "model" and not adapter.is_transformer:
+        raise ValueError(f"scope='model' needs a transformer, {type(model).__name__} is none; use scope='block'")
     return blocks
 
 

@@ -84,7 +84,7 @@ class DenoiserPart(OnModel):
         self.specs = layers_of(model, adapter, self._tokens)
         chosen = chosen_layers(self._tokens, self.specs, type(model).__name__)
         beginning = Beginning(self._tokens, adapter)
-        self.layers = self._spans(model, [_layer(model, *pair, beginning) for pair in chosen])
+        self.layers = self._spans(model, adapter, [_layer(model, *pair, beginning) for pair in chosen])
         self._text = self._text_signature(model, adapter)
         self._insides = self._inside_attention(model, adapter)
         self.skipping = self._skipping(model, adapter)
@@ -123,11 +123,13 @@ class DenoiserPart(OnModel):
         skipping = [self.skipping] if self.skipping is not None else []
         return [*self._insides.values(), *self.layers, *skipping, self.root]
 
-    def _spans(self, model: nn.Module, layers: list[ReducedLayer]) -> list[ReducedLayer]:
+    def _spans(self, model: nn.Module, adapter: Adapter, layers: list[ReducedLayer]) -> list[ReducedLayer]:
         """The layers, those of several blocks on one short sequence as its blocks."""
-        if self._tokens.scope != "block":
+        if self._tokens.scope == "attention":
             return layers
-        spans = spans_of(model, layers, self._tokens.merge_span)
+        is_model = self._tokens.scope == "model"
+        length = 0 if is_model else self._tokens.merge_span
+        spans = spans_of(model, layers, length, is_model and adapter.is_one_stack)
         return [block for span in spans for block in (joined(span) if len(span) > 1 else span)]
 
     def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | None:

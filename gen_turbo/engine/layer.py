@@ -135,7 +135,7 @@ class ReducedLayer(Placed):
 
     def __init__(self, spec: LayerSpec, module: nn.Module, ratio: float, beginning: Beginning) -> None:
         super().__init__(spec.name, module)
-        self.is_outermost = beginning.reducer.scope == "block"
+        self.is_outermost = beginning.reducer.scope != "attention"
         self.spec, self.ratio, self.beginning = spec, ratio, beginning
         self.names = argument_names(module)
         self.tokens, self.outputs = spec.signature.tokens, spec.signature.outputs
@@ -202,11 +202,12 @@ class ReducedLayer(Placed):
                 outputs[index] = y + residual if slope is None else y + residual + slope * state.gap
         return tuple(outputs)
 
+    @torch.no_grad()
     def remember(self, full: Any, output: Any, base: Tensor | None, minus: Tensor | None) -> None:
         """Keeps what the merged call missed of the full one, and how it changed since the last time."""
         state = self.state
         assert state.map is not None
-        if torch.is_grad_enabled() and _is_in_backward():
+        if _is_in_backward():
             return
         several = isinstance(full, tuple)
         misses: list[Tensor | None] = []
@@ -214,9 +215,9 @@ class ReducedLayer(Placed):
             if whole is None:
                 misses.append(None)
             elif index in self.outputs:
-                misses.append((whole - unmerge(y, state.map.slot, base, minus)).detach())
+                misses.append(whole - unmerge(y, state.map.slot, base, minus))
             else:
-                misses.append((whole - y).detach())
+                misses.append(whole - y)
         if self.starts:
             self.beginning.allocate(self, misses)
             return
@@ -229,7 +230,7 @@ class ReducedLayer(Placed):
 
 def _is_in_backward() -> bool:
     """Whether a checkpointed block runs once more, for its gradients."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class FeatureMapLayer(ReducedLayer):

@@ -204,10 +204,10 @@ class Root(Placed):
     def _check(self, arguments: dict[str, Any]) -> None:
         if self.has_spans:
             check_between(arguments)
-        model = self.module
-        if self.beginning.reducer.scope == "block" and getattr(model, "is_cache_enabled", False):
+        model, scope = self.module, self.beginning.reducer.scope
+        if scope != "attention" and getattr(model, "is_cache_enabled", False):
             raise ValueError(
-                f"scope='block' cannot run with the cache that is on in {type(model).__name__}, which compares "
+                f"scope={scope!r} cannot run with the cache that is on in {type(model).__name__}, which compares "
                 "whole sequences; use scope='attention' or call disable_cache"
             )
 

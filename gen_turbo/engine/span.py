@@ -110,8 +110,16 @@ class SpanBlock(ReducedLayer):
         return carried
 
 
-def spans_of(model: nn.Module, layers: Iterable[ReducedLayer], length: int) -> list[list[ReducedLayer]]:
-    """Cuts consecutive blocks of one stack and one ratio into spans of at most `length`; 0 sets no limit.
+def spans_of(
+    model: nn.Module, layers: Iterable[ReducedLayer], length: int, is_whole: bool = False
+) -> list[list[ReducedLayer]]:
+    """Cuts consecutive blocks of one ratio into spans.
+
+    Args:
+        model: The model.
+        layers: Its blocks, in the order in which they run.
+        length: The most blocks of a span; 0 sets no limit.
+        is_whole: Whether a span goes on from one stack into the next.
 
     Raises:
         ValueError: If a block takes what an earlier one gave, as with long skip connections.
@@ -120,7 +128,7 @@ def spans_of(model: nn.Module, layers: Iterable[ReducedLayer], length: int) -> l
     for layer in layers:
         if layer.spec.signature.also and length != 1:
             raise ValueError(f"the blocks of {type(model).__name__} are linked across spans; use merge_span=1")
-        if spans and _follows(spans[-1][-1], layer) and (length == 0 or len(spans[-1]) < length):
+        if spans and _follows(spans[-1][-1], layer, is_whole) and (length == 0 or len(spans[-1]) < length):
             spans[-1].append(layer)
         else:
             spans.append([layer])
@@ -146,6 +154,7 @@ def check_between(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} reaches between blocks that share one short sequence; use merge_span=1")
 
 
-def _follows(before: ReducedLayer, after: ReducedLayer) -> bool:
+def _follows(before: ReducedLayer, after: ReducedLayer, is_whole: bool) -> bool:
     stack, _, number = before.name.rpartition(".")
-    return after.name == f"{stack}.{int(number) + 1}" and before.ratio == after.ratio
+    is_next = is_whole or after.name == f"{stack}.{int(number) + 1}"
+    return is_next and before.ratio == after.ratio

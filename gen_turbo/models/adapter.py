@@ -166,6 +166,16 @@ class Adapter(Protocol):
         """Names of the classes that it takes; subclasses are taken too."""
         ...
 
+    @property
+    def is_transformer(self) -> bool:
+        """Whether its tokens go through all blocks one after the other, at one resolution."""
+        ...
+
+    @property
+    def is_one_stack(self) -> bool:
+        """Whether each block reads what the one before it gives, from the first stack of blocks to the last."""
+        ...
+
     def layers(self, model: nn.Module) -> list[LayerSpec]:
         """Every attention layer, those that can be reduced and those that are left alone."""
         ...

@@ -124,6 +124,7 @@ FLUX = TransformerAdapter(
     },
     to_time=_thousandths,
     grid=_image_ids,
+    is_one_stack=True,
     num_text=text_length,
     text=TextSignature(positions="txt_ids"),
 )
@@ -262,6 +263,7 @@ HUNYUAN_VIDEO = TransformerAdapter(
         "transformer_blocks.*": _block(none=("token_replace_emb",), token_args=(TokenArg("freqs_cis"), _KEY_MASK)),
         "single_transformer_blocks.*": _block(none=("token_replace_emb",), token_args=(*_ROTARY, _KEY_MASK)),
     },
+    is_one_stack=True,
     num_text=text_length,
     # What the mask hides nobody reads, and it stays behind what is shown.
     text=TextSignature(mask="encoder_attention_mask", hides=True),

@@ -63,6 +63,8 @@ class TransformerAdapter:
         num_text: Text tokens that share attention with the image tokens.
         text: Where the model is given text that can be merged, or why there is none.
         reading: Reads the arguments of a call.
+        is_one_stack: Whether each block reads what the one before it gives, from the first stack to the last.
+        is_transformer: Whether all blocks follow each other at one resolution.
     """
 
     models: tuple[str, ...]
@@ -73,6 +75,8 @@ class TransformerAdapter:
     num_text: Callable[[Any, Mapping[str, Any]], int] = no_text
     text: TextSignature | str | Callable[[Any], TextSignature | str] = "its image tokens share no attention with text"
     reading: Callable[[Mapping[str, Any]], ModelCall] = latents
+    is_one_stack: bool = False
+    is_transformer: bool = True
 
     def layers(self, model: nn.Module) -> list[LayerSpec]:
         """Every module with an attention processor, whether the model lists them or not."""
