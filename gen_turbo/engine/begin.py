@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_turbo.engine.layer import LayerState, Phase, ReducedLayer, SequenceShape
+from gen_turbo.engine.layer import ReducedLayer
 from gen_turbo.engine.run_map import RunMap
+from gen_turbo.engine.state import LayerState, Phase, SequenceShape
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.models.adapter import Adapter, coarsened
 from gen_turbo.tokens.frames import one_sequence

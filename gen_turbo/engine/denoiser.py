@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -14,25 +13,18 @@ from gen_turbo.engine.attention import InsideAttention, check_backend
 from gen_turbo.engine.base import LayerReport, OnModel
 from gen_turbo.engine.begin import Beginning
 from gen_turbo.engine.choice import chosen_layers, layers_of
+from gen_turbo.engine.cost import Cost
 from gen_turbo.engine.graphs import Graphs, Mode
-from gen_turbo.engine.layer import (
-    FeatureMapKeysLayer,
-    FeatureMapLayer,
-    MergedKeysLayer,
-    Phase,
-    ReducedLayer,
-    SequenceShape,
-    Totals,
-)
+from gen_turbo.engine.layer import FeatureMapKeysLayer, FeatureMapLayer, MergedKeysLayer, ReducedLayer
 from gen_turbo.engine.program import Program
 from gen_turbo.engine.root import NoEffectWarning, Root
 from gen_turbo.engine.skip import Skipping, UnitStats
 from gen_turbo.engine.span import joined, spans_of
+from gen_turbo.engine.state import Totals
 from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, TextSignature, Unit
 from gen_turbo.training.schedule import Schedule
 
-_NOT_PER_TOKEN = ("add_", "norm", "context", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
 _INSIDE_ATTENTION = ("kv_only", "proportional_attention", "text_ratio", "attention_backend")
 
 
@@ -237,51 +229,8 @@ class DenoiserPart(OnModel):
         totals: Totals = copy.deepcopy(layer.totals)
         for context in self.root.runs.contexts():
             totals.add(context.states[layer])
-        grid, shape, num_kept = totals.last
-        cost, kv_only = _cost(self.model.get_submodule(layer.name)), self._tokens.kv_only
-        flops = stock = num_reduced = 0
-        for (phase, seen, kept), count in totals.calls.items():
-            num_reduced += count if phase is Phase.REDUCED else 0
-            if seen is None:
-                continue
-            stock += count * cost.flops(seen, seen.image, seen.image, seen.merged_text)
-            if phase is not Phase.REDUCED:
-                flops += count * cost.flops(seen, seen.image, seen.image)
-            if phase is not Phase.FULL:
-                flops += count * cost.flops(seen, seen.image if kv_only else kept, kept)
-        return LayerReport(
-            spec.name,
-            spec.downsample,
-            "reduced",
-            grid,
-            shape.image if shape is not None else 0,
-            num_kept,
-            sum(totals.calls.values()) - num_reduced,
-            num_reduced,
-            flops,
-            stock,
-            totals.plan_age,
-        )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one layer costs.
-
-    Attributes:
-        linear_weights: Weights of the linear layers that every token of the sequence goes through.
-        width: Channels of all heads of the attention together.
-    """
-
-    linear_weights: int
-    width: int
-
-    def flops(self, shape: SequenceShape, num_queries: int, num_keys: int, more_text: int = 0) -> int:
-        """Operations on so many image queries and keys; text that shares the attention is counted with it."""
-        inside = shape.leading + shape.trailing + (more_text if shape.leading else 0)
-        num_text = max(shape.text + more_text, inside)
-        softmax = 2 * (num_queries + num_text) * (num_keys + num_text) * self.width
-        return 2 * shape.batch * ((num_queries + inside) * self.linear_weights + softmax)
+        cost = Cost.of(self.model.get_submodule(layer.name), self._tokens.kv_only)
+        return cost.report(spec, totals)
 
 
 def _layer(model: nn.Module, spec: LayerSpec, ratio: float, beginning: Beginning) -> ReducedLayer:
@@ -302,17 +251,6 @@ def _layers_in(unit: Unit, layers: list[ReducedLayer]) -> list[str]:
         for layer in layers
         if any(layer.name == name or layer.name.startswith(f"{name}.") for name in modules)
     ]
-
-
-def _cost(module: nn.Module) -> Cost:
-    """Counts the linear weights that image tokens go through: not those of text, time or cross-attention's keys."""
-    weights = sum(
-        linear.weight.numel()
-        for name, linear in module.named_modules()
-        if isinstance(linear, nn.Linear) and not any(part in name for part in _NOT_PER_TOKEN)
-    )
-    to_q = next((m for name, m in module.named_modules() if name.endswith("to_q") and isinstance(m, nn.Linear)), None)
-    return Cost(weights, to_q.out_features if to_q is not None else 0)
 
 
 def _warn(schedules: Sequence[Schedule]) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gen_turbo.engine.gates import Action, UnitMemory, gates_of
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
-from gen_turbo.engine.skip import Action, UnitMemory, gates_of
 from gen_turbo.engine.values import refilled, tensors
 from gen_turbo.models.adapter import Adapter, Unit
 

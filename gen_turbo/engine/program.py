@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gen_turbo.engine.layer import LayerState, Phase, ReducedLayer
+from gen_turbo.engine.layer import ReducedLayer
 from gen_turbo.engine.runs import Context
+from gen_turbo.engine.state import LayerState, Phase
 from gen_turbo.method import StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import ratio_at_step
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_turbo.engine.layer import LayerState, ReducedLayer
+from gen_turbo.engine.layer import ReducedLayer
 from gen_turbo.engine.run_map import RunMap
+from gen_turbo.engine.state import LayerState
 from gen_turbo.engine.text import MergedText
 from gen_turbo.models.adapter import Geometry, ModelCall
 

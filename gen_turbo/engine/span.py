@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_turbo.engine.layer import Phase, ReducedLayer, shorten
+from gen_turbo.engine.layer import ReducedLayer, shorten
+from gen_turbo.engine.state import Phase
 from gen_turbo.kernels import merge
 
 _TEXT = "encoder_hidden_states"

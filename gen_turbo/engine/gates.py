@@ -1,0 +1,162 @@
+"""Gates in front of modules: they let a call through, remember its result, or answer by a forecast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_turbo.engine.layer import argument_names
+from gen_turbo.engine.placed import Placed
+from gen_turbo.engine.values import mapped, refilled, tensors
+from gen_turbo.models.adapter import LayerSignature, Unit
+
+NUM_USED = 2
+"""Results that a forecast is made of."""
+_TEXT = "encoder_hidden_states"
+
+
+class Action(Enum):
+    """What a gate does in the running step."""
+
+    PASS = "pass"
+    KEEP = "keep"
+    FORECAST = "forecast"
+    IDLE = "idle"
+
+
+@dataclass
+class UnitMemory:
+    """The last results of one module in one context, in tensors of fixed address.
+
+    Attributes:
+        reach: How far the line through both results is continued beyond the newer, in their distance; 0-dim.
+        newest: The last result.
+        older: The one before; zeros as long as there is none.
+        like: A result with tensors that hold one number each.
+        calls: The calls of the schedule that gave them, newest first.
+        is_forecast: Whether results are remembered; of what only idles, nobody reads them.
+        error: How far the last forecast would have been off, relative, where the module ran; None if nobody asks.
+    """
+
+    reach: Tensor
+    newest: list[Tensor] = field(default_factory=list)
+    older: list[Tensor] = field(default_factory=list)
+    like: Any = None
+    calls: list[int] = field(default_factory=list)
+    is_forecast: bool = True
+    error: float | None = None
+
+    def keep(self, result: Any, values: list[Tensor]) -> None:
+        """Remembers a result; the oldest gives way."""
+        if self.like is None:
+            self.like = mapped(result, lambda tensor: tensor.new_zeros(()).expand(tensor.shape))
+        if not self.is_forecast:
+            return
+        if not self.newest:
+            self.newest = [value.detach().clone() for value in values]
+            self.older = [torch.zeros_like(value) for value in values]
+            return
+        if self.error is not None and len(self.calls) == NUM_USED:
+            self.error = _distance(self.forecast(), values)
+        for older, newest, value in zip(self.older, self.newest, values, strict=True):
+            older.copy_(newest)
+            newest.copy_(value.detach())
+
+    def forecast(self) -> list[Tensor]:
+        """What the module would give."""
+        return [newest.lerp(older, -self.reach) for newest, older in zip(self.newest, self.older, strict=True)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.newest, *self.older))
+
+
+class Gate(Placed):
+    """Stands in front of a module whose result is remembered and forecast."""
+
+    action = Action.PASS
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self.memory: UnitMemory = None  # type: ignore[assignment]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module or stands for it."""
+        if self.action is Action.PASS:
+            return self.inner(*args, **kwargs)
+        if self.action is Action.IDLE:
+            return mapped(self.memory.like, _zeros)
+        if self.action is Action.FORECAST:
+            return refilled(self.memory.like, self.memory.forecast())
+        result = self.inner(*args, **kwargs)
+        self.memory.keep(result, tensors(result))
+        return result
+
+
+class BlockGate(Gate):
+    """The gate of a block with a residual stream: the change of its input is remembered and forecast."""
+
+    def __init__(self, name: str, module: nn.Module, signature: LayerSignature) -> None:
+        super().__init__(name, module)
+        self.signature, self.names = signature, argument_names(module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block, or adds the change as it is forecast."""
+        if self.action is Action.PASS:
+            return self.inner(*args, **kwargs)
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        if self.action is Action.KEEP:
+            result = self.inner(**given)
+            self.memory.keep(result, self._changes(given, result))
+            return result
+        left = iter(self.memory.forecast())
+        outputs = self.memory.like if isinstance(self.memory.like, tuple) else (self.memory.like,)
+        added: list[Tensor | None] = []
+        for index, shape in enumerate(outputs):
+            before = self._input_of(given, index, shape)
+            added.append(None if shape is None else next(left) if before is None else before + next(left))
+        return tuple(added) if isinstance(self.memory.like, tuple) else added[0]
+
+    def _changes(self, given: dict[str, Any], result: Any) -> list[Tensor]:
+        changes = []
+        for index, value in enumerate(result if isinstance(result, tuple) else (result,)):
+            if value is not None:
+                before = self._input_of(given, index, value)
+                changes.append(value if before is None else value - before)
+        return changes
+
+    def _input_of(self, given: dict[str, Any], index: int, output: Tensor | None) -> Tensor | None:
+        """The input that an output adds to; None where there is none of its shape."""
+        value = given.get(self.signature.tokens if index in self.signature.outputs else _TEXT)
+        is_same = isinstance(value, Tensor) and output is not None and value.shape == output.shape
+        return value if is_same else None
+
+
+def gates_of(model: nn.Module, units: dict[str, Unit]) -> dict[str, Gate]:
+    """A gate for every module of units but the whole model; nothing is changed yet."""
+    gates: dict[str, Gate] = {}
+    for unit in units.values():
+        for name in (unit.module, *unit.idle):
+            if not name or name in gates:
+                continue
+            module = model.get_submodule(name)
+            is_block = name == unit.module and unit.signature is not None
+            gates[name] = BlockGate(name, module, unit.signature) if is_block else Gate(name, module)  # type: ignore[arg-type]
+    return gates
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return like.new_zeros(like.shape)
+
+
+def _distance(guess: list[Tensor], actual: list[Tensor]) -> float:
+    """Relative distance of two lists of tensors."""
+    off = sum(float((a - b).float().square().sum()) for a, b in zip(guess, actual, strict=True))
+    size = sum(float(tensor.float().square().sum()) for tensor in actual)
+    return float(torch.tensor(off / size).sqrt()) if size else 0.0
