@@ -100,9 +100,9 @@ _FIRST: dict[tuple[str, str], tuple[tuple[Mode, ...], tuple[Mode, ...]]] = {
     ("attention", "residual"): ((_C,), (_E, _B, _P)),
     ("block", "residual"): ((_C, _B), (_E, _P)),
     ("block", "copy"): ((), (_E, _C, _B)),
-    ("spans", "residual"): ((_C, _B), (_E,)),
-    ("spans", "copy"): ((), (_E, _C, _B)),
-    ("model", "residual"): ((_C, _B), (_E,)),
+    ("spans", "residual"): ((_C,), (_E, _B)),
+    ("spans", "copy"): ((_C, _B), (_E, _P)),
+    ("model", "residual"): ((_C,), (_E, _B)),
 }
 """First and later modes by scope and restore; compiling costs most, so few settings are compiled."""
 
