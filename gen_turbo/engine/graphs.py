@@ -60,10 +60,13 @@ class Graphs:
 
     Attributes:
         status: What became of it, for the report.
+        is_compiled: Whether parts of the model are compiled.
+        is_whole: Whether the whole model is.
     """
 
     def __init__(self, model: nn.Module, mode: Mode) -> None:
         self.mode = mode
+        self.is_compiled = self.is_whole = False
         self.status = "nothing captured yet"
         self.num_captured = self.num_replayed = 0
         self._model = model
@@ -71,6 +74,7 @@ class Graphs:
         self._idle: list[Context] = []
         self._pool: Any = None
         self._refused: str = ""
+        self._epoch = 0
 
     def run_for(self, inner: Callable[..., Any], step: Any, timestep: Any, kind: Any) -> Callable[[], Any] | None:
         """What runs a call by its graph or captures it; None where it has to run as it is.
@@ -89,26 +93,34 @@ class Graphs:
         if self._watch is None or not self._watch.is_same(context.step == 0):
             self.drop()
             self._watch = Watch(self._model)
+        for stale in [key for key in context.captured if key[0] != self._epoch]:
+            del context.captured[stale]
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if isinstance(timestep, int | float):
             dtype = torch.float64 if isinstance(timestep, float) else torch.int64
             leaves = [torch.tensor(leaf, dtype=dtype) if leaf is timestep else leaf for leaf in leaves]
-        signature = tuple(_sign(leaf) for leaf in leaves)
+        key = self._epoch, kind, tuple(_sign(leaf) for leaf in leaves), torch.is_inference_mode_enabled()
         try:
-            entry = context.captured.setdefault(
-                (kind, signature, torch.is_inference_mode_enabled()), Captured(spec=spec)
-            )
+            entry = context.captured.setdefault(key, Captured(spec=spec))
         except TypeError:
             self._note("an argument that is neither a tensor nor a plain value")
             return None
         if entry.graph is not None:
             return lambda: self._replay(entry, leaves)
-        if entry.num_eager < (_EAGER_TIMED if self.mode == "auto" else 1):
+        num_eager = _EAGER_TIMED if self.mode == "auto" else 1
+        if context.step == 0:
+            # The first step of an earlier run was eager, and one does not tell what graphs gain.
+            num_eager = int(self.is_compiled)
+        if entry.num_eager < num_eager:
             return lambda: self._eager(entry, inner, args, kwargs)
         return lambda: self._capture(entry, inner, leaves, (args, kwargs))
 
+    def is_primed(self, context: Context) -> bool:
+        """Whether the buffers of a run are to be made before its first step, which runs compiled as in later runs."""
+        return self.is_compiled and context.step == 0 and not self._obstacle(context)
+
     def revive(self, context: Context) -> None:
-        """Gives a new context the buffers of one that has ended, if graphs read them."""
+        """Gives a new context the buffers of one that has ended, if they were kept."""
         for old in self._idle:
             if old.layout == context.layout and old.geometry == context.geometry:
                 self._idle.remove(old)
@@ -118,9 +130,9 @@ class Graphs:
                 break
 
     def keep(self, context: Context) -> None:
-        """Keeps the buffers of a context that has ended while graphs read them."""
-        has_graphs = any(entry.graph is not None for entry in context.captured.values())
-        if has_graphs and not context.num_merged_text:
+        """Keeps the buffers of a context that has ended, where graphs or compiled code read them."""
+        is_read = self.is_compiled or any(entry.graph is not None for entry in context.captured.values())
+        if is_read and context.states and not context.num_merged_text and not self._obstacle(context):
             self._idle = [*self._idle[-_MAX_IDLE + 1 :], context]
 
     def drop(self) -> None:
@@ -129,6 +141,7 @@ class Graphs:
             context.captured.clear()
         self._idle = []
         self._watch = self._pool = None
+        self._epoch += 1
 
     def _obstacle(self, context: Context) -> str:
         device: Any = context.layout[2]
@@ -136,6 +149,8 @@ class Graphs:
             return f"the model runs on {device.type}, which has no CUDA graphs"
         if torch.is_grad_enabled():
             return "gradients are recorded"
+        if self.is_whole:
+            return "the whole model is compiled; compile its repeated blocks, which graphs can hold"
         if getattr(self._model, "is_cache_enabled", False):
             return "a cache is enabled, which decides on the host"
         if self._watch is not None and self._watch.is_offloaded:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from gen_turbo.engine.attention import InsideAttention
 from gen_turbo.engine.begin import Beginning
@@ -82,6 +83,7 @@ class Root(Placed):
         self.most_bytes = 0
         self._lock = threading.RLock()
         self._one = torch.zeros(())
+        self._is_compiled = False
 
     def install(self) -> None:
         """Replaces the model's forward."""
@@ -101,6 +103,7 @@ class Root(Placed):
         """Calls the model with every layer set for the running step; torch.compile sees what is inside alone."""
         if not self._is_on:
             return self.inner(*args, **kwargs)
+        self._is_compiled = get_eval_frame_callback() not in (None, False)
         step = self.begin(args, kwargs)
         try:
             if step.run is not None:
@@ -127,31 +130,47 @@ class Root(Placed):
         self._check(arguments)
         call = self.adapter.read(arguments)
         context = self.runs.find(call)
+        is_new = context is None
         if context is None:
             context = self.runs.open(call, self.adapter.geometry(self.module, arguments))
-            if self.graphs is not None:
-                self.graphs.revive(context)
-            self.program.enter(context)
-            if self.skipping is not None:
-                self.skipping.enter(context)
         self._fold()
         self.beginning.context = context
         step, starts = _Step(context, args, kwargs), False
         if self.text is not None:
             self._with_short_text(step, arguments, self.text)
+        if is_new:
+            self._enter(context)
         if self.skipping is not None:
             step.skipped, starts = self.skipping.begin(context, kwargs.get("return_dict", True))
         kind = self.program.begin(context, step.skipped)
+        starts = starts or "starts" in kind
         for inside in self.insides.values():
             inside.text_sizes = context.text.sizes if context.text is not None and inside.has_text_keys else None
         if self.skipping is not None and self.skipping.replaces_all:
             step.run = self.skipping.whole
-        elif starts or "starts" in kind:
+        elif starts and not context.is_revived:
             step.run = lambda: _eagerly(self.inner, step.args, step.kwargs)
+            if self.graphs is not None and self.graphs.is_primed(context):
+                step.run()
+                context.is_revived, step.run = True, None
+                self.program.enter(context)
+                self.program.begin(context, step.skipped)
         elif self.graphs is not None:
             skips = self.skipping.kind if self.skipping is not None else ()
             step.run = self.graphs.run_for(self.inner, step, call.timestep, (kind, skips))
         return step
+
+    def _enter(self, context: Context) -> None:
+        """Makes what a new context's layers hold, or gives them the buffers of an earlier one."""
+        if self.graphs is not None:
+            modules = self.module.modules()
+            self.graphs.is_whole = self._is_compiled
+            self.graphs.is_compiled = any(m._compiled_call_impl is not None for m in modules)
+            if not context.num_merged_text:
+                self.graphs.revive(context)
+        self.program.enter(context)
+        if self.skipping is not None:
+            self.skipping.enter(context)
 
     @_outside
     def replaced(self, step: _Step) -> Any:
