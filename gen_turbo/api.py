@@ -143,6 +143,10 @@ def _exchanged(
     except Exception:
         _install(before)
         raise
+    roots = [part.root for part in parts if isinstance(part, DenoiserPart)]
+    for root in roots:
+        # Models that share the steps of a run, as those of Wan 2.2 do, end it together.
+        root.siblings = [other for other in roots if other is not root]
     _install(parts)
     return Attachment(parts)
 

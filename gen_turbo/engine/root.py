@@ -81,6 +81,7 @@ class Root(Placed):
         self.has_spans = any(hasattr(layer, "span") for layer in program.layers)
         self.text_tokens = 0, 0
         self.most_bytes = 0
+        self.siblings: list[Root] = []
         self._lock = threading.RLock()
         self._one = torch.zeros(())
         self._is_compiled = False
@@ -193,6 +194,9 @@ class Root(Placed):
                 inside.text_sizes = None
             self.beginning.context = None
             over = self.runs.finish(context)
+            if over is not None:
+                for other in self.siblings:
+                    other.runs.forget_run(over.marker)
             self._fold()
             if over is not None and over.num_reduced == 0 and self._expects_effect():
                 warnings.warn(_no_effect(over), NoEffectWarning, stacklevel=4)

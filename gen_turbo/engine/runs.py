@@ -212,6 +212,11 @@ class Runs:
             self.end(context)
         self._here.run = None
 
+    def forget_run(self, marker: object) -> None:
+        """Drops what is remembered of a run that another model of the pipeline has ended."""
+        if self._here.run is not None and self._here.run.marker is marker:
+            self.forget()
+
     def contexts(self) -> list[Context]:
         """What is remembered in this thread."""
         return self._here.contexts
@@ -247,7 +252,8 @@ class Runs:
 def _run_of(pipeline: Any | None, marker: Any) -> Run:
     if marker is None:
         return Run()
-    times = tuple(float(time) for time in marker)
+    # One read for all of them; the first step of a run may wait for the device.
+    times = tuple(float(time) for time in (marker.tolist() if hasattr(marker, "tolist") else marker))
     told = getattr(pipeline, "_num_timesteps", None)
     return Run(marker, times, told if isinstance(told, int) and 0 < told <= len(times) else 0)
 
