@@ -77,7 +77,7 @@ class AttentionMode(TorchFunctionMode):
         mask = given.get("attn_mask")
         if mask is not None:
             arg = TokenArg("attn_mask", axis=mask.ndim - 1, has_batch=True, has_text_before=self.keys_before)
-            given["attn_mask"] = taken(mask, self.keys.rows_of(mask, arg, other), mask.ndim - 1, True)
+            given["attn_mask"] = taken(mask, self.keys.rows_of(mask, arg, other), mask.ndim - 1)
         return given
 
     def _weighted(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +113,10 @@ class InsideAttention(Placed):
         map: How the keys are merged that a reduced layer runs on; None in a full call. Sizes count by it.
         keys: The same where this attention has to merge its keys itself.
         text_sizes: How many text tokens each text key stands for; None for one each.
+        is_lazy: Whether it is put in place no sooner than text has been merged.
     """
 
-    is_weighted = False
+    is_weighted = is_lazy = False
     backend: str | None = None
     map: RunMap | None = None
     keys: RunMap | None = None

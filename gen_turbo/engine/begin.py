@@ -75,9 +75,12 @@ class Beginning:
             return
         assert state.base is not None and state.map is not None
         first = state.map.leading
-        state.base.write(
-            self._matched(layer, x[:, first : first + state.base.num_tokens], state.ratio, layer.step_info)
-        )
+        image, info = x[:, first : first + state.base.num_tokens], layer.step_info
+        for number in range(self.reducer.map_period):
+            # A number that torch.compile knows, where it may have made the one in `step_info` a symbol.
+            if info.num_plans == number:
+                info = StepInfo(0, number)
+        state.base.write(self._matched(layer, image, state.ratio, info))
 
     def allocate(self, layer: ReducedLayer, misses: list[Tensor | None]) -> None:
         """Keeps a layer's first residuals; one that would exceed the memory limit runs in full instead."""

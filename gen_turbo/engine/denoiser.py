@@ -97,7 +97,8 @@ class DenoiserPart(OnModel):
     def install(self) -> None:
         """Puts everything in place, what is called first last."""
         for placed in self._placed():
-            placed.install()
+            if not getattr(placed, "is_lazy", False):
+                placed.install()
         model: Any = self.model
         if not getattr(model, "_repeated_blocks", None) and self._blocks:
             # So that `compile_repeated_blocks` works where diffusers names none.
@@ -105,7 +106,8 @@ class DenoiserPart(OnModel):
 
     def remove(self) -> None:
         """Gives every forward back and forgets all runs; doing it twice is harmless."""
-        for placed in reversed(self._placed()):
+        # What is put in place while the model runs stands before all others.
+        for placed in sorted(reversed(self._placed()), key=lambda placed: not getattr(placed, "is_lazy", False)):
             placed.remove()
         model = self._model()
         if model is not None and vars(model).get("_repeated_blocks") is self._blocks:
@@ -167,6 +169,7 @@ class DenoiserPart(OnModel):
                     "calls no attention kernel of PyTorch; leave them out or use the model's default attention "
                     "processors"
                 )
+            inside.is_lazy = not for_layer and not for_kernel
             insides[spec.name] = inside
             if for_layer:
                 reduced[spec.name].inside = inside

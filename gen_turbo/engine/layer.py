@@ -107,7 +107,7 @@ class ReducedLayer(Placed):
                 assert state.map is not None
                 outputs[index] = unmerge(y, state.map.slot, base, minus, residual, slope, state.gap)
             elif residual is not None:
-                outputs[index] = y + residual if slope is None else y + residual + slope * state.gap
+                outputs[index] = y + residual if slope is None else torch.addcmul(y + residual, slope, state.gap)
         return tuple(outputs)
 
     @torch.no_grad()
@@ -237,11 +237,13 @@ def shorten(spec: LayerSpec, state: LayerState, given: dict[str, Any], tokens: T
             items, number = list(value), 0
             for index, item in enumerate(value):
                 if not arg.items or index in arg.items:
-                    items[index] = taken(item, rows[number], arg.axis, arg.has_batch)
+                    row, axis = rows[number], arg.axis
+                    items[index] = taken(item, row, axis) if arg.has_batch else item.index_select(axis, row)
                     number += 1
             given[arg.name] = type(value)(items)
         elif value is not None:
-            given[arg.name] = taken(value, rows[0], arg.axis, arg.has_batch)
+            row, axis = rows[0], arg.axis
+            given[arg.name] = taken(value, row, axis) if arg.has_batch else value.index_select(axis, row)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

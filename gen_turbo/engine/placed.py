@@ -48,7 +48,12 @@ class Placed(ABC):
         return module
 
     def install(self) -> None:
-        """Takes the place of the module's forward, or of what the hooks of diffusers on it call in the end."""
+        """Takes the place of the module's forward, or of what the hooks of diffusers on it call in the end.
+
+        What is in place already stays as it is.
+        """
+        if self._placed is not None:
+            return
         module: Any = self.module
         references = [] if self.is_outermost else _references(module)
         owner, attribute = references[0] if references else (module, "forward")

@@ -247,6 +247,8 @@ class Root(Placed):
             num_own = text.num_text - signature.num_before
             self.text_tokens = num_own + text.num_merged, num_own
             step.args, step.kwargs = (), {**arguments, **text.arguments}
+            for inside in self.insides.values():
+                inside.install()
 
 
 class _Step:

@@ -109,10 +109,8 @@ class RunMap:
         return order, F.pad(size.reshape(-1).cumsum(0), (1, 0)), share, flat, size
 
 
-def taken(value: Tensor, rows: Tensor, axis: int, has_batch: bool) -> Tensor:
-    """The rows of an argument of positions that merged tokens keep, as `RunMap.rows_of` gives them."""
-    if not has_batch:
-        return value.index_select(axis, rows)
+def taken(value: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """The rows of an argument with a row per sample that merged tokens keep, as `RunMap.rows_of` gives them."""
     by_row = value.movedim(axis, 1)
     short = by_row.reshape(by_row.shape[0] * by_row.shape[1], *by_row.shape[2:]).index_select(0, rows)
     return short.reshape(by_row.shape[0], -1, *by_row.shape[2:]).movedim(1, axis)

@@ -33,11 +33,6 @@ SETTINGS: dict[str, dict[str, object]] = {
     "model copied": {"scope": "model", "restore": "copy"},
     "weighed": {"restore": "copy", "proportional_attention": True, "text_ratio": 0.4, "match_every": 3},
 }
-SYMBOLIC = pytest.mark.xfail(
-    strict=True,
-    raises=_dynamo.exc.Unsupported,
-    reason="step_info.num_plans of a layer becomes a symbolic integer, which the layout of tiles does not take",
-)
 WHOLE = [
     ("unet", "residual"),
     ("unet", "block copied"),
@@ -56,8 +51,8 @@ BLOCKS = [
     ("sd3", "model"),
     ("flux", "residual"),
     ("pixart-sigma", "block"),
-    pytest.param("wan", "block copied", marks=SYMBOLIC),
-    pytest.param("sd3", "model copied", marks=SYMBOLIC),
+    ("wan", "block copied"),
+    ("sd3", "model copied"),
 ]
 
 

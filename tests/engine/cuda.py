@@ -1,0 +1,149 @@
+"""A stand-in for CUDA graphs on a CPU: a capture records operators on their tensors, a replay runs them once more.
+
+As on a GPU, what is captured has not run yet, nothing but operators is replayed, always on the tensors of the capture,
+and a capture fails where the host asks for a number.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gen_turbo.engine.graphs import Graphs
+from gen_turbo.kernels import verbs
+
+_WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2")
+
+
+class StandIn:
+    """What has happened on the stand-in.
+
+    Attributes:
+        num_captured: Captures that went well.
+        num_replayed: Replays.
+        num_pools: Pools of memory that were asked for.
+        alive: Graphs that were not freed.
+        eager: Milliseconds of an eager call.
+        replay: Milliseconds of a replay.
+    """
+
+    def __init__(self) -> None:
+        self.num_captured = self.num_replayed = self.num_pools = 0
+        self.alive: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self.eager, self.replay, self.clock = 10.0, 1.0, 0.0
+
+    def since(self) -> tuple[int, int]:
+        """Captures and replays since this was asked last."""
+        found = self.num_captured, self.num_replayed
+        self.num_captured = self.num_replayed = 0
+        return found
+
+    def pool(self) -> tuple[int, int]:
+        """Another pool."""
+        self.num_pools += 1
+        return self.num_pools, 0
+
+
+class Graph(TorchDispatchMode):
+    """A recorded call."""
+
+    def __init__(self, owner: StandIn) -> None:
+        super().__init__()
+        self._owner = owner
+        self._steps: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name.removeprefix("aten::") in _WAITING:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                self._before.setdefault(id(value), (value, value.clone()))
+        output = func(*args, **kwargs)
+        returns = func._schema.returns
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not is_view:
+            is_new = not any(r.alias_info is not None for r in returns)
+            made = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)] if is_new else []
+            self._steps.append((func, args, kwargs, made))
+        return output
+
+    def undo(self) -> None:
+        """Nothing has run during a capture."""
+        for tensor, before in self._before.values():
+            tensor.copy_(before)
+        self._before.clear()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Runs every operator on the tensors that it was captured with."""
+        self._owner.num_replayed += 1
+        self._owner.clock += self._owner.replay
+        for func, args, kwargs, made in self._steps:
+            output = func(*args, **kwargs)
+            for tensor, value in zip(made, pytree.tree_leaves(output) if made else [], strict=False):
+                tensor.copy_(value)
+
+
+class Event:
+    """A moment of the stand-in's clock, which goes on by replays alone."""
+
+    owner: StandIn
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        """Now."""
+        self.time = self.owner.clock
+
+    def query(self) -> bool:
+        """It has come."""
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds until another."""
+        return end.time - self.time or self.owner.eager
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Makes gen_turbo take the CPU for a GPU that has graphs."""
+    owner = StandIn()
+
+    @contextmanager
+    def graph(made: Graph, pool: Any = None, **settings: Any) -> Iterator[None]:
+        try:
+            with made:
+                yield
+        finally:
+            made.undo()
+        owner.num_captured += 1
+        owner.alive.add(made)
+
+    def on_gpu(self: Graphs, context: Any) -> str:
+        layout = context.layout
+        context.layout = (*layout[:2], torch.device("cuda"))
+        try:
+            return obstacle(self, context)
+        finally:
+            context.layout = layout
+
+    obstacle = Graphs._obstacle
+    monkeypatch.setattr(Graphs, "_obstacle", on_gpu)
+    monkeypatch.setattr(verbs, "_HAS_TRITON", False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(owner))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", owner.pool)
+    monkeypatch.setattr(torch.cuda, "Event", type("Event", (Event,), {"owner": owner}))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
+    return owner
