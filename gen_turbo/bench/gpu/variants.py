@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.api import attach
+from gen_turbo.api import adapter_of, attach
 from gen_turbo.bench.gpu.pipeline import BarePipeline
 from gen_turbo.bench.settings import Method, Setting, Stock, Tomesd
 from gen_turbo.factory import build_processor
@@ -22,11 +22,6 @@ from gen_turbo.methods.identity import IdentityProcessor
 COMPILER = "inductor"
 _MOST_GRAPHS = 64
 """Of one block class: kinds of step times widths times settings of one process."""
-_BLOCKS = {
-    "SD3Transformer2DModel": ("JointTransformerBlock",),
-    "PixArtTransformer2DModel": ("BasicTransformerBlock",),
-}
-"""Repeated blocks where diffusers names none."""
 _LEVELS = {"sd15": 2, "sdxl": 4}
 """The coarsest reduced level of each UNet: its two finest that have attention."""
 _FINEST = {"sd15": 1, "sdxl": 2}
@@ -108,16 +103,16 @@ _FIRST: dict[tuple[str, str], tuple[tuple[Mode, ...], tuple[Mode, ...]]] = {
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that `compile_repeated_blocks` would compile, or does not know of.
+    """The blocks that `compile_repeated_blocks` would compile; where diffusers names none, those of the family.
 
     Raises:
         ValueError: If neither diffusers nor this package names any.
     """
-    names: Any = getattr(model, "_repeated_blocks", None) or _BLOCKS.get(type(model).__name__, ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
+    blocks = [model.get_submodule(spec.name) for spec in adapter_of(model).blocks(model)]
+    names = getattr(model, "_repeated_blocks", None) or {type(block).__name__ for block in blocks}
+    if not names:
         raise ValueError(f"no repeated blocks of {type(model).__name__} are known; leave the compiled modes out")
-    return blocks
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def twin(model: nn.Module) -> nn.Module:
