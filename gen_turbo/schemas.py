@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -46,6 +47,7 @@ class Loading:
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ConfigError naming it, its value and what it may be."""
+        check_finite(self)
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if not _DEVICE.fullmatch(self.device):
@@ -176,6 +178,19 @@ def check_count(name: str, count: int, most: int = MOST, limit: str | None = Non
     if count > most:
         more = f"; {limit}=... allows more" if limit is not None else ""
         raise ConfigError(f"{name} must be at most {most}; got {count}{more}")
+
+
+def check_finite(settings: Any) -> None:
+    """Refuses numbers that are infinite or none among the settings of a dataclass, and in its mappings.
+
+    Raises:
+        ConfigError: Naming the setting and its value.
+    """
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        for number in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{one.name} must be a finite number; got {value}")
 
 
 def check_strength(strength: float | None) -> None:

@@ -15,7 +15,8 @@ from gen_turbo.config import CaptionConfig, ConfigError, load_config_of
 if TYPE_CHECKING:
     from PIL import Image
 
-    from gen_turbo.training.train_vistog import Batches, VisToGTrainer, VisToGTraining
+    from gen_turbo.training.train_vistog import Batches, VisToGTrainer
+    from gen_turbo.training.vistog_training import VisToGTraining
 
 Examples = Callable[[random.Random, int], "list[tuple[Image.Image, str | None]]"]
 """Draws that many pictures with something to ask about each; None asks what the configuration says."""
@@ -58,7 +59,7 @@ def run(namespace: argparse.Namespace) -> None:
     config = load_config_of(CaptionConfig, "gen-turbo calibrate vistog", namespace.config, overrides)
     examples, held_out, data = _data(namespace)
     from gen_turbo.factory import build_pipeline
-    from gen_turbo.training.train_vistog import VisToGTraining
+    from gen_turbo.training.vistog_training import VisToGTraining
 
     settings = VisToGTraining(
         align_steps=namespace.steps[0],

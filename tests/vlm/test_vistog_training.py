@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from gen_turbo import attach
 from gen_turbo.api import attachments
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
-from gen_turbo.training.train_vistog import VisToGTrainer, VisToGTraining
+from gen_turbo.training.train_vistog import VisToGTrainer
 from gen_turbo.training.vistog import VisToGArtefact
+from gen_turbo.training.vistog_training import VisToGTraining
 from tests.snapshots import differences, model_state
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
