@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from PIL import Image
 
 from gen_turbo.commands import caption as captioning
 from gen_turbo.commands import cli
+from gen_turbo.commands.asking import any_picture
+from gen_turbo.config import ConfigError
 from tests.stub_pipelines import CaptionStub, GenerateStub, picture
 
 
@@ -171,3 +174,15 @@ def test_another_batch_size_or_device_changes_no_result(folder, monkeypatch, cap
     assert "0 done, 8 finished before" in capsys.readouterr().err
     assert cli.main(["caption-generate", "in", "picture.steps=3"]) == 0
     assert "8 done, 0 finished before" in capsys.readouterr().err
+
+
+def test_a_bad_picture_ends_no_training(folder, capsys):
+    """Catches a step that can never be passed, and draws that differ once the bad picture is known."""
+    (folder / "in" / "bad.png").write_bytes(b"no picture")
+    files = sorted((folder / "in").iterdir())
+    draw = any_picture(files)
+    first, again = ([_numbers([draw(random.Random(seed))]) for seed in range(30)] for _ in range(2))
+    assert first == again and len({one[0] for one in first}) > 4
+    assert capsys.readouterr().err.count("bad.png") == 2
+    with pytest.raises(ConfigError, match="hardly one can be read"):
+        any_picture([folder / "in" / "bad.png"])(random.Random(0))

@@ -10,6 +10,7 @@ import yaml
 from gen_turbo import factory
 from gen_turbo.commands import caption as captioning
 from gen_turbo.commands import cli
+from gen_turbo.commands.calibrate_vistog import _questions
 from gen_turbo.config import CaptionConfig, ConfigError, load_config, load_config_of
 from gen_turbo.pipelines.loading import find_checkpoint
 from tests.stub_pipelines import CaptionStub, picture
@@ -90,3 +91,10 @@ def test_what_yaml_reads_as_no_text_is_refused(value):
     """Catches a prompt `no` that becomes `False`, and `1.50` that becomes `1.5`."""
     with pytest.raises(ConfigError, match="prompt must be a text"):
         load_config("caption", [f"prompt={value}"])
+
+
+def test_questions_are_lines_of_a_file(tmp_path):
+    """Catches questions without their spaces, split at rarer line ends, or read by the machine's own encoding."""
+    path = tmp_path / "questions.txt"
+    path.write_bytes(" what\u2028is it? \r\n\n  \ncaf\u00e9\x0b?".encode())
+    assert _questions(path) == [" what\u2028is it? ", "caf\u00e9\x0b?"]
