@@ -110,13 +110,12 @@ class Manifest:
         return {(self.path.parent / os.fsdecode(name)).resolve() for name in names}
 
     def close(self) -> None:
-        """Gives back what is claimed and not done, and writes the export."""
+        """Writes the export, and gives back what is claimed and not done: nobody holds its lock any more."""
         if "_database" not in vars(self):
             return
         try:
             if self.path is not None:
                 with self._change():
-                    self._settle_claims_of(self._owner)
                     self._export(self.path)
         finally:
             self._database.close()

@@ -32,7 +32,7 @@ class CaptionStub:
 
 
 class GenerateStub:
-    """Draws each picture anew, twice as large.
+    """Draws each picture anew, twice as large, in a shade that is its seed.
 
     Args:
         check: As of `CaptionStub`.
@@ -46,6 +46,8 @@ class GenerateStub:
     def __call__(self, pictures: list[Image.Image], seeds: int) -> Any:
         self.check(pictures)
         said = [str(one.getpixel((0, 0))) for one in pictures]
-        images = [one.resize((one.width * 2, one.height * 2)) for one in pictures]
+        images = [
+            Image.new("RGB", (one.width * 2, one.height * 2), (*one.getpixel((0, 0))[:2], seeds)) for one in pictures
+        ]
         figures = {"caption_seconds": 1.0, "picture_seconds": 1.0, "num_tokens": 4, "num_kept": 2}
         return SimpleNamespace(captions=said, prompts=said, images=images, drawn_tokens=4, drawn_kept=2, **figures)

@@ -248,6 +248,43 @@ def test_a_failure_takes_nothing_away(folder, monkeypatch):
     assert _generate() == 0
 
 
+@pytest.mark.parametrize("name", ["replace", "add_name"])
+def test_a_name_that_was_planned_and_not_given_is_free_again(folder, monkeypatch, name):
+    """Catches a plan that counts as done, whose old picture is then left over, and a name that stays taken by it."""
+    assert _generate() == 0
+    if name == "add_name":
+        (folder / "out" / "0.png").write_bytes(b"edited")
+    before = {line["input"]: line["output"] for line in _lines()}
+
+    def stop(partial, path):
+        if name == "replace" or not path.exists():
+            raise KeyboardInterrupt
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"gen_turbo.manifest.{name}", stop)
+        assert _generate("--seed", "1") == 130
+    with Manifest(folder / "out" / "manifest.jsonl") as manifest:
+        assert {path.name for path in manifest.outputs()} == set(before.values())
+    assert _generate("--seed", "1") == 0
+    after = {line["output"] for line in _lines()}
+    left = {path.name for path in (folder / "out").glob("*.png")} - after
+    assert left == ({"0.png"} if name == "add_name" else set())
+
+
+def test_a_name_stays_with_its_picture(folder, monkeypatch):
+    """Catches another picture of the same name that takes the place of a result while that is away."""
+    (folder / "other").mkdir()
+    picture(9).save(folder / "other" / "0.png")
+    assert _generate() == 0
+    (folder / "out" / "0.png").unlink()
+    assert cli.main(["caption-generate", "other", "--output", "out"]) == 0
+    assert not (folder / "out" / "0.png").exists()
+    assert _generate() == 0
+    outputs = {line["input"]: line["output"] for line in _lines()}
+    assert outputs[str(folder / "in" / "0.png")] == "0.png" and len(set(outputs.values())) == 4
+
+
 def test_what_another_run_holds_is_left_to_it(folder, capsys):
     """Catches an item that two runs make, and one that stays claimed when its run ends by an exception."""
     settings = {}

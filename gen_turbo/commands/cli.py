@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from io import TextIOWrapper
@@ -229,7 +230,9 @@ def _bench(namespace: argparse.Namespace) -> None:
 
 
 def _fail(message: str, code: int = _USAGE_ERROR) -> int:
-    print(f"gen-turbo: error: {shown(' '.join(message.split()))}", file=sys.stderr)
+    # Standard error may be a file on the disk that is full.
+    with suppress(OSError):
+        print(f"gen-turbo: error: {shown(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
