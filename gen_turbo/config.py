@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gen_turbo.schemas import CALL_SETTINGS as CALL_SETTINGS
@@ -26,29 +26,35 @@ S = TypeVar("S", PipelineConfig, CaptionConfig, CaptionGenerateConfig)
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
+"""Numbers such as 1e-3, which YAML 1.1 takes for texts."""
+Override = str | tuple[str, Any]
+"""`key=value`, where the value is YAML; or a key and a value, which is taken exactly as it is."""
 HALVES = ("caption", "picture")
 """The parts of a configuration of picture to caption to new picture that are configurations of their own."""
 
 
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+def load_config(name_or_path: str | Path, overrides: Sequence[Override] = ()) -> Settings:
     """Reads the settings of a pipeline; what stands under `pipeline` says of which kind they are.
+
+    Texts mean what they say: nothing like `${name}` is filled in, so no file can read the environment.
 
     Args:
         name_or_path: A file of configs/pipeline without its suffix, such as `tiny`, or the path of any YAML file.
-        overrides: `key=value` texts that are applied in order, such as `steps=10`, `processor=tome` or
-            `processor.ratio=0.3`; `caption.processor.ratio=0.3` for one half of two. Values are YAML.
+        overrides: Applied in order: `key=value` texts such as `steps=10`, `processor=tome` or `processor.ratio=0.3`,
+            `caption.processor.ratio=0.3` for one half of two, whose values are YAML; or pairs of a key and a value.
 
     Raises:
         ConfigError: If the file is missing or no YAML, or a key or value does not fit.
     """
     tree = read_yaml("pipeline", name_or_path)
     _expand(tree)
-    for text in overrides:
-        _override(tree, text)
+    for override in overrides:
+        _set(tree, *(_parsed(override) if isinstance(override, str) else override))
     return typed(schema_of(tree), tree, f"pipeline configuration {name_or_path}")
 
 
-def load_config_of(schema: type[S], command: str, name_or_path: str | Path, overrides: Sequence[str] = ()) -> S:
+def load_config_of(schema: type[S], command: str, name_or_path: str | Path, overrides: Sequence[Override] = ()) -> S:
     """Reads the settings of a pipeline that must be of one kind.
 
     Args:
@@ -86,22 +92,41 @@ def typed(schema: type[T], tree: Mapping[str, Any], what: str) -> T:
     Raises:
         ConfigError: If a key is unknown, or a value is missing or does not fit.
     """
+    hints = get_type_hints(schema)
     names = [field.name for field in fields(cast(Any, schema))]
     unknown = [str(key) for key in tree if key not in names]
     if unknown:
         raise ConfigError(f"{what} has no setting {', '.join(map(repr, unknown))}; known: {', '.join(names)}")
+    given = _exact(tree, hints, what)
+    rest = {name: value for name, value in tree.items() if name not in given}
+    needed = OmegaConf.missing_keys(OmegaConf.structured(schema))
+    missing = sorted(name for name in needed if name.partition(".")[0] not in tree)
+    if missing:
+        raise ConfigError(f"{what} lacks {', '.join(missing)}; add it to the file or on the command line")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(tree))
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError(f"{what} lacks {', '.join(missing)}; add it to the file or on the command line")
-        return cast(T, OmegaConf.to_object(merged))
+        for name, value in rest.items():
+            _refuse_references(name, value)
+        converted = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), rest))
+        return schema(**given, **{name: cast(Any, converted)[name] for name in rest})
     except OmegaConfBaseException as error:
         raise ConfigError(f"{what}: {_sentence(error)}") from error
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{what}: {error}") from error
+
+
+def _exact(tree: Mapping[str, Any], hints: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The settings whose values are taken as they are: texts, other dataclasses, and what may be anything."""
+    given: dict[str, Any] = {}
+    for name, value in tree.items():
+        if is_dataclass(hints[name]) and isinstance(value, Mapping):
+            given[name] = typed(cast(type[Any], hints[name]), value, f"{what}, {name}")
+        elif hints[name] in (str, str | None):
+            given[name] = _text(name, value, what, is_needed=hints[name] is str)
+        elif hints[name] is Any or (is_dataclass(hints[name]) and isinstance(value, cast(type, hints[name]))):
+            given[name] = value
+    return given
 
 
 def config_files(kind: str) -> dict[str, Path]:
@@ -129,16 +154,31 @@ def read_yaml(kind: str, name_or_path: str | Path) -> dict[str, Any]:
     """
     path = _find(kind, str(name_or_path))
     try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path} must hold keys and values, such as 'steps: 25'")
-        tree = OmegaConf.to_container(loaded, resolve=True)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_sentence(error)}") from error
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path} must hold keys and values, such as 'steps: 25'")
+    return {str(key): value for key, value in (tree or {}).items()}
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML in which 1e-3 is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Makes a mapping; raises where a key stands twice."""
+        seen: set[Hashable] = set()
+        for key in (self.construct_object(name, deep=True) for name, _ in node.value):
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key}", node.start_mark)
+            seen |= {key} if isinstance(key, Hashable) else set()
+        made: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return made
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def _find(kind: str, name_or_path: str) -> Path:
@@ -167,16 +207,19 @@ def _expand(tree: dict[str, Any]) -> None:
             tree[half]["processor"] = processor_tree(tree[half].get("processor"))
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
-    """Applies one `key=value` to nested settings in place."""
+def _parsed(text: str) -> tuple[str, Any]:
+    """The key and the value of a `key=value`."""
     if not _OVERRIDE.fullmatch(text):
         raise ConfigError(f"expected key=value, such as processor.ratio=0.3; got {text!r}")
     key, _, value_text = text.partition("=")
     try:
-        value = OmegaConf.to_container(OmegaConf.create({"value": yaml.safe_load(value_text)}), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"cannot read the value in {text!r}: {_sentence(error)}") from error
-    assert isinstance(value, dict)
+        return key, yaml.load(value_text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read the value in {text!r:.200}: {_sentence(error)}") from error
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Puts a value into nested settings in place."""
     *parents, last = key.split(".")
     node: Any = tree
     for parent in parents:
@@ -184,11 +227,27 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"cannot set {key}: {parent} is {node!r}, which has no settings; set {parent} first")
     names: dict[Any, Any] = {str(name): name for name in node}
-    node[names.get(last, int(last) if last.isdigit() else last)] = value["value"]
+    node[names.get(last, int(last) if last.isdecimal() else last)] = value
     if last == "processor":
         node["processor"] = processor_tree(node["processor"])
     elif key in HALVES:
         _expand(tree)
+
+
+def _text(name: str, value: Any, what: str, is_needed: bool) -> str | None:
+    """A text exactly as it was given; what YAML reads as something else would come back changed, so it is refused."""
+    if isinstance(value, str) or (value is None and not is_needed):
+        return value
+    raise ConfigError(f"{what}: {name} must be a text; YAML reads this one as {value!r}, write it in quotes")
+
+
+def _refuse_references(name: str, value: Any) -> None:
+    """Refuses what the library that converts numbers would fill in; raises ConfigError."""
+    if isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            _refuse_references(name, one)
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        raise ConfigError(f"{name}: nothing is filled in for {value!r}; write what is meant")
 
 
 def _sentence(error: Exception) -> str:

@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from gen_turbo.config import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What counts as a picture in a folder; a file named outright may have any name."""
+_BITS, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1
+"""Tags of TIFF."""
+_OF_16_BITS = ("PNG", "PPM")
+"""Formats whose 16 bits may be read as whole numbers of 32."""
 
 
 def find_pictures(sources: Sequence[str | Path]) -> list[Path]:
@@ -50,14 +55,56 @@ def open_picture(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            picture: Image.Image = ImageOps.exif_transpose(file)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
-            return picture.convert("RGB")
+            _refuse_odd_tiff(file)
+            file.load()
+            return as_rgb(ImageOps.exif_transpose(file), file.format)
     # What damaged pictures raise has no common class: their readers raise whatever comes.
     except Exception as error:
         raise ConfigError(f"cannot read the picture {path}: {' '.join(str(error).split())}") from error
+
+
+def _refuse_odd_tiff(file: Any) -> None:
+    """Refuses numbers whose white is not that of their type, which the reader would pass over."""
+    tags = getattr(file, "tag_v2", {})
+    is_odd = tags.get(_PHOTOMETRIC, _BLACK_IS_ZERO) != _BLACK_IS_ZERO or tags.get(_BITS, (16,))[0] not in (16, 32, 64)
+    if is_odd and (file.mode.startswith("I;16") or file.mode == "F"):
+        raise ConfigError("white is zero in it, or it has 12 bits; save it with 8 or 16 bits")
+
+
+def as_rgb(picture: Image.Image, form: str | None = None) -> Image.Image:
+    """A picture of any mode as RGB of 8 bits; transparent parts become white.
+
+    Args:
+        picture: 16 bits run from 0 to 65535, and floating numbers from 0 to 1.
+        form: The format of its file; None for a picture that was made in memory.
+
+    Raises:
+        ConfigError: If nothing says which number is white.
+    """
+    mode = picture.mode
+    if mode.startswith("I;16") or (mode == "I" and form in _OF_16_BITS):
+        picture = _grey(picture, np.asarray(picture) / 257.0, picture.info.get("transparency"))
+    elif mode == "F":
+        picture = _grey(picture, np.asarray(picture) * 255.0, None)
+    elif mode == "I":
+        raise ConfigError("whole numbers of 32 bits have no known white; save it with 8 or 16 bits")
+    elif mode == "La":
+        # Premultiplied grey has no way to RGB but this one.
+        picture = picture.convert("LA")
+    if picture.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def _grey(picture: Image.Image, values: np.ndarray[Any, Any], clear: int | None) -> Image.Image:
+    """Grey values as 8 bits; `clear` is the value of the file that means transparent."""
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 255):
+        raise ConfigError("its values do not lie between black and white: 0 and 1 for floating numbers")
+    grey = Image.fromarray(values.round().astype(np.uint8))
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(np.asarray(picture) == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def pictures_of(source: Any) -> list[Image.Image]:
@@ -67,7 +114,7 @@ def pictures_of(source: Any) -> list[Image.Image]:
         ConfigError: If there is nothing, or something is none of these or cannot be read.
     """
     if isinstance(source, Image.Image):
-        return [source]
+        return [as_rgb(source, source.format)]
     if isinstance(source, (str, Path)):
         return [open_picture(path) for path in find_pictures([source])]
     if not isinstance(source, (list, tuple)) or not source:

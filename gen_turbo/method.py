@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from gen_turbo.schemas import check_finite
 from gen_turbo.tokens.token_map import TokenMap
 
 Grid = tuple[int, int]
@@ -116,6 +117,7 @@ class TokenReducer(ABC):
         Raises:
             ValueError: Naming the setting, its value and what it may be.
         """
+        check_finite(self)
         self._check_ratios()
         if self.text_ratio is not None and not 0 <= self.text_ratio < 1:
             raise ValueError(f"text_ratio must be a fraction of tokens, 0 <= text_ratio < 1; got {self.text_ratio}")

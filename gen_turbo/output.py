@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
-from collections.abc import Callable
+import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,45 +54,87 @@ def check_writable(folder: Path) -> None:
     Raises:
         ConfigError: If the folder cannot be made or written to.
     """
-    made: list[Path] = []
+    nearest = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
     try:
-        for part in [*reversed(folder.parents), folder]:
-            if not part.exists():
-                part.mkdir()
-                made.append(part)
-        probe = folder / f".{os.getpid()}.partial"
-        probe.touch()
-        probe.unlink()
+        # A file without a name: nothing to take away, and nothing for another run to stumble over.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from error
-    finally:
-        for part in reversed(made):
-            part.rmdir()
+
+
+def png_of(image: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def write_picture(path: Path, image: Image.Image) -> None:
-    """Writes a PNG under a temporary name and renames it; folders are made."""
-    _write(path, lambda partial: image.save(partial, format="PNG"))
+    """Writes a PNG, whole or not at all; folders are made."""
+    write_file(path, png_of(image))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it; folders are made."""
+    """Writes JSON, whole or not at all; folders are made."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text under a temporary name and renames it; folders are made."""
-    _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    """Writes a text, whole or not at all; folders are made."""
+    write_file(path, text.encode())
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, waits until it is on the disk, and renames it; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        write(partial)
-        partial.replace(path)
+        write_synced(partial, content)
+        replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Makes a new file and waits until it is on the disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Gives a file another name, whatever had it before, and waits until the disk knows."""
+    partial.replace(path)
+    _sync_names(path.parent)
+
+
+def add_name(partial: Path, path: Path) -> bool:
+    """Gives a file a second name that nothing has, and waits until the disk knows; False where something has it."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # A file system on which a file has one name.
+        if os.path.lexists(path):
+            return False
+        partial.replace(path)
+    _sync_names(path.parent)
+    return True
+
+
+def _sync_names(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _slug(text: str) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SIZE_MULTIPLE = 8
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+MOST = 1_000_000
+"""More of anything is a slip of the keyboard."""
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?")
 
 
 class ConfigError(ValueError):
@@ -44,6 +47,7 @@ class Loading:
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ConfigError naming it, its value and what it may be."""
+        check_finite(self)
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if not _DEVICE.fullmatch(self.device):
@@ -59,6 +63,8 @@ class PipelineConfig(Loading):
         guidance_scale: Scale of classifier-free guidance; raising it follows the prompt more closely.
         height: Height of the pictures in pixels; None leaves it to the pipeline.
         width: Width of the pictures in pixels; None leaves it to the pipeline.
+        max_size: The most pixels that height and width may have, so that a slip of the keyboard fills no memory.
+        max_steps: The most steps, for the same reason.
     """
 
     pipeline: str = "text-to-image"
@@ -66,18 +72,21 @@ class PipelineConfig(Loading):
     guidance_scale: float = 7.5
     height: int | None = None
     width: int | None = None
+    max_size: int = 4096
+    max_steps: int = 1000
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ConfigError naming it, its value and what it may be."""
         super().__post_init__()
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1; got {self.steps}")
+        check_count("steps", self.steps, self.max_steps, "max_steps")
         if not 0 <= self.guidance_scale < float("inf"):
             raise ConfigError(f"guidance_scale must be a number that is not negative; got {self.guidance_scale}")
         for name in ("height", "width"):
             size_px = getattr(self, name)
             if size_px is not None and (size_px < SIZE_MULTIPLE or size_px % SIZE_MULTIPLE):
                 raise ConfigError(f"{name} must be a positive multiple of {SIZE_MULTIPLE} pixels; got {size_px}")
+            if size_px is not None:
+                check_count(name, size_px, self.max_size, "max_size")
 
 
 @dataclass
@@ -102,8 +111,7 @@ class CaptionConfig(Loading):
         """Checks every setting; raises ConfigError naming it, its value and what it may be."""
         super().__post_init__()
         for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
 
 
 @dataclass
@@ -131,8 +139,7 @@ class CaptionGenerateConfig:
         if "{caption}" not in self.drawn:
             raise ConfigError(f"drawn must contain {{caption}}; got {self.drawn!r}")
         check_strength(self.strength)
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1; got {self.batch_size}")
+        check_count("batch_size", self.batch_size)
 
 
 Settings = PipelineConfig | CaptionConfig | CaptionGenerateConfig
@@ -152,6 +159,38 @@ _SCHEMAS: dict[str, type[Settings]] = {"caption": CaptionConfig, "caption-genera
 def schema_of(tree: Mapping[str, Any]) -> type[Settings]:
     """The schema of a file's settings, by what it has under `pipeline`."""
     return _SCHEMAS.get(str(tree.get("pipeline")), PipelineConfig)
+
+
+def check_count(name: str, count: int, most: int = MOST, limit: str | None = None) -> None:
+    """Refuses a count below 1, or one that nobody means.
+
+    Args:
+        name: What is counted.
+        count: The count.
+        most: The largest that is taken.
+        limit: The setting that allows more; None where there is none.
+
+    Raises:
+        ConfigError: Naming the setting, its value and what it may be.
+    """
+    if count < 1:
+        raise ConfigError(f"{name} must be at least 1; got {count}")
+    if count > most:
+        more = f"; {limit}=... allows more" if limit is not None else ""
+        raise ConfigError(f"{name} must be at most {most}; got {count}{more}")
+
+
+def check_finite(settings: Any) -> None:
+    """Refuses numbers that are infinite or none among the settings of a dataclass, and in its mappings.
+
+    Raises:
+        ConfigError: Naming the setting and its value.
+    """
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        for number in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{one.name} must be a finite number; got {value}")
 
 
 def check_strength(strength: float | None) -> None:

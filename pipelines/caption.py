@@ -15,8 +15,10 @@ from torch import Tensor
 from gen_turbo.api import attach, detach
 from gen_turbo.config import CaptionConfig, ConfigError
 from gen_turbo.engine.report import report
+from gen_turbo.inputs import as_rgb
 from gen_turbo.method import TokenReducer
 from gen_turbo.registry import PIPELINES
+from gen_turbo.schemas import check_count
 
 from .loading import device_of, dtype_of, find_checkpoint, reason
 
@@ -108,7 +110,7 @@ class CaptionPipeline:
             **generate: Goes to the model's `generate`; by default the likeliest token is taken each time.
 
         Raises:
-            ConfigError: If there is no picture, or the template does not fit.
+            ConfigError: If there is no picture, one has no known white, or the template does not fit.
         """
         pictures = [images] if isinstance(images, Image.Image) else list(images)
         if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
@@ -129,7 +131,7 @@ class CaptionPipeline:
     ) -> tuple[list[str], int, int]:
         text = self.text_of(self.config.prompt if prompt is None else prompt)
         inputs = self.preparer(
-            images=[picture.convert("RGB") for picture in pictures],
+            images=[as_rgb(picture, picture.format) for picture in pictures],
             text=None if text is None else [text] * len(pictures),
             return_tensors="pt",
             padding=True,
@@ -229,6 +231,6 @@ def _prompt_length(inputs: Any, output: Tensor) -> int:
 
 def positive(name: str, given: int | None, configured: int) -> int:
     """A number given to a call, or the configured one; raises ConfigError below 1."""
-    if given is not None and given < 1:
-        raise ConfigError(f"{name} must be at least 1; got {given}")
+    if given is not None:
+        check_count(name, given)
     return configured if given is None else given

@@ -16,7 +16,7 @@ from gen_turbo.registry import METHODS, Registry
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("tokens", "kernels", "registry", "schemas", "config", "scenes"),
-    ("method", "metrics", "output", "overlay", "inputs", "manifest"),
+    ("method", "metrics", "output", "overlay", "inputs", "manifest", "lines", "database"),
     ("engine", "models", "vlm", "api", "training"),
     ("methods",),
     ("pipelines",),

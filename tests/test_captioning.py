@@ -10,8 +10,6 @@ import pytest
 from gen_turbo import scenes
 from gen_turbo.commands import caption as captioning
 from gen_turbo.commands import cli
-from gen_turbo.config import ConfigError
-from gen_turbo.manifest import Item, Manifest
 
 
 @pytest.fixture
@@ -73,7 +71,8 @@ def test_a_run_goes_on(here, generate, capsys):
     lines = _lines("out/manifest.jsonl")
     assert [line["output"] for line in lines] == ["0.png", "1.png"]
     assert set(lines[0]) >= {"caption", "prompt", "caption_s", "picture_s", "tokens", "kept", "drawn_kept", "seed"}
-    assert sorted(path.name for path in (here / "out").iterdir()) == ["0.png", "1.png", "manifest.jsonl"]
+    left = sorted(path.name for path in (here / "out").iterdir())
+    assert left == ["0.png", "1.png", "manifest.jsonl", "manifest.sqlite"]
     assert one("in", "--seed", "1") == 0
     assert "2 done, 0 finished before" in capsys.readouterr().err
     assert (here / "out" / "0.png").read_bytes() != first
@@ -113,26 +112,6 @@ def test_no_file_is_overwritten_but_its_own(here, generate):
     assert len(_lines("out/manifest.jsonl")) == 4
 
 
-def test_a_picture_that_breaks_a_batch_fails_alone():
-    """Catches a batch that is lost with one of its pictures, and an error that is hidden."""
-    manifest = Manifest(None)
-    run = captioning._Run([], "s", manifest)
-    items = [Item(Path(f"/{i}.png"), "d", "s") for i in range(3)]
-    seen = []
-    run.on_entry = lambda path, entry: seen.append((path.name, entry["caption"]))
-
-    def work(pictures):
-        if 1 in pictures:
-            raise ValueError("one is too many")
-        return [{"caption": picture} for picture in pictures]
-
-    run._batch(work, list(zip(items, range(3), strict=True)))
-    assert seen == [("0.png", 0), ("2.png", 2)]
-    assert (run.tally.done, run.tally.failed) == (2, 1)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run._batch(lambda pictures: (_ for _ in ()).throw(RuntimeError("out of memory")), [(items[0], 0)])
-
-
 WRONG = {
     "no input": (["caption"], "the following arguments are required: IN"),
     "missing": (["caption", "nope.png"], "nope.png does not exist"),
@@ -166,12 +145,3 @@ def test_a_name_with_an_equals_sign_is_a_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a=1.png").touch()
     assert captioning.split_inputs(["a=1.png", "b=1", "c.png"]) == (["a=1.png", "c.png"], ["b=1"])
-
-
-def test_a_manifest_that_is_none_is_refused(tmp_path):
-    """Catches a foreign file that is rewritten."""
-    path = tmp_path / "own.jsonl"
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="cannot read"):
-        Manifest.open(path)
-    assert path.read_bytes() == b"\xff\xfe"

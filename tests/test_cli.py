@@ -187,6 +187,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
+def test_an_error_that_cannot_be_printed_is_an_exit_code(monkeypatch):
+    """Catches a traceback where standard error is a file on a full disk."""
+
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert cli.main(["generate", "--prompt", "x", "--steps", "0"]) == 2
+
+
 def test_check_writable_leaves_no_trace(tmp_path):
     """Catches a check that makes the folder for good."""
     output.check_writable(tmp_path / "a" / "b")

@@ -20,7 +20,7 @@ from gen_turbo.bench import records
 from gen_turbo.bench.timing import clocked
 from gen_turbo.config import CaptionGenerateConfig, load_config_of
 from gen_turbo.factory import build_pipeline, processors_of
-from gen_turbo.manifest import digest_of
+from gen_turbo.lines import digest_of
 
 BENCH = "caption-generate"
 SETTINGS = ("stock", "accelerated")

@@ -6,6 +6,7 @@ Scenes held out for evaluation are never among them.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from gen_turbo import scenes
+from gen_turbo.commands.failures import shown
 from gen_turbo.config import ConfigError
 from gen_turbo.inputs import find_pictures, open_picture
 
 Batches = Callable[[int], Mapping[str, Tensor]]
 """Gives the inputs of a batch by its number; the same number gives the same batch."""
+_MOST_DRAWS = 1000
 
 
 def scene_prompts(pipe: Any, batch: int, seed: int) -> Batches:
@@ -57,15 +60,33 @@ def picture_prompts(pipe: Any, sources: Sequence[str | Path], prompts: Sequence[
     Raises:
         ConfigError: If a source stands for nothing.
     """
-    files = find_pictures(sources)
+    draw = any_picture(find_pictures(sources))
     asked = list(prompts) or [pipe.config.prompt]
 
     def give(number: int) -> Mapping[str, Tensor]:
         rng = random.Random(f"asking {seed} {number}")
-        chosen = [open_picture(rng.choice(files)) for _ in range(batch)]
+        chosen = [draw(rng) for _ in range(batch)]
         return prepared(pipe, chosen, [rng.choice(asked) for _ in chosen])
 
     return give
+
+
+def any_picture(files: Sequence[Path]) -> Callable[[random.Random], Image.Image]:
+    """Draws pictures; one that cannot be read is reported once, and another always takes its place."""
+    bad: set[Path] = set()
+
+    def draw(rng: random.Random) -> Image.Image:
+        for _ in range(_MOST_DRAWS):
+            path = rng.choice(files)
+            try:
+                if path not in bad:
+                    return open_picture(path)
+            except ConfigError as error:
+                bad.add(path)
+                print(f"gen-turbo: {shown(error)}; another takes its place", file=sys.stderr)
+        raise ConfigError(f"of {len(files)} pictures hardly one can be read; the last was {path}")
+
+    return draw
 
 
 def prepared(pipe: Any, pictures: list[Image.Image], prompts: Sequence[str | None]) -> Mapping[str, Tensor]:

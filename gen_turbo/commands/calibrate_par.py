@@ -43,7 +43,8 @@ def run(namespace: argparse.Namespace) -> None:
     Raises:
         ValueError: If an argument, the model or the output does not fit.
     """
-    config = load_config(namespace.config, [*namespace.overrides, "processor=null"])
+    steps = [] if namespace.steps is None else [("steps", namespace.steps)]
+    config = load_config(namespace.config, [*namespace.overrides, *steps, ("processor", None)])
     if isinstance(config, PipelineConfig):
         calibrate_schedule(namespace, config)
         return

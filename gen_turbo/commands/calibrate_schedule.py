@@ -48,17 +48,16 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     from gen_turbo.output import check_writable
     from gen_turbo.training.schedule import Schedule, ScheduleFile, probe_of, undominated, write
 
-    steps = namespace.steps or config.steps
-    output = namespace.output or Path(f"runs/par/schedule-{steps}.yaml")
+    output = namespace.output or Path(f"runs/par/schedule-{config.steps}.yaml")
     check_writable(output.parent)
     quiet_loading()
     pipe = build_pipeline(config)
     pipe.set_progress_bar_config(disable=True)
-    draw = _drawer(pipe, replace(config, steps=steps), _prompts(namespace, config), namespace.seed + _OWN_SEED)
-    pipe.scheduler.set_timesteps(steps)
+    draw = _drawer(pipe, config, _prompts(namespace, config), namespace.seed + _OWN_SEED)
+    pipe.scheduler.set_timesteps(config.steps)
     found = _searched(pipe, namespace, draw) if namespace.like is None else _taken_over(pipe, namespace.like)
     model = denoiser(pipe)
-    title = f"{config.checkpoint}, {steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
+    title = f"{config.checkpoint}, {config.steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
     title += f" --like {namespace.like.name}" if namespace.like is not None else ""
     made = partial(ScheduleFile, type(model).__name__, tuple(probe_of(model).tolist()), type(pipe.scheduler).__name__)
     done: list[Schedule] = []

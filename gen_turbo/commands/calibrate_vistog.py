@@ -15,7 +15,8 @@ from gen_turbo.config import CaptionConfig, ConfigError, load_config_of
 if TYPE_CHECKING:
     from PIL import Image
 
-    from gen_turbo.training.train_vistog import Batches, VisToGTrainer, VisToGTraining
+    from gen_turbo.training.train_vistog import Batches, VisToGTrainer
+    from gen_turbo.training.vistog_training import VisToGTraining
 
 Examples = Callable[[random.Random, int], "list[tuple[Image.Image, str | None]]"]
 """Draws that many pictures with something to ask about each; None asks what the configuration says."""
@@ -54,11 +55,11 @@ def run(namespace: argparse.Namespace) -> None:
     """
     if min(namespace.batch, namespace.drawn) < 1:
         raise ConfigError(f"--batch and --drawn count from 1; got {namespace.batch} and {namespace.drawn}")
-    overrides = [*namespace.overrides, "dtype=float32", "processor=null"]
+    overrides = [*namespace.overrides, ("dtype", "float32"), ("processor", None)]
     config = load_config_of(CaptionConfig, "gen-turbo calibrate vistog", namespace.config, overrides)
     examples, held_out, data = _data(namespace)
     from gen_turbo.factory import build_pipeline
-    from gen_turbo.training.train_vistog import VisToGTraining
+    from gen_turbo.training.vistog_training import VisToGTraining
 
     settings = VisToGTraining(
         align_steps=namespace.steps[0],
@@ -145,16 +146,18 @@ def _data(namespace: argparse.Namespace) -> tuple[Examples, Examples, str]:
 def _questions(path: Path | None) -> list[str | None]:
     if path is None:
         return [None]
-    questions: list[str | None] = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    questions: list[str | None] = [line.removesuffix("\r") for line in lines if line.strip()]
     if not questions:
         raise ConfigError(f"{path} holds no question; write one a line")
     return questions
 
 
 def _files(paths: Sequence[Path], questions: Sequence[str | None]) -> Examples:
-    from gen_turbo.inputs import open_picture
+    from gen_turbo.commands.asking import any_picture
 
-    return lambda rng, count: [(open_picture(rng.choice(paths)), rng.choice(questions)) for _ in range(count)]
+    draw = any_picture(paths)
+    return lambda rng, count: [(draw(rng), rng.choice(questions)) for _ in range(count)]
 
 
 def _scenes(held_out: bool) -> Examples:

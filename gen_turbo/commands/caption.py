@@ -13,31 +13,37 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from gen_turbo.config import CaptionConfig, CaptionGenerateConfig, ConfigError, load_config_of
+from gen_turbo.commands.failures import is_about_name, is_out_of_memory, sentence, shown
+from gen_turbo.config import HALVES, CaptionConfig, CaptionGenerateConfig, ConfigError, load_config_of
 from gen_turbo.factory import build_pipeline, processors_of, quiet_loading
 from gen_turbo.inputs import find_pictures, open_picture
-from gen_turbo.manifest import Item, Manifest, digest_of
-from gen_turbo.output import check_writable, write_picture
+from gen_turbo.lines import Item, Line, as_json, digest_of
+from gen_turbo.manifest import Manifest
+from gen_turbo.output import check_writable, png_of
 
 MANIFEST = "manifest.jsonl"
 SOME_FAILED = 1
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
-Entry = dict[str, Any]
-Work = Callable[[list[Image.Image]], list[Entry]]
-"""Makes an entry of each of some pictures; what is under `image` becomes a file."""
+_NO_MATTER = ("batch_size", "device", "local_files_only", "max_size", "max_steps")
+
+Made = tuple[Line, Image.Image | None]
+"""What is noted of a picture, and the new one that was made of it."""
+Work = Callable[[list[Image.Image]], list[Made]]
 
 
 @dataclass
 class Tally:
-    """How many pictures were done in this run and before, and how many failed."""
+    """What became of the pictures: done in this run, before or by others, failed, and in the hands of other runs."""
 
     done: int = 0
     before: int = 0
     failed: int = 0
+    elsewhere: int = 0
 
     def __str__(self) -> str:
-        return f"{self.done} done, {self.before} finished before, {self.failed} failed"
+        others = f", {self.elsewhere} in other runs" if self.elsewhere else ""
+        return f"{self.done} done, {self.before} finished before, {self.failed} failed{others}"
 
 
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,42 +65,46 @@ def add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_caption(namespace: argparse.Namespace) -> int:
     """Prints a caption of every picture; returns the exit code."""
     sources, overrides = split_inputs([*namespace.inputs, *namespace.overrides])
-    if namespace.prompt is not None:
-        overrides.append(f"prompt={_quoted(namespace.prompt)}")
-    config = load_config_of(CaptionConfig, "gen-turbo caption", namespace.config, overrides)
+    asked = [] if namespace.prompt is None else [("prompt", namespace.prompt)]
+    config = load_config_of(CaptionConfig, "gen-turbo caption", namespace.config, [*overrides, *asked])
     processor = processors_of(config)
-    output = _manifest_path(namespace.output)
-    run = _Run(find_pictures(sources), digest_of([asdict(config), repr(processor)]), Manifest.open(output))
-    run.on_entry = lambda path, entry: print(f"{path}: {entry['caption']}", flush=True)
-    if run.pending:
-        quiet_loading()
-        run.go(_captions(build_pipeline(config, processor)), config.batch_size)
+    with Manifest(_manifest_path(namespace.output)) as manifest:
+        run = _Run(find_pictures(sources), settings_digest(asdict(config), processor), manifest)
+        run.on_entry = lambda path, line: print(f"{shown(path)}: {line['caption']}", flush=True)
+        if run.pending:
+            quiet_loading()
+            run.go(_captions(build_pipeline(config, processor)), config.batch_size)
     return run.finish()
 
 
 def run_caption_generate(namespace: argparse.Namespace) -> int:
     """Draws a new picture of every picture; returns the exit code."""
     sources, overrides = split_inputs([*namespace.inputs, *namespace.overrides])
-    if namespace.prompt is not None:
-        overrides.append(f"caption.prompt={_quoted(namespace.prompt)}")
-    if namespace.strength is not None:
-        overrides.append(f"strength={namespace.strength}")
-    config = load_config_of(CaptionGenerateConfig, "gen-turbo caption-generate", namespace.config, overrides)
+    given = {"caption.prompt": namespace.prompt, "strength": namespace.strength}
+    flags = [(key, value) for key, value in given.items() if value is not None]
+    config = load_config_of(CaptionGenerateConfig, "gen-turbo caption-generate", namespace.config, [*overrides, *flags])
     processors = processors_of(config)
     if not 0 <= namespace.seed < 2**63:
         raise ConfigError(f"the seed must be between 0 and {2**63 - 1}; got {namespace.seed}")
     folder = Path(namespace.output).expanduser()
     pictures = find_pictures(sources)
     check_writable(folder)
-    settings = digest_of([asdict(config), repr(processors), namespace.seed])
-    run = _Run(pictures, settings, Manifest.open(folder / MANIFEST))
-    run.on_entry = lambda path, entry: print(folder / entry["output"], flush=True)
-    if run.pending:
-        quiet_loading()
-        pipe = build_pipeline(config, processors)
-        pipe.picture.set_progress_bar_config(disable=True)
-        run.go(_new_pictures(pipe, namespace.seed), config.batch_size)
+    with Manifest(folder / MANIFEST) as manifest:
+        run = _Run(pictures, settings_digest(asdict(config), processors, namespace.seed), manifest)
+        run.on_entry = lambda path, line: print(shown(folder / line["output"]), flush=True)
+        if run.pending:
+            quiet_loading()
+            pipe = build_pipeline(config, processors)
+            pipe.picture.set_progress_bar_config(disable=True)
+            run.go(_new_pictures(pipe, namespace.seed), config.batch_size)
     return run.finish()
+
+
+def settings_digest(config: dict[str, Any], *rest: Any) -> str:
+    """A digest of what results depend on: not of how many are made at once, nor of where."""
+    kept = {name: value for name, value in config.items() if name not in _NO_MATTER}
+    halves = {half: {k: v for k, v in kept[half].items() if k not in _NO_MATTER} for half in HALVES if half in kept}
+    return digest_of([{**kept, **halves}, *map(repr, rest)])
 
 
 def split_inputs(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -108,23 +118,38 @@ class _Run:
 
     def __init__(self, pictures: Sequence[Path], settings: str, manifest: Manifest) -> None:
         own = manifest.outputs()
-        self.items = [Item.of(path, settings) for path in pictures if path.resolve() not in own]
+        found = [Item.of(path, settings) for path in pictures if path.resolve() not in own]
+        self.items = list({item.path: item for item in found}.values())
         self.manifest = manifest
-        self.pending = [item for item in self.items if manifest.finished(item) is None]
+        self.pending = [item for item in self.items if not manifest.finished(item)]
         self.tally = Tally(before=len(self.items) - len(self.pending))
-        self.on_entry: Callable[[Path, Entry], None] = lambda path, entry: None
+        self.on_entry: Callable[[Path, Line], None] = lambda path, line: None
+        self._batch_size = 1
 
     def go(self, work: Work, batch_size: int) -> None:
+        """Works on everything that no other run works on."""
+        self._batch_size = batch_size
         with tqdm(total=len(self.items), initial=self.tally.before, unit="picture", disable=None, leave=False) as bar:
-            for first in range(0, len(self.pending), batch_size):
-                batch = self.pending[first : first + batch_size]
-                self._batch(work, [pair for item in batch if (pair := self._opened(item)) is not None])
-                bar.update(len(batch))
+            # Once more at the end, for another run may have died meanwhile.
+            while taken := self._round(work, bar):
+                self.pending = [item for item in self.pending if item not in taken]
+        left = [item for item in self.pending if not self.manifest.finished(item)]
+        self.tally.before, self.tally.elsewhere = self.tally.before + len(self.pending) - len(left), len(left)
 
     def finish(self) -> int:
         """Says on standard error how it went; returns the exit code."""
         print(f"gen-turbo: {self.tally}", file=sys.stderr)
         return SOME_FAILED if self.tally.failed else 0
+
+    def _round(self, work: Work, bar: Any) -> set[Item]:
+        """Works on what can be had now, and gives it."""
+        taken: set[Item] = set()
+        items = iter(self.pending)
+        while batch := self.manifest.claim(items, self._batch_size):
+            self._batch(work, [pair for item in batch if (pair := self._opened(item)) is not None])
+            bar.update(len(batch))
+            taken.update(batch)
+        return taken
 
     def _opened(self, item: Item) -> tuple[Item, Image.Image] | None:
         try:
@@ -134,49 +159,76 @@ class _Run:
             return None
 
     def _batch(self, work: Work, pairs: list[tuple[Item, Image.Image]]) -> None:
-        """Works on a batch, and picture by picture where one of them makes all fail."""
+        """Works on a batch, and where that fails on its halves, down to the picture that makes it fail."""
         if not pairs:
             return
         try:
-            entries = work([picture for _, picture in pairs])
-        except (ValueError, RuntimeError, OSError) as error:
-            if "out of memory" in str(error) or "allocate memory" in str(error):
-                raise
-            if len(pairs) == 1:
-                self._fail(pairs[0][0], error)
-            for pair in pairs if len(pairs) > 1 else ():
-                self._batch(work, [pair])
+            results = list(zip(pairs, work([picture for _, picture in pairs]), strict=True))
+        # Models and preparers are other people's: what they raise has no common class.
+        except Exception as error:
+            # Without the traceback, whose frames hold the memory of the batch.
+            failure = error.with_traceback(None)
+        else:
+            for (item, _), (values, image) in results:
+                self._keep(item, values, image)
             return
-        for (item, _), entry in zip(pairs, entries, strict=True):
-            self._keep(item, entry)
+        half = (len(pairs) + 1) // 2
+        if is_out_of_memory(failure):
+            self._batch_size = min(self._batch_size, half)
+            _free_memory()
+        if len(pairs) == 1:
+            self._fail(pairs[0][0], failure)
+            return
+        for first in range(0, len(pairs), half):
+            self._batch(work, pairs[first : first + half])
 
-    def _keep(self, item: Item, entry: Entry) -> None:
-        image = entry.pop("image", None)
-        if image is not None and self.manifest.path is not None:
-            entry = {"output": self.manifest.output_name(item, ".png"), **entry}
-            write_picture(self.manifest.path.parent / entry["output"], image)
-        self.manifest.add(item, entry)
+    def _keep(self, item: Item, values: Line, image: Image.Image | None) -> None:
+        """Commits a result; only what is wrong with this one is its failure, a full disk ends the run."""
+        try:
+            as_json(values)
+            picture = None if image is None else png_of(image)
+        except Exception as error:
+            self._fail(item, error)
+            return
+        try:
+            line = self.manifest.keep(item, values, picture)
+        except OSError as error:
+            if not is_about_name(error):
+                raise
+            self._fail(item, error)
+            return
         self.tally.done += 1
-        self.on_entry(item.path, entry)
+        self.on_entry(item.path, line)
 
     def _fail(self, item: Item, error: Exception) -> None:
-        message = " ".join(str(error).split()) or type(error).__name__
-        self.manifest.add(item, {"error": message})
+        message = sentence(error)
+        self.manifest.fail(item, message)
         self.tally.failed += 1
-        print(f"gen-turbo: {item.path}: {message}", file=sys.stderr)
+        print(f"gen-turbo: {shown(item.path)}: {shown(message)}", file=sys.stderr)
+
+
+def _free_memory() -> None:
+    """Gives back what a failed batch held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _captions(pipe: Any) -> Work:
-    def work(pictures: list[Image.Image]) -> list[Entry]:
+    def work(pictures: list[Image.Image]) -> list[Made]:
         said = pipe(pictures)
         figures = _shared(len(pictures), caption_s=said.seconds, tokens=said.num_tokens, kept=said.num_kept)
-        return [{"caption": text, **figures} for text in said.texts]
+        return [({"caption": text, **figures}, None) for text in said.texts]
 
     return work
 
 
 def _new_pictures(pipe: Any, seed: int) -> Work:
-    def work(pictures: list[Image.Image]) -> list[Entry]:
+    def work(pictures: list[Image.Image]) -> list[Made]:
         made = pipe(pictures, seeds=seed)
         figures = _shared(
             len(pictures),
@@ -187,7 +239,7 @@ def _new_pictures(pipe: Any, seed: int) -> Work:
         )
         figures |= {"drawn_tokens": made.drawn_tokens, "drawn_kept": made.drawn_kept, "seed": seed}
         return [
-            {"caption": text, "prompt": prompt, "image": image, **figures}
+            ({"caption": text, "prompt": prompt, **figures}, image)
             for text, prompt, image in zip(made.captions, made.prompts, made.images, strict=True)
         ]
 
@@ -216,8 +268,3 @@ def _manifest_path(output: str | None) -> Path | None:
         raise ConfigError(f"captions are written as JSON lines; got the output {output}, name a .jsonl file")
     check_writable(path.parent)
     return path
-
-
-def _quoted(text: str) -> str:
-    """A text as YAML reads it back, whatever it contains."""
-    return "'" + text.replace("'", "''") + "'"

@@ -6,11 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gen_turbo.commands.failures import is_out_of_memory, shown
 from gen_turbo.config import ConfigError, PipelineConfig, load_config_of
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 where some of many pictures failed; 2 after one sentence on standard error about what was wrong.
     """
+    # A terminal that cannot print a name shows it escaped, and the run goes on.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
@@ -37,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail("there is not enough memory; take a smaller height and width, or another device")
     return int(code or 0)
@@ -125,7 +131,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _config(namespace: argparse.Namespace) -> PipelineConfig:
     given = {name: getattr(namespace, name) for name in ("steps", "height", "width")}
-    flags = [f"{name}={value}" for name, value in given.items() if value is not None]
+    flags = [(name, value) for name, value in given.items() if value is not None]
     command = f"gen-turbo {namespace.command}"
     return load_config_of(PipelineConfig, command, namespace.config, [*namespace.overrides, *flags])
 
@@ -224,12 +230,10 @@ def _bench(namespace: argparse.Namespace) -> None:
 
 
 def _fail(message: str, code: int = _USAGE_ERROR) -> int:
-    print(f"gen-turbo: error: {' '.join(message.split())}", file=sys.stderr)
+    # Standard error may be a file on the disk that is full.
+    with suppress(OSError):
+        print(f"gen-turbo: error: {shown(' '.join(message.split()))}", file=sys.stderr)
     return code
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def run(namespace: argparse.Namespace) -> None:
     Raises:
         ValueError: If a file or setting does not fit, or nothing was reduced on a grid.
     """
-    config = load_config(namespace.config, [f"processor={namespace.processor}", *namespace.overrides])
+    named = None if namespace.processor == "null" else namespace.processor
+    config = load_config(namespace.config, [("processor", named), *namespace.overrides])
     # A pipeline of two models has no setting `processor` of its own, so the override above was refused.
     assert isinstance(config, (PipelineConfig, CaptionConfig))
     if namespace.output.suffix.lower() != ".png":

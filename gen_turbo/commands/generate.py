@@ -15,6 +15,7 @@ from gen_turbo.api import attach
 from gen_turbo.config import CALL_SETTINGS, ConfigError, PipelineConfig
 from gen_turbo.engine.report import LayerReport, report
 from gen_turbo.metrics.image import psnr
+from gen_turbo.schemas import check_count
 
 _GAP_PX = 4
 _WARM_UP_STEPS = 3
@@ -88,8 +89,7 @@ def plan_jobs(prompts: Sequence[str], seed: int, num_images: int) -> list[Job]:
     Raises:
         ConfigError: If there would be none, or a seed is out of range.
     """
-    if num_images < 1:
-        raise ConfigError(f"the number of images must be at least 1; got {num_images}")
+    check_count("the number of images", num_images)
     if not 0 <= seed <= _LARGEST_SEED - num_images:
         raise ConfigError(f"the seed must be between 0 and {_LARGEST_SEED - num_images}; got {seed}")
     return [Job(prompt, seed + offset) for prompt in prompts for offset in range(num_images)]

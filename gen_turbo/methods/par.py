@@ -114,7 +114,7 @@ class PARProcessor(Routed, ReductionProcessor):
                 raise ValueError(f"router={self.router!r} has no calibration; give tokens and layers")
             chooser = control(self.router or "uniform", depth)
             return Routing(chooser, 1 - layout.tokens, layout.layers, layout.first, self.mode)
-        artefact = router_for(model, self.router)
+        artefact = router_for(model, text, self.router)
         layout = layout if is_given else artefact.layout_at(self.budget, text)
         return Routing(Trained(artefact.router), 1 - layout.tokens, layout.layers, layout.first, self.mode)
 

@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from torch import nn
 
 from gen_turbo.models.adapter import WHOLE as WHOLE
+from gen_turbo.output import write_text
+from gen_turbo.training.files import ODD_NOTES, check_value, reason_of
 from gen_turbo.training.probe import is_same_model, weight_probe
 
+T = TypeVar("T")
 _PROBE_VALUES = 32
 _KEYS = ("model", "probe", "scheduler", "times", "slopes", "levels")
 _TOLERANCE = 1e-3
+_MOST_BYTES, _MOST_CALLS, _MOST_UNITS = 2**24, 10_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,11 @@ class Schedule:
     inner: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks the calls; raises ValueError where one does not exist, or nothing could be known at a skip."""
+        """Checks numbers and calls; raises ValueError for one that is none, or where nothing is known at a skip."""
+        for name, value in {"cost": self.cost, "psnr_db": self.psnr_db}.items():
+            check_value(name, value, float | None)
+        for value in (*self.times, *self.slopes.values()):
+            check_value("a time or a slope", value, float)
         for unit, calls in self.skips.items():
             wrong = sorted(call for call in calls if not 0 < call < len(self.times))
             if wrong:
@@ -157,16 +165,19 @@ def read(path: str | Path) -> ScheduleFile:
         ValueError: If it is not there or is none.
     """
     try:
-        tree = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        file = Path(path).expanduser()
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the schedule {path}: {' '.join(str(error).split())}") from error
     missing = [key for key in _KEYS if not isinstance(tree, dict) or key not in tree]
     if missing:
         raise ValueError(f"{path} is no schedule: it lacks {', '.join(missing)}; make one by gen-turbo calibrate par")
     try:
         return _file_of(tree)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no schedule: {error!r}; make one by gen-turbo calibrate par") from error
+    except (ValueError, *ODD_NOTES) as error:
+        raise ValueError(f"{path} is no schedule: {reason_of(error)}; make one by gen-turbo calibrate par") from error
 
 
 def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
@@ -189,23 +200,35 @@ def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
         ],
     }
     text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
-    Path(path).write_text(f"# {comment}\n{text}", encoding="utf-8")
+    write_text(Path(path), f"# {comment}\n{text}")
 
 
 def _file_of(tree: dict[str, Any]) -> ScheduleFile:
-    times = tuple(float(time) for time in tree["times"])
-    slopes = {str(unit): float(slope) for unit, slope in tree["slopes"].items()}
-    return ScheduleFile(
-        str(tree["model"]),
-        tuple(float(value) for value in tree["probe"]),
-        str(tree["scheduler"]),
-        tuple(_schedule_of(level, times, slopes) for level in tree["levels"]),
-    )
+    model, scheduler = _each("model and scheduler", [tree["model"], tree["scheduler"]], str, 2)
+    times = _each("times", tree["times"], float, _MOST_CALLS)
+    probe = _each("probe", tree["probe"], float, _PROBE_VALUES)
+    slopes = dict(zip(tree["slopes"], _each("slopes", list(tree["slopes"].values()), float, _MOST_UNITS), strict=True))
+    levels = _each("levels", tree["levels"], dict, _MOST_CALLS)
+    if not times or not levels:
+        raise ValueError("it has no times or no levels")
+    return ScheduleFile(model, probe, scheduler, tuple(_schedule_of(level, times, slopes) for level in levels))
 
 
-def _schedule_of(level: Mapping[str, Any], times: Sequence[float], slopes: Mapping[str, float]) -> Schedule:
-    skips = {str(unit): frozenset(int(call) for call in calls) for unit, calls in level["skips"].items()}
-    return Schedule(tuple(times), skips, slopes, float(level["cost"]), level["psnr_db"], level["inner"])
+def _schedule_of(level: Mapping[str, Any], times: tuple[float, ...], slopes: Mapping[str, float]) -> Schedule:
+    calls = {unit: _each(f"skips of {unit}", given, int, len(times)) for unit, given in level["skips"].items()}
+    _each("units", [*calls, *slopes], str, _MOST_UNITS)
+    check_value("inner", level["inner"], str | None)
+    skips = {unit: frozenset(given) for unit, given in calls.items()}
+    return Schedule(times, skips, slopes, level["cost"], level["psnr_db"], level["inner"])
+
+
+def _each(name: str, values: Any, kind: type[T], most: int) -> tuple[T, ...]:
+    """Some values of one type; raises ValueError for others, and for more than there can be."""
+    if not isinstance(values, list) or len(values) > most:
+        raise ValueError(f"{name} must be a list of at most {most}")
+    for value in values:
+        check_value(name, value, kind)
+    return tuple(kind(value) for value in values)  # type: ignore[call-arg]
 
 
 def _folder() -> Path:

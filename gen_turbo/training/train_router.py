@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from gen_turbo.schemas import check_finite
 from gen_turbo.training import objectives
+from gen_turbo.training.files import Notes, Size, read_artefact, save_artefact
 from gen_turbo.training.probe import weight_probe
 from gen_turbo.training.router import Router
 from gen_turbo.vlm.routes import Routing, Scores
@@ -27,6 +27,8 @@ Prompts = Callable[[int], Mapping[str, Tensor]]
 """Gives the inputs of a batch of prompts, by number; the same number gives the same batch."""
 OBJECTIVES = ("preference", "reward", "divergence")
 _LAYERS_EVERY = 4
+_STATE, _FORMAT, _MOMENTS = "state.safetensors", "gen_turbo.router_state.1", ("step", "exp_avg", "exp_avg_sq")
+_ANOTHER = "give another folder or delete it"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class RouterTraining:
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
+        check_finite(self)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}")
         if not 0 < self.tokens <= 1:
@@ -109,8 +112,8 @@ class RouterTrainer:
         self.layers = training.layers_of(router.shape.num_layers)
         self._weights = list(router.parameters())
         self._optimiser = torch.optim.AdamW(self._weights, lr=training.learning_rate, weight_decay=0.0)
-        if folder is not None and (folder / "state.safetensors").exists():
-            self._resume(folder / "state.safetensors")
+        if folder is not None and (folder / _STATE).exists():
+            self._resume(folder / _STATE)
 
     @property
     def routing(self) -> Routing:
@@ -196,29 +199,34 @@ class RouterTrainer:
         self._optimiser.zero_grad(set_to_none=True)
 
     def _save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"weight.{index}": weight.detach().contiguous() for index, weight in enumerate(self._weights)}
+        tensors = {f"weight.{index}": weight.detach() for index, weight in enumerate(self._weights)}
         for index, weight in enumerate(self._weights):
             state = self._optimiser.state.get(weight, {})
-            tensors |= {f"{name}.{index}": value.contiguous() for name, value in state.items()}
-        notes = {"settings": self._settings(), "step": str(self.step), "data": self.data_hash}
-        save_file(tensors, folder / "state.partial", metadata=notes)
-        (folder / "state.partial").replace(folder / "state.safetensors")
+            tensors |= {f"{name}.{index}": value for name, value in state.items()}
+        notes = {"format": _FORMAT, "settings": self._settings(), "step": str(self.step), "data": self.data_hash}
+        save_artefact(folder / _STATE, tensors, notes)
 
     def _resume(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            notes: Mapping[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if notes.get("settings") != self._settings():
-            raise ValueError(
-                f"{path} is of a training with other settings or of another model; give another folder or delete it"
-            )
+        notes, tensors = read_artefact(path, _FORMAT, "state of a training", _ANOTHER, self._sizes)
         with torch.no_grad():
             for index, weight in enumerate(self._weights):
                 weight.copy_(tensors[f"weight.{index}"])
-                names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{index}" in tensors]
+                names = [name for name in _MOMENTS if f"{name}.{index}" in tensors]
                 self._optimiser.state[weight] = {name: tensors[f"{name}.{index}"] for name in names}
         self.step, self.data_hash = int(notes["step"]), notes["data"]
+
+    def _sizes(self, notes: Notes, found: Mapping[str, Size]) -> dict[str, Size]:
+        if notes["settings"] != self._settings():
+            raise ValueError("it is of a training with other settings or of another model")
+        if not 0 <= int(notes["step"]) <= self.training.steps:
+            raise ValueError(f"it is of step {notes['step']} of {self.training.steps}")
+        sizes: dict[str, Size] = {}
+        for index, weight in enumerate(self._weights):
+            size = tuple(weight.shape)
+            sizes |= {f"weight.{index}": size}
+            if int(notes["step"]):
+                sizes |= {f"step.{index}": (), f"exp_avg.{index}": size, f"exp_avg_sq.{index}": size}
+        return sizes
 
     def _settings(self) -> str:
         model = hashlib.sha256(weight_probe([self.teacher.model]).numpy().tobytes()).hexdigest()

@@ -4,78 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gen_turbo.training.files import Notes, Size, read_artefact, save_artefact
 from gen_turbo.training.lessons import Taught
 from gen_turbo.training.vistog import VisToGArtefact
+from gen_turbo.training.vistog_training import VisToGTraining
 from gen_turbo.vlm.grouping import GroupingPart
 from gen_turbo.vlm.teacher import Teacher
 
 Batches = Callable[[int], Mapping[str, Tensor]]
 """Gives the inputs of a step: prompts with pictures, padded on the left. The same number, the same inputs."""
 _STATE, _RESULT, _ADAPTER, _ROWS = "state.safetensors", "vistog.safetensors", "adapter", "rows:"
-
-
-@dataclass(frozen=True)
-class VisToGTraining:
-    """Settings of a training in two stages, as the paper has them.
-
-    Attributes:
-        align_steps: Steps of the first stage: semantic tokens, grouping layer and projector.
-        tune_steps: Steps of the second stage: the same at a lower rate, with the language model's adapter if wanted.
-        align_rate: Learning rate of the first stage; it rises over a tenth of the steps and falls along a cosine.
-        tune_rate: Learning rate of the second stage.
-        has_connector: Whether a copy of the projector is trained too.
-        lora_rank: Rank of an adapter on the language model's queries and values, made by peft in the second stage. It
-            stays on the model and is written beside the result, to be loaded by `model.load_adapter`; 0 makes none.
-        max_new_tokens: The longest answer of the teacher.
-        num_lessons: Batches whose answers are held at once and gone through in turn. Raising it varies more and holds
-            the logits of more answers.
-        num_rounds: How often these are gone through before the next ones are drawn and answered. Raising it saves the
-            full model's part of the work.
-        num_drawn: For each question that is learned from, how many are drawn and answered: those whose answers the
-            grouped model moves furthest stay. Raising it finds what is still wrong where most is right.
-        seed: Of the noise in the assignments.
-        save_every_s: Seconds between checkpoints.
-    """
-
-    align_steps: int = 600
-    tune_steps: int = 200
-    align_rate: float = 1e-3
-    tune_rate: float = 2e-4
-    has_connector: bool = True
-    lora_rank: int = 0
-    max_new_tokens: int = 16
-    num_lessons: int = 16
-    num_rounds: int = 3
-    num_drawn: int = 1
-    seed: int = 0
-    save_every_s: float = 60.0
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.align_steps:
-            peak, place, steps = self.align_rate, step, self.align_steps
-        else:
-            peak, place, steps = self.tune_rate, step - self.align_steps, self.tune_steps
-        rise = min(1.0, 10 * (place + 1) / steps)
-        return peak * rise * 0.5 * (1 + math.cos(math.pi * place / steps))
-
-    def lesson(self, step: int) -> int:
-        """The number of the batch that a step learns from."""
-        block, place = divmod(step, self.num_lessons * self.num_rounds)
-        return block * self.num_lessons + place % self.num_lessons
+_FORMAT, _MOMENTS = "gen_turbo.vistog_state.1", ("exp_avg", "exp_avg_sq", "step")
+_ANOTHER = "choose another folder or delete it"
 
 
 class VisToGTrainer:
@@ -158,17 +110,14 @@ class VisToGTrainer:
             return float(sum(one.divergence(self._model).sum() / one.counts_BT.sum() for one in taught) / count)
 
     def save(self) -> None:
-        """Writes the state under a temporary name, then renames it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Writes the state, whole or not at all."""
         tensors = {name: weight.detach() for name, weight in self._weights.items()}
         for name, weight in self._weights.items():
             state = self._optimiser.state.get(weight, {})
-            tensors |= {f"{key}:{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step") if key in state}
+            tensors |= {f"{key}:{name}": state[key] for key in _MOMENTS if key in state}
         tensors |= {f"{_ROWS}{index}": rows for index, rows in self._rows.items()}
-        partial = self.folder / (_STATE + ".partial")
-        notes = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, notes)
-        partial.replace(self.folder / _STATE)
+        notes = {"format": _FORMAT, "settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
+        save_artefact(self.folder / _STATE, tensors, notes)
 
     def _check(self, start: VisToGArtefact) -> None:
         own, other = ((s.num_groups, s.width) for s in (self._grouping.shape, start.grouping.shape))
@@ -181,23 +130,33 @@ class VisToGTrainer:
         path = self.folder / _STATE
         if not path.is_file():
             return
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata()
-        before, now = json.loads(notes["settings"]), asdict(self.settings)
-        changed = sorted(name for name in now if name != "save_every_s" and before.get(name) != now[name])
-        if changed:
-            raise ValueError(f"{path} is of a training with another {', '.join(changed)}; choose another folder")
-        tensors = load_file(path)
+        notes, tensors = read_artefact(path, _FORMAT, "state of a training", _ANOTHER, self._sizes, _ROWS)
         self._rows = {int(name.removeprefix(_ROWS)): rows for name, rows in tensors.items() if name.startswith(_ROWS)}
         self.step = int(notes["step"])
         if self.step > self.settings.align_steps:
             self._add_adapter()
         with torch.no_grad():
             for name, weight in self._weights.items():
+                if name not in tensors or tensors[name].shape != weight.shape:
+                    raise ValueError(f"{path} has no {name} of this size; {_ANOTHER}")
                 weight.copy_(tensors[name])
-                if f"step:{name}" in tensors:
-                    keys = ("exp_avg", "exp_avg_sq", "step")
-                    self._optimiser.state[weight] = {key: tensors[f"{key}:{name}"].clone() for key in keys}
+                state = {key: tensors[f"{key}:{name}"].clone() for key in _MOMENTS if f"{key}:{name}" in tensors}
+                if state:
+                    self._optimiser.state[weight] = state
+
+    def _sizes(self, notes: Notes, found: Mapping[str, Size]) -> dict[str, Size]:
+        """What a state of this training holds; an adapter is checked once there is one."""
+        before, now = json.loads(notes["settings"]), asdict(self.settings)
+        changed = sorted(name for name in now if name != "save_every_s" and before.get(name) != now[name])
+        if changed:
+            raise ValueError(f"it is of a training with another {', '.join(changed)}")
+        if not 0 <= int(notes["step"]) <= self.num_steps:
+            raise ValueError(f"it is of step {notes['step']} of {self.num_steps}")
+        sizes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        moments = {f"{key}:{name}": () if key == "step" else size for key in _MOMENTS for name, size in sizes.items()}
+        free = {name: size for name, size in found.items() if name.split(":")[-1].startswith(_ADAPTER)}
+        rows = {name: size for name, size in found.items() if re.fullmatch(f"{_ROWS}[0-9]+", name)}
+        return {**sizes, **{name: size for name, size in moments.items() if name in found}, **free, **rows}
 
     @contextmanager
     def _training(self) -> Iterator[None]:

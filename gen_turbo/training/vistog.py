@@ -6,17 +6,17 @@ Shape names: B pictures, N patches, M groups, D channels of the vision tower.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gen_turbo.tokens.select import pool_cells
 from gen_turbo.tokens.token_map import TokenMap
-from gen_turbo.training.files import read_artefact
+from gen_turbo.training.files import Notes, Size, from_note, read_artefact, save_artefact
 
 FORMAT = "gen_turbo.vistog.1"
 _PROBE, _CONNECTOR = "probe", "connector."
@@ -160,14 +160,10 @@ class VisToGArtefact:
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes a safetensors file, learned weights in `dtype`; it replaces an older one at once or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         weights = {**self.grouping.state_dict(), **{_CONNECTOR + name: w for name, w in self.connector.items()}}
-        tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
+        tensors = {name: weight.detach().to("cpu", dtype) for name, weight in weights.items()}
         notes = {**self.notes, "format": FORMAT, "shape": json.dumps(asdict(self.grouping.shape))}
-        partial = path.with_name(path.name + ".partial")
-        save_file({**tensors, _PROBE: self.probe}, partial, metadata=notes)
-        partial.replace(path)
+        save_artefact(path, {**tensors, _PROBE: self.probe}, notes)
 
     @classmethod
     def load(cls, path: str | Path) -> VisToGArtefact:
@@ -176,10 +172,30 @@ class VisToGArtefact:
         Raises:
             ValueError: If there is no such file or it holds something else.
         """
-        notes, tensors = read_artefact(path, FORMAT, "VisToG weights", "make some with: gen-turbo calibrate vistog")
+        remedy = "make some with: gen-turbo calibrate vistog"
+        notes, tensors = read_artefact(path, FORMAT, "VisToG weights", remedy, _sizes)
         probe = tensors.pop(_PROBE)
-        connector = {n.removeprefix(_CONNECTOR): w.float() for n, w in tensors.items() if n.startswith(_CONNECTOR)}
-        grouping = SemanticGrouping(VisToGShape(**json.loads(notes["shape"])))
+        connector = {name.removeprefix(_CONNECTOR): w for name, w in tensors.items() if name.startswith(_CONNECTOR)}
+        grouping = SemanticGrouping(_shape(notes))
         grouping.load_state_dict({name: w for name, w in tensors.items() if not name.startswith(_CONNECTOR)})
         rest = {name: text for name, text in notes.items() if name not in ("format", "shape")}
         return cls(grouping.eval(), connector, probe, rest)
+
+
+def _shape(notes: Notes) -> VisToGShape:
+    shape = from_note(VisToGShape, json.loads(notes["shape"]))
+    if min(shape.num_groups, shape.width) < 1 or shape.first_block < 0:
+        raise ValueError(f"it is of {shape}")
+    return shape
+
+
+def _sizes(notes: Notes, found: Mapping[str, Size]) -> dict[str, Size]:
+    """The sizes of the learned parts; none larger is made than the file holds. A projector may have any."""
+    shape = _shape(notes)
+    first = {"tokens": (shape.num_groups, shape.width), "query.weight": (shape.width, shape.width)}
+    for name, size in first.items():
+        if found.get(name) != size:
+            raise ValueError(f"{name} has the size {found.get(name)}, not {size}")
+    made = {name: tuple(value.shape) for name, value in SemanticGrouping(shape).state_dict().items()}
+    connector = {name: size for name, size in found.items() if name.startswith(_CONNECTOR)}
+    return {**made, **connector, _PROBE: found[_PROBE]}

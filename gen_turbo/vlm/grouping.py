@@ -192,7 +192,23 @@ def _artefact(model: nn.Module, facts: TowerFacts, settings: Grouped) -> VisToGA
         raise ValueError(f"{settings.weights} was trained for num_tokens={num_groups}; got {settings.num_tokens}")
     if not is_same_model(artefact.probe, _probe(model, facts)):
         raise ValueError(f"{settings.weights} was trained for another model; make weights: gen-turbo calibrate vistog")
+    _check_fits(model, facts, artefact, settings.weights)
     return artefact
+
+
+def _check_fits(model: nn.Module, facts: TowerFacts, artefact: VisToGArtefact, path: str) -> None:
+    """Refuses learned parts whose sizes are not those of the tower and the projector; raises ValueError."""
+    tower: Any = model.get_submodule(facts.module)
+    shape, config = artefact.grouping.shape, tower.config
+    num_patches = (config.image_size // config.patch_size) ** 2
+    if shape.width != config.hidden_size or shape.first_block >= config.num_hidden_layers:
+        raise ValueError(f"{path} is of {shape}, which does not fit a tower of {config.hidden_size} channels")
+    if shape.num_groups >= num_patches:
+        raise ValueError(f"{path} has {shape.num_groups} groups, no fewer than the {num_patches} patches of a picture")
+    own = model.get_submodule(facts.projector).state_dict() if facts.projector else {}
+    sizes = [{name: weight.shape for name, weight in one.items()} for one in (artefact.connector, own)]
+    if artefact.connector and sizes[0] != sizes[1]:
+        raise ValueError(f"{path} has a projector of other weights than this model's")
 
 
 def _connector(model: nn.Module, facts: TowerFacts, artefact: VisToGArtefact) -> nn.Module | None:

@@ -16,6 +16,7 @@ from gen_turbo.training.train_router import OBJECTIVES, RouterTrainer, RouterTra
 from gen_turbo.vlm.routes import Scores
 from gen_turbo.vlm.teacher import Teacher
 from tests.snapshots import differences, model_state
+from tests.training.damage import damaged
 from tests.vlm.test_generate import generate
 from tests.vlm.tiny_vlms import PROMPTS, VLMS, pixels
 
@@ -110,6 +111,17 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         trainer(RouterTraining(samples=4, steps=4, layers=3, tokens=0.5), tmp_path)
     with pytest.raises(ValueError, match="or of another model"):
         RouterTrainer(fresh(), Teacher(VLMS["llava"].make("sdpa"), 3), prompts, QUICK, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    """Catches a reader's traceback, and weights of a damaged file that are trained on."""
+    trainer(QUICK, tmp_path).fit(quiet)
+    for form in damaged(tmp_path / "state.safetensors", "weight.0"):
+        with pytest.raises(ValueError, match="state of a training|delete it"):
+            trainer(QUICK, tmp_path)
+            pytest.fail(form)
+    assert trainer(QUICK, tmp_path).step == QUICK.steps
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 def test_the_teacher_measures_the_kl_of_routed_answers():

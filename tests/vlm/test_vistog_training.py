@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from gen_turbo import attach
 from gen_turbo.api import attachments
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
-from gen_turbo.training.train_vistog import VisToGTrainer, VisToGTraining
+from gen_turbo.training.train_vistog import VisToGTrainer
 from gen_turbo.training.vistog import VisToGArtefact
+from gen_turbo.training.vistog_training import VisToGTraining
 from tests.snapshots import differences, model_state
+from tests.training.damage import damaged
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 SETTINGS = VisToGTraining(align_steps=3, tune_steps=2, max_new_tokens=3, num_lessons=2, num_rounds=2)
@@ -166,3 +168,14 @@ def test_the_rate_rises_and_falls_in_each_stage():
     rates = [settings.rate(step) for step in range(150)]
     assert max(range(100), key=lambda step: rates[step]) == 9 and max(rates[100:]) < 0.1
     assert rates[99] < 0.01 and rates[149] < 0.001 and rates[104] > rates[101]
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    """Catches a reader's traceback, and weights of a damaged file that are trained on."""
+    trainer(tmp_path).run({}, 1)
+    for form in damaged(tmp_path / "state.safetensors", "grouping.tokens"):
+        with pytest.raises(ValueError, match="state of a training|delete it"):
+            trainer(tmp_path)
+            pytest.fail(form)
+    assert trainer(tmp_path).step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
