@@ -1,1 +1,1 @@
-"""Pure tensor functions on token plans: partition, matching, scoring, schedule. Imports torch and nothing else."""
+"""Pure tensor functions on token maps: maps, matching, grouping, selecting, scoring. Imports torch and nothing else."""

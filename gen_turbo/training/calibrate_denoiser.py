@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from gen_turbo.engine.probing import Probe, Recording
-from gen_turbo.tokens.forecast import best_slope
 from gen_turbo.training.schedule import WHOLE
 from gen_turbo.training.search import Search, Skips
 
@@ -180,3 +179,16 @@ def _slope(runs: Sequence[Sequence[Tensor]]) -> float:
 def _between(call: int, places: Sequence[int], values: Sequence[float]) -> float:
     """Interpolates positive values on a logarithmic scale, and holds the outer ones."""
     return float(np.exp(np.interp(call, places, np.log(np.maximum(values, _LEAST)))))
+
+
+def best_slope(newest: Tensor, older: Tensor, actual: Tensor, steps: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Gives numerator and denominator of the least-squares slope, to be summed over what is forecast together.
+
+    Args:
+        newest: The quantity at `steps[0]`.
+        older: The same at `steps[1]`.
+        actual: What it really is at `steps[2]`.
+        steps: Falling for the first two; the third lies behind the first.
+    """
+    line = ((newest - older) * ((steps[2] - steps[0]) / (steps[0] - steps[1]))).float()
+    return (line * (actual - newest).float()).sum(), line.square().sum()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from gen_turbo.tokens.columns import Columns
+from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.routes import Route
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from gen_turbo.tokens.columns import Columns
 from gen_turbo.vlm.cache import ShortenedCache
+from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.run import Pictures, Planner, Reduction, reduce
 

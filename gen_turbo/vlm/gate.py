@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gen_turbo.method import Grid
-from gen_turbo.tokens.columns import Columns
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import ShortenedCache, shortened
+from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.family import Family, image_token_mask
 from gen_turbo.vlm.layers import real_columns
 from gen_turbo.vlm.origin import Seen

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
-from gen_turbo.tokens.columns import protect_leading
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.columns import protect_leading
 from gen_turbo.vlm.family import TowerFacts
 
 

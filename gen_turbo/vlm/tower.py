@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
-from gen_turbo.tokens.columns import protect_leading
 from gen_turbo.tokens.score import attention_column_mean
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.columns import protect_leading
 from gen_turbo.vlm.family import TowerFacts, square
 from gen_turbo.vlm.projections import Projections
 

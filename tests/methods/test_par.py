@@ -5,8 +5,9 @@ import torch
 
 from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline
 from gen_turbo.api import adapter_of, attachments
+from gen_turbo.engine.gates import UnitMemory
 from gen_turbo.engine.stopwatch import timed
-from gen_turbo.tokens.forecast import best_slope, forecast
+from gen_turbo.training.calibrate_denoiser import best_slope
 from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, read, write
 from gen_turbo.training.search import Search
 from tests.schedules import TIMES, by_hand
@@ -16,9 +17,10 @@ from tests.tiny_hosts import run_unet, sd15_unet, sdxl_unet, unet_inputs
 def test_a_forecast_continues_the_line_by_its_slope():
     """Catches a slope over calls instead of over the distance between them."""
     older, newer = torch.tensor([1.0]), torch.tensor([3.0])
-    assert forecast([newer, older], [4, 2], 7, 1.0).item() == 6
-    assert forecast([newer, older], [4, 2], 7, 0.5).item() == 4.5
-    assert forecast([newer], [4], 7).item() == 3
+    memory = UnitMemory(torch.zeros(()), [newer], [older])
+    for reach, expected in ((1.5, 6.0), (0.75, 4.5), (0.0, 3.0)):
+        memory.reach.fill_(reach)
+        assert memory.forecast()[0].item() == expected
     numerator, denominator = best_slope(newer, older, torch.tensor([4.5]), (4, 2, 7))
     assert (numerator / denominator).item() == 0.5
 
