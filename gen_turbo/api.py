@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +21,7 @@ _FAMILIES = {
 }
 """Where the tuple ADAPTERS is for the models of a library; imported when a model of that library is attached to."""
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "vlm")
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Part] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Callable[[], Part | None]] = weakref.WeakKeyDictionary()
 
 
 class Attachment:
@@ -72,14 +73,13 @@ def attach(target: Any, reducer: TokenReducer, *, replace: bool = False, graphs:
     if not isinstance(reducer, TokenReducer):
         raise TypeError(f"expected a processor such as TurboProcessor(0.4), got {reducer!r}")
     pipeline, models = denoisers(target)
-    attached = [model for model in models if model in _ATTACHED]
-    if attached and not replace:
+    before = _parts(models)
+    if before and not replace:
         raise ValueError(
-            f"{type(attached[0]).__name__} already has a {type(_ATTACHED[attached[0]].reducer).__name__} attached; "
+            f"{type(before[0].model).__name__} already has a {type(before[0].reducer).__name__} attached; "
             "call gen_turbo.detach first"
         )
-    wanted = [(model, reducer, graphs) for model in models]
-    return _exchanged([_ATTACHED[model] for model in attached], wanted, pipeline)
+    return _exchanged(before, [(model, reducer, graphs) for model in models], pipeline)
 
 
 def reattach(target: Any) -> Attachment:
@@ -92,7 +92,7 @@ def reattach(target: Any) -> Attachment:
         ValueError: If nothing is attached, or the reducer does not fit the layers now. Nothing was changed then.
     """
     pipeline, models = denoisers(target)
-    before = [_ATTACHED[model] for model in models if model in _ATTACHED]
+    before = _parts(models)
     if not before:
         raise ValueError(f"nothing is attached to this {type(target).__name__}; call gen_turbo.attach")
     return _exchanged(before, [(part.model, part.reducer, getattr(part, "graphs", False)) for part in before], pipeline)
@@ -100,14 +100,13 @@ def reattach(target: Any) -> Attachment:
 
 def detach(target: Any) -> None:
     """Takes the reducer off a pipeline or model; without one, nothing happens."""
-    for model in denoisers(target)[1]:
-        if model in _ATTACHED:
-            _release(_ATTACHED[model])
+    for part in attachments(target):
+        _release(part)
 
 
 def attachments(target: Any) -> list[Part]:
     """What is attached to a pipeline's denoisers or to a model."""
-    return [_ATTACHED[model] for model in denoisers(target)[1] if model in _ATTACHED]
+    return _parts(denoisers(target)[1])
 
 
 def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
@@ -159,17 +158,22 @@ def _part(adapter: Any, model: nn.Module, reducer: TokenReducer, graphs: Mode, p
     return DenoiserPart(model, adapter, reducer, pipeline, graphs)
 
 
+def _parts(models: list[nn.Module]) -> list[Part]:
+    found = [_ATTACHED[model]() for model in models if model in _ATTACHED]
+    return [part for part in found if part is not None]
+
+
 def _release(part: Part) -> None:
     """Takes one part off its model; a part that is off already changes nothing."""
     part.remove()
-    for model in [model for model, other in _ATTACHED.items() if other is part]:
+    for model in [model for model, other in _ATTACHED.items() if other() is part]:
         del _ATTACHED[model]
 
 
 def _install(parts: list[Part]) -> None:
     for part in parts:
         part.install()
-        _ATTACHED[part.model] = part
+        _ATTACHED[part.model] = part.reference()
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

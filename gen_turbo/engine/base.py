@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import nn
 
@@ -71,6 +72,10 @@ class Part(Protocol):
         """One row per layer, reduced or left alone."""
         ...
 
+    def reference(self) -> Callable[[], Part | None]:
+        """What gives the part back for as long as its model lives, and does not keep the model alive."""
+        ...
+
     def install(self) -> None:
         """Puts everything in place."""
         ...
@@ -93,3 +98,7 @@ class OnModel:
         if model is None:
             raise ReferenceError("the model of this attachment no longer exists")
         return model
+
+    def reference(self) -> Callable[[], Self | None]:
+        """The part itself, where it holds nothing that keeps the model alive."""
+        return lambda: self

@@ -71,8 +71,6 @@ class Beginning:
     def rewrite(self, layer: ReducedLayer, x: Tensor) -> None:
         """Makes the map of a layer anew, from what it reads now, for all that share it."""
         state = layer.state
-        if self.context is None:
-            return
         assert state.base is not None and state.map is not None
         first = state.map.leading
         image, info = x[:, first : first + state.base.num_tokens], layer.step_info
@@ -143,7 +141,7 @@ class Beginning:
                 # Blocks read tokens before any norm; their attention is not asked for the value of tokens.
                 return None
             module = layer.module
-            found = self.adapter.semantic_value(module, rows, kind, context.condition)
+            found = self.adapter.semantic_value(module, rows, kind, context.conditioning)
             if found is None:
                 return None
             found = found.mean(0, keepdim=True) if shares else found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import nn
 
@@ -93,6 +94,11 @@ class DenoiserPart(OnModel):
             Graphs(model, graphs) if graphs is not False else None,
             pipeline,
         )
+        self.root.owner = self
+
+    def reference(self) -> Callable[[], Self | None]:
+        """A weak reference: the model holds the part, and the part the forwards that it replaces, so the model."""
+        return weakref.ref(self)
 
     def install(self) -> None:
         """Puts everything in place, what is called first last."""

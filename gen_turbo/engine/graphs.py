@@ -108,7 +108,7 @@ class Graphs:
         if entry.graph is not None:
             return lambda: self._replay(entry, leaves)
         num_eager = _EAGER_TIMED if self.mode == "auto" else 1
-        if context.step == 0:
+        if context.step == 0 and context.is_revived:
             # The first step of an earlier run was eager, and one does not tell what graphs gain.
             num_eager = int(self.is_compiled)
         if entry.num_eager < num_eager:
@@ -130,9 +130,8 @@ class Graphs:
                 break
 
     def keep(self, context: Context) -> None:
-        """Keeps the buffers of a context that has ended, where graphs or compiled code read them."""
-        is_read = self.is_compiled or any(entry.graph is not None for entry in context.captured.values())
-        if is_read and context.states and not context.num_merged_text and not self._obstacle(context):
+        """Keeps the buffers of a context that has ended, where graphs read them or are about to."""
+        if context.captured and context.states and not context.num_merged_text and not self._refused:
             self._idle = [*self._idle[-_MAX_IDLE + 1 :], context]
 
     def drop(self) -> None:
@@ -175,7 +174,8 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # What other threads do meanwhile is no part of the graph and must not end it.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 entry.output = inner(*args, **kwargs)
         except Exception as error:  # whatever a model does that a capture forbids
             torch.cuda.synchronize()

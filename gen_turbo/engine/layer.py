@@ -115,8 +115,6 @@ class ReducedLayer(Placed):
         """Keeps what the merged call missed of the full one, and how it changed since the last time."""
         state = self.state
         assert state.map is not None
-        if _is_in_backward():
-            return
         several = isinstance(full, tuple)
         misses: list[Tensor | None] = []
         for index, (whole, y) in enumerate(zip(full, output, strict=True) if several else [(full, output)]):
@@ -134,11 +132,6 @@ class ReducedLayer(Placed):
                 if slope is not None:
                     slope.copy_((miss - residual) / state.gap)
                 residual.copy_(miss)
-
-
-def _is_in_backward() -> bool:
-    """Whether a checkpointed block runs once more, for its gradients."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class FeatureMapLayer(ReducedLayer):

@@ -86,6 +86,9 @@ class Program:
                 for slope in held.slopes:
                     if slope is not None:
                         slope.zero_()
+            num_bytes = sum({id(held): held.num_bytes for held in context.states.values()}.values())
+            context.run.num_bytes += num_bytes - context.num_bytes
+            context.num_bytes = num_bytes
             return
         device = context.layout[2]
         for group in self.groups:
@@ -133,18 +136,18 @@ class Program:
                     kind.append(layer.step_info)
         return tuple(kind)
 
-    def end(self, context: Context, skipped: frozenset[str], is_kept: bool = False) -> int:
-        """Counts a step that is over and leaves every layer stock, unless it is kept as it was.
+    def rest(self) -> None:
+        """Leaves every layer stock."""
+        for layer in self.layers:
+            layer.phase, layer.starts, layer.writes_map = Phase.FULL, False, False
 
-        Returns:
-            How many states were reduced in it.
-        """
+    def end(self, context: Context, skipped: frozenset[str]) -> int:
+        """Counts a step that is over and leaves every layer stock; gives how many states were reduced in it."""
+        self.rest()
         num_reduced, seen = 0, set[int]()
         for group, state in zip(self.groups, context.groups, strict=True):
             runs = not (group.units & skipped)
             for layer in group.layers:
-                if not is_kept:
-                    layer.phase, layer.starts, layer.writes_map = Phase.FULL, False, False
                 held = context.states[layer]
                 if not runs or id(held) in seen:
                     continue

@@ -25,6 +25,10 @@ from gen_turbo.models.adapter import Adapter, TextSignature
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NOTHING: frozenset[str] = frozenset()
+_CHECKPOINTED = (
+    "calls that record gradients run in full while gradient checkpointing is on, which runs blocks once more in the "
+    "backward pass; call disable_gradient_checkpointing to reduce tokens while training"
+)
 
 
 # Kept out of graphs: `_outside` with all that it calls, `_skipped` alone, so that what it calls is compiled.
@@ -76,12 +80,13 @@ class Root(Placed):
         super().__init__("", model)
         self.adapter, self.beginning, self.program, self.insides = adapter, beginning, program, insides
         self.text, self.skipping, self.graphs = text, skipping, graphs
-        self.runs = Runs(pipeline, adapter.time)
+        self.runs = Runs(pipeline, adapter.time, self._fold)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.has_spans = any(hasattr(layer, "span") for layer in program.layers)
         self.text_tokens = 0, 0
         self.most_bytes = 0
         self.siblings: list[Root] = []
+        self.owner: object = None
         self._lock = threading.RLock()
         self._one = torch.zeros(())
         self._is_compiled = False
@@ -123,22 +128,27 @@ class Root(Placed):
         try:
             return self._begun(args, kwargs)
         except BaseException:
+            self._rest()
             self._lock.release()
             raise
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False):
+            # Blocks run once more in the backward pass, when steps, maps and memory have moved on.
+            if self._expects_effect():
+                warnings.warn(_CHECKPOINTED, NoEffectWarning, stacklevel=4)
+            return _Step(None, args, kwargs)
         self._check(arguments)
         call = self.adapter.read(arguments)
         context = self.runs.find(call)
         is_new = context is None
         if context is None:
             context = self.runs.open(call, self.adapter.geometry(self.module, arguments))
-        self._fold()
         self.beginning.context = context
         step, starts = _Step(context, args, kwargs), False
         if self.text is not None:
-            self._with_short_text(step, arguments, self.text)
+            self._with_short_text(context, step, arguments, self.text)
         if is_new:
             self._enter(context)
         if self.skipping is not None:
@@ -147,6 +157,13 @@ class Root(Placed):
         starts = starts or "starts" in kind
         for inside in self.insides.values():
             inside.text_sizes = context.text.sizes if context.text is not None and inside.has_text_keys else None
+        self._choose(step, starts, (call.timestep, kind))
+        return step
+
+    def _choose(self, step: _Step, starts: bool, of_step: tuple[Any, tuple[object, ...]]) -> None:
+        """Decides what stands for a call: what skipping gives, an eager start, a captured step, or the model itself."""
+        context, (timestep, kind) = step.context, of_step
+        assert context is not None
         if self.skipping is not None and self.skipping.replaces_all:
             step.run = self.skipping.whole
         elif starts and not context.is_revived:
@@ -158,8 +175,16 @@ class Root(Placed):
                 self.program.begin(context, step.skipped)
         elif self.graphs is not None:
             skips = self.skipping.kind if self.skipping is not None else ()
-            step.run = self.graphs.run_for(self.inner, step, call.timestep, (kind, skips))
-        return step
+            step.run = self.graphs.run_for(self.inner, step, timestep, (kind, skips))
+
+    def _rest(self) -> None:
+        """Leaves everything in front of layers stock, until the next call."""
+        self.program.rest()
+        if self.skipping is not None:
+            self.skipping.rest()
+        for inside in self.insides.values():
+            inside.text_sizes = inside.map = inside.keys = None
+        self.beginning.context = None
 
     def _enter(self, context: Context) -> None:
         """Makes what a new context's layers hold, or gives them the buffers of an earlier one."""
@@ -181,26 +206,25 @@ class Root(Placed):
     @_outside
     def end(self, step: _Step) -> None:
         """Counts the step and leaves every layer stock."""
+        context = step.context
         try:
-            context = step.context
-            # Checkpointed blocks run once more in the backward pass, and have to do the same then.
-            is_kept = torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False)
-            num_reduced = self.program.end(context, step.skipped, is_kept)
+            if context is None:
+                return
+            num_reduced = self.program.end(context, step.skipped)
             if self.skipping is not None:
                 num_reduced += self.skipping.end(step.output)
             context.run.num_reduced += num_reduced
             self.most_bytes = max(self.most_bytes, self.num_bytes)
-            for inside in self.insides.values():
-                inside.text_sizes = None
-            self.beginning.context = None
+            self._rest()
             over = self.runs.finish(context)
             if over is not None:
                 for other in self.siblings:
                     other.runs.forget_run(over.marker)
-            self._fold()
             if over is not None and over.num_reduced == 0 and self._expects_effect():
                 warnings.warn(_no_effect(over), NoEffectWarning, stacklevel=4)
         finally:
+            # A call's arguments live no longer than the call: a pipeline's run ends with its text.
+            step.run, step.args, step.kwargs = None, (), {}
             self._lock.release()
 
     @property
@@ -211,14 +235,12 @@ class Root(Placed):
         forecasts = sum(skipping.num_bytes(context) for context in contexts) if skipping is not None else 0
         return sum(context.num_bytes for context in contexts) + forecasts
 
-    def _fold(self) -> None:
-        """Adds the counts of contexts that have ended to those of their layers."""
-        for context in self.runs.ended:
-            for layer, state in context.states.items():
-                layer.totals.add(state)
-            if self.graphs is not None:
-                self.graphs.keep(context)
-        self.runs.ended.clear()
+    def _fold(self, context: Context) -> None:
+        """Adds the counts of a context that has ended to those of its layers."""
+        for layer, state in context.states.items():
+            layer.totals.add(state)
+        if self.graphs is not None:
+            self.graphs.keep(context)
 
     def _expects_effect(self) -> bool:
         reducer = self.beginning.reducer
@@ -234,9 +256,11 @@ class Root(Placed):
                 "whole sequences; use scope='attention' or call disable_cache"
             )
 
-    def _with_short_text(self, step: _Step, arguments: dict[str, Any], signature: TextSignature) -> None:
+    def _with_short_text(
+        self, context: Context, step: _Step, arguments: dict[str, Any], signature: TextSignature
+    ) -> None:
         """Gives the model merged text, which is made once per prompt."""
-        context, reducer = step.context, self.beginning.reducer
+        reducer = self.beginning.reducer
         if context.text is None:
             lost = [name for name, inside in self.insides.items() if inside.has_text_keys and not inside.reaches]
             if lost and reducer.text_ratio is not None:
@@ -254,7 +278,7 @@ class Root(Placed):
 class _Step:
     """One call of the model between `begin` and `end`."""
 
-    def __init__(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, context: Context | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.context, self.args, self.kwargs = context, args, kwargs
         self.skipped = _NOTHING
         self.run: Any = None

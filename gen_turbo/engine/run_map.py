@@ -58,15 +58,18 @@ class RunMap:
         return self.anchor_BM.shape[1]
 
     def write(self, value: TokenMap) -> None:
-        """Makes this the layout of another map with as many merged tokens; no tensor changes its address."""
+        """Makes this the layout of another map with as many merged tokens.
+
+        No tensor changes its address, but where gradients are recorded.
+        """
         self.slot_BN.copy_(value.slot_BN)
         self.anchor_BM.copy_(value.anchor_BM)
-        order, offsets, share, slot, size = self._laid_out(value)
-        self.order.copy_(order)
-        self.offsets.copy_(offsets)
-        self.share.copy_(share)
-        self.slot.copy_(slot)
-        self.size.copy_(size)
+        for name, tensor in zip(_INDEX, self._laid_out(value), strict=True):
+            if torch.is_grad_enabled():
+                # A backward pass may still read the old one.
+                setattr(self, name, tensor)
+            else:
+                getattr(self, name).copy_(tensor)
         for wide in self.wide.values():
             wide.write(value)
         for place, rows in self.taken.items():

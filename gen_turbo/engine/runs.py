@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ _SETTLED = 2
 """Steps of a guidance branch in which what tells branches apart may be read from the device."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One run of a pipeline, or of a bare model.
 
@@ -53,14 +54,14 @@ class Run:
     is_over: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Context:
     """One sequence of calls: a run, or one guidance branch of a run that calls the model for each.
 
     Attributes:
         run: The run that it is part of.
         layout: Shape, dtype and device of the latents.
-        condition: The conditioning tensor.
+        condition: The conditioning tensor; once the run has settled, not kept alive from here.
         geometry: Where the tokens are.
         step: Its calls before the running one.
         time: The denoising time of the running call; None where it was not read.
@@ -77,7 +78,7 @@ class Context:
 
     run: Run
     layout: tuple[object, ...]
-    condition: Tensor | None
+    condition: Tensor | None | weakref.ref[Tensor]
     geometry: Geometry
     step: int = 0
     time: float | None = None
@@ -90,6 +91,11 @@ class Context:
     extras: dict[str, Any] = field(default_factory=dict)
     captured: dict[Any, Any] = field(default_factory=dict)
     is_revived: bool = False
+
+    @property
+    def conditioning(self) -> Tensor | None:
+        """The conditioning tensor, if there is one and it still exists."""
+        return self.condition() if isinstance(self.condition, weakref.ref) else self.condition
 
     @property
     def num_text(self) -> int:
@@ -129,14 +135,15 @@ class Runs:
         pipeline: The pipeline that a processor was attached through; its scheduler is looked at where no other
             pipeline is calling.
         time: From a call's timestep to the scheduler's time, falling; waits for the device.
+        ended: Is given every context that has ended.
     """
 
-    def __init__(self, pipeline: Any | None, time: Any) -> None:
+    def __init__(self, pipeline: Any | None, time: Any, ended: Callable[[Context], object]) -> None:
         has_scheduler = getattr(pipeline, "scheduler", None) is not None
         self._pipeline = weakref.ref(pipeline) if has_scheduler else lambda: None
         self._time = time
         self._here = _Here()
-        self.ended: list[Context] = []
+        self._ended = ended
 
     def find(self, call: ModelCall) -> Context | None:
         """The context that a call continues, its step counted; None where `open` has to begin one."""
@@ -149,7 +156,7 @@ class Runs:
         run = here.run
         layout = (tuple(call.sample.shape), call.sample.dtype, call.sample.device)
         alike = [context for context in here.contexts if context.layout == layout]
-        found = next((context for context in alike if context.condition is call.condition), None)
+        found = next((context for context in alike if context.conditioning is call.condition), None)
         time = None
         if found is None and alike and call.condition is not None:
             found, time = self._same_branch(alike, call, run)
@@ -160,8 +167,8 @@ class Runs:
                 self.forget()
                 here.run, found = Run(run.marker, is_over=run.is_over), None
         if found is not None:
-            found.condition = call.condition
             found.step += 1
+            self._hold(found, call.condition)
             found.index = None if found.index is None else found.index + 1
             found.time = run.times[found.index] if found.index is not None and found.index < len(run.times) else time
             run.num_steps = max(run.num_steps, found.step + 1)
@@ -191,10 +198,10 @@ class Runs:
 
     def end(self, context: Context) -> None:
         """Forgets a context."""
-        here = self._here
-        here.contexts = [other for other in here.contexts if other is not context]
+        contexts = self._here.contexts
+        contexts[:] = [other for other in contexts if other is not context]
         context.run.num_bytes -= context.num_bytes
-        self.ended.append(context)
+        self._ended(context)
 
     def finish(self, context: Context) -> Run | None:
         """After a call: forgets the context if that was its last; gives the run if that was the last of all."""
@@ -221,16 +228,31 @@ class Runs:
         """What is remembered in this thread."""
         return self._here.contexts
 
+    def _hold(self, context: Context, condition: Tensor | None) -> None:
+        """Notes a context's conditioning tensor: it dies with the call of the pipeline, however that ends."""
+        if condition is None or context.run.recreates or context.step < _SETTLED:
+            context.condition = condition
+        elif not isinstance(context.condition, weakref.ref) or context.conditioning is not condition:
+            contexts = self._here.contexts
+
+            def died(reference: object) -> None:
+                if context.condition is reference and any(other is context for other in contexts):
+                    contexts[:] = [other for other in contexts if other is not context]
+                    context.run.num_bytes -= context.num_bytes
+                    self._ended(context)
+
+            context.condition = weakref.ref(condition, died)
+
     def _same_branch(self, alike: list[Context], call: ModelCall, run: Run) -> tuple[Context | None, float | None]:
         """The branch of a conditioning tensor that was not seen before; waits for the device in the first steps."""
         is_bare = run.marker is None or run.is_over
-        if not is_bare and min(context.step for context in alike) >= _SETTLED:
+        if not is_bare and min(context.step for context in alike) + 1 >= _SETTLED:
             # Branches are called in turn: the one that has been called least is due.
             return (min(alike, key=lambda context: context.step), None) if run.recreates else (None, None)
         time = self._time(call.timestep)
         for context in alike:
             moved = context.time is None or time != context.time or _is_repeated(context, run)
-            if moved and _is_equal(context.condition, call.condition):
+            if moved and _is_equal(context.conditioning, call.condition):
                 run.recreates = True
                 return context, time
         return None, time

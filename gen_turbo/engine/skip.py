@@ -97,6 +97,7 @@ class Skipping:
         if old is not None:
             for memory in old.memories.values():
                 memory.calls = []
+                memory.error = None if memory.error is None else 0.0
                 for tensor in memory.older:
                     tensor.zero_()
             self._route_of(context).memories = old.memories
@@ -158,10 +159,14 @@ class Skipping:
                 memory = route.memories[module]
                 if action is Action.KEEP and memory.newest:
                     memory.calls = [route.call, *memory.calls][:NUM_USED]
+        self.rest()
+        return sum(action in (Action.FORECAST, Action.IDLE) for action in actions.values())
+
+    def rest(self) -> None:
+        """Opens all gates."""
         for gate in self.gates.values():
             gate.action = Action.PASS
         self._route, self._actions = None, {}
-        return sum(action in (Action.FORECAST, Action.IDLE) for action in actions.values())
 
     def num_bytes(self, context: Context) -> int:
         """Bytes that a context holds for forecasts."""

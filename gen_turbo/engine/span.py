@@ -128,7 +128,9 @@ def spans_of(
     spans: list[list[ReducedLayer]] = []
     for layer in layers:
         if layer.spec.signature.also and length != 1:
-            raise ValueError(f"the blocks of {type(model).__name__} are linked across spans; use merge_span=1")
+            raise ValueError(
+                f"the blocks of {type(model).__name__} are linked across spans; use scope='block' with merge_span=1"
+            )
         if spans and _follows(spans[-1][-1], layer, is_whole) and (length == 0 or len(spans[-1]) < length):
             spans[-1].append(layer)
         else:

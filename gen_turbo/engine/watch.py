@@ -17,11 +17,15 @@ class Watch:
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._adapted = [module for module in self._modules if hasattr(module, "scaling")]
         self._attentions = [module for module in self._modules if hasattr(module, "processor")]
-        self._state = self._read()
+        self._state, self._plain = self._read(), _plain(self._modules)
         self.is_offloaded = any(_is_offloaded(module) for module in self._modules[1:])
 
     def is_same(self, is_first_step: bool) -> bool:
-        """Whether nothing has changed; in the first step of a run the modules themselves are looked at again."""
+        """Whether nothing has changed.
+
+        In the first step of a run the modules themselves are looked at again, their plain attributes (as those of
+        FreeU) and their hooks; in later steps what callbacks change: weights, adapters and processors.
+        """
         if is_first_step:
             modules = list(self._model.modules())
             if len(modules) != len(self._modules) or any(
@@ -32,6 +36,8 @@ class Watch:
             if len(tensors) != len(self._tensors):
                 return False
             self._tensors = tensors
+            if _plain(modules) != self._plain:
+                return False
         return [tensor.data_ptr() for tensor in self._tensors] == self._addresses and self._read() == self._state
 
     def _read(self) -> list[object]:
@@ -41,7 +47,8 @@ class Watch:
             layer: Any = module
             scaling = layer.scaling
             scales = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else scaling
-            state.append((scales, str(getattr(layer, "active_adapters", "")), bool(getattr(layer, "merged", False))))
+            flags = bool(getattr(layer, "merged", False)), bool(getattr(layer, "disable_adapters", False))
+            state.append((scales, str(getattr(layer, "active_adapters", "")), flags))
         for module in self._attentions:
             processor: Any = module.processor
             scale = getattr(processor, "scale", None)
@@ -51,6 +58,17 @@ class Watch:
 
 def _tensors_of(module: nn.Module) -> list[Any]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _plain(modules: list[nn.Module]) -> list[object]:
+    """Numbers, names and switches of each module, and its hooks by the numbers that PyTorch gives them."""
+    return [
+        (
+            {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)},
+            (*module._forward_pre_hooks, None, *module._forward_hooks),
+        )
+        for module in modules
+    ]
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -14,10 +14,12 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
 from gen_turbo import PARProcessor, TurboProcessor, attach, report
+from tests import tiny_transformers
 from tests.engine.families import family
 from tests.schedules import by_hand
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import TEXT_WIDTH, picture, run_unet, sd_pipeline, unet_inputs
+from tests.tiny_images import flux
 from tests.tiny_transformers import FAMILIES, random
 
 TIMES = tuple(range(900, 300, -50))
@@ -29,6 +31,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "copied": {"restore": "copy"},
     "block": {"scope": "block"},
     "block copied": {"scope": "block", "restore": "copy"},
+    "levels copied": {"scope": "block", "restore": "copy", "max_downsample": 4},
     "model": {"scope": "model"},
     "model copied": {"scope": "model", "restore": "copy"},
     "weighed": {"restore": "copy", "proportional_attention": True, "text_ratio": 0.4, "match_every": 3},
@@ -45,14 +48,25 @@ WHOLE = [
 ]
 IN_OPERATORS = [("unet", "block copied"), ("pixart-sigma", "residual")]
 """Of these, those that are traced down to operators."""
+MANY = pytest.mark.xfail(
+    strict=True,
+    raises=_dynamo.exc.FailOnRecompileLimitHit,
+    reason="more than PyTorch's 8 graphs of SpanBlock.forward: first, middle and last, by phase, class and strides",
+)
+SYMBOLIC = pytest.mark.xfail(
+    strict=True,
+    raises=_dynamo.exc.Unsupported,
+    reason="grids of several levels become symbolic integers, which the layout of tiles does not take",
+)
 BLOCKS = [
     ("unet", "copied"),
     ("unet", "block"),
-    ("sd3", "model"),
     ("flux", "residual"),
     ("pixart-sigma", "block"),
     ("wan", "block copied"),
     ("sd3", "model copied"),
+    pytest.param("deep flux", "model", marks=MANY),
+    pytest.param("sd15", "levels copied", marks=SYMBOLIC),
 ]
 
 
@@ -109,6 +123,10 @@ def made(name: str) -> tuple[nn.Module, Callable[..., Tensor]]:
     if name == "unet":
         unet = one_level()
         return unet, lambda times=TIMES, model=unet: run_unet(model, times, **unet_inputs(1))
+    if name == "deep flux":
+        torch.manual_seed(0)
+        deep = flux(2, 3).eval()
+        return deep, lambda times=TIMES: tiny_transformers.run("flux", deep, times, 1)
     model, run = family(name)
     return model, lambda times=TIMES: run(times=times, batch=1)
 
@@ -147,7 +165,7 @@ def test_compiled_blocks_are_the_eager_ones(name, kind):
     assert vars(model).get("_repeated_blocks") is before
 
 
-@pytest.mark.parametrize(("name", "kind"), [("unet", "copied"), ("pixart-sigma", "block")])
+@pytest.mark.parametrize(("name", "kind"), [("pixart-sigma", "copied")])
 def test_attaching_and_detaching_after_compiling(name, kind):
     """Catches a graph that keeps running what was attached, or what was not yet attached, when it was made."""
     model, run = made(name)
@@ -197,14 +215,14 @@ def test_a_pipeline_with_a_compiled_unet():
 def test_skipped_blocks_compile():
     """Catches gates that read a schedule inside of a graph, or whose memory is another tensor in every step."""
     model, run = made("pixart-sigma")
-    skips = {"transformer_blocks.1": [2, 4, 5, 8], "output": [9]}
+    skips = {"transformer_blocks.1": [3, 4, 6], "output": [9]}
     reducer = PARProcessor(budget=0.5, schedule=by_hand(model, skips, tuple(map(float, TIMES))), inner="turbo")
     with attach(model, reducer):
         expected = run()
         told = report(model).skipped
         backend = Backend()
         model.compile(backend=backend, fullgraph=True)
-        assert torch.equal(run(), expected) and told == {"transformer_blocks.1": (5, 7), "output": (1, 11)}
+        assert torch.equal(run(), expected) and told == {"transformer_blocks.1": (4, 8), "output": (1, 11)}
         seen = len(backend.graphs)
         assert torch.equal(run(), expected)
         assert len(backend.graphs) == seen <= 2 + MOST and not counters["graph_break"]

@@ -109,7 +109,6 @@ def test_two_models_share_a_run():
         assert torch.equal(pipe(**call, num_inference_steps=10).frames, first)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="Root.end does not fold the runs of its siblings")
 def test_both_of_two_models_are_reported():
     """Catches calls of a model whose run another model ends, missing in the report until it is called again."""
     pipe, call = two_models()

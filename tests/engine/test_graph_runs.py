@@ -48,7 +48,6 @@ def test_a_stopped_run_leaves_nothing_in_the_buffers(settings, cuda):
         assert cuda.num_replayed > 20
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a context on buffers of an earlier one counts no bytes")
 def test_what_graphs_read_is_counted(cuda):
     """Catches residuals that the report does not know of from the second picture on."""
     pipe, draw = made("unet")
@@ -64,12 +63,7 @@ def test_what_graphs_read_is_counted(cuda):
     assert seen[:6] == seen[7:13] and seen[4] > 0
 
 
-STALE = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="Skipping.enter leaves UnitMemory.error of the earlier run"
-)
-
-
-@pytest.mark.parametrize(("name", "threshold"), [("sd3", None), pytest.param("sd3", 0.5, marks=STALE)])
+@pytest.mark.parametrize(("name", "threshold"), [("sd3", None), ("sd3", 0.5)])
 def test_a_schedule_decides_alike_in_every_run(name, threshold, cuda):
     """Catches errors of forecasts that are remembered from one run to the next."""
     model, run = family(name)

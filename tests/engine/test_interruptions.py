@@ -61,14 +61,7 @@ INSIDE: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-KEPT = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="InsideAttention.map and .keys stay where the attention raises"
-)
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[KEPT] * (kind in ("keys alone", "size-weighted"))) for kind in INSIDE]
-)
+@pytest.mark.parametrize("kind", INSIDE)
 @pytest.mark.parametrize("call", [1, 2, 4])
 def test_an_exception_inside_of_the_model_leaves_it_stock(kind, call):
     """Catches a lock that stays closed, layers that stay short, and keys that stay merged in every later call."""
@@ -108,7 +101,6 @@ def _a_block(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     return model.transformer_blocks[1], given
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="Root.begin sets layers before graphs may raise")
 def test_a_warning_that_is_an_error_leaves_the_model_stock():
     """Catches layers that were set for a step which then did not run."""
     unet, inputs = sd15_unet(), unet_inputs()

@@ -173,13 +173,7 @@ def test_the_first_step_is_caught():
             draw(STEPS)
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        pytest.param(2, marks=pytest.mark.xfail(strict=True, raises=Waited, reason="_SETTLED is a step too late")),
-        3,
-    ],
-)
+@pytest.mark.parametrize("first", [2, 3])
 def test_conditioning_that_is_made_anew_is_not_compared(first):
     """Catches a run whose guidance branches are told apart by their values in every step."""
     pipe, draw = made("unet")

@@ -82,5 +82,5 @@ def test_what_reaches_between_blocks_is_refused():
         kind = FAMILIES["flux"]
         call = kind.inputs(1, (8, 8)) | kind.time(900, 1)
         model(hidden_states=random(1, 64, 8), **call, controlnet_block_samples=[random(1, 64, 32)])
-    with pytest.raises(ValueError, match="the blocks of HunyuanDiT2DModel are linked across spans; use merge_span=1"):
+    with pytest.raises(ValueError, match="linked across spans; use scope='block' with merge_span=1"):
         attach(family("hunyuan-dit")[0], _turbo())
