@@ -55,6 +55,8 @@ class AttentionMode(TorchFunctionMode):
     ) -> Any:
         """Lets every call through but those of attention."""
         if func is not F.scaled_dot_product_attention:
+            # torch.compile cannot follow the method, which calls another one of its base class.
+            func = torch.unflatten if func is Tensor.unflatten else func
             return func(*args, **(kwargs or {}))
         given: dict[str, Any] = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
         if given["query"].shape[-2] <= given["key"].shape[-2]:

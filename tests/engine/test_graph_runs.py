@@ -33,7 +33,7 @@ def _stop(pipe, step, time, kwargs):
     return kwargs
 
 
-@pytest.mark.parametrize("settings", [{}, {"restore": "copy"}, {"scope": "block"}])
+@pytest.mark.parametrize("settings", [{}, {"restore": "copy"}])
 def test_a_stopped_run_leaves_nothing_in_the_buffers(settings, cuda):
     """Catches buffers that the next run takes over with the residuals, slopes and maps of the one that was stopped."""
     pipe, draw = made("unet")

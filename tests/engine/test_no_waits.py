@@ -159,8 +159,8 @@ def test_a_method_that_waits_is_caught(read):
             return super().plan(tokens, site, frame)
 
     with pytest.raises(Waited):
-        num_watched("unet", Waiting(0.4, restore="copy"))
-    num_watched("unet", Waiting(0.4))
+        num_watched("pixart", Waiting(0.4, restore="copy"))
+    num_watched("pixart", Waiting(0.4))
 
 
 def test_the_first_step_is_caught():
