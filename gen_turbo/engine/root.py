@@ -157,13 +157,12 @@ class Root(Placed):
         starts = starts or "starts" in kind
         for inside in self.insides.values():
             inside.text_sizes = context.text.sizes if context.text is not None and inside.has_text_keys else None
-        self._choose(step, starts, (call.timestep, kind))
+        self._choose(context, step, starts, (call.timestep, kind))
         return step
 
-    def _choose(self, step: _Step, starts: bool, of_step: tuple[Any, tuple[object, ...]]) -> None:
+    def _choose(self, context: Context, step: _Step, starts: bool, of_step: tuple[Any, Any]) -> None:
         """Decides what stands for a call: what skipping gives, an eager start, a captured step, or the model itself."""
-        context, (timestep, kind) = step.context, of_step
-        assert context is not None
+        timestep, kind = of_step
         if self.skipping is not None and self.skipping.replaces_all:
             step.run = self.skipping.whole
         elif starts and not context.is_revived:
@@ -256,19 +255,17 @@ class Root(Placed):
                 "whole sequences; use scope='attention' or call disable_cache"
             )
 
-    def _with_short_text(
-        self, context: Context, step: _Step, arguments: dict[str, Any], signature: TextSignature
-    ) -> None:
+    def _with_short_text(self, context: Context, step: _Step, arguments: dict[str, Any], form: TextSignature) -> None:
         """Gives the model merged text, which is made once per prompt."""
         reducer = self.beginning.reducer
         if context.text is None:
             lost = [name for name, inside in self.insides.items() if inside.has_text_keys and not inside.reaches]
             if lost and reducer.text_ratio is not None:
                 raise ValueError(f"text cannot be weighed at {lost[0]}, whose attention was replaced by another one")
-            context.text = MergedText({}) if lost else merge_text(arguments, signature, reducer.text_ratio)
+            context.text = MergedText({}) if lost else merge_text(arguments, form, reducer.text_ratio)
         text = context.text
         if text.num_merged:
-            num_own = text.num_text - signature.num_before
+            num_own = text.num_text - form.num_before
             self.text_tokens = num_own + text.num_merged, num_own
             step.args, step.kwargs = (), {**arguments, **text.arguments}
             for inside in self.insides.values():

@@ -1,8 +1,7 @@
 """Which run, guidance branch and step a call of the denoiser belongs to, and what the run holds.
 
-A pipeline shows the beginning, the length and the times of a run on the host: by the timesteps of its scheduler, which
-are another object in every run. Where a model is called without one, a time that does not fall begins a new run. From
-the third step of a pipeline's run on nothing is read from the device.
+A pipeline shows the beginning, the length and the times of a run on the host: by its scheduler's timesteps, another
+object in every run. Without one, a time that does not fall begins a new run. From the third step on nothing is read.
 """
 
 from __future__ import annotations
