@@ -130,8 +130,9 @@ class Graphs:
                 break
 
     def keep(self, context: Context) -> None:
-        """Keeps the buffers of a context that has ended, where graphs read them or are about to."""
-        if context.captured and context.states and not context.num_merged_text and not self._refused:
+        """Keeps the buffers of a context that has ended, where graphs or compiled code read them."""
+        is_read = context.captured and not self._refused or self.is_compiled and not self._obstacle(context)
+        if is_read and context.states and not context.num_merged_text:
             self._idle = [*self._idle[-_MAX_IDLE + 1 :], context]
 
     def drop(self) -> None:

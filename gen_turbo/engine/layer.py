@@ -97,10 +97,25 @@ class ReducedLayer(Placed):
             return unmerge(output, slot, base, minus, state.residuals[0], state.slopes[0], gap)
         return self.restored(output, base, minus)
 
-    def restored(self, output: tuple[Any, ...], base: Tensor | None, minus: Tensor | None) -> tuple[Any, ...]:
-        """Several outputs with a row per token again, and what is remembered of each added."""
-        state, outputs = self.state, list(output)
-        for index, y in enumerate(output):
+    def may_merge(self, given: dict[str, Any]) -> bool:
+        """Whether a call can run on merged tokens, with the map made or made anew; `forward` has it written out."""
+        for name in self.none:
+            if given.get(name) is not None:
+                return False
+        state = self.state
+        if self.starts and state.map is None:
+            self.beginning.start(self, given)
+        if state.map is None:
+            return False
+        if self.writes_map:
+            self.beginning.rewrite(self, given[self.tokens])
+        return True
+
+    def restored(self, output: Any, base: Tensor | None, minus: Tensor | None) -> Any:
+        """One output or several with a row per token again, and what is remembered of each added."""
+        state, several = self.state, isinstance(output, tuple)
+        outputs = list(output) if several else [output]
+        for index, y in enumerate(outputs):
             residual = state.residuals[index] if state.residuals else None
             slope = state.slopes[index] if state.residuals else None
             if index in self.outputs:
@@ -108,7 +123,7 @@ class ReducedLayer(Placed):
                 outputs[index] = unmerge(y, state.map.slot, base, minus, residual, slope, state.gap)
             elif residual is not None:
                 outputs[index] = y + residual if slope is None else torch.addcmul(y + residual, slope, state.gap)
-        return tuple(outputs)
+        return tuple(outputs) if several else outputs[0]
 
     @torch.no_grad()
     def remember(self, full: Any, output: Any, base: Tensor | None, minus: Tensor | None) -> None:
@@ -177,16 +192,9 @@ class MergedKeysLayer(ReducedLayer):
             return self.inner(*args, **kwargs)
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
-        for name in self.none:
-            if given.get(name) is not None:
-                return self.inner(**given)
-        state = self.state
-        if self.starts and state.map is None:
-            self.beginning.start(self, given)
-        if state.map is None:
+        if not self.may_merge(given):
             return self.inner(**given)
-        if self.writes_map:
-            self.beginning.rewrite(self, given[self.tokens])
+        state = self.state
         full = self.inner(**given) if self.phase is Phase.REFRESH else None
         assert self.inside is not None
         self.inside.keys = self.inside.map = state.base
@@ -195,11 +203,7 @@ class MergedKeysLayer(ReducedLayer):
         if full is not None:
             self.remember(full, output, None, None)
             return full
-        if not state.residuals:
-            return output
-        outputs = output if isinstance(output, tuple) else (output,)
-        added = self.restored(outputs, None, None)
-        return added if isinstance(output, tuple) else added[0]
+        return self.restored(output, None, None) if state.residuals else output
 
     @property
     def outputs(self) -> tuple[int, ...]:

@@ -197,10 +197,7 @@ class Runs:
 
     def end(self, context: Context) -> None:
         """Forgets a context."""
-        contexts = self._here.contexts
-        contexts[:] = [other for other in contexts if other is not context]
-        context.run.num_bytes -= context.num_bytes
-        self._ended(context)
+        self._end(context, self._here.contexts)
 
     def finish(self, context: Context) -> Run | None:
         """After a call: forgets the context if that was its last; gives the run if that was the last of all."""
@@ -227,6 +224,11 @@ class Runs:
         """What is remembered in this thread."""
         return self._here.contexts
 
+    def _end(self, context: Context, contexts: list[Context]) -> None:
+        contexts[:] = [other for other in contexts if other is not context]
+        context.run.num_bytes -= context.num_bytes
+        self._ended(context)
+
     def _hold(self, context: Context, condition: Tensor | None) -> None:
         """Notes a context's conditioning tensor: it dies with the call of the pipeline, however that ends."""
         if condition is None or context.run.recreates or context.step < _SETTLED:
@@ -236,9 +238,7 @@ class Runs:
 
             def died(reference: object) -> None:
                 if context.condition is reference and any(other is context for other in contexts):
-                    contexts[:] = [other for other in contexts if other is not context]
-                    context.run.num_bytes -= context.num_bytes
-                    self._ended(context)
+                    self._end(context, contexts)
 
             context.condition = weakref.ref(condition, died)
 

@@ -74,9 +74,7 @@ class SpanBlock(ReducedLayer):
             else:
                 span.carried = self.handed_on(output)
         elif self.is_last:
-            outputs = output if isinstance(output, tuple) else (output,)
-            restored = self.restored(outputs, span.long, span.short)
-            output = restored if isinstance(output, tuple) else restored[0]
+            output = self.restored(output, span.long, span.short)
         if self.is_last:
             span.long, span.short, span.carried = None, None, {}
         return output if full is None else full
@@ -85,19 +83,12 @@ class SpanBlock(ReducedLayer):
         """Merges the tokens of the first block; the span runs in full where its arguments do not allow it."""
         span = self.span
         span.long, span.short, span.carried = None, None, {}
-        for name in self.none:
-            if given.get(name) is not None:
-                return
-        state = self.state
-        if self.starts and state.map is None:
-            self.beginning.start(self, given)
-        if state.map is None:
+        if not self.may_merge(given):
             return
-        tokens = given[self.tokens]
-        if self.writes_map:
-            self.beginning.rewrite(self, tokens)
+        tokens, run_map = given[self.tokens], self.state.map
+        assert run_map is not None
         span.long = tokens
-        span.short = merge(tokens, state.map.order, state.map.offsets, state.map.share)
+        span.short = merge(tokens, run_map.order, run_map.offsets, run_map.share)
         span.carried = {self.tokens: span.short}
 
     def handed_on(self, output: Any) -> dict[str, Any]:
