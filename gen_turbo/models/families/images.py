@@ -1,0 +1,118 @@
+"""Image transformers with blocks of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_turbo.models.adapter import SELF_ATTENTION, Adapter, LayerSignature, ModelCall, TextSignature, TokenArg
+from gen_turbo.models.families.common import POSITIONS_INSIDE, ROTARY, SELF, block, share_of_the_way, thousandths
+from gen_turbo.models.transformer import FrameGrid, TransformerAdapter, text_length
+
+PIXART = TransformerAdapter(
+    ("PixArtTransformer2DModel", "DiTTransformer2DModel"),
+    {"transformer_blocks.*.attn1": SELF_ATTENTION},
+    {"transformer_blocks.*": block()},
+)
+HUNYUAN_DIT = TransformerAdapter(
+    ("HunyuanDiT2DModel",),
+    {"blocks.*.attn1": LayerSignature(none=SELF, token_args=ROTARY)},
+    # Long skip connections are merged with the tokens.
+    {"blocks.*": block(also=("skip",), token_args=ROTARY)},
+)
+SD3 = TransformerAdapter(
+    ("SD3Transformer2DModel",),
+    {"transformer_blocks.*.attn": LayerSignature(has_text_keys=True), "transformer_blocks.*.attn2": SELF_ATTENTION},
+    {"transformer_blocks.*": block(none=(), outputs=(1,))},
+    num_text=text_length,
+    text=TextSignature(),
+)
+
+
+def _num_registers(model: Any) -> int:
+    return int(model.register_tokens.shape[1])
+
+
+AURA_FLOW = TransformerAdapter(
+    ("AuraFlowTransformer2DModel",),
+    {
+        "joint_transformer_blocks.*.attn": LayerSignature(keys_before=True, has_text_keys=True, none=()),
+        "single_transformer_blocks.*.attn": LayerSignature(has_text_before=True, keys_before=True, has_text_keys=True),
+    },
+    {
+        "joint_transformer_blocks.*": block(none=(), outputs=(1,)),
+        "single_transformer_blocks.*": block(none=(), has_text_before=True),
+    },
+    to_time=thousandths,
+    # The model puts its registers before the text; the pipeline makes the text's padding zero.
+    num_text=lambda model, arguments: text_length(model, arguments) + _num_registers(model),
+    text=lambda model: TextSignature(num_before=_num_registers(model)),
+)
+COGVIEW = TransformerAdapter(
+    ("CogView4Transformer2DModel", "CogView3PlusTransformer2DModel"),
+    {"transformer_blocks.*.attn1": LayerSignature(keys_before=True, has_text_keys=True, none=(), token_args=ROTARY)},
+    {"transformer_blocks.*": block(none=(), token_args=ROTARY)},
+    num_text=text_length,
+    text=TextSignature(mask="attention_mask"),
+)
+_LUMINA = TokenArg("image_rotary_emb", axis=1, has_batch=True)
+_LUMINA_WITH_TEXT = TokenArg("image_rotary_emb", axis=1, has_batch=True, has_text_before=True)
+LUMINA2 = TransformerAdapter(
+    ("Lumina2Transformer2DModel",),
+    {
+        "layers.*.attn": LayerSignature(
+            has_text_before=True, keys_before=True, also=("encoder_hidden_states",), token_args=(_LUMINA_WITH_TEXT,)
+        ),
+        "noise_refiner.*.attn": LayerSignature(also=("encoder_hidden_states",), token_args=(_LUMINA,)),
+    },
+    {
+        "layers.*": block(has_text_before=True, token_args=(_LUMINA_WITH_TEXT,)),
+        "noise_refiner.*": block(token_args=(_LUMINA,)),
+    },
+    to_time=share_of_the_way,
+    # Words of the longest text; where rows differ, the layers get a mask and are left alone.
+    num_text=lambda model, arguments: int(arguments["encoder_attention_mask"].sum(1).max()),
+    text=POSITIONS_INSIDE,
+)
+
+
+def _lists(arguments: Mapping[str, Any]) -> ModelCall:
+    """Lists of latents and texts, of which the first tells the branches of guidance apart."""
+    return ModelCall(_stacked(arguments["x"]), arguments["t"], arguments["cap_feats"][0])
+
+
+def _stacked(images: Any) -> Tensor:
+    """One tensor of a list of latents; of several sizes or nested lists, an empty one that says how many there are."""
+    is_simple = isinstance(images[0], Tensor) and len({image.shape for image in images}) == 1
+    return torch.stack(list(images)) if is_simple else torch.empty(len(images), 0)
+
+
+def _patches_asked_for(model: Any, arguments: Mapping[str, Any]) -> FrameGrid:
+    patch, patch_frames = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
+    sample = _stacked(arguments["x"])
+    if sample.ndim < 5:
+        return 1, None
+    frames, height, width = sample.shape[2:]
+    return frames // patch_frames, (height // patch, width // patch)
+
+
+_Z_ARGS = (TokenArg("freqs_cis", axis=1, has_batch=True),)
+_Z_BLOCK = block(tokens="x", has_text_after=True, none=("attn_mask", "noise_mask"), token_args=_Z_ARGS)
+Z_IMAGE = TransformerAdapter(
+    ("ZImageTransformer2DModel",),
+    # Image first, then padding and text.
+    {
+        "layers.*.attention": LayerSignature(has_text_after=True, token_args=_Z_ARGS),
+        "noise_refiner.*.attention": LayerSignature(has_text_after=True, token_args=_Z_ARGS),
+    },
+    {"layers.*": _Z_BLOCK, "noise_refiner.*": _Z_BLOCK},
+    to_time=share_of_the_way,
+    grid=_patches_asked_for,
+    text=POSITIONS_INSIDE,
+    reading=_lists,
+)
+
+ADAPTERS: tuple[Adapter, ...] = (PIXART, HUNYUAN_DIT, SD3, AURA_FLOW, COGVIEW, LUMINA2, Z_IMAGE)
