@@ -84,10 +84,12 @@ class TokenReducer(ABC):
         kv_only: Merges keys and values only; every token still asks. Closer to stock, saves less.
         proportional_attention: Lets a key that stands for several tokens weigh as much as they did.
         text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
-            (SD3, Flux, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions); attention counts
-            each by its size. None merges tokens equal to their neighbour where they are half of the text, as padding
-            is: no loss beyond rounding, where a fixed fraction is free only up to the padding that there is. In
+            (SD3, Flux and its kin, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions); attention
+            counts each by its size. None merges tokens equal to their neighbour where they are half of the text, as
+            padding is: no loss beyond rounding, where a fixed fraction is free only up to the padding that there is. In
             vision-language models: fraction of the words that leave a prompt with pictures, none by default.
+        reference_ratio: Fraction of the tokens removed of references beside the target (FLUX.1 Kontext, FLUX.2,
+            LongCat-Image-Edit, Qwen-Image-Edit), once per run; None takes the layer's own ratio.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
             every attention layer; None leaves the model's own.
     """
@@ -109,6 +111,7 @@ class TokenReducer(ABC):
     kv_only: bool = False
     proportional_attention: bool = False
     text_ratio: float | None = None
+    reference_ratio: float | None = None
     attention_backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -119,8 +122,9 @@ class TokenReducer(ABC):
         """
         check_finite(self)
         self._check_ratios()
-        if self.text_ratio is not None and not 0 <= self.text_ratio < 1:
-            raise ValueError(f"text_ratio must be a fraction of tokens, 0 <= text_ratio < 1; got {self.text_ratio}")
+        for name in ("text_ratio", "reference_ratio"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a fraction of tokens, 0 <= {name} < 1; got {getattr(self, name)}")
         if self.restore not in ("residual", "copy"):
             raise ValueError(f"restore must be 'residual' or 'copy'; got {self.restore!r}")
         if self.extrapolation_order not in (0, 1):

@@ -9,9 +9,12 @@ from diffusers import (
     CogView3PlusTransformer2DModel,
     CogView4Transformer2DModel,
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
+    LongCatImageTransformer2DModel,
     Lumina2Transformer2DModel,
+    OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -88,10 +91,43 @@ def flux(num_layers: int = 1, num_single_layers: int = 2) -> nn.Module:
 
 def flux_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
     """Text and image positions."""
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
-    pooled = random(batch, 16, seed=4)
+    pooled, ids = random(batch, 16, seed=4), image_positions(*grid)
     return {**text(batch), "pooled_projections": pooled, "img_ids": ids, "txt_ids": torch.zeros(NUM_TEXT, 3)}
+
+
+def image_positions(height: int, width: int, number: int = 0, start: int = 0) -> torch.Tensor:
+    """One row (number, row, column) per token, rows and columns from `start` on."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack([rows, columns], -1).reshape(-1, 2) + start
+    return torch.cat([torch.full((len(places), 1), number), places], 1).float()
+
+
+def flux2() -> nn.Module:
+    """FLUX.2: single blocks whose attention and feed-forward are one projection."""
+    shape = {"in_channels": 8, "num_layers": 1, "num_single_layers": 2, "axes_dims_rope": (4, 4, 4, 4)}
+    widths = {"joint_attention_dim": 32, "timestep_guidance_channels": 16}
+    return Flux2Transformer2DModel(**HEADS, **shape, **widths, guidance_embeds=False)
+
+
+def flux2_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Positions of four columns, those of the text in the last."""
+    last = torch.zeros(grid[0] * grid[1], 1)
+    image = torch.cat([image_positions(*grid), last], 1).repeat(batch, 1, 1)
+    words = torch.cat([torch.zeros(NUM_TEXT, 3), torch.arange(NUM_TEXT)[:, None]], 1).repeat(batch, 1, 1)
+    return {**text(batch), "img_ids": image, "txt_ids": words}
+
+
+def longcat(cls: type[nn.Module] = LongCatImageTransformer2DModel) -> nn.Module:
+    """LongCat-Image, or another model of Flux's blocks that is told no pooled text."""
+    widths = {"in_channels": 8, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)}
+    own = {"out_channels": 8} if cls is OvisImageTransformer2DModel else {}
+    return cls(**HEADS, num_layers=1, num_single_layers=2, **widths, **own)
+
+
+def longcat_inputs(batch: int, grid: tuple[int, int], number: int = 1, start: int = 7) -> dict[str, object]:
+    """Positions of the image behind those of the text."""
+    words = torch.arange(NUM_TEXT)[:, None] * torch.tensor([0.0, 1.0, 1.0])
+    return {**text(batch), "img_ids": image_positions(*grid, number, start), "txt_ids": words}
 
 
 def chroma() -> nn.Module:
@@ -141,10 +177,10 @@ def cogview_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
     return {**text(batch), "original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
 
 
-def qwen() -> nn.Module:
+def qwen(**settings: object) -> nn.Module:
     """Qwen-Image."""
     widths = {"in_channels": 16, "out_channels": 4, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
-    return QwenImageTransformer2DModel(**HEADS, num_layers=2, patch_size=2, **widths)
+    return QwenImageTransformer2DModel(**HEADS, num_layers=2, patch_size=2, **widths, **settings)
 
 
 def kandinsky() -> nn.Module:
@@ -189,6 +225,14 @@ IMAGES: dict[str, Family] = {
     "flux": Family(flux, flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),
     "flux-double": Family(lambda: flux(2, 0), flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),
     "flux-single": Family(lambda: flux(0, 2), flux_inputs, lambda g: (g[0] * g[1], 8), thousandth),
+    "flux2": Family(flux2, flux2_inputs, lambda g: (g[0] * g[1], 8), thousandth),
+    "longcat-image": Family(longcat, longcat_inputs, lambda g: (g[0] * g[1], 8), thousandth),
+    "ovis-image": Family(
+        lambda: longcat(OvisImageTransformer2DModel),
+        lambda b, g: longcat_inputs(b, g, 0, 0),
+        lambda g: (g[0] * g[1], 8),
+        thousandth,
+    ),
     "lumina2": Family(
         lumina, lambda b, g: {**text(b), "encoder_attention_mask": torch.ones(b, NUM_TEXT).long()}, patched(), rising
     ),

@@ -105,6 +105,10 @@ class AttentionMode(TorchFunctionMode):
             text = one.new_ones(len(one), num_keys - one.shape[1])
         batch = max(len(image), len(text))
         parts = [part.repeat(batch // len(part), 1) for part in (image, text)]
+        num_between = num_keys - image.shape[1] - text.shape[1]
+        if num_between > 0:
+            # References whose keys are cached.
+            parts.insert(1, one.new_ones(batch, num_between))
         return torch.cat(parts[::-1] if self.keys_before else parts, 1).float().log()
 
 

@@ -16,7 +16,7 @@ from gen_turbo.engine.run_map import RunMap
 from gen_turbo.engine.state import LayerState, Phase, SequenceShape
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.models.adapter import Adapter, coarsened
-from gen_turbo.tokens.frames import one_sequence
+from gen_turbo.tokens.frames import one_sequence, side_by_side
 from gen_turbo.tokens.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class Beginning:
         signature, geometry = layer.spec.signature, context.geometry
         x = given.get(layer.tokens)
         context.release(state)
+        if geometry.left_alone:
+            self._leave(layer, geometry.left_alone)
+            return
         if not isinstance(x, Tensor) or x.ndim != 3:
             self._leave(layer, "its tokens have another shape")
             return
@@ -48,6 +51,7 @@ class Beginning:
         rest = x.shape[1] - leading
         grid = None if geometry.grid is None else coarsened(geometry.grid, layer.spec.downsample)
         num_grid = geometry.num_frames * grid[0] * grid[1] if grid else 0
+        num_grid += sum(region.num_tokens for region in geometry.references)
         num_image = min(num_grid, rest) if signature.has_text_after else rest
         if num_image <= 0:
             self._leave(layer, "it has no image tokens")
@@ -64,9 +68,9 @@ class Beginning:
         state.base, state.map = base, base.widened(leading, trailing)
         for arg in signature.token_args:
             value = given.get(arg.name)
-            items = value if isinstance(value, tuple | list) else [value]
-            taken = [item for i, item in enumerate(items) if item is not None and (not arg.items or i in arg.items)]
-            state.rows.append([base.rows_of(item, arg, context.num_text) for item in taken])
+            items: Any = enumerate(value) if isinstance(value, tuple | list) else [(None, value)]
+            read = [(index, item) for index, item in items if arg.reads(item, index or 0)]
+            state.rows.append([(index, base.rows_of(item, arg, context.num_text)) for index, item in read])
 
     def rewrite(self, layer: ReducedLayer, x: Tensor) -> None:
         """Makes the map of a layer anew, from what it reads now, for all that share it."""
@@ -78,7 +82,8 @@ class Beginning:
             # A number that torch.compile knows, where it may have made the one in `step_info` a symbol.
             if info.num_plans == number:
                 info = StepInfo(0, number)
-        state.base.write(self._matched(layer, image, state.ratio, info))
+        kept = state.base if layer.keeps_references else None
+        state.base.write(self._matched(layer, image, state.ratio, info, kept))
 
     def allocate(self, layer: ReducedLayer, misses: list[Tensor | None]) -> None:
         """Keeps a layer's first residuals; one that would exceed the memory limit runs in full instead."""
@@ -107,11 +112,12 @@ class Beginning:
         assert context is not None
         # Layers that refresh at other steps keep a map of their own where maps are made anew.
         group = layer.state.gap if self.reducer.map_life and self.reducer.restore == "residual" else None
-        key = (state.grid, tokens.shape[1], len(tokens), state.ratio, id(group))
+        stream = layer.spec.signature.stream
+        key = (stream, state.grid, tokens.shape[1], len(tokens), state.ratio, id(group))
         known = context.maps.get(key)
         if known is not None and 0 < self.reducer.map_life <= context.step - known.made_at:
             known.made_at, known.num_maps = context.step, known.num_maps + 1
-            known.write(self._matched(layer, tokens, state.ratio, StepInfo(context.step, known.num_maps)))
+            known.write(self._matched(layer, tokens, state.ratio, StepInfo(context.step, known.num_maps), known))
         if known is None:
             dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
             value = self._matched(layer, tokens, state.ratio, StepInfo(context.step))
@@ -120,8 +126,42 @@ class Beginning:
         return known
 
     @torch.no_grad()
-    def _matched(self, layer: ReducedLayer, tokens: Tensor, ratio: float, step_info: StepInfo) -> TokenMap:
-        """Plans the merging of image tokens (B, N, C).
+    def _matched(
+        self, layer: ReducedLayer, tokens: Tensor, ratio: float, step_info: StepInfo, kept: RunMap | None = None
+    ) -> TokenMap:
+        """Plans the merging of image tokens (B, N, C), those of references beside the target each for themselves.
+
+        References do not change during a run: where there is a map already, `kept`, their part of it stays.
+        """
+        context, grid = self.context, layer.state.grid
+        assert context is not None
+        references = context.geometry.references if grid else ()
+        num_target = tokens.shape[1] - sum(region.num_tokens for region in references)
+        num_frames = context.geometry.num_frames if grid else 1
+        target = self._region(layer, tokens[:, :num_target], num_frames, grid, ratio, step_info)
+        if not references:
+            return target
+        if kept is not None:
+            slot, anchor = kept.slot_BN[:, num_target:], kept.anchor_BM[:, target.num_slots :]
+            return side_by_side([target, TokenMap(slot - target.num_slots, anchor - num_target)])
+        plans, ratio = [target], ratio if self.reducer.reference_ratio is None else self.reducer.reference_ratio
+        start = num_target
+        for region in references:
+            part = tokens[:, start : start + region.num_tokens]
+            plans.append(self._region(layer, part, region.num_frames, region.grid, ratio, step_info))
+            start += region.num_tokens
+        return side_by_side(plans)
+
+    def _region(
+        self,
+        layer: ReducedLayer,
+        tokens: Tensor,
+        num_frames: int,
+        grid: tuple[int, int] | None,
+        ratio: float,
+        step_info: StepInfo,
+    ) -> TokenMap:
+        """Plans the merging of the tokens of one image or video.
 
         Under guidance the batch repeats its images: the second rows, which are conditional, plan for all. Where
         positions have no batch axis, one map serves all samples, by the mean of their similarities. Frames of a video
@@ -133,15 +173,12 @@ class Beginning:
         rows = tokens[num : 2 * num] if 0 < num < len(tokens) and len(tokens) % num == 0 else tokens
         shares = layer.spec.signature.shares_map and len(rows) > 1
         metric = _side_by_side(rows) if shares else rows
-        grid = layer.state.grid
-        num_frames = context.geometry.num_frames if grid else 1
 
         def value(kind: str) -> Tensor | None:
             if self.reducer.scope != "attention":
                 # Blocks read tokens before any norm; their attention is not asked for the value of tokens.
                 return None
-            module = layer.module
-            found = self.adapter.semantic_value(module, rows, kind, context.conditioning)
+            found = self.adapter.semantic_value(layer.module, rows, kind, context.conditioning)
             if found is None:
                 return None
             found = found.mean(0, keepdim=True) if shares else found

@@ -10,7 +10,7 @@ from gen_turbo.engine.base import LayerReport
 from gen_turbo.engine.state import Phase, SequenceShape, Totals
 from gen_turbo.models.adapter import LayerSpec
 
-_NOT_PER_TOKEN = ("add_", "norm", "context", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
+_NOT_PER_TOKEN = ("add_", "norm", "context", "modulation", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Cost:
         """Counts the linear weights that image tokens go through: not those of text, time or cross-attention's keys."""
         linears = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
         weights = sum(m.weight.numel() for name, m in linears if not any(part in name for part in _NOT_PER_TOKEN))
-        width = next((m.out_features for name, m in linears if name.endswith("to_q")), 0)
+        width = next((m.out_features for name, m in linears if name.endswith(("to_q", "to_query"))), 0)
+        # Of a projection that is fused with others, the attention says its share.
+        width = width or next((int(m.inner_dim) for m in module.modules() if hasattr(m, "inner_dim")), 0)  # type: ignore[arg-type]
         return cls(weights, width, kv_only)
 
     def flops(self, shape: SequenceShape, num_kept: int, more_text: int = 0) -> int:

@@ -76,6 +76,7 @@ class DenoiserPart(OnModel):
         self._blocks = sorted({type(model.get_submodule(block.name)).__name__ for block in adapter.blocks(model)})
         self.specs = layers_of(model, adapter, self._tokens)
         chosen = chosen_layers(self._tokens, self.specs, type(model).__name__)
+        self._check_references(adapter, any(ratio > 0 for _, ratio in chosen))
         beginning = Beginning(self._tokens, adapter)
         self.layers = self._spans(model, adapter, [_layer(model, *pair, beginning) for pair in chosen])
         self._text = self._text_signature(model, adapter)
@@ -131,6 +132,13 @@ class DenoiserPart(OnModel):
         length = 0 if is_model else self._tokens.merge_span
         spans = spans_of(model, layers, length, is_model and adapter.is_one_stack)
         return [block for span in spans for block in (joined(span) if len(span) > 1 else span)]
+
+    def _check_references(self, adapter: Adapter, is_reduced: bool) -> None:
+        ratio = self._tokens.reference_ratio
+        if ratio is not None and not adapter.has_references:
+            raise ValueError(f"reference_ratio={ratio} has no references in {adapter.models[0]}; leave it out")
+        if ratio and not is_reduced:
+            raise ValueError(f"reference_ratio={ratio} reduces nothing beside ratio=0; set a ratio above 0")
 
     def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | None:
         """Where text is merged; None where it is not, which is an error if it was asked for."""

@@ -16,7 +16,6 @@ from gen_turbo.models.adapter import LayerSignature, Unit
 
 NUM_USED = 2
 """Results that a forecast is made of."""
-_TEXT = "encoder_hidden_states"
 
 
 class Action(Enum):
@@ -133,7 +132,9 @@ class BlockGate(Gate):
 
     def _input_of(self, given: dict[str, Any], index: int, output: Tensor | None) -> Tensor | None:
         """The input that an output adds to; None where there is none of its shape."""
-        value = given.get(self.signature.tokens if index in self.signature.outputs else _TEXT)
+        if index in self.signature.plain:
+            return None
+        value = given.get(self.signature.tokens if index in self.signature.outputs else self.signature.carries)
         is_same = isinstance(value, Tensor) and output is not None and value.shape == output.shape
         return value if is_same else None
 

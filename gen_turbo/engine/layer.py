@@ -34,12 +34,14 @@ class ReducedLayer(Placed):
         state: What it holds in the running run.
         starts: Whether the running step is its first one with the map and memory of `state`.
         writes_map: Whether it makes the map anew in the running step, for itself and the layers that share it.
+        keeps_references: Whether references beside the target stay merged as they are then.
         step_info: What the method is told then.
         beginning: Makes maps and decides what a layer can take part in.
         inside: Reaches into the attention of the layer; None where nothing is asked for there.
     """
 
     phase = Phase.FULL
+    keeps_references = True
 
     def __init__(self, spec: LayerSpec, module: nn.Module, ratio: float, beginning: Beginning) -> None:
         super().__init__(spec.name, module)
@@ -47,7 +49,7 @@ class ReducedLayer(Placed):
         self.spec, self.ratio, self.beginning = spec, ratio, beginning
         self.names = argument_names(module)
         self.tokens, self.outputs = spec.signature.tokens, spec.signature.outputs
-        self.none = spec.signature.none
+        self.none, self.plain = spec.signature.none, spec.signature.plain
         self.is_residual = spec.signature.is_residual
         self.has_more = bool(spec.signature.also or spec.signature.token_args)
         self.state = _NONE
@@ -120,7 +122,8 @@ class ReducedLayer(Placed):
             slope = state.slopes[index] if state.residuals else None
             if index in self.outputs:
                 assert state.map is not None
-                outputs[index] = unmerge(y, state.map.slot, base, minus, residual, slope, state.gap)
+                ends = (None, None) if index in self.plain else (base, minus)
+                outputs[index] = unmerge(y, state.map.slot, *ends, residual, slope, state.gap)
             elif residual is not None:
                 outputs[index] = y + residual if slope is None else torch.addcmul(y + residual, slope, state.gap)
         return tuple(outputs) if several else outputs[0]
@@ -136,7 +139,8 @@ class ReducedLayer(Placed):
             if whole is None:
                 misses.append(None)
             elif index in self.outputs:
-                misses.append(whole - unmerge(y, state.map.slot, base, minus))
+                ends = (None, None) if index in self.plain else (base, minus)
+                misses.append(whole - unmerge(y, state.map.slot, *ends))
             else:
                 misses.append(whole - y)
         if self.starts:
@@ -230,17 +234,18 @@ def shorten(spec: LayerSpec, state: LayerState, given: dict[str, Any], tokens: T
             given[name] = short if same else merge(value, state.map.order, state.map.offsets, state.map.share)
     for arg, rows in zip(spec.signature.token_args, state.rows, strict=True):
         value = given.get(arg.name)
-        if isinstance(value, tuple | list):
-            items, number = list(value), 0
-            for index, item in enumerate(value):
-                if not arg.items or index in arg.items:
-                    row, axis = rows[number], arg.axis
-                    items[index] = taken(item, row, axis) if arg.has_batch else item.index_select(axis, row)
-                    number += 1
+        if value is None:
+            continue
+        items = list(value) if rows and rows[0][0] is not None else []
+        for index, row in rows:
+            item = value if index is None else items[index]
+            short = taken(item, row, arg.axis) if arg.has_batch else item.index_select(arg.axis, row)
+            if index is None:
+                given[arg.name] = short
+            else:
+                items[index] = short
+        if items:
             given[arg.name] = type(value)(items)
-        elif value is not None:
-            row, axis = rows[0], arg.axis
-            given[arg.name] = taken(value, row, axis) if arg.has_batch else value.index_select(axis, row)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -115,6 +115,7 @@ class Program:
                     context.release(held)
                 layer.phase = Phase.FULL if held.left_alone else state.phase
                 layer.starts = layer.writes_map = False
+                layer.keeps_references = True
                 if layer.phase is Phase.FULL:
                     continue
                 if context.is_revived and context.step == 0 and held.base is not None:
@@ -124,6 +125,7 @@ class Program:
                         written.add(id(held.base))
                         held.base.made_at = held.base.num_maps = 0
                         layer.writes_map, layer.step_info = True, StepInfo(0)
+                        layer.keeps_references = False
                     continue
                 may_change = layer.phase is Phase.REFRESH or self.reducer.restore == "copy"
                 if held.map is None or (may_change and held.ratio != ratio):

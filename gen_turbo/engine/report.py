@@ -59,7 +59,8 @@ class Report:
             lines.append(f"  text: {self.text_tokens[0]} -> {self.text_tokens[1]} tokens")
         for site in self.sites:
             if site.status == "reduced":
-                grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else "not run yet"
+                unknown = "no grid" if site.num_tokens else "not run yet"
+                grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else unknown
                 calls = f"{site.num_reduced} reduced and {site.num_full} full calls"
                 tokens = f"{site.num_tokens} -> {site.num_kept} tokens"
                 age = f"plans up to {site.plan_age} steps old"

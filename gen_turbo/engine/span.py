@@ -16,7 +16,6 @@ from gen_turbo.engine.layer import ReducedLayer, shorten
 from gen_turbo.engine.state import Phase
 from gen_turbo.kernels import merge
 
-_TEXT = "encoder_hidden_states"
 _BETWEEN_BLOCKS = ("controlnet", "skip_layers")
 
 
@@ -98,7 +97,7 @@ class SpanBlock(ReducedLayer):
         place = self.outputs[0]
         carried = {self.tokens: output[place]}
         if len(output) == 2:
-            carried[_TEXT] = output[1 - place]
+            carried[self.spec.signature.carries] = output[1 - place]
         return carried
 
 
@@ -118,14 +117,14 @@ def spans_of(
     """
     spans: list[list[ReducedLayer]] = []
     for layer in layers:
-        if layer.spec.signature.also and length != 1:
-            raise ValueError(
-                f"the blocks of {type(model).__name__} are linked across spans; use scope='block' with merge_span=1"
-            )
         if spans and _follows(spans[-1][-1], layer, is_whole) and (length == 0 or len(spans[-1]) < length):
             spans[-1].append(layer)
         else:
             spans.append([layer])
+    if any(len(span) > 1 and span[-1].spec.signature.also for span in spans):
+        raise ValueError(
+            f"the blocks of {type(model).__name__} are linked across spans; use scope='block' with merge_span=1"
+        )
     return spans
 
 
@@ -150,5 +149,7 @@ def check_between(arguments: Mapping[str, Any]) -> None:
 
 def _follows(before: ReducedLayer, after: ReducedLayer, is_whole: bool) -> bool:
     stack, _, number = before.name.rpartition(".")
+    if before.spec.ends_span:
+        return False
     is_next = is_whole or after.name == f"{stack}.{int(number) + 1}"
     return is_next and before.ratio == after.ratio

@@ -42,7 +42,7 @@ class LayerState:
         map: How its sequence is merged; None before its first step that is not a full one.
         base: The same map of the image tokens alone, which layers share.
         gap: Steps since the last refresh, 0-dim; in a refresh, since the one before, or infinity.
-        rows: For each argument of positions, the rows that are kept.
+        rows: For each argument of positions, the item of a tuple, if it is one, and the rows that are kept.
         residuals: For each output, what the last refresh found that merging misses; allocated once.
         slopes: For each output, its change per step between the last two refreshes.
         left_alone: Why the layer runs in full for the rest of the run; empty if it does not.
@@ -57,7 +57,7 @@ class LayerState:
     gap: Tensor
     map: RunMap | None = None
     base: RunMap | None = None
-    rows: list[list[Tensor]] = field(default_factory=list)
+    rows: list[list[tuple[int | None, Tensor]]] = field(default_factory=list)
     residuals: list[Tensor | None] = field(default_factory=list)
     slopes: list[Tensor | None] = field(default_factory=list)
     left_alone: str = ""

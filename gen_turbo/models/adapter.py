@@ -21,6 +21,7 @@ class TokenArg:
         has_batch: Whether there is a row per sample at axis 0; otherwise the whole batch must share one map.
         has_text_before: Whether the rows of the text tokens come first.
         items: Which items of a tuple they are; empty for all.
+        num_axes: How many axes it has where it has a row per token; 0 where it always has.
     """
 
     name: str
@@ -28,6 +29,11 @@ class TokenArg:
     has_batch: bool = False
     has_text_before: bool = False
     items: tuple[int, ...] = ()
+    num_axes: int = 0
+
+    def reads(self, value: Any, item: int = 0) -> bool:
+        """Whether an argument, or an item of one, is there and has a row per token."""
+        return value is not None and (not self.items or item in self.items) and self.num_axes in (0, value.ndim)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ class LayerSignature:
         outputs: Which items of a tuple that is returned hold them.
         is_map: Whether tokens and output are feature maps.
         is_residual: Whether the layer adds its input itself, so that what is restored is the change.
+        plain: Which of `outputs` are nevertheless no change of the input, and are restored as they are.
+        stream: Layers share a map with those of the same stream alone.
+        carries: Of a block with two outputs, the argument of the next block that the other one becomes.
         keys_before: Whether the attention's keys begin with those of the text; otherwise other keys come behind.
         has_text_keys: Whether the attention's other keys are the text tokens of the model's input.
     """
@@ -57,6 +66,9 @@ class LayerSignature:
     outputs: tuple[int, ...] = (0,)
     is_map: bool = False
     is_residual: bool = False
+    plain: tuple[int, ...] = ()
+    stream: str = ""
+    carries: str = "encoder_hidden_states"
     keys_before: bool = False
     has_text_keys: bool = False
 
@@ -98,12 +110,14 @@ class LayerSpec:
         downsample: How many times coarser than the model's input its token grid is.
         left_alone: Why it cannot be reduced; empty if it can.
         signature: Where its image tokens are.
+        ends_span: Whether the model itself reads every token of a block's output before the next block.
     """
 
     name: str
     downsample: int = 1
     left_alone: str = ""
     signature: LayerSignature = SELF_ATTENTION
+    ends_span: bool = False
 
 
 WHOLE = "output"
@@ -141,6 +155,23 @@ class ModelCall(NamedTuple):
     condition: Tensor | None
 
 
+class Region(NamedTuple):
+    """Tokens that follow each other and belong to one image or video.
+
+    Attributes:
+        num_frames: Frames of a video, each a grid; 1 for an image.
+        grid: (height, width) of a frame in tokens.
+    """
+
+    num_frames: int
+    grid: Grid
+
+    @property
+    def num_tokens(self) -> int:
+        """All of them."""
+        return self.num_frames * self.grid[0] * self.grid[1]
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Where the tokens of a run are; read once, in the first call.
@@ -148,6 +179,8 @@ class Geometry:
     Attributes:
         grid: (height, width) of the model's input in tokens; None where the tokens are no rectangle.
         num_frames: Frames of a video, each a grid; 1 for an image.
+        references: The images beside the target that follow it in the sequence, as an editing model is given them.
+        left_alone: Why the call cannot run on merged tokens; empty if it can.
         num_text: Text tokens in every row, where they share a sequence with image tokens.
         num_images: Rows of the batch before it repeats itself, as it does under guidance; 0 where that is not known.
     """
@@ -156,6 +189,13 @@ class Geometry:
     num_frames: int = 1
     num_text: int = 0
     num_images: int = 0
+    references: tuple[Region, ...] = ()
+    left_alone: str = ""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The target and its references; empty where the tokens are no rectangles."""
+        return (Region(self.num_frames, self.grid), *self.references) if self.grid is not None else ()
 
 
 class Adapter(Protocol):
@@ -174,6 +214,11 @@ class Adapter(Protocol):
     @property
     def is_one_stack(self) -> bool:
         """Whether each block reads what the one before it gives, from the first stack of blocks to the last."""
+        ...
+
+    @property
+    def has_references(self) -> bool:
+        """Whether images may stand beside the target in its sequence."""
         ...
 
     def layers(self, model: nn.Module) -> list[LayerSpec]:

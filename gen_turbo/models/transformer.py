@@ -9,30 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.method import Grid
-from gen_turbo.models.adapter import Geometry, LayerSignature, LayerSpec, ModelCall, TextSignature, Unit, units_of
+from gen_turbo.models.adapter import (
+    Geometry,
+    LayerSignature,
+    LayerSpec,
+    ModelCall,
+    Region,
+    TextSignature,
+    Unit,
+    units_of,
+)
 from gen_turbo.models.inputs import num_images, time_of
 from gen_turbo.tokens.score import attention_column_mean
 
 _NUM_QUERIES = 256
-FrameGrid = tuple[int, Grid | None]
-"""Frames, and (height, width) of the tokens of one."""
+_FUSED = "to_qkv_mlp_proj"
+_PROJECTIONS = (("to_q", "to_query"), ("to_k", "to_key"))
+_NORMS = (("norm_q", "query_norm", "q_rms_norm"), ("norm_k", "key_norm", "k_rms_norm"))
+Regions = tuple[Region, ...]
+"""The target first, then what stands behind it in the sequence; empty where the tokens are no rectangles."""
 
 
-def patches(model: Any, arguments: Mapping[str, Any]) -> FrameGrid:
+def patches(model: Any, arguments: Mapping[str, Any]) -> Regions:
     """Frames and grid of latents (B, C, h, w) or (B, C, frames, h, w), by the sizes of the model's patches."""
     return patches_of(model, arguments["hidden_states"])
 
 
-def patches_of(model: Any, sample: Tensor) -> FrameGrid:
+def patches_of(model: Any, sample: Tensor) -> Regions:
     """The same for given latents."""
     patch = model.config.patch_size
-    if isinstance(patch, tuple | list):
-        frames, height, width = patch
-    else:
-        frames, height, width = getattr(model.config, "patch_size_t", None) or 1, patch, patch
+    if not isinstance(patch, tuple | list):
+        patch = getattr(model.config, "patch_size_t", None) or 1, patch, patch
+    frames, height, width = (1, *patch)[-3:]
     num_frames = sample.shape[2] // frames if sample.ndim == 5 else 1
-    return num_frames, (sample.shape[-2] // height, sample.shape[-1] // width)
+    return (Region(num_frames, (sample.shape[-2] // height, sample.shape[-1] // width)),)
+
+
+def sizes_given(model: Any, arguments: Mapping[str, Any]) -> Regions:
+    """As the call says; none where it leaves that to coordinates."""
+    frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+    return (Region(frames, (height, width)),) if frames and height and width else ()
 
 
 def no_text(model: Any, arguments: Mapping[str, Any]) -> int:
@@ -43,6 +59,11 @@ def no_text(model: Any, arguments: Mapping[str, Any]) -> int:
 def text_length(model: Any, arguments: Mapping[str, Any]) -> int:
     """Every row of the text that the model is given."""
     return int(arguments["encoder_hidden_states"].shape[1])
+
+
+def nothing_between(model: Any, name: str) -> bool:
+    """Blocks hand their tokens to each other."""
+    return False
 
 
 def latents(arguments: Mapping[str, Any]) -> ModelCall:
@@ -59,11 +80,14 @@ class TransformerAdapter:
         attention: The signature of attention layers by name pattern, in which `*` stands for one part of a path.
         whole: The signature of blocks by name pattern; empty where whole-block merging is not offered.
         to_time: From the time that the model is given to the scheduler's, falling; negative where that rises.
-        grid: Frames and grid of a call.
+        regions: Frames and grids of a call, the target's first.
+        has_references: Whether images may stand beside the target.
+        left_alone: Why a call cannot run on merged tokens; empty if it can.
         num_text: Text tokens that share attention with the image tokens.
         text: Where the model is given text that can be merged, or why there is none.
         reading: Reads the arguments of a call.
         is_one_stack: Whether each block reads what the one before it gives, from the first stack to the last.
+        ends_span: Whether a model reads every token between a block, by name, and the next one.
         is_transformer: Whether all blocks follow each other at one resolution.
     """
 
@@ -71,11 +95,14 @@ class TransformerAdapter:
     attention: Mapping[str, LayerSignature]
     whole: Mapping[str, LayerSignature] = field(default_factory=dict)
     to_time: Callable[[float], float] = float
-    grid: Callable[[Any, Mapping[str, Any]], FrameGrid] = patches
+    regions: Callable[[Any, Mapping[str, Any]], Regions] = patches
+    has_references: bool = False
+    left_alone: Callable[[Mapping[str, Any]], str] = lambda arguments: ""
     num_text: Callable[[Any, Mapping[str, Any]], int] = no_text
     text: TextSignature | str | Callable[[Any], TextSignature | str] = "its image tokens share no attention with text"
     reading: Callable[[Mapping[str, Any]], ModelCall] = latents
     is_one_stack: bool = False
+    ends_span: Callable[[Any, str], bool] = nothing_between
     is_transformer: bool = True
 
     def layers(self, model: nn.Module) -> list[LayerSpec]:
@@ -90,7 +117,11 @@ class TransformerAdapter:
     def blocks(self, model: nn.Module) -> list[LayerSpec]:
         """Every block of a known signature."""
         named = ((name, _matching(self.whole, name)) for name, _ in model.named_modules())
-        return [LayerSpec(name, signature=signature) for name, signature in named if signature]
+        return [
+            LayerSpec(name, signature=signature, ends_span=self.ends_span(model, name))
+            for name, signature in named
+            if signature
+        ]
 
     def units(self, model: nn.Module) -> dict[str, Unit]:
         """What can be skipped: the whole transformer and its blocks."""
@@ -109,19 +140,20 @@ class TransformerAdapter:
         return self.to_time(time_of(timestep))
 
     def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
-        """Frames, grid, text tokens and repeated images of a call."""
-        sample = self.reading(arguments).sample
-        num_frames, grid = self.grid(model, arguments)
-        return Geometry(grid, num_frames, self.num_text(model, arguments), num_images(sample))
+        """Frames, grid, text tokens, repeated images and references of a call."""
+        num_text, repeated = self.num_text(model, arguments), num_images(self.reading(arguments).sample)
+        regions, why = self.regions(model, arguments), self.left_alone(arguments)
+        if not regions:
+            return Geometry(None, 1, num_text, repeated, left_alone=why)
+        target, *references = regions
+        return Geometry(target.grid, target.num_frames, num_text, repeated, tuple(references), why)
 
     def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:
         """The attention column mean over strided queries for "self", before positions; nothing for other kinds."""
-        if kind != "self" or not all(hasattr(layer, name) for name in ("to_q", "to_k", "heads")):
+        if kind != "self" or not _knows_heads(layer):
             return None
         queries = tokens[:, :: max(1, tokens.shape[1] // _NUM_QUERIES)]
-        channels = int(layer.get_submodule("to_q").out_features) // int(layer.heads)  # type: ignore[arg-type]
-        q = _heads(layer, "q", queries, channels)
-        k = _heads(layer, "k", tokens, channels)
+        q, k = _heads(layer, 0, queries), _heads(layer, 1, tokens)
         return attention_column_mean(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
 
 
@@ -134,13 +166,32 @@ def _matches(pattern: str, name: str) -> bool:
     return len(parts) == len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True))
 
 
-def _heads(layer: nn.Module, role: str, tokens: Tensor, channels: int) -> Tensor:
-    """Projects tokens to normed queries or keys (B, heads, N, channels of a head)."""
-    x = layer.get_submodule(f"to_{role}")(tokens)
-    norm = getattr(layer, f"norm_{role}", None)
+def _knows_heads(layer: nn.Module) -> bool:
+    return _number_of_heads(layer) > 0 and any(hasattr(layer, name) for name in ("to_q", "to_query", _FUSED))
+
+
+def _number_of_heads(layer: Any) -> int:
+    return int(getattr(layer, "heads", 0) or getattr(layer, "num_heads", 0))
+
+
+def _heads(layer: Any, role: int, tokens: Tensor) -> Tensor:
+    """Projects tokens to normed queries (role 0) or keys (1), (B, heads, N, channels of a head)."""
+    fused = getattr(layer, _FUSED, None)
+    if fused is not None:
+        x = fused(tokens)[..., role * layer.inner_dim : (role + 1) * layer.inner_dim]
+        channels = layer.inner_dim // _number_of_heads(layer)
+    else:
+        x = _first_of(layer, _PROJECTIONS[role])(tokens)
+        channels = _first_of(layer, _PROJECTIONS[0]).out_features // _number_of_heads(layer)
+    norm = _first_of(layer, _NORMS[role])
     weight = getattr(norm, "weight", None)
     is_whole = weight is not None and int(weight.shape[-1]) != channels
     x = norm(x) if norm is not None and is_whole else x
     x = x.view(*x.shape[:2], -1, channels)
     x = x if norm is None or is_whole else norm(x)
     return torch.transpose(x, 1, 2)
+
+
+def _first_of(layer: nn.Module, names: tuple[str, ...]) -> Any:
+    """The first of several attributes that a layer has; None where it has none."""
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)

@@ -27,7 +27,7 @@ class UNetAdapter:
     """Enters a UNet, or a ControlNet, which is the way down of one, by its `attn1` processors; all else stays."""
 
     models = ("UNet2DConditionModel", "ControlNetModel")
-    is_transformer = is_one_stack = False
+    is_transformer = is_one_stack = has_references = False
 
     def units(self, model: nn.Module) -> dict[str, Unit]:
         """What can be skipped: the whole UNet, all that is deeper than a layer of the way up, transformer blocks."""

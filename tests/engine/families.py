@@ -28,12 +28,15 @@ VARIANTS: dict[str, dict[str, object]] = {
     "block corrected": {"scope": "block"},
     "block copied": {"scope": "block", "restore": "copy"},
     "runs of blocks": {"scope": "block", "merge_span": 0},
+    "whole model": {"scope": "model", "restore": "copy"},
 }
 CELLS = {
     "nothing removed": "bit-identical",
     "detached": "every object as before",
 }
 COLUMNS = (*CELLS, *VARIANTS, "text merged")
+NO_SPANS = ("hunyuan-dit",)
+"""Blocks that are linked to each other by more than their tokens, or between which the model reads every token."""
 NO_BLOCKS = ("kandinsky",)
 """Attention on maps between convolutions: there is no block of tokens to merge."""
 
@@ -74,7 +77,9 @@ def family(name: str) -> tuple[nn.Module, Callable[..., Tensor]]:
 
 def is_refused(name: str, settings: dict[str, object]) -> bool:
     """Whether a variant is refused by name on a family."""
-    return settings.get("scope") == "block" and name in NO_BLOCKS
+    scope = settings.get("scope")
+    no_stack = (*UNETS, CONTROL_NET, *NO_BLOCKS, *NO_SPANS)
+    return (scope == "block" and name in NO_BLOCKS) or (scope == "model" and name in no_stack)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -96,7 +101,8 @@ def cell(name: str, column: str) -> str:
 def _nothing_removed(name: str) -> str:
     model, run = _kept(name)
     stock, _ = _stock(name)
-    for processor in (TurboProcessor(0.0), IdentityProcessor(0.4), TurboProcessor(0.0, scope="block")):
+    scopes = [TurboProcessor(0.0, scope=scope) for scope in ("attention", "block", "model")]
+    for processor in (*scopes, IdentityProcessor(0.4)):
         if not is_refused(name, {"scope": processor.scope}):
             with attach(model, processor):
                 assert torch.equal(run(times=TIMES), stock)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_turbo.models.adapter import SELF_ATTENTION, Adapter, LayerSignature, ModelCall, TextSignature, TokenArg
+from gen_turbo.models.adapter import SELF_ATTENTION, Adapter, LayerSignature, ModelCall, Region, TextSignature, TokenArg
 from gen_turbo.models.families.common import POSITIONS_INSIDE, ROTARY, SELF, block, share_of_the_way, thousandths
-from gen_turbo.models.transformer import FrameGrid, TransformerAdapter, text_length
+from gen_turbo.models.transformer import Regions, TransformerAdapter, text_length
 
 PIXART = TransformerAdapter(
     ("PixArtTransformer2DModel", "DiTTransformer2DModel"),
@@ -90,13 +90,13 @@ def _stacked(images: Any) -> Tensor:
     return torch.stack(list(images)) if is_simple else torch.empty(len(images), 0)
 
 
-def _patches_asked_for(model: Any, arguments: Mapping[str, Any]) -> FrameGrid:
+def _patches_asked_for(model: Any, arguments: Mapping[str, Any]) -> Regions:
     patch, patch_frames = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
     sample = _stacked(arguments["x"])
     if sample.ndim < 5:
-        return 1, None
+        return ()
     frames, height, width = sample.shape[2:]
-    return frames // patch_frames, (height // patch, width // patch)
+    return (Region(frames // patch_frames, (height // patch, width // patch)),)
 
 
 _Z_ARGS = (TokenArg("freqs_cis", axis=1, has_batch=True),)
@@ -110,7 +110,7 @@ Z_IMAGE = TransformerAdapter(
     },
     {"layers.*": _Z_BLOCK, "noise_refiner.*": _Z_BLOCK},
     to_time=share_of_the_way,
-    grid=_patches_asked_for,
+    regions=_patches_asked_for,
     text=POSITIONS_INSIDE,
     reading=_lists,
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from gen_turbo.models.adapter import Adapter, LayerSignature, TextSignature, TokenArg
 from gen_turbo.models.families.common import ROTARY, SELF, block
-from gen_turbo.models.transformer import FrameGrid, TransformerAdapter, patches_of, text_length
+from gen_turbo.models.transformer import TransformerAdapter, patches_of, sizes_given, text_length
 
 WAN = TransformerAdapter(
     ("WanTransformer3DModel",),
@@ -16,18 +15,12 @@ WAN = TransformerAdapter(
 )
 
 
-def _sizes_given(model: Any, arguments: Mapping[str, Any]) -> FrameGrid:
-    """As the call says; None where it leaves that to coordinates."""
-    frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
-    return (frames, (height, width)) if frames and height and width else (1, None)
-
-
 _ROTARY_PER_SAMPLE = (TokenArg("image_rotary_emb", axis=1, has_batch=True),)
 LTX = TransformerAdapter(
     ("LTXVideoTransformer3DModel",),
     {"transformer_blocks.*.attn1": LayerSignature(none=SELF, token_args=_ROTARY_PER_SAMPLE)},
     {"transformer_blocks.*": block(none=(), token_args=_ROTARY_PER_SAMPLE)},
-    grid=_sizes_given,
+    regions=sizes_given,
 )
 
 
@@ -42,7 +35,7 @@ COGVIDEOX = TransformerAdapter(
     {"transformer_blocks.*.attn1": LayerSignature(keys_before=True, has_text_keys=True, token_args=ROTARY)},
     {"transformer_blocks.*": block(none=(), token_args=ROTARY)},
     # Latents are (batch, frames, channels, height, width).
-    grid=lambda model, arguments: patches_of(model, arguments["hidden_states"].transpose(1, 2)),
+    regions=lambda model, arguments: patches_of(model, arguments["hidden_states"].transpose(1, 2)),
     num_text=text_length,
     text=_cogvideox_text,
 )
