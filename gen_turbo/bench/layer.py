@@ -15,6 +15,7 @@ from gen_turbo.bench.primitives import smooth_tokens
 from gen_turbo.bench.timing import alternate
 from gen_turbo.methods.turbo import TurboProcessor
 from gen_turbo.methods.vistog import VisToGProcessor
+from gen_turbo.tokens.ratios import num_removed
 
 REUSE = 5
 HEADS = 8
@@ -68,7 +69,7 @@ def _functions(tokens: Tensor, options: argparse.Namespace) -> dict[str, Callabl
     processor, vistog = TurboProcessor(ratio), VisToGProcessor(ratio)
 
     def tomesd() -> Tensor:
-        merge, unmerge = tomesd_baseline.matching(tokens, grid, int(tokens.shape[1] * ratio))
+        merge, unmerge = tomesd_baseline.matching(tokens, grid, num_removed(tokens.shape[1], ratio))
         merged: Tensor = layer(merge(tokens))
         return unmerge(merged)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gen_turbo.models.adapter import TextSignature
 from gen_turbo.tokens.farthest import farthest_point_plan
+from gen_turbo.tokens.ratios import num_removed
 
 _WORTHWHILE = 1 / 2
 """Share of the text that must repeat before equal tokens are merged unasked: sizes take a channel in every attention.
@@ -52,7 +53,7 @@ def merge_text(arguments: Mapping[str, Any], signature: TextSignature, ratio: fl
     num_tokens = text.shape[1]
     positions, mask = arguments.get(signature.positions), arguments.get(signature.mask)
     rows = _rows(text, positions, mask, signature.hides)
-    num_slots = _num_distinct(rows) if ratio is None else num_tokens - int(num_tokens * ratio)
+    num_slots = _num_distinct(rows) if ratio is None else num_tokens - num_removed(num_tokens, ratio)
     if ratio is None and num_tokens - num_slots < num_tokens * _WORTHWHILE:
         return MergedText({})
     plan = farthest_point_plan(rows, num_slots)

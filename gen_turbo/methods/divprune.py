@@ -9,6 +9,7 @@ from torch import Tensor
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.select import keep_diverse
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.settings import Placement
@@ -33,7 +34,7 @@ class DivPruneProcessor(Placement, ReductionProcessor):
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C)."""
         num_tokens = tokens.shape[1]
-        removed = int(num_tokens * site.ratio)
+        removed = num_removed(num_tokens, site.ratio)
         if removed == 0:
             return TokenMap.identity(1, num_tokens, tokens.device)
         return keep_diverse(tokens, num_tokens - removed)

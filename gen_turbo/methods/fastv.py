@@ -9,6 +9,7 @@ from torch import Tensor
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.select import keep_highest
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.settings import Placement
@@ -55,4 +56,4 @@ class FastVProcessor(Placement, ReductionProcessor):
         score = site.semantic("last") if site.semantic is not None else None
         if score is None:
             raise ValueError("fastv reads the attention of the last token, which only a decoder has; place='decoder'")
-        return keep_highest(score, num_tokens - int(num_tokens * site.ratio))
+        return keep_highest(score, num_tokens - num_removed(num_tokens, site.ratio))

@@ -9,6 +9,7 @@ from torch import Tensor
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.select import pool_cells
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.settings import Placement
@@ -28,4 +29,4 @@ class PoolProcessor(Placement, ReductionProcessor):
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]
-        return pool_cells(site.grid or (1, num_tokens), num_tokens - int(num_tokens * site.ratio), tokens.device)
+        return pool_cells(site.grid or (1, num_tokens), num_tokens - num_removed(num_tokens, site.ratio), tokens.device)

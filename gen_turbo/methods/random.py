@@ -10,6 +10,7 @@ from torch import Tensor
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 
 
@@ -33,7 +34,7 @@ class RandomProcessor(ReductionProcessor):
         """Plans a draw for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]
         first = site.num_protected
-        removed = int(site.ratio * (num_tokens - first))
+        removed = num_removed(num_tokens - first, site.ratio)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + frame.step)
         order = torch.randperm(num_tokens - first, generator=generator) + first
         leaving, staying = order[:removed], torch.cat([torch.arange(first), order[removed:]])

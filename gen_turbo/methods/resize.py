@@ -9,6 +9,7 @@ from torch import Tensor
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.select import shrink_cells, shrunk_grid
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.settings import Placement
@@ -50,5 +51,5 @@ class ResizeProcessor(Placement, ReductionProcessor):
             return TokenMap.identity(1, num_tokens, tokens.device)
         if site.name != "input" or site.grid is None:
             raise ValueError("resize makes a vision-language model's pictures smaller, which are not here; use pool")
-        smaller = shrunk_grid(site.grid, num_tokens - int(num_tokens * site.ratio))
+        smaller = shrunk_grid(site.grid, num_tokens - num_removed(num_tokens, site.ratio))
         return shrink_cells(site.grid, smaller, tokens.device)

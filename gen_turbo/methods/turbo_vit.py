@@ -11,6 +11,7 @@ from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
 from gen_turbo.tokens.match import bipartite_soft_matching
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.score import information_penalty
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.settings import Placement
@@ -73,7 +74,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         if (self.ratio if in_tower else site.ratio) == 0 or num_tokens + 1 < self.threshold:
             return total
         value = self._value(site)
-        left = min(self.num_removed, num_tokens // 2) if in_tower else int(num_tokens * site.ratio)
+        left = min(self.num_removed, num_tokens // 2) if in_tower else num_removed(num_tokens, site.ratio)
         while left:
             now = min(left, total.num_slots // 2)
             penalty = None if value is None else self._penalty(total.merge(value), frame.num_plans)

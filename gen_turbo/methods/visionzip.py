@@ -11,6 +11,7 @@ from torch import Tensor
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.settings import Placement
 
@@ -56,7 +57,7 @@ class VisionZipProcessor(Placement, ReductionProcessor):
             ValueError: If the place has no attention of a tower.
         """
         batch, num_tokens, _ = tokens.shape
-        num_kept = num_tokens - int(num_tokens * site.ratio)
+        num_kept = num_tokens - num_removed(num_tokens, site.ratio)
         if num_kept == num_tokens:
             return TokenMap.identity(1, num_tokens, tokens.device)
         attention = self._attention(site)
@@ -67,7 +68,7 @@ class VisionZipProcessor(Placement, ReductionProcessor):
         step = torch.arange(num_merged, device=tokens.device) * rest.shape[1] // max(1, num_merged)
         # Without targets every other token joins the most attended one.
         targets = rest[:, step] if num_merged else order[:, :1]
-        features = F.normalize(tokens.float(), dim=-1)
+        features = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)).contiguous(), dim=-1)
         similarity = features @ _take(features, targets).transpose(1, 2)
         destination = targets.gather(1, similarity.argmax(2))
         own = torch.arange(num_tokens, device=tokens.device).expand(batch, -1)

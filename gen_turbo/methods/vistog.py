@@ -10,6 +10,7 @@ from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
 from gen_turbo.tokens.group import group_tokens
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 
 
@@ -58,8 +59,8 @@ class VisToGProcessor(ReductionProcessor):
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the groups of tokens (B, N, C); protected tokens stay alone."""
         visual = tokens[:, site.num_protected :]
-        num_groups = visual.shape[1] - int(visual.shape[1] * site.ratio)
-        num_free = int(num_groups * self.free)
+        num_groups = visual.shape[1] - num_removed(visual.shape[1], site.ratio)
+        num_free = num_removed(num_groups, self.free)
         grid = site.grid or (1, visual.shape[1])
         plan = group_tokens(visual, grid, num_groups, self.window, self.num_refinements, num_free)
         return plan.between(site.num_protected, 0)

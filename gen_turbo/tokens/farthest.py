@@ -27,7 +27,8 @@ def farthest_point_plan(x_BNC: Tensor, num_slots: int) -> TokenMap:
     batch, num_tokens, _ = x_BNC.shape
     if not 1 <= num_slots <= num_tokens:
         raise ValueError(f"cannot keep {num_slots} of {num_tokens} tokens; lower the ratio")
-    x = x_BNC.detach().to(torch.promote_types(x_BNC.dtype, torch.float32))
+    # Made contiguous, lest sums in another order choose otherwise.
+    x = x_BNC.detach().to(torch.promote_types(x_BNC.dtype, torch.float32)).contiguous()
     row = torch.arange(batch, device=x.device)
     kept = torch.zeros(batch, dtype=torch.int64, device=x.device)
     nearest_BN = torch.zeros(batch, num_tokens, dtype=torch.int64, device=x.device)

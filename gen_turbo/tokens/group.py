@@ -47,7 +47,8 @@ def group_tokens(
     Memory is linear in N: a token is compared with the few groups in reach of its tile of 8 x 8 tokens.
 
     Args:
-        metric_BNC: What similarity is measured on, by cosine in at least float32, tokens in raster order.
+        metric_BNC: What similarity is measured on, by cosine in at least float32, tokens in raster order. Tokens that
+            hold NaN or infinity are the least like any.
         grid: (height, width) in tokens; (1, N) for a line.
         num_groups: Groups to make, 1 to N.
         window: A token may join the cells of this many bands, this many in each, around its own place; odd.
@@ -55,7 +56,8 @@ def group_tokens(
         num_free: How many of the groups begin without a cell.
 
     Returns:
-        A plan with `num_groups` slots; the anchor of each is the member most like its centre.
+        A plan with `num_groups` slots; the anchor of each is the member most like its centre, of several that are as
+        like but for rounding the first.
 
     Raises:
         ValueError: If the grid does not hold N tokens or a number is out of range.
@@ -71,8 +73,9 @@ def group_tokens(
         return TokenMap.identity(batch, num_tokens, metric_BNC.device)
     with torch.no_grad():
         layout = _layout(grid, num_groups - num_free, window, metric_BNC.device)
-        metric = metric_BNC.detach()
-        unit_BNC = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        # Made contiguous, lest sums in another order choose otherwise.
+        metric = metric_BNC.detach().to(torch.promote_types(metric_BNC.dtype, torch.float32)).contiguous()
+        unit_BNC = F.normalize(metric, dim=-1)
         slot_BN, similarity_BN = _refined(unit_BNC, layout, num_refinements)
         return _filled(slot_BN, similarity_BN, layout.seeds.num_slots, num_groups)
 
@@ -135,7 +138,9 @@ def _filled(slot_BN: Tensor, similarity_BN: Tensor, num_cells: int, num_groups: 
     batch, num_tokens = slot_BN.shape
     token_BN = torch.arange(num_tokens, device=slot_BN.device).expand(batch, -1)
     best_BG = similarity_BN.new_full((batch, num_cells), -torch.inf).scatter_reduce(1, slot_BN, similarity_BN, "amax")
-    central_BN = token_BN.masked_fill(similarity_BN < best_BG.gather(1, slot_BN), num_tokens)
+    # Two members are as far from their mean: rounding must not decide between them.
+    rounding = 16 * torch.finfo(similarity_BN.dtype).eps
+    central_BN = token_BN.masked_fill(similarity_BN < best_BG.gather(1, slot_BN) - rounding, num_tokens)
     anchor_BG = slot_BN.new_full((batch, num_cells), num_tokens).scatter_reduce(1, slot_BN, central_BN, "amin")
     destination_BN = anchor_BG.gather(1, slot_BN)
     num_alone = num_groups - (anchor_BG < num_tokens).sum(1, keepdim=True)

@@ -39,7 +39,8 @@ def bipartite_soft_matching(
     Turbo (Ju et al., 2023, arXiv 2312.07408): a token's semantic value decides whether it leaves, never where to.
 
     Args:
-        metric_BNC: What similarity is measured on, by cosine in at least float32. All-zero tokens are similar to none.
+        metric_BNC: What similarity is measured on, by cosine in at least float32. All-zero tokens are similar to none,
+            and tokens that hold NaN or infinity are the least similar to any.
         destinations_D: Tokens that stay and receive, (D,) int64, distinct. All others are sources.
         num_removed: How many sources leave in each row, at most their number. Ties leave in token order, and
             among equally similar destinations the first receives.
@@ -165,10 +166,17 @@ def _nearest_destinations(metric_BNC: Tensor, layout: _Layout) -> tuple[Tensor, 
     count = layout.num_destinations
     # The source's own length cannot change which destination is nearest, so it divides the winner alone.
     similarity = rows[:, :, count:] @ (rows[:, :, :count] / length[:, :, :count]).transpose(-1, -2)
+    # What is no number is less alike than any two tokens that are, and still more than no destination at all.
+    least = torch.finfo(rows.dtype).min
+    similarity = similarity.nan_to_num_(nan=least, posinf=least, neginf=least)
     if layout.filler_TD is not None:
         similarity = similarity.masked_fill(layout.filler_TD[:, None, :], -torch.inf)
     best, index = similarity.max(-1)
-    best = (best / length[:, :, count:, 0]).nan_to_num(nan=-2.0, neginf=-torch.inf)
+    length_TS = length[:, :, count:, 0]
+    best = (best / length_TS).clamp_min(-2.0).masked_fill(~length_TS.isfinite(), -2.0)
+    if layout.filler_TD is not None:
+        # Destinations come before fillers: a tile that begins with a filler has none.
+        best = best.masked_fill(layout.filler_TD[:, :1], -torch.inf)
     nearest = layout.token_TP[:, :count].expand(batch, -1, -1).gather(2, index)
     none = best.new_full((batch, 1), -torch.inf)
     # Tokens that are no source read the column behind the sources.

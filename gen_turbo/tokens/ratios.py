@@ -12,24 +12,28 @@ def max_ratio(stride: tuple[int, ...] = (2, 2)) -> float:
     return 1 - 1 / prod(stride)
 
 
-def num_removed(num_tokens: int, ratio: float, stride: tuple[int, ...] = (2, 2)) -> int:
-    """Gives the number of tokens that leave, `ratio * num_tokens` rounded down.
+def num_removed(num_tokens: int, ratio: float, stride: tuple[int, ...] | None = None) -> int:
+    """Gives the number of tokens that leave, `ratio * num_tokens` rounded down; one token stays at any ratio.
 
     Args:
-        num_tokens: Visual tokens before the reduction.
+        num_tokens: Tokens before the reduction.
         ratio: Fraction to remove.
-        stride: Cell that keeps one destination, (height, width) or one length.
+        stride: Cell that keeps one destination, (height, width) or one length; None where there are no cells.
 
     Raises:
-        ValueError: If the ratio is negative or above `max_ratio(stride)`; it is never lowered in silence.
+        ValueError: If the ratio is negative or above `max_ratio(stride)`, without cells above 1; it is never lowered
+            in silence.
     """
-    bound = max_ratio(stride)
-    if not 0 <= ratio <= bound:
+    if stride is None:
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio {ratio} is not in [0, 1]; give the fraction of tokens to remove")
+    elif not 0 <= ratio <= max_ratio(stride):
         raise ValueError(
-            f"ratio {ratio} is not in [0, {bound:g}]: with stride {stride} one token in {prod(stride)} stays; "
-            "lower `ratio` or use a larger `stride`"
+            f"ratio {ratio} is not in [0, {max_ratio(stride):g}]: with stride {stride} one token in {prod(stride)} "
+            "stays; lower `ratio` or use a larger `stride`"
         )
-    return int(num_tokens * ratio)
+    # The factor gives back what floats round off: 100 * 0.29 is 28.999999999999996.
+    return min(int(num_tokens * ratio * (1 + 1e-12)), max(num_tokens - 1, 0))
 
 
 def ratio_of_layer(name: str, ratio: float, layer_ratios: Mapping[str, float]) -> float:

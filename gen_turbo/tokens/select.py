@@ -5,6 +5,8 @@ Shape names: B batch, N tokens, C channels, K kept.
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,12 +17,14 @@ from gen_turbo.tokens.token_map import TokenMap
 def keep_highest(score_BN: Tensor, num_kept: int) -> TokenMap:
     """Keeps the tokens of highest score in each row; ties in token order, dropped tokens join the nearest kept one.
 
+    NaN is the lowest score.
+
     Raises:
         ValueError: If no token or more than all are to be kept.
     """
     num_tokens = score_BN.shape[1]
     _check(num_kept, num_tokens)
-    order_BN = score_BN.argsort(dim=1, descending=True, stable=True)
+    order_BN = score_BN.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return keep_tokens(order_BN[:, :num_kept].sort(dim=1).values, num_tokens)
 
 
@@ -49,15 +53,17 @@ def keep_diverse(features_BNC: Tensor, num_kept: int) -> TokenMap:
 
     The max-min diversity of DivPrune (Alvar et al., 2025, arXiv 2503.02175, Algorithm 1): the first token is the one
     farthest from its nearest neighbour, each further one the farthest from all those kept; distance is one minus
-    cosine. Costs an N x N similarity and K steps over N.
+    cosine, and 3 from tokens that hold NaN or infinity. Costs an N x N similarity and K steps over N.
 
     Raises:
         ValueError: If no token or more than all are to be kept.
     """
     num_tokens = features_BNC.shape[1]
     _check(num_kept, num_tokens)
-    features = F.normalize(features_BNC.to(torch.promote_types(features_BNC.dtype, torch.float32)), dim=-1)
-    similarity = features @ features.transpose(1, 2)
+    # Made contiguous, lest sums in another order choose otherwise.
+    features = features_BNC.to(torch.promote_types(features_BNC.dtype, torch.float32)).contiguous()
+    features = F.normalize(features, dim=-1)
+    similarity = (features @ features.transpose(1, 2)).nan_to_num_(nan=-2.0)
     own = torch.eye(num_tokens, dtype=torch.bool, device=similarity.device)
     nearest_BN = similarity.masked_fill(own, -torch.inf).amax(2)
     kept = [nearest_BN.argmin(1)]
@@ -103,9 +109,9 @@ def shrunk_grid(grid: tuple[int, int], num_kept: int) -> tuple[int, int]:
     """
     height, width = grid
     _check(num_kept, height * width)
-    # The small number keeps 8 of 16 rows at a quarter from becoming 7.999.
-    rows = max(1, int(height * (num_kept / (height * width)) ** 0.5 + 1e-9))
-    return rows, max(1, min(width, int(num_kept / rows), round(rows * width / height)))
+    # In whole numbers, lest 8 of 16 rows at a quarter become 7. Where one column is left, all that are kept are rows.
+    rows = min(num_kept, max(1, isqrt(num_kept * height // width)))
+    return rows, max(1, min(width, num_kept // rows, round(rows * width / height)))
 
 
 def shrink_cells(grid: tuple[int, int], smaller: tuple[int, int], device: torch.device | str | None = None) -> TokenMap:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gen_turbo.tokens.ratios import num_removed
+
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """What calibration measures; budgets between take the layers of the next one."""
 
@@ -60,7 +62,7 @@ class PromptCost:
 
     def share(self, layout: Layout) -> float:
         """Cost as a share of the stock model's."""
-        short = self.length - int(self.image_tokens * (1 - layout.tokens))
+        short = self.length - num_removed(self.image_tokens, 1 - layout.tokens)
         whole = min(layout.first, layout.layers)
         spent = whole * self._layer(self.length) + (layout.layers - whole) * self._layer(short) + self.router
         return spent / (self.num_layers * self._layer(self.length))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.vlm.routes import Prompt, Scores
 
 _TINY = 1e-6
@@ -23,7 +24,7 @@ def keep_counts(prompt: Prompt, tokens: float) -> tuple[int, int]:
     counts = prompt.is_image_BL.sum(1).tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"prompts of {sorted(set(counts))} image tokens; train on one picture of one size a prompt")
-    return counts[0], counts[0] - int(counts[0] * (1 - tokens))
+    return counts[0], counts[0] - num_removed(counts[0], 1 - tokens)
 
 
 def perturbed(scores: Scores, spread: float) -> Scores:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gen_turbo.engine.base import LayerReport
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.training.files import artefact_path
 from gen_turbo.training.probe import is_same_model, weight_probe
@@ -175,7 +176,7 @@ def _shape(model: nn.Module, facts: TowerFacts, settings: Grouped, ratio: float)
     """The sizes of untrained groups; raises ValueError if no patch would leave."""
     tower: Any = model.get_submodule(facts.module)
     num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
-    num_groups = settings.num_tokens or num_patches - int(num_patches * ratio)
+    num_groups = settings.num_tokens or num_patches - num_removed(num_patches, ratio)
     if settings.num_tokens >= num_patches:
         raise ValueError(f"num_tokens must be below the {num_patches} patches of a picture; got {num_groups}")
     if num_groups == num_patches:

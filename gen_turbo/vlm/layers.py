@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.select import keep_highest
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import ShortenedCache, shortened
@@ -45,7 +46,7 @@ class Choice:
 
     def plan(self, tokens: Tensor, group: Group) -> TokenMap:
         """Keeps the tokens of highest score of each picture of one size."""
-        leaving = int(group.length * self.routing.ratio)
+        leaving = num_removed(group.length, self.routing.ratio)
         if leaving == 0:
             return TokenMap.identity(1, group.length, tokens.device)
         assert self.scores is not None and self.pictures is not None

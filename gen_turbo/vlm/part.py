@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gen_turbo.engine.base import LayerReport, OnModel
 from gen_turbo.engine.root import NoEffectWarning
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cross import CrossGate
 from gen_turbo.vlm.decoder import Cut, check_cut
@@ -219,7 +220,7 @@ class VlmPart(OnModel):
 
     def _note_text(self, name: str, before: int, after: int, words: int) -> None:
         self._count(name, None, before, after, 0, 0)
-        if before == after and int((self.reducer.text_ratio or 0) * words) == 0:
+        if before == after and num_removed(words, self.reducer.text_ratio or 0) == 0:
             warnings.warn(
                 f"no word was removed from texts of {words} words at text_ratio {self.reducer.text_ratio}; raise it",
                 NoEffectWarning,
@@ -233,7 +234,7 @@ class VlmPart(OnModel):
         stock, cost = batch * length * self._cost, (batch * length - before + after) * self._cost
         self._count(name, grid, before, after, cost, stock)
         longest = max(pictures.lengths)
-        if after == before and self.reducer.ratio > 0 and int(self.reducer.ratio * longest) == 0:
+        if after == before and self.reducer.ratio > 0 and num_removed(longest, self.reducer.ratio) == 0:
             warnings.warn(
                 f"no token was removed from pictures of {longest} tokens at ratio {self.reducer.ratio}; raise `ratio`",
                 NoEffectWarning,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 
 TEXT_ENCODER = "text_encoder"
@@ -67,7 +68,7 @@ class TextMerge:
         is_real = mask[:, 0, 0] >= 0
         words = [row.nonzero()[:, 0][1:-1] for row in is_real.expand(len(hidden_BNC), -1)]
         fewest = min(map(len, words))
-        removed = int((self._reducer.text_ratio or 0) * fewest)
+        removed = num_removed(fewest, self._reducer.text_ratio or 0)
         num_tokens = hidden_BNC.shape[1]
         plans = [self._row_plan(hidden_BNC, removed, row, places) for row, places in enumerate(words) if removed]
         if not any(plan.num_slots < plan.num_tokens for plan in plans):

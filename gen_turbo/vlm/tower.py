@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.score import attention_column_mean
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.columns import protect_leading
@@ -231,7 +232,7 @@ def block_ratio(start: int, num_now: int, ratio: float, index: int, num_blocks: 
         index: This block.
         num_blocks: Blocks that merge.
     """
-    target = int(start * ratio) * (index + 1) // num_blocks
+    target = num_removed(start, ratio) * (index + 1) // num_blocks
     leaving = target - (start - num_now)
     # Half a token more, so that rounding down gives exactly this number.
     return max(0.0, min((leaving + 0.5) / num_now, 1.0)) if leaving > 0 else 0.0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.vlm.run import Reduction, WordPlan
 
 PROMPT = "prompt"
@@ -79,7 +80,7 @@ class Words:
 
     def _plan(self, embeds_BLC: Tensor, row: int, places: Tensor) -> WordPlan | None:
         """Plans for the words of one row; half a word more, so that rounding down removes exactly the number."""
-        removed = int((self._reducer.text_ratio or 0) * len(places))
+        removed = num_removed(len(places), self._reducer.text_ratio or 0)
         if removed == 0:
             return None
         site = LayerInfo("text", min((removed + 0.5) / len(places), self._reducer.max_ratio))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 
+import oracles
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gen_turbo.tokens.group import cell_windows, group_tokens
+from gen_turbo.tokens.group import group_tokens
 from gen_turbo.tokens.select import pool_cells
 from gen_turbo.tokens.token_map import TokenMap
-
-SIDE = st.integers(1, 11)
-WINDOW = st.sampled_from([1, 3, 5])
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,65 +26,9 @@ def smooth(side: int = 16) -> torch.Tensor:
     return field + 0.1 * values(*field.shape)
 
 
-def windows(cells: TokenMap, grid: tuple[int, int], window: int) -> list[set[int]]:
-    """The cells around each token, by looking at every row of cells."""
-    rows = cells.slot_BN.view(grid).tolist()
-    bands = [row for index, row in enumerate(rows) if index == 0 or row != rows[index - 1]]
-    found = []
-    for row in rows:
-        here = bands.index(row)
-        near = bands[max(0, here - window // 2) : here + window // 2 + 1]
-        found += [
-            {
-                cell
-                for band in near
-                for cell in range(band[column] - window // 2, band[column] + window // 2 + 1)
-                if cell in band
-            }
-            for column in range(grid[1])
-        ]
-    return found
-
-
 def error(plan: TokenMap, x: torch.Tensor) -> float:
     """Distance of tokens to the mean of their slot, by the size of the tokens."""
     return ((plan.unmerge(plan.merge(x)) - x).norm() / x.norm()).item()
-
-
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(SIDE, SIDE, WINDOW, st.data())
-def test_windows_are_the_cells_around(height: int, width: int, window: int, data: st.DataObject) -> None:
-    """Catches cells taken from the next band at an edge, and bands with other numbers of cells read by their number."""
-    cells = pool_cells((height, width), data.draw(st.integers(1, height * width)))
-    listed = cell_windows(cells, (height, width), window)
-    assert [set(row) for row in listed.tolist()] == windows(cells, (height, width), window)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(st.integers(2, 11), SIDE, WINDOW, st.integers(0, 99), st.data())
-def test_every_token_joins_the_most_similar_seed_of_its_window(
-    height: int, width: int, window: int, seed: int, data: st.DataObject
-) -> None:
-    """Catches similarity that is not cosine, tokens compared across tiles or out of the window, and wrong fillers."""
-    num_groups = data.draw(st.integers(1, height * width - 1))
-    num_free = data.draw(st.integers(0, num_groups - 1))
-    x = values(2, height * width, 5, seed=seed).double()
-    plan = group_tokens(x, (height, width), num_groups, window, num_refinements=0, num_free=num_free)
-    cells = pool_cells((height, width), num_groups - num_free)
-    allowed, seeds = windows(cells, (height, width), window), cells.anchor_BM[0].tolist()
-    for row, destinations in zip(x, plan.anchor_BM.gather(1, plan.slot_BN).tolist(), strict=True):
-        cosine = torch.cosine_similarity(row[:, None], row[None], dim=-1).tolist()
-        assert destinations == by_loop(cosine, allowed, seeds, num_groups)
-
-
-def by_loop(cosine: list[list[float]], allowed: list[set[int]], seeds: list[int], num_groups: int) -> list[int]:
-    """The token whose place each token takes: the member most like the seed, or itself where groups are to spare."""
-    best = [max(near, key=lambda g, t=t: cosine[t][seeds[g]]) for t, near in enumerate(allowed)]
-    likeness = [cosine[t][seeds[g]] for t, g in enumerate(best)]
-    anchors = {g: max((t for t, own in enumerate(best) if own == g), key=likeness.__getitem__) for g in set(best)}
-    others = sorted(set(range(len(best))) - set(anchors.values()), key=likeness.__getitem__)
-    alone = set(others[: num_groups - len(anchors)])
-    return [t if t in alone else anchors[g] for t, g in enumerate(best)]
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 9), (1, 40), (40, 1), (3, 70), (16, 12)])
@@ -111,7 +51,7 @@ def test_no_group_reaches_beyond_the_window():
     x = values(1, 6, 8)[:, torch.arange(256) * 7 % 6]
     cells = pool_cells((16, 16), 64)
     plan = group_tokens(x, (16, 16), 64, window=3, num_refinements=3)
-    allowed = windows(cells, (16, 16), 3)
+    allowed = [set(near) for near in oracles.windows((16, 16), cells.slot_BN[0].tolist(), 3)]
     for slot in range(64):
         members = (plan.slot_BN[0] == slot).nonzero()[:, 0].tolist()
         assert set.intersection(*(allowed[token] for token in members))

@@ -7,15 +7,10 @@ import math
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gen_turbo.tokens.match import bipartite_soft_matching, line_soft_matching, tile_soft_matching
 from gen_turbo.tokens.partition import grid_destinations
 from gen_turbo.tokens.token_map import TokenMap
-
-PROPERTY = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-SIDE = st.integers(1, 9)
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,64 +21,6 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 def destinations_of(plan: TokenMap) -> list[list[int]]:
     """The token whose place each token takes."""
     return plan.anchor_BM.gather(1, plan.slot_BN).tolist()
-
-
-@PROPERTY
-@given(st.integers(2, 20), st.integers(0, 3), st.integers(0, 999), st.data())
-def test_global_matching_equals_the_loop(num_tokens: int, num_protected: int, seed: int, data: st.DataObject) -> None:
-    """Catches similarity that is not cosine, a penalty that changes the destination, protected destinations."""
-    destinations = torch.arange(seed % 3, num_tokens, 1 + seed % 4)
-    receivers = [j for j in destinations.tolist() if j >= num_protected]
-    sources = {i: receivers for i in range(num_protected, num_tokens) if i not in receivers}
-    count = data.draw(st.integers(0, len(sources) if receivers else 0))
-    metric, penalty = values(2, num_tokens, 5, seed=seed), values(2, num_tokens, seed=seed + 1)
-    plan = bipartite_soft_matching(metric, destinations, count, penalty, num_protected)
-    for b in range(2):
-        expected = oracles.match(metric[b].tolist(), sources, count, penalty[b].tolist())
-        assert destinations_of(plan)[b] == expected
-
-
-@settings(PROPERTY, max_examples=80)
-@given(
-    grid=st.tuples(SIDE, SIDE),
-    tile=st.integers(1, 6),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    shift=st.booleans(),
-    variant=st.one_of(st.just("corner"), st.integers(0, 9)),
-    seed=st.integers(0, 999),
-    data=st.data(),
-)
-def test_tile_matching_equals_the_loop_on_any_rectangle(
-    grid: tuple[int, int],
-    tile: int,
-    stride: tuple[int, int],
-    shift: bool,
-    variant: str | int,
-    seed: int,
-    data: st.DataObject,
-) -> None:
-    """Catches padding that receives, tiles without a destination that send, and a budget per tile or per batch."""
-    offset = tuple(tile // 2 if shift and side > tile else 0 for side in grid)
-    chosen = grid_destinations(grid, stride, variant).tolist()
-    candidates = oracles.tile_candidates(grid, (tile, tile), (offset[0], offset[1]), chosen)
-    count = data.draw(st.integers(0, sum(bool(c) for c in candidates.values())))
-    metric, penalty = values(2, grid[0] * grid[1], 5, seed=seed), values(2, grid[0] * grid[1], seed=seed + 1)
-    plan = tile_soft_matching(metric, grid, count, tile, stride, shift, penalty, variant)
-    for b in range(2):
-        expected = oracles.match(metric[b].tolist(), candidates, count, penalty[b].tolist())
-        assert destinations_of(plan)[b] == expected
-
-
-@PROPERTY
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(0, 999), st.data())
-def test_line_matching_equals_the_loop(num_tokens: int, tile: int, stride: int, seed: int, data: st.DataObject) -> None:
-    """Catches runs that reach into the next one."""
-    chosen = list(range(0, num_tokens, stride))
-    candidates = oracles.tile_candidates((1, num_tokens), (1, tile), (0, 0), chosen)
-    count = data.draw(st.integers(0, sum(bool(c) for c in candidates.values())))
-    metric = values(1, num_tokens, 5, seed=seed)
-    plan = line_soft_matching(metric, count, stride, tile)
-    assert destinations_of(plan)[0] == oracles.match(metric[0].tolist(), candidates, count, [0.0] * num_tokens)
 
 
 def test_one_tile_over_everything_is_global_matching() -> None:
@@ -297,3 +234,23 @@ def test_tile_matching_reconstructs_smooth_maps_better_than_chance(shift: bool) 
     chance = tile_soft_matching(values(*x.shape, seed=9), (32, 32), count, tile=2)
     matched = tile_soft_matching(x, (32, 32), count, shift=shift)
     assert error(matched) < 0.8 * error(chance)
+
+
+def test_a_broken_token_of_a_tile_without_destinations_stays() -> None:
+    """Catches NaN that turns "no destination" into a score, and leaves to token 0, which need not stay."""
+    metric = values(1, 9, 4)
+    metric[0, 8] = math.nan
+    # One destination is drawn, token 7; the tile of token 8 has none.
+    assert grid_destinations((3, 3), (3, 3), 6).tolist() == [7]
+    penalty = torch.zeros(1, 9).index_fill(1, torch.tensor([6]), 9.0)
+    plan = tile_soft_matching(metric, (3, 3), 1, tile=2, stride=(3, 3), variant=6, penalty_BN=penalty)
+    assert destinations_of(plan)[0] == [0, 1, 2, 3, 4, 5, 7, 7, 8]
+
+
+def test_a_broken_destination_spoils_nobody_else() -> None:
+    """Catches a NaN in one similarity that decides the highest of them all."""
+    metric = values(1, 64, 4)
+    metric[0, 5::2] = metric[0, 4::2]
+    metric[0, 0] = math.nan
+    plan = bipartite_soft_matching(metric, torch.arange(0, 64, 2), 30)
+    assert destinations_of(plan)[0][5::2] == list(range(4, 64, 2))

@@ -13,14 +13,32 @@ def test_max_ratio_leaves_one_token_per_cell() -> None:
 
 
 def test_count_is_rounded_down() -> None:
-    """Catches rounding to nearest, which removes one token too many."""
+    """Catches rounding to nearest, which removes one token too many, and a last token that leaves."""
     assert num_removed(4096, 0.4) == 1638 and num_removed(9, 0.75) == 6 and num_removed(9, 0) == 0
+    assert num_removed(5, 1) == num_removed(5, 1 - 1e-16) == 4 and num_removed(0, 0.5) == num_removed(1, 0.99) == 0
+
+
+def test_a_product_that_floats_put_below_a_whole_number_is_that_number() -> None:
+    """Catches 28 of 100 tokens at a ratio of 0.29, which as a float is 28.999999999999996."""
+    assert num_removed(100, 0.29) == 29 and num_removed(100, 1 - 0.9) == 10 and num_removed(1000, 0.57) == 570
+    assert num_removed(100, 0.2899) == 28 and num_removed(10**6, 0.28999999) == 289999
 
 
 @pytest.mark.parametrize("ratio", [0.76, -0.1, float("nan")])
 def test_a_ratio_out_of_reach_raises_and_is_not_capped(ratio: float) -> None:
     """Catches min(ratio, bound)."""
-    with pytest.raises(ValueError, match=r"is not in \[0, 0.75\].*lower `ratio` or use a larger `stride`"):
+    message = (
+        r"is not in \[0, 0.75\]: with stride \(2, 2\) one token in 4 stays; lower `ratio` or use a larger `stride`"
+    )
+    with pytest.raises(ValueError, match=message):
+        num_removed(64, ratio, (2, 2))
+
+
+@pytest.mark.parametrize("ratio", [1.01, -0.1, float("nan")])
+def test_without_cells_a_ratio_is_at_most_one(ratio: float) -> None:
+    """Catches the bound of cells where there are none, and no bound at all."""
+    assert num_removed(64, 0.9) == 57
+    with pytest.raises(ValueError, match=r"is not in \[0, 1\]; give the fraction of tokens to remove"):
         num_removed(64, ratio)
 
 

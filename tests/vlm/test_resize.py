@@ -109,7 +109,7 @@ def test_without_a_picture_it_is_refused():
         ResizeProcessor(0.5, place="pre_llm")
 
 
-@pytest.mark.parametrize("grid", [(16, 16), (24, 24), (7, 9), (1, 5)])
+@pytest.mark.parametrize("grid", [(16, 16), (24, 24), (7, 9), (1, 5), (90, 1), (70, 3), (3, 70)])
 def test_the_smaller_grid_keeps_its_shape_and_the_budget(grid):
     """Catches more tokens than asked for, a quarter that is not half of each side, and a picture that is squeezed."""
     total = grid[0] * grid[1]
