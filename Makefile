@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint unit format clean
+.PHONY: help install demo test docs lint unit format clean
 
 help:
-	@echo "make demo    pictures by the embedded model, stock and accelerated, side by side"
-	@echo "make test    ruff, mypy and the tests"
+	@echo "make demo    images by the embedded model, stock and accelerated, side by side"
+	@echo "make docs    the documentation site, in outputs/site"
+	@echo "make test    ruff, mypy and the tests, which build the site as well"
 	@echo "make clean   remove the virtual environment, caches and outputs"
 
 install: $(STAMP)
@@ -20,6 +21,10 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 
 demo: $(STAMP)
 	$(BIN) examples/demo.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build --strict
+	@echo "the site: outputs/site/index.html"
 
 test: lint unit
 

@@ -12,8 +12,11 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from gen_turbo import TurboProcessor
 from gen_turbo.registry import METHODS
 
+READERS = ("llava", "qwen_vl")
+MODEL_PAGES = ("sd15", "sdxl", "flux", "sd3", "pixart", "wan", *READERS)
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -68,8 +71,34 @@ def test_an_own_method_works(capsys, monkeypatch):
     assert "4096 -> 2048 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", MODEL_PAGES)
+def test_the_script_of_a_model_page_runs(name, tmp_path, monkeypatch, capsys):
+    """Catches a script that works for its author's checkpoint alone, and one that reduces nothing."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--tiny"])
+    load(name).main()
+    printed = capsys.readouterr().out
+    assert "layers reduced" in printed and " 0 of " not in printed
+    made = list(tmp_path.iterdir())
+    assert name in READERS or (made and made[0].stem == name and made[0].stat().st_size > 0)
+
+
+def test_the_image_of_readme_is_labelled_from_records(tmp_path, monkeypatch):
+    """Catches a speed-up that was typed in by hand."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    gain = load("gain")
+    monkeypatch.setattr(
+        sys, "argv", ["gain.py", "--captions", "1", "--steps", "4", "--output", str(tmp_path / "g.png")]
+    )
+    monkeypatch.setattr(gain, "COLUMNS", {"stock": None, "turbo-correct-r0.75-k3-o1": TurboProcessor(0.75)})
+    gain.main()
+    assert (tmp_path / "g.png").stat().st_size > 0
+    assert gain.label("turbo-correct-r0.75-k3-o1") == "Turbo, 1.42 x faster"
+
+
 def test_every_example_is_run_by_a_test():
     """Catches an example that rots."""
     trainings = {"train_tiny", "train_tiny_dit", "train_tiny_vlm", "training", "tiny_data", "vlm_data", "muon"}
-    tested = trainings | {"own_method", "demo"}
+    tested = trainings | {"own_method", "demo", "gain", "tiny_models", *MODEL_PAGES}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("gen_turbo", "pipelines", "configs", "pyproject.toml", "README.md", "LICENSE")
+MOST_WHEEL_BYTES, MOST_SOURCE_BYTES = 45_000_000, 42_000_000
 PROBE = "pipelines/weights/probe/unet/model.safetensors"
 
 
@@ -63,6 +64,7 @@ def test_wheel_holds_settings_and_weights(files):
     """Catches data that only an editable install finds."""
     data = _names("configs", "**/*.yaml") | _names("pipelines", "weights/**/*")
     assert data | {f"gen_turbo/{PROBE}"} <= files
+    assert not [name for name in files if name.startswith("gen_turbo/bench/records/")]
 
 
 def test_wheel_adds_no_other_top_level_name(files):
@@ -90,6 +92,16 @@ def test_plugins_are_found():
     assert "gen_turbo.pipelines" in {plugin.value for plugin in entry_points(group="gen_turbo.plugins")}
 
 
+def test_sizes_stay_small(wheel):
+    """Catches a package that grows beyond what one downloads without a thought, and records inside of the wheel."""
+    assert wheel.stat().st_size < MOST_WHEEL_BYTES
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    sizes = [path.stat().st_size for name in tracked.stdout.splitlines() if (path := ROOT / name).is_file()]
+    assert sum(sizes) < MOST_SOURCE_BYTES
+
+
 def test_top_level_holds_the_agreed_names_only():
     """Catches stray files at the top of the repository."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
@@ -99,6 +111,11 @@ def test_top_level_holds_the_agreed_names_only():
     agreed = {
         "pyproject.toml",
         "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "docs",
+        "mkdocs.yml",
         "gen_turbo",
         "pipelines",
         "configs",

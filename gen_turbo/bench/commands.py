@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     understanding.add_argument("--rounds", type=_positive, default=0, help="rounds timed beside stock; none without")
     understanding.add_argument("--picture", type=Path, help="picture to draw of the tokens that the settings keep")
     understanding.add_argument("--model", type=Path, help="folder of a trained model; the embedded one by default")
-    text = "bring the tables of a Markdown file up to date with the records"
+    text = "rewrite the tables of Markdown pages from the records"
     _add_readme_arguments(subparsers.add_parser("readme", help=text, description=text))
 
 
@@ -115,7 +115,9 @@ def _add_picture_arguments(parser: argparse.ArgumentParser, captions: int) -> No
 
 
 def _add_readme_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="Markdown file with lines such as <!-- table:quality -->")
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="Markdown pages, or folders of them, with table markers"
+    )
     parser.add_argument("--records", type=Path, default=Path("gen_turbo/bench/records"), help="folder of the records")
     parser.add_argument("--plots", type=Path, help="folder to draw quality.png and understanding.png in")
 

@@ -1,9 +1,10 @@
-"""`gen-turbo bench readme`: rewrites the tables of a Markdown file between its markers, and draws the plots."""
+"""`gen-turbo bench readme`: rewrites the tables of Markdown pages between their markers, and draws the plots."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from gen_turbo.bench.tables import TABLES
@@ -12,8 +13,9 @@ _MARKED = re.compile(r"<!-- table:(?P<name>\S+) -->\n(?P<body>.*?)<!-- /table --
 
 
 def run(options: argparse.Namespace) -> None:
-    """Rewrites the file's tables and, if wished, draws the plots of the records."""
-    print(f"{options.file}: {'rewritten' if rewrite(options.file, options.records) else 'up to date'}")
+    """Rewrites the tables of all pages and, with `--plots`, draws the plots of the records."""
+    for page in pages_of(options.files):
+        print(f"{page}: {'rewritten' if rewrite(page, options.records) else 'up to date'}")
     if options.plots is not None:
         from gen_turbo.bench.plot import plot_quality, plot_understanding
 
@@ -21,6 +23,19 @@ def run(options: argparse.Namespace) -> None:
             path = options.plots / f"{name}.png"
             plot(options.records, path)
             print(f"{path}: drawn")
+
+
+def pages_of(paths: Sequence[Path]) -> list[Path]:
+    """The Markdown pages with tables: files as they are named, and those inside of folders."""
+    pages: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            pages += [
+                page for page in sorted(path.glob("**/*.md")) if "<!-- table:" in page.read_text(encoding="utf-8")
+            ]
+        else:
+            pages.append(path)
+    return pages
 
 
 def with_tables(text: str, folder: Path) -> str:

@@ -145,11 +145,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "unseen": unseen,
     "routing": routing,
     "vlm-step": vlm_step,
+    "gains": gpu_tables.gains,
     "gpu": gpu_tables.denoisers,
     "gpu-vlm": gpu_tables.reading,
     "caption-generate": caption_generate,
 }
-"""The name between a README's markers -> what stands there, given the folder of the records."""
+"""The name between a page's markers -> what stands there, given the folder of the records."""
 
 
 def reduction_of(record: BenchRecord) -> float:

@@ -1,4 +1,4 @@
-"""The README's tables of what was measured on GPUs; what ran on a CPU is in none of them."""
+"""The tables of what was measured on GPUs; what ran on a CPU is in none of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ _WHAT = (
     "whole run, then a reduced step alone, and behind the semicolon the whole run against eager stock; medians of CUDA "
     "events. Kernels of a reduced step, host waits of a run after its second step and most memory: of the first mode"
 )
+_WHAT_GAINS = "Stock: milliseconds of a step. Others: times faster over a whole run; medians of CUDA events"
+_SHOWN = (
+    ("stock, compiled and captured", "stock", "compiled + captured"),
+    ("`TurboProcessor(0.4)`", "turbo-0.4-auto", "eager"),
+    ("blocks copied, compiled and captured", "spans-copy-r0.5", "compiled + captured"),
+)
+"""Columns of `gains`: a title, a setting and the mode that it was measured in."""
 _WHAT_READING = "Medians of CUDA events (lower to upper quartile)"
 
 
@@ -26,6 +33,32 @@ def denoisers(folder: Path) -> str:
     """Every setting of every denoiser in every mode against stock, a table per GPU."""
     head = ("", *_MODES, "kernels", "host waits", "GiB")
     return _by_device([r for r in _on_gpus(folder) if "phase" not in r.params], head, _WHAT, _denoiser_rows)
+
+
+def gains(folder: Path) -> str:
+    """What a user gets: each denoiser in the modes that matter, whole runs against eager stock, a table per GPU."""
+    head = ("", "stock", *(title for title, _, _ in _SHOWN))
+    return _by_device([r for r in _on_gpus(folder) if "phase" not in r.params], head, _WHAT_GAINS, _gain_rows)
+
+
+def _gain_rows(records: list[BenchRecord]) -> list[Sequence[str]]:
+    found = {(r.params["model"], r.params["pixels"], r.setting, r.params["mode"]): r for r in records if not r.failure}
+    rows: list[Sequence[str]] = []
+    for size in dict.fromkeys(key[:2] for key in found):
+        stock = found.get((*size, _STOCK, _MODES[0]))
+        if stock is None:
+            continue
+        cells = [_against_eager(found.get((*size, setting, mode))) for _, setting, mode in _SHOWN]
+        rows.append((" ".join(size), f"{1000 * statistics.median(stock.wall_s):.0f} ms", *cells))
+    return rows
+
+
+def _against_eager(record: BenchRecord | None) -> str:
+    """How many times faster than eager stock a whole run is; nothing where it was not measured."""
+    if record is None:
+        return ""
+    eager = record.values.get("eager_s") or record.baseline_wall_s
+    return f"{_ratio(eager, record.wall_s):.2f}" if eager else ""
 
 
 def reading(folder: Path) -> str:
