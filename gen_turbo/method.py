@@ -24,7 +24,6 @@ class LayerInfo:
         name: The layer's path in the model, `down_blocks.0.attentions.0.transformer_blocks.0.attn1`.
         ratio: The fraction of visual tokens to remove here, in [0, 1).
         grid: (height, width) of the visual tokens; None where it is unknown.
-        num_protected: Leading tokens that must survive: text, class token.
         semantic: Gives the semantic value of each token by kind ("self", "text") as (B, N), or None where the
             host has none to give. Called only when a method wants it, for it costs a projection.
     """
@@ -32,7 +31,6 @@ class LayerInfo:
     name: str
     ratio: float
     grid: Grid | None = None
-    num_protected: int = 0
     semantic: Callable[[str], Tensor | None] | None = None
 
 

@@ -76,7 +76,7 @@ class _Recorder:
         """
         if self.tokens is None or self.site is None:
             return None
-        unit = F.normalize(self.tokens[-1, self.site.num_protected :].float(), dim=-1)
+        unit = F.normalize(self.tokens[-1].float(), dim=-1)
         likeness = (unit @ unit.T).fill_diagonal_(-torch.inf).amax(1)
         value = next((value for value in self.values.values() if value is not None), None)
         if value is None:
@@ -211,9 +211,7 @@ def explain_drawing(pipe: Any, processor: TokenReducer, image: Image.Image, prom
     plan, site = recorder.plan, recorder.site
     if plan is None or site is None or site.grid is None or plan.is_identity:
         raise ConfigError("no token was reduced on a grid; raise the ratio or take another method")
-    protected = site.num_protected
-    slot, anchors = plan.slot_BN[-1, protected:].cpu() - protected, plan.anchor_BM[-1, protected:] - protected
-    return Trace(site.grid, slot, anchors.tolist(), degree=_degree(recorder, processor))
+    return Trace(site.grid, plan.slot_BN[-1].cpu(), plan.anchor_BM[-1].tolist(), degree=_degree(recorder, processor))
 
 
 def _recorder(processor: TokenReducer) -> _Recorder:

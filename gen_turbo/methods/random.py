@@ -33,11 +33,10 @@ class RandomProcessor(ReductionProcessor):
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans a draw for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]
-        first = site.num_protected
-        removed = num_removed(num_tokens - first, site.ratio)
+        removed = num_removed(num_tokens, site.ratio)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + frame.step)
-        order = torch.randperm(num_tokens - first, generator=generator) + first
-        leaving, staying = order[:removed], torch.cat([torch.arange(first), order[removed:]])
+        order = torch.randperm(num_tokens, generator=generator)
+        leaving, staying = order[:removed], order[removed:]
         destination = torch.arange(num_tokens)
         destination[leaving] = staying[torch.randint(len(staying), (removed,), generator=generator)]
         return TokenMap.from_destinations(destination[None].to(tokens.device), num_tokens - removed)

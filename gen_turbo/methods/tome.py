@@ -47,7 +47,7 @@ class ToMeProcessor(ReductionProcessor):
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C)."""
-        count = num_removed(tokens.shape[1] - site.num_protected, site.ratio, _STRIDE)
+        count = num_removed(tokens.shape[1], site.ratio, _STRIDE)
         if site.grid is None:
             return line_soft_matching(tokens, count)
         variant = self.seed * 1_000_003 + frame.num_plans if self.is_hashed else "corner"

@@ -71,7 +71,7 @@ class TurboProcessor(ReductionProcessor):
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C); a grid that is too small for the ratio raises ValueError."""
-        count = num_removed(tokens.shape[1] - site.num_protected, site.ratio, _STRIDE)
+        count = num_removed(tokens.shape[1], site.ratio, _STRIDE)
         penalty_BN = self._penalty(site)
         if site.grid is None:
             return line_soft_matching(tokens, count, penalty_BN=penalty_BN)

@@ -57,10 +57,10 @@ class VisToGProcessor(ReductionProcessor):
             raise ValueError(f"free must be a share of the groups, 0 <= free < 1; got {self.free}")
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
-        """Plans the groups of tokens (B, N, C); protected tokens stay alone."""
-        visual = tokens[:, site.num_protected :]
-        num_groups = visual.shape[1] - num_removed(visual.shape[1], site.ratio)
+        """Plans the groups of tokens (B, N, C)."""
+        num_tokens = tokens.shape[1]
+        num_groups = num_tokens - num_removed(num_tokens, site.ratio)
         num_free = num_removed(num_groups, self.free)
-        grid = site.grid or (1, visual.shape[1])
-        plan = group_tokens(visual, grid, num_groups, self.window, self.num_refinements, num_free)
-        return plan.between(site.num_protected, 0)
+        return group_tokens(
+            tokens, site.grid or (1, num_tokens), num_groups, self.window, self.num_refinements, num_free
+        )

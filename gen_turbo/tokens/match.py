@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gen_turbo.tokens.partition import grid_destinations, without_protected
+from gen_turbo.tokens.partition import grid_destinations
 from gen_turbo.tokens.token_map import TokenMap
 
 
@@ -30,7 +30,6 @@ def bipartite_soft_matching(
     destinations_D: Tensor,
     num_removed: int,
     penalty_BN: Tensor | None = None,
-    num_protected: int = 0,
 ) -> TokenMap:
     """Merges the sources that are most similar to a destination, comparing each with every destination.
 
@@ -45,7 +44,6 @@ def bipartite_soft_matching(
         num_removed: How many sources leave in each row, at most their number. Ties leave in token order, and
             among equally similar destinations the first receives.
         penalty_BN: Is taken off each source's similarity; infinite keeps a token. One row serves any batch.
-        num_protected: Leading tokens (text, class token) that neither leave nor receive.
 
     Returns:
         A plan with `N - num_removed` slots whose anchors ascend.
@@ -54,11 +52,10 @@ def bipartite_soft_matching(
         ValueError: If more tokens are to leave than there are sources of finite penalty, or shapes do not fit.
     """
     num_tokens = metric_BNC.shape[1]
-    destinations = without_protected(destinations_D.to(metric_BNC.device), num_protected)
+    destinations = destinations_D.to(metric_BNC.device)
     is_source = torch.ones(num_tokens, dtype=torch.bool, device=metric_BNC.device)
-    is_source[:num_protected] = False
     is_source[destinations] = False
-    num_sources = max(num_tokens - num_protected, 0) - len(destinations)
+    num_sources = num_tokens - len(destinations)
     rank_N = is_source.cumsum(0) - 1
     # Sources in token order come first in a stable sort of "is no source".
     sources = (~is_source).to(torch.uint8).argsort(stable=True)[:num_sources]

@@ -1,4 +1,4 @@
-"""Who may be a destination: one token per grid cell, one per run of a line; never a protected token.
+"""Who may be a destination: one token per grid cell, one per run of a line.
 
 Shape names: D destinations.
 """
@@ -53,11 +53,6 @@ def grid_destinations(
     member = hash_cells(top * width + left, variant) % (rows * columns)
     tokens = (top + member // columns) * width + left + member % columns
     return tokens.reshape(-1).sort().values
-
-
-def without_protected(destinations_D: Tensor, num_protected: int) -> Tensor:
-    """Drops the leading protected tokens (text, class token) from the destinations: they neither leave nor receive."""
-    return destinations_D[destinations_D >= num_protected]
 
 
 def hash_cells(cell: Tensor, seed: int) -> Tensor:

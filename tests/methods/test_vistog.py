@@ -1,4 +1,4 @@
-"""What is special about VisToG without training: any ratio, groups near each other, protected tokens alone."""
+"""What is special about VisToG without training: any ratio, groups near each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 
 import gen_turbo
 from gen_turbo import RandomProcessor, TurboProcessor, VisToGProcessor, attach, report
-from gen_turbo.method import LayerInfo, StepInfo
 from tests.engine.families import Keys, family
 from tests.snapshots import differences, model_state
 
@@ -41,16 +40,6 @@ def test_groups_are_not_worse_than_turbo_s_merging():
     """Catches a seeding or refinement that makes the dearer plan the coarser one."""
     for ratio in (0.5, 0.75):
         assert error(VisToGProcessor(ratio), smooth()) < 1.05 * error(TurboProcessor(ratio), smooth())
-
-
-def test_protected_tokens_stay_alone():
-    """Catches text that is grouped with the picture, and a grid laid over both."""
-    x, site = tokens(num_tokens=67), LayerInfo("here", 0.5, (8, 8), num_protected=3)
-    plan = VisToGProcessor().plan(x, site, StepInfo())
-    assert plan.num_slots == 3 + 32
-    assert plan.anchor_BM[0, :3].tolist() == [0, 1, 2] and plan.sizes()[0, :3].tolist() == [1, 1, 1]
-    alone = VisToGProcessor(0.5).plan_tokens(x[:, 3:], grid=(8, 8))
-    assert torch.equal(plan.slot_BN[:, 3:] - 3, alone.slot_BN)
 
 
 def test_without_a_grid_groups_lie_along_the_line():

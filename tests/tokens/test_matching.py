@@ -144,14 +144,6 @@ def test_a_penalty_row_for_each_sample_widens_a_shared_metric() -> None:
     assert destinations_of(plan)[0][1] == 0 and destinations_of(plan)[1][1] == 1
 
 
-def test_protected_tokens_neither_leave_nor_receive() -> None:
-    """Catches protection of the sources alone."""
-    metric = torch.ones(1, 12, 4)
-    plan = bipartite_soft_matching(metric, torch.arange(0, 12, 2), 4, num_protected=4)
-    assert plan.sizes()[0, :4].tolist() == [1, 1, 1, 1]
-    assert plan.anchor_BM[0, :4].tolist() == [0, 1, 2, 3]
-
-
 def test_broken_numbers_still_give_a_valid_plan() -> None:
     """Catches a threshold compared with NaN, which leaves fewer tokens than the plan has room for."""
     metric = values(1, 64, 4)
