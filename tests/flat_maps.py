@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gen_turbo.kernels import restore
 
 
 class FlatMap(NamedTuple):
@@ -43,3 +45,10 @@ def random_map(batch: int, num_tokens: int, num_slots: int, seed: int, dtype: to
 def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers of a private generator."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def unmerge(y: Tensor, slot: Tensor, detail: Tensor | None = None, **terms: Any) -> Tensor:
+    """What `restore` makes of one output on slots."""
+    restored = restore([y], slot, details=[detail], **terms)[0]
+    assert restored is not None
+    return restored

@@ -89,16 +89,15 @@ class Beginning:
         """Keeps a layer's first residuals; one that would exceed the memory limit runs in full instead."""
         state, context, reducer = layer.state, self.context, self.reducer
         assert context is not None
-        has_slope = reducer.extrapolation_order == 1
-        num_bytes = (1 + has_slope) * sum(miss.numel() * miss.element_size() for miss in misses if miss is not None)
+        terms = 1 + reducer.extrapolation_order
+        num_bytes = terms * sum(miss.numel() * miss.element_size() for miss in misses if miss is not None)
         limit = reducer.memory_limit_mb
         if limit is not None and context.run.num_bytes + num_bytes > limit * 1e6:
             self._leave(layer, "memory_limit_mb leaves no room")
             return
         context.run.num_bytes += num_bytes
         context.num_bytes += num_bytes
-        state.residuals = misses
-        state.slopes = [torch.zeros_like(miss) if has_slope and miss is not None else None for miss in misses]
+        state.details = [None if m is None else torch.stack([m, torch.zeros_like(m)][:terms]) for m in misses]
 
     def _leave(self, layer: ReducedLayer, why: str) -> None:
         assert self.context is not None
@@ -111,7 +110,7 @@ class Beginning:
         context = self.context
         assert context is not None
         # Layers that refresh at other steps keep a map of their own where maps are made anew.
-        group = layer.state.gap if self.reducer.map_life and self.reducer.restore == "residual" else None
+        group = layer.state.weights if self.reducer.map_life and self.reducer.restore == "residual" else None
         stream = layer.spec.signature.stream
         key = (stream, state.grid, tokens.shape[1], len(tokens), state.ratio, id(group))
         known = context.maps.get(key)

@@ -7,6 +7,7 @@ its buffers. A layer reads no clock, counts nothing, and is traced by torch.comp
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from gen_turbo.engine.placed import Placed
 from gen_turbo.engine.run_map import taken
 from gen_turbo.engine.state import LayerState, Phase, Totals
-from gen_turbo.kernels import merge, unmerge
+from gen_turbo.kernels import merge, restore
 from gen_turbo.method import StepInfo
 from gen_turbo.models.adapter import LayerSpec
 
@@ -51,7 +52,9 @@ class ReducedLayer(Placed):
         self.tokens, self.outputs = spec.signature.tokens, spec.signature.outputs
         self.none, self.plain = spec.signature.none, spec.signature.plain
         self.is_residual = spec.signature.is_residual
-        self.has_more = bool(spec.signature.also or spec.signature.token_args)
+        self.has_also = bool(spec.signature.also)
+        args = spec.signature.token_args
+        self.positions = [(n, repr([arg for arg in args if arg.name == n])) for n in {arg.name: None for arg in args}]
         self.state = _NONE
         self.starts = self.writes_map = False
         self.step_info = StepInfo()
@@ -71,7 +74,7 @@ class ReducedLayer(Placed):
         state = self.state
         if self.starts and state.map is None:
             self.beginning.start(self, given)
-        if state.map is None:
+        if state.map is None or state.base is None:
             return self.inner(**given)
         tokens = given[self.tokens]
         if self.writes_map:
@@ -80,24 +83,28 @@ class ReducedLayer(Placed):
 
         short = merge(tokens, state.map.order, state.map.offsets, state.map.share)
         given[self.tokens] = short
-        if self.has_more:
-            shorten(self.spec, state, given, tokens)
+        if self.has_also:
+            shorten_also(self, given, tokens)
+        for name, key in self.positions:
+            value, seen = given.get(name), state.base.seen.get(key)
+            if seen is not None and seen[0] is value:
+                given[name] = seen[1]
+            elif value is not None:
+                shorten_positions(self, name, key, given)
         if self.inside is not None:
             self.inside.map = state.base
         output = self.inner(**given)
         if self.inside is not None:
             self.inside.map = None
 
+        is_tuple = isinstance(output, tuple)
+        outputs = output if is_tuple else (output,)
         base, minus = (tokens, short) if self.is_residual else (None, None)
         if full is not None:
-            self.remember(full, output, base, minus)
+            self.remember(full, outputs, base, minus)
             return full
-        slot, gap = state.map.slot, state.gap
-        if not isinstance(output, tuple):
-            if not state.residuals:
-                return unmerge(output, slot, base, minus)
-            return unmerge(output, slot, base, minus, state.residuals[0], state.slopes[0], gap)
-        return self.restored(output, base, minus)
+        outputs = restore(outputs, state.map.slot, self.outputs, base, minus, self.plain, state.details, state.weights)
+        return tuple(outputs) if is_tuple else outputs[0]
 
     def may_merge(self, given: dict[str, Any]) -> bool:
         """Whether a call can run on merged tokens, with the map made or made anew; `forward` has it written out."""
@@ -114,43 +121,29 @@ class ReducedLayer(Placed):
         return True
 
     def restored(self, output: Any, base: Tensor | None, minus: Tensor | None) -> Any:
-        """One output or several with a row per token again, and what is remembered of each added."""
-        state, several = self.state, isinstance(output, tuple)
-        outputs = list(output) if several else [output]
-        for index, y in enumerate(outputs):
-            residual = state.residuals[index] if state.residuals else None
-            slope = state.slopes[index] if state.residuals else None
-            if index in self.outputs:
-                assert state.map is not None
-                ends = (None, None) if index in self.plain else (base, minus)
-                outputs[index] = unmerge(y, state.map.slot, *ends, residual, slope, state.gap)
-            elif residual is not None:
-                outputs[index] = y + residual if slope is None else torch.addcmul(y + residual, slope, state.gap)
-        return tuple(outputs) if several else outputs[0]
+        """What a merged call gave with a row per token again, and what is remembered of each added."""
+        state, is_tuple = self.state, isinstance(output, tuple)
+        assert state.map is not None
+        outputs = output if is_tuple else (output,)
+        outputs = restore(outputs, state.map.slot, self.outputs, base, minus, self.plain, state.details, state.weights)
+        return tuple(outputs) if is_tuple else outputs[0]
 
     @torch.no_grad()
-    def remember(self, full: Any, output: Any, base: Tensor | None, minus: Tensor | None) -> None:
+    def remember(self, full: Any, outputs: Sequence[Any], base: Tensor | None, minus: Tensor | None) -> None:
         """Keeps what the merged call missed of the full one, and how it changed since the last time."""
         state = self.state
         assert state.map is not None
-        several = isinstance(full, tuple)
-        misses: list[Tensor | None] = []
-        for index, (whole, y) in enumerate(zip(full, output, strict=True) if several else [(full, output)]):
-            if whole is None:
-                misses.append(None)
-            elif index in self.outputs:
-                ends = (None, None) if index in self.plain else (base, minus)
-                misses.append(whole - unmerge(y, state.map.slot, *ends))
-            else:
-                misses.append(whole - y)
+        wholes = full if isinstance(full, tuple) else (full,)
+        restored = restore(outputs, state.map.slot, self.outputs, base, minus, self.plain)
+        misses = [None if y is None else whole - y for whole, y in zip(wholes, restored, strict=True)]
         if self.starts:
             self.beginning.allocate(self, misses)
             return
-        for miss, residual, slope in zip(misses, state.residuals, state.slopes, strict=True):
-            if miss is not None and residual is not None:
-                if slope is not None:
-                    slope.copy_((miss - residual) / state.gap)
-                residual.copy_(miss)
+        for miss, detail in zip(misses, state.details, strict=True):
+            if miss is not None and detail is not None:
+                if detail.shape[0] == 2:
+                    detail[1] = (miss - detail[0]) / state.weights[1]
+                detail[0] = miss
 
 
 class FeatureMapLayer(ReducedLayer):
@@ -200,14 +193,14 @@ class MergedKeysLayer(ReducedLayer):
             return self.inner(**given)
         state = self.state
         full = self.inner(**given) if self.phase is Phase.REFRESH else None
-        assert self.inside is not None
+        assert self.inside is not None and state.map is not None
         self.inside.keys = self.inside.map = state.base
         output = self.inner(**given)
         self.inside.keys = self.inside.map = None
         if full is not None:
-            self.remember(full, output, None, None)
+            self.remember(full, output if isinstance(output, tuple) else (output,), None, None)
             return full
-        return self.restored(output, None, None) if state.residuals else output
+        return self.restored(output, None, None)
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -223,29 +216,45 @@ class FeatureMapKeysLayer(FeatureMapLayer, MergedKeysLayer):
     """Feature maps of which keys and values alone are merged."""
 
 
-def shorten(spec: LayerSpec, state: LayerState, given: dict[str, Any], tokens: Tensor) -> None:
+def shorten(layer: ReducedLayer, given: dict[str, Any], tokens: Tensor) -> None:
     """Gives every other argument that has a row per token the rows of the merged ones."""
-    assert state.map is not None
-    short = given[spec.signature.tokens]
-    for name in spec.signature.also:
+    if layer.has_also:
+        shorten_also(layer, given, tokens)
+    for name, key in layer.positions:
+        if given.get(name) is not None:
+            shorten_positions(layer, name, key, given)
+
+
+def shorten_also(layer: ReducedLayer, given: dict[str, Any], tokens: Tensor) -> None:
+    """Merges the arguments that are averaged as the tokens are."""
+    run_map = layer.state.map
+    assert run_map is not None
+    for name in layer.spec.signature.also:
         value = given.get(name)
-        if value is not None:
-            same = value is tokens
-            given[name] = short if same else merge(value, state.map.order, state.map.offsets, state.map.share)
-    for arg, rows in zip(spec.signature.token_args, state.rows, strict=True):
-        value = given.get(arg.name)
-        if value is None:
+        if value is tokens:
+            given[name] = given[layer.tokens]
+        elif value is not None:
+            given[name] = merge(value, run_map.order, run_map.offsets, run_map.share)
+
+
+def shorten_positions(layer: ReducedLayer, name: str, key: str, given: dict[str, Any]) -> None:
+    """Takes the rows of an argument of positions, for all layers of the step that are given the same one."""
+    state, before = layer.state, given[name]
+    assert state.base is not None
+    value = before
+    for arg, rows in zip(layer.spec.signature.token_args, state.rows, strict=True):
+        if arg.name != name or not rows:
             continue
-        items = list(value) if rows and rows[0][0] is not None else []
+        is_several = rows[0][0] is not None
+        items = list(value) if is_several else [value]
         for index, row in rows:
-            item = value if index is None else items[index]
-            short = taken(item, row, arg.axis) if arg.has_batch else item.index_select(arg.axis, row)
-            if index is None:
-                given[arg.name] = short
-            else:
-                items[index] = short
-        if items:
-            given[arg.name] = type(value)(items)
+            item, place = items[index or 0], index or 0
+            items[place] = taken(item, row, arg.axis) if arg.has_batch else item.index_select(arg.axis, row)
+        value = type(value)(items) if is_several else items[0]
+    given[name] = value
+    if not torch.compiler.is_compiling():
+        # Compiled code fuses the taking of rows, and a graph that asks who took them would be another one.
+        state.base.seen[key] = before, value
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

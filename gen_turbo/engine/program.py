@@ -36,23 +36,23 @@ class GroupState:
     """One group in one run.
 
     Attributes:
-        gap: The tensor that its layers multiply slopes with.
+        weights: What its layers weigh their details with.
         last: The step of the last refresh; None before the first.
         ratio: The ratio of that refresh.
-        written: The number in `gap`.
+        written: The steps in `weights`.
         phase: What the layers do in the running step.
     """
 
-    gap: Tensor
+    weights: Tensor
     last: int | None = None
     ratio: float = 0.0
-    written: float = 0.0
+    written: float = 1.0
     phase: Phase = Phase.FULL
 
     def write(self, gap: float) -> None:
-        """Puts a number into the buffer that graphs read."""
+        """Puts a number of steps into the buffer that graphs read."""
         if gap != self.written:
-            self.gap.fill_(gap)
+            self.weights[1] = gap
             self.written = gap
 
 
@@ -83,26 +83,27 @@ class Program:
             for held in context.states.values():
                 held.plan_age = 0
                 held.calls.clear()
-                for slope in held.slopes:
-                    if slope is not None:
-                        slope.zero_()
+                for detail in held.details:
+                    if detail is not None:
+                        detail[1:] = 0
             num_bytes = sum({id(held): held.num_bytes for held in context.states.values()}.values())
             context.run.num_bytes += num_bytes - context.num_bytes
             context.num_bytes = num_bytes
             return
         device = context.layout[2]
         for group in self.groups:
-            gap = torch.zeros((), device=device)  # type: ignore[call-overload]
-            context.groups.append(GroupState(gap))
+            weights = torch.ones(2, device=device)  # type: ignore[call-overload]
+            context.groups.append(GroupState(weights))
             shared: dict[int, LayerState] = {}
             for layer in group.layers:
                 span = id(getattr(layer, "span", layer))
-                context.states[layer] = shared.setdefault(span, LayerState(gap))
+                context.states[layer] = shared.setdefault(span, LayerState(weights))
 
     def begin(self, context: Context, skipped: frozenset[str]) -> tuple[object, ...]:
         """Sets every layer for the running step; gives what tells its kind of step from others."""
         kind: list[object] = []
         written: set[int] = set()
+        self._forget_positions(context)
         absent = {layer.name for group in self.groups if group.units & skipped for layer in group.layers}
         for group, state in zip(self.groups, context.groups, strict=True):
             ratio = ratio_at_step(group.ratio, context.step, self.reducer.step_scale)
@@ -138,14 +139,16 @@ class Program:
                     kind.append(layer.step_info)
         return tuple(kind)
 
-    def rest(self) -> None:
-        """Leaves every layer stock."""
+    def rest(self, context: Context | None) -> None:
+        """Leaves every layer stock, and keeps nothing that belongs to the step alone."""
         for layer in self.layers:
             layer.phase, layer.starts, layer.writes_map = Phase.FULL, False, False
+        if context is not None:
+            self._forget_positions(context)
 
     def end(self, context: Context, skipped: frozenset[str]) -> int:
         """Counts a step that is over and leaves every layer stock; gives how many states were reduced in it."""
-        self.rest()
+        self.rest(context)
         num_reduced, seen = 0, set[int]()
         for group, state in zip(self.groups, context.groups, strict=True):
             runs = not (group.units & skipped)
@@ -160,6 +163,10 @@ class Program:
                 if phase is not Phase.FULL and held.base is not None:
                     held.plan_age = max(held.plan_age, context.step - held.base.made_at)
         return num_reduced
+
+    def _forget_positions(self, context: Context) -> None:
+        for run_map in context.maps.values():
+            run_map.seen.clear()
 
     def _phase(self, group: Group, state: GroupState, ratio: float, step: int, skipped: frozenset[str]) -> Phase:
         if group.units & skipped:

@@ -178,7 +178,7 @@ class Root(Placed):
 
     def _rest(self) -> None:
         """Leaves everything in front of layers stock, until the next call."""
-        self.program.rest()
+        self.program.rest(self.beginning.context)
         if self.skipping is not None:
             self.skipping.rest()
         for inside in self.insides.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ class RunMap:
         made_at: The step that made it.
         num_maps: How many were made before it.
         owner: Name of the layer that made the first.
+        seen: In the running step, arguments of positions as they were given, and the rows of the merged tokens.
     """
 
     order: Tensor
@@ -44,6 +47,7 @@ class RunMap:
         self.made_at = self.num_maps = 0
         self.wide: dict[tuple[int, int, int], RunMap] = {}
         self.taken: dict[tuple[int, int, int], Tensor] = {}
+        self.seen: dict[str, tuple[Any, Any]] = {}
         for name, tensor in zip(_INDEX, self._laid_out(value), strict=True):
             setattr(self, name, tensor)
 
@@ -62,6 +66,7 @@ class RunMap:
 
         No tensor changes its address, but where gradients are recorded.
         """
+        self.seen.clear()
         self.slot_BN.copy_(value.slot_BN)
         self.anchor_BM.copy_(value.anchor_BM)
         for name, tensor in zip(_INDEX, self._laid_out(value), strict=True):

@@ -65,11 +65,11 @@ class SpanBlock(ReducedLayer):
             given.update(span.carried)
         elif self.is_first:
             given[self.tokens] = span.short
-        shorten(self.spec, state, given, span.long)
+        shorten(self, given, span.long)
         output = self.inner(**given)
         if full is not None:
             if self.is_last:
-                self.remember(full, output, span.long, span.short)
+                self.remember(full, output if isinstance(output, tuple) else (output,), span.long, span.short)
             else:
                 span.carried = self.handed_on(output)
         elif self.is_last:

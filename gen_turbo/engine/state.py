@@ -41,10 +41,10 @@ class LayerState:
     Attributes:
         map: How its sequence is merged; None before its first step that is not a full one.
         base: The same map of the image tokens alone, which layers share.
-        gap: Steps since the last refresh, 0-dim; in a refresh, since the one before, or infinity.
+        weights: One, and the steps since the last refresh; in a refresh, since the one before, or infinity.
         rows: For each argument of positions, the item of a tuple, if it is one, and the rows that are kept.
-        residuals: For each output, what the last refresh found that merging misses; allocated once.
-        slopes: For each output, its change per step between the last two refreshes.
+        details: For each output, what the last refresh found that merging misses and, where that is continued, its
+            change per step between the last two refreshes, (1 or 2, ...); allocated once.
         left_alone: Why the layer runs in full for the rest of the run; empty if it does not.
         ratio: The fraction of tokens that `map` removes.
         calls: Steps by phase and by the image tokens kept.
@@ -54,12 +54,11 @@ class LayerState:
         num_kept: Image tokens after merging.
     """
 
-    gap: Tensor
+    weights: Tensor
     map: RunMap | None = None
     base: RunMap | None = None
     rows: list[list[tuple[int | None, Tensor]]] = field(default_factory=list)
-    residuals: list[Tensor | None] = field(default_factory=list)
-    slopes: list[Tensor | None] = field(default_factory=list)
+    details: list[Tensor | None] = field(default_factory=list)
     left_alone: str = ""
     ratio: float = 0.0
     calls: Counter[tuple[Phase, int]] = field(default_factory=Counter)
@@ -71,12 +70,12 @@ class LayerState:
     @property
     def num_bytes(self) -> int:
         """Bytes of what is remembered."""
-        return sum(t.numel() * t.element_size() for t in (*self.residuals, *self.slopes) if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.details if t is not None)
 
     def forget(self) -> None:
         """Drops map and memory; the next step that is not a full one begins anew."""
         self.map = self.base = None
-        self.residuals, self.slopes, self.rows = [], [], []
+        self.details, self.rows = [], []
 
 
 @dataclass

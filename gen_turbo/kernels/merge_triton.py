@@ -57,9 +57,8 @@ def unmerge_kernel(
     slot: tl.tensor,
     base: tl.tensor,
     minus: tl.tensor,
-    residual: tl.tensor,
-    slope: tl.tensor,
-    gap: tl.tensor,
+    detail: tl.tensor,
+    weights: tl.tensor,
     out: tl.tensor,
     y_stride: tl.tensor,
     y_shift: tl.tensor,
@@ -67,10 +66,10 @@ def unmerge_kernel(
     base_shift: tl.tensor,
     length: tl.tensor,
     channels: tl.tensor,
+    extent: tl.tensor,
     HAS_BASE: tl.constexpr,
     HAS_MINUS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
@@ -88,10 +87,10 @@ def unmerge_kernel(
     if HAS_BASE:
         place = base + batch * base_shift + row[:, None] * base_stride + channel
         value += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SLOPE:
-        value += tl.load(slope + at, mask=mask, other=0.0).to(tl.float32) * tl.load(gap)
+    if TERMS > 0:
+        value += tl.load(detail + at, mask=mask, other=0.0).to(tl.float32)
+    if TERMS > 1:
+        value += tl.load(detail + extent + at, mask=mask, other=0.0).to(tl.float32) * tl.load(weights + 1)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -102,8 +101,7 @@ def launch_merge(kernel: Any, x: Tensor, order: Tensor, offsets: Tensor) -> Tens
         x = x.contiguous()
     stride, num_slots = x.stride(1), (offsets.shape[0] - 1) // batch
     out = x.new_empty(batch, num_slots, channels)
-    # One vector of 16 bytes of a half type per thread; whole warps beyond the last channel do nothing.
-    block = 1024 if channels > 512 else 512 if channels > 256 else 256
+    block = _block(channels)
     kernel[(num_slots, batch, -(-channels // block))](
         x,
         order,
@@ -125,31 +123,30 @@ def launch_unmerge(
     slot: Tensor,
     base: Tensor | None,
     minus: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    gap: Tensor | None,
+    detail: Tensor | None,
+    weights: Tensor | None,
 ) -> Tensor:
-    """Launches `unmerge_kernel`, plain or wrapped for tracing, on the current device; arguments as `verbs.unmerge`."""
+    """Launches `unmerge_kernel`, plain or wrapped for tracing, on the current device; arguments as `verbs.restore`."""
     batch, _, channels = y.shape
     length = slot.shape[0] // batch
     out = y.new_empty(batch, length, channels)
-    for term, shape in ((base, out.shape), (minus, y.shape), (residual, out.shape), (slope, out.shape)):
+    several = None if detail is None else (detail.shape[0], *out.shape)
+    for term, shape in ((base, out.shape), (minus, y.shape), (detail, several)):
         if term is not None and term.shape != shape:
-            raise ValueError(f"got a term of shape {tuple(term.shape)} where {tuple(shape)} is needed")
+            raise ValueError(f"got a term of shape {tuple(term.shape)} where {tuple(shape or ())} is needed")
     if y.stride(2) != 1:
         y = y.contiguous()
     # A pointer that is not read still needs a tensor.
     onto = y if base is None else base if base.stride(2) == 1 else base.contiguous()
     y_stride, base_stride = y.stride(1), onto.stride(1)
-    block = 1024 if channels > 512 else 512 if channels > 256 else 256
+    block = _block(channels)
     kernel[(-(-length // _ROWS), batch, -(-channels // block))](
         y,
         slot,
         onto,
         y if minus is None else minus.contiguous(),
-        y if residual is None else residual.contiguous(),
-        y if slope is None else slope.contiguous(),
-        y if gap is None else gap,
+        y if detail is None else detail.contiguous(),
+        y if weights is None else weights,
         out,
         y_stride,
         y.stride(0) - y.shape[1] * y_stride,
@@ -157,12 +154,17 @@ def launch_unmerge(
         onto.stride(0) - length * base_stride,
         length,
         channels,
+        batch * length * channels,
         HAS_BASE=base is not None,
         HAS_MINUS=minus is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_SLOPE=residual is not None and slope is not None and gap is not None,
+        TERMS=0 if detail is None else detail.shape[0],
         BLOCK=block,
         ROWS=_ROWS,
         num_warps=block // 256,
     )
     return out
+
+
+def _block(channels: int) -> int:
+    """Channels of a program: a vector of 16 bytes of a half type per thread; warps beyond the last do nothing."""
+    return 1024 if channels > 512 else 512 if channels > 256 else 256

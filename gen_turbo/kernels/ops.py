@@ -21,9 +21,8 @@ def unmerge(
     slot: Tensor,
     base: Tensor | None,
     minus: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    gap: Tensor | None,
+    detail: Tensor | None,
+    weights: Tensor | None,
 ) -> Tensor:
-    """`verbs.unmerge` on a GPU."""
-    return launch_unmerge(wrap_triton(unmerge_kernel), y, slot, base, minus, residual, slope, gap)
+    """`verbs.restore` of one output on a GPU."""
+    return launch_unmerge(wrap_triton(unmerge_kernel), y, slot, base, minus, detail, weights)

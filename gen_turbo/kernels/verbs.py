@@ -9,6 +9,7 @@ Shape names: b batch, N tokens, M slots, C channels.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -87,58 +88,87 @@ def merge(x: Tensor, order: Tensor, offsets: Tensor, share: Tensor) -> Tensor:
     return slots.view(batch, -1, channels)
 
 
-def unmerge(
-    y: Tensor,
+def restore(
+    outputs: Sequence[Tensor | None],
     slot: Tensor,
+    merged: Sequence[int] = (0,),
     base: Tensor | None = None,
     minus: Tensor | None = None,
-    residual: Tensor | None = None,
-    slope: Tensor | None = None,
-    gap: Tensor | None = None,
-) -> Tensor:
-    """Copies each slot to all of its tokens and adds what belongs to each token: base + (y - minus)[slot] + ...
+    plain: Sequence[int] = (),
+    details: Sequence[Tensor | None] = (),
+    weights: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Gives what a call on slots gave a row for each token again, and adds what was remembered of each token.
 
-    Computes [base +] (y [- minus])[slot] [+ residual [+ slope * gap]]. The Triton kernel runs where that of `merge`
-    does, computes in float32 and rounds once; torch's operators round after each term.
+    Computes [base +] (y [- minus])[slot] [+ weights @ detail] for each output y on slots, y [+ weights @ detail] for
+    every other. The Triton kernel runs where that of `merge` does, computes in float32 and rounds once; torch's
+    operators round after each term.
 
     Args:
-        y: Slots, (b, M, C), floating point, of any strides.
+        outputs: What was given; those on slots (b, M, C), floating point, of any strides.
         slot: Row of the flattened (b * M, C) slots of each token, (b * N,) int64, of the token's own batch row.
+        merged: The places of the outputs on slots.
         base: What the change of each slot is added to, (b, N, C), such as the tokens before a block.
         minus: What is taken from the slots first, (b, M, C), such as the slots before the block.
-        residual: Detail of each token that its slot misses, (b, N, C).
-        slope: Change of the residual per step, (b, N, C). Only with `residual` and `gap`.
-        gap: Steps since the residual was taken, float32 of no dimension, on the device of `y`; a tensor, so that no
-            graph depends on its value.
+        plain: The places of those on slots that have neither `base` nor `minus`.
+        details: For each output, what is missed of it and, behind that, its change per step, (1 or 2, b, N, C).
+        weights: One and the steps since `details` were taken, (2,) float32 on the device of the outputs; a tensor, so
+            that no graph depends on its values.
 
     Returns:
-        Tokens, (b, N, C), in the dtype of `y`; new memory.
+        Tokens, (b, N, C) each, in the dtypes of `outputs`; those to which nothing is done as they came, all others
+        in new memory.
 
     Raises:
         ValueError: If the Triton kernel is given a tensor of another shape.
     """
-    batch, num_slots, channels = y.shape
-    if y.is_cuda and _HAS_TRITON and y.dtype in _KERNEL_DTYPES:
-        added = (y, base, minus, residual, slope)
-        if not (torch.is_grad_enabled() and any(term is not None and term.requires_grad for term in added)):
-            tokens: Tensor
-            if type(y) is not Tensor or torch.compiler.is_compiling():
-                from gen_turbo.kernels import ops
+    restored = list(outputs)
+    for index, y in enumerate(outputs):
+        detail, is_merged = details[index] if details else None, index in merged
+        if y is None or not (is_merged or detail is not None):
+            continue
+        out = y
+        if is_merged:
+            before, off = (None, None) if index in plain else (base, minus)
+            launched = _launched(y, slot, before, off, detail, weights) if y.is_cuda and _HAS_TRITON else None
+            if launched is not None:
+                restored[index] = launched
+                continue
+            batch, num_slots, channels = y.shape
+            change = y if off is None else y - off
+            out = change.reshape(batch * num_slots, channels).index_select(0, slot).view(batch, -1, channels)
+            if before is not None:
+                out.add_(before)
+        if detail is not None and weights is not None:
+            if detail.shape[0] == 2 and detail.dtype == weights.dtype and not y.is_cuda:
+                # Both terms in one pass over memory; half types have no fast product of this kind on a CPU.
+                flat, columns = out.reshape(-1), detail.flatten(1).t()
+                out = (flat.addmv_ if is_merged else flat.addmv)(columns, weights).view(out.shape)
+            else:
+                missed, *slopes = detail.unbind()
+                out = out.add_(missed) if is_merged else out + missed
+                if slopes:
+                    out.addcmul_(slopes[0], weights.select(0, 1))
+        restored[index] = out
+    return restored
 
-                tokens = ops.unmerge(y, slot, base, minus, residual, slope, gap)
-                return tokens
-            launchers = _launchers[y.device.index]
-            if launchers is not None:
-                with torch.cuda.device(y.device.index):
-                    kernel = launchers.unmerge_kernel
-                    tokens = launchers.launch_unmerge(kernel, y, slot, base, minus, residual, slope, gap)
-                return tokens
-    change = y if minus is None else y - minus
-    out = change.reshape(batch * num_slots, channels).index_select(0, slot).view(batch, -1, channels)
-    if base is not None:
-        out.add_(base)
-    if residual is not None:
-        out.add_(residual)
-        if slope is not None and gap is not None:
-            out.addcmul_(slope, gap)
-    return out
+
+def _launched(
+    y: Tensor, slot: Tensor, base: Tensor | None, minus: Tensor | None, detail: Tensor | None, weights: Tensor | None
+) -> Tensor | None:
+    """What the Triton kernel makes of one output; None where it cannot run."""
+    is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, base, minus, detail))
+    if y.dtype not in _KERNEL_DTYPES or is_recorded:
+        return None
+    tokens: Tensor
+    if type(y) is not Tensor or torch.compiler.is_compiling():
+        from gen_turbo.kernels import ops
+
+        tokens = ops.unmerge(y, slot, base, minus, detail, weights)
+        return tokens
+    launchers = _launchers[y.device.index]
+    if launchers is None:
+        return None
+    with torch.cuda.device(y.device.index):
+        tokens = launchers.launch_unmerge(launchers.unmerge_kernel, y, slot, base, minus, detail, weights)
+    return tokens

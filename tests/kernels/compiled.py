@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gen_turbo.kernels import merge, unmerge
+from gen_turbo.kernels import merge, restore
 from gen_turbo.kernels.merge_triton import merge_kernel, unmerge_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 INDICES = {"order", "offsets", "slot"}
-NUMBERS = {"stride", "shift", "channels", "length", "y_stride", "y_shift", "base_stride", "base_shift"}
+NUMBERS = {"stride", "shift", "channels", "length", "y_stride", "y_shift", "base_stride", "base_shift", "extent"}
 
 
 class Driver:
@@ -34,7 +34,7 @@ def assembly(kernel: Any, constants: dict[str, Any]) -> str:
     """The kernel for float16 rows of 16 aligned bytes, as PTX."""
     names = kernel.arg_names
     kinds = {
-        n: "*i64" if n in INDICES else "i32" if n in NUMBERS else "*fp32" if n == "gap" else "*fp16" for n in names
+        n: "*i64" if n in INDICES else "i32" if n in NUMBERS else "*fp32" if n == "weights" else "*fp16" for n in names
     }
     signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
     places = {name: (index,) for index, name in enumerate(names)}
@@ -51,16 +51,16 @@ def traced() -> list[dict[str, Any]]:
         graphs.append(graph)
         return graph.forward
 
-    def both(x: Tensor, order: Tensor, offsets: Tensor, share: Tensor, gap: Tensor) -> Tensor:
+    def both(x: Tensor, order: Tensor, offsets: Tensor, share: Tensor, weights: Tensor, detail: Tensor) -> Any:
         y = merge(x, order, offsets, share)
-        return unmerge(y, order, base=x, minus=y, residual=x, slope=x, gap=gap)
+        return restore([y], order, (0,), x, y, (), [detail], weights)[0]
 
     with FakeTensorMode(), torch.no_grad():
         ints = [torch.empty(n, dtype=torch.int64, device="cuda") for n in (24, 11)]
-        floats = [torch.empty(24, device="cuda"), torch.empty((), device="cuda")]
-        x = torch.empty(2, 12, 320, dtype=torch.float16, device="cuda")
+        floats = [torch.empty(24, device="cuda"), torch.empty(2, device="cuda")]
+        x, detail = (torch.empty(*n, 2, 12, 320, dtype=torch.float16, device="cuda") for n in ((), (2,)))
         try:
-            torch.compile(both, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(x, *ints, *floats)
+            torch.compile(both, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(x, *ints, *floats, detail)
         except RuntimeError as error:  # Calling the graph would need CUDA.
             assert graphs, error
     nodes = [node for node in graphs[0].graph.nodes if "triton_kernel_wrapper" in str(node.target)]
@@ -71,6 +71,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
     tile = {"BLOCK": 512, "ROWS": 4}
-    flags = {"HAS_BASE": True, "HAS_MINUS": True, "HAS_RESIDUAL": True, "HAS_SLOPE": True}
+    flags = {"HAS_BASE": True, "HAS_MINUS": True, "TERMS": 2}
     found = {"merge": assembly(merge_kernel, tile), "unmerge": assembly(unmerge_kernel, flags | tile)}
     print(json.dumps({"assembly": found, "traced": traced()}))

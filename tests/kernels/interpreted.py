@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from flat_maps import flat_map, random_map, values
+from flat_maps import flat_map, random_map, unmerge, values
 from torch import Tensor
 
-from gen_turbo.kernels import merge, ops, unmerge
+from gen_turbo.kernels import merge, ops
 from gen_turbo.kernels.merge_triton import launch_merge, launch_unmerge, merge_kernel, unmerge_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NAMES = ("base", "minus", "residual", "slope", "gap")
 # One unit in the last place of a half type, a few of float32.
 UNITS = {torch.float32: 8, torch.float16: 1, torch.bfloat16: 1}
 
@@ -32,7 +31,7 @@ def random_maps() -> Pairs:
         name = f"{dtype} {tuple(x.shape)} to {num_slots}"
         y = launch_merge(merge_kernel, x, flat.order, flat.offsets)
         yield f"merge {name}", y, merge(x.float(), flat.order, flat.offsets, flat.share).to(dtype)
-        restored = launch_unmerge(unmerge_kernel, y, flat.slot, *[None] * 5)
+        restored = launch_unmerge(unmerge_kernel, y, flat.slot, *[None] * 4)
         yield f"unmerge {name}", restored, unmerge(y, flat.slot)
 
 
@@ -49,9 +48,9 @@ def strides() -> Pairs:
     for name, x in views.items():
         merged = launch_merge(merge_kernel, x, flat.order, flat.offsets)
         yield f"merge {name}", merged, merge(x, flat.order, flat.offsets, flat.share)
-        terms = (x, x[:, 5:10], x, x, torch.tensor(2.0))
-        restored = launch_unmerge(unmerge_kernel, x[:, :5], flat.slot, *terms)
-        yield f"unmerge {name}", restored, unmerge(x[:, :5], flat.slot, *terms)
+        terms = {"base": x, "minus": x[:, 5:10], "detail": x.expand(2, *x.shape), "weights": torch.tensor([1.0, 2.0])}
+        restored = launch_unmerge(unmerge_kernel, x[:, :5], flat.slot, **terms)
+        yield f"unmerge {name}", restored, unmerge(x[:, :5], flat.slot, **terms)
 
 
 def terms() -> Pairs:
@@ -61,14 +60,13 @@ def terms() -> Pairs:
         given = {
             "base": values(2, 11, 6, seed=1, dtype=dtype) if has_base else None,
             "minus": values(2, 4, 6, seed=2, dtype=dtype) if has_minus else None,
-            "residual": values(2, 11, 6, seed=3, dtype=dtype) if last > 0 else None,
-            "slope": values(2, 11, 6, seed=4, dtype=dtype) if last > 1 else None,
-            "gap": torch.tensor(3.0) if last > 1 else None,
+            "detail": values(last, 2, 11, 6, seed=3, dtype=dtype) if last > 0 else None,
+            "weights": torch.tensor([1.0, 3.0]),
         }
         y = values(2, 4, 6, dtype=dtype)
         wide = {name: term if term is None else term.float() for name, term in given.items()}
         got = launch_unmerge(unmerge_kernel, y, flat.slot, **given)
-        name = " + ".join([str(dtype), *(name for name, term in given.items() if term is not None)])
+        name = " + ".join([f"{dtype} {last}", *(name for name, term in given.items() if term is not None)])
         yield name, got, unmerge(y.float(), flat.slot, **wide).to(dtype)
 
 
@@ -83,11 +81,12 @@ def empty_slots() -> Pairs:
 def operators() -> Pairs:
     """The registered operators, and torch's own check of their schema: nothing is written to or handed back."""
     flat = random_map(2, 12, 5, 0)
-    x, gap = values(2, 12, 6), torch.tensor(3.0)
+    x, weights = values(2, 12, 6), torch.tensor([1.0, 3.0])
     y = merge(x, flat.order, flat.offsets, flat.share)
     yield "merge", ops.merge(x, flat.order, flat.offsets), y
-    for given in ([None] * 5, [x, y * 2, x, x, gap]):
-        yield f"unmerge {len(given)}", ops.unmerge(y, flat.slot, *given), unmerge(y, flat.slot, *given)
+    for given in ([None] * 4, [x, y * 2, values(2, 2, 12, 6), weights]):
+        terms = dict(zip(("base", "minus", "detail", "weights"), given, strict=True))
+        yield f"unmerge {len(given)}", ops.unmerge(y, flat.slot, *given), unmerge(y, flat.slot, **terms)
         torch.library.opcheck(torch.ops.gen_turbo.unmerge, (y, flat.slot, *given), test_utils="test_schema")
     torch.library.opcheck(torch.ops.gen_turbo.merge, (x, flat.order, flat.offsets), test_utils="test_schema")
 
@@ -96,7 +95,7 @@ def shapes() -> Pairs:
     """Terms of another size, which a kernel would read beyond their end."""
     flat = random_map(1, 12, 5, 0)
     y, x = values(1, 5, 4), values(1, 12, 4)
-    for given in ([x[:, 1:], *[None] * 4], [None, x, *[None] * 3], [None, None, y, None, None]):
+    for given in ([x[:, 1:], *[None] * 3], [None, x, None, None], [None, None, y[None], None]):
         try:
             got = launch_unmerge(unmerge_kernel, y, flat.slot, *given)
             yield "not refused", got, torch.zeros(())

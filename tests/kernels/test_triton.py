@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from flat_maps import random_map, values
+from flat_maps import random_map, unmerge, values
 
-from gen_turbo.kernels import merge, unmerge, verbs
+from gen_turbo.kernels import merge, verbs
 
 HERE = Path(__file__).parent
 HAS_TRITON = pytest.mark.skipif(not verbs._HAS_TRITON, reason="triton is not installed")
@@ -106,7 +106,7 @@ class TestOnAGpu:
         flat = random_map(2, 300, 140, 0)
         x = values(2, 300, 320, dtype=dtype)
         maps = [index.cuda() for index in flat[2:]]
-        terms = {"base": x, "residual": x, "slope": x, "gap": torch.tensor(3.0)}
+        terms = {"base": x, "detail": torch.stack([x, x]), "weights": torch.tensor([1.0, 3.0])}
         y = merge(x.cuda(), *maps[:3])
         rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-5}
         torch.testing.assert_close(y.cpu(), merge(x.float(), *flat[2:5]).to(dtype), **rounding)
@@ -116,13 +116,13 @@ class TestOnAGpu:
         torch.testing.assert_close(got.cpu(), expected, **rounding)
 
     def test_a_cuda_graph_follows_the_map(self):
-        """Catches a launch that capture refuses, and values of the map or the gap baked into the graph."""
+        """Catches a launch that capture refuses, and values of the map or the weights baked into the graph."""
         first, second = random_map(2, 300, 140, 0), random_map(2, 300, 140, 1)
         maps, x = [index.cuda() for index in first[2:]], values(2, 300, 64).half().cuda()
-        gap = torch.tensor(1.0, device="cuda")
+        weights, detail = torch.tensor([1.0, 1.0], device="cuda"), torch.stack([x, x])
 
         def both():
-            return unmerge(merge(x, *maps[:3]), maps[3], residual=x, slope=x, gap=gap)
+            return unmerge(merge(x, *maps[:3]), maps[3], detail=detail, weights=weights)
 
         both()
         graph = torch.cuda.CUDAGraph()
@@ -130,6 +130,6 @@ class TestOnAGpu:
             out = both()
         for mine, new in zip(maps, second[2:], strict=True):
             mine.copy_(new)
-        gap.fill_(3.0)
+        weights[1] = 3.0
         graph.replay()
         assert torch.equal(out, both())

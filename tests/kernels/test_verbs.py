@@ -11,19 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from flat_maps import FlatMap, flat_map, random_map, values
+from flat_maps import FlatMap, flat_map, random_map, unmerge, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gen_turbo.kernels import merge, unmerge, verbs
+from gen_turbo.kernels import merge, restore, verbs
 from gen_turbo.tokens.token_map import TokenMap
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
-TERMS = ("base", "minus", "residual", "slope", "gap")
 HAS_TRITON = pytest.mark.skipif(not verbs._HAS_TRITON, reason="triton is not installed")
 
 
@@ -40,20 +39,20 @@ def merged(x: Tensor, flat: FlatMap) -> Tensor:
 
 
 def terms(flat: FlatMap, channels: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Every optional argument of `unmerge`."""
+    """Every optional term."""
     batch, num_tokens = flat.slot_BN.shape
-    shapes = {"base": num_tokens, "minus": flat.num_slots, "residual": num_tokens, "slope": num_tokens}
-    made = {n: values(batch, m, channels, seed=i, dtype=dtype) for i, (n, m) in enumerate(shapes.items())}
-    return made | {"gap": torch.tensor(3.0)}
+    made = {n: values(batch, m, channels, dtype=dtype) for n, m in (("base", num_tokens), ("minus", flat.num_slots))}
+    return made | {"detail": values(2, batch, num_tokens, channels, dtype=dtype), "weights": torch.tensor([1.0, 3.0])}
 
 
 def restored(y: Tensor, flat: FlatMap, given: dict[str, Tensor]) -> Tensor:
-    """The sum that `unmerge` stands for, with plain indexing."""
+    """The sum that `restore` stands for, with plain indexing."""
     change = y - given["minus"] if "minus" in given else y
     total = torch.stack([row[slot] for row, slot in zip(change, flat.slot_BN, strict=True)])
-    for name in ("base", "residual"):
-        total = total + given[name] if name in given else total
-    return total + given["slope"] * given["gap"] if "slope" in given else total
+    total = total + given["base"] if "base" in given else total
+    for term, weight in zip(given.get("detail", ()), (1, 3), strict=False):
+        total = total + term * weight
+    return total
 
 
 def token_map(flat: FlatMap) -> TokenMap:
@@ -96,12 +95,12 @@ def test_an_empty_slot_gives_zeros() -> None:
 
 
 @PROPERTY
-@given(maps(), st.sets(st.sampled_from(["base", "minus", "residual", "slope"])), st.booleans())
-def test_unmerge_adds_every_combination(flat: FlatMap, names: set[str], is_recorded: bool) -> None:
+@given(maps(), st.sets(st.sampled_from(["base", "minus", "detail"])), st.integers(1, 2), st.booleans())
+def test_every_combination_is_added(flat: FlatMap, names: set[str], num_terms: int, is_recorded: bool) -> None:
     """Catches a term left out, taken from the wrong rows or subtracted after the copy, and inputs overwritten."""
-    if "slope" in names:
-        names |= {"residual", "gap"}
-    given = {name: term for name, term in terms(flat, 4).items() if name in names}
+    given = {name: term for name, term in terms(flat, 4).items() if name in names | {"weights"}}
+    if "detail" in given:
+        given["detail"] = given["detail"][:num_terms]
     y = values(len(flat.slot_BN), flat.num_slots, 4, seed=9).requires_grad_(is_recorded)
     before = {name: term.clone() for name, term in given.items()}
     torch.testing.assert_close(unmerge(y, flat.slot, **given), restored(y, flat, given), **ROUNDING)
@@ -113,7 +112,7 @@ def test_terms_are_added_in_the_order_of_the_engine() -> None:
     flat = random_map(2, 24, 7, 0)
     given, y = terms(flat, 4), values(2, 7, 4)
     expected = given["base"] + token_map(flat).unmerge(y - given["minus"])
-    expected.add_(given["residual"]).add_(given["slope"], alpha=3)
+    expected.add_(given["detail"][0]).add_(given["detail"][1], alpha=3)
     assert torch.equal(unmerge(y, flat.slot, **given), expected)
 
 
@@ -123,7 +122,7 @@ def test_strides_do_not_matter() -> None:
     whole = values(2, 15, 8)
     for x in (whole[:, 3:], whole[:, 1:13, 2:6], values(2, 6, 12).transpose(1, 2), whole[:1, :12].expand(2, -1, -1)):
         assert torch.equal(merged(x, flat), merged(x.contiguous(), flat))
-        y, given = x[:, :5], {"base": x, "residual": x, "minus": x[:, 5:10]}
+        y, given = x[:, :5], {"base": x, "minus": x[:, 5:10]}
         packed = {name: term.contiguous() for name, term in given.items()}
         assert torch.equal(unmerge(y, flat.slot, **given), unmerge(y.contiguous(), flat.slot, **packed))
 
@@ -137,10 +136,11 @@ def test_a_map_of_another_size_is_refused() -> None:
 def test_gradients_pass_through_every_term() -> None:
     """Catches an addition in place that cuts the graph, and a kernel without a backward."""
     flat = random_map(2, 6, 3, 0, torch.float64)
-    double = {name: term.double().requires_grad_(name != "gap") for name, term in terms(flat, 2).items()}
+    double = {name: term.double().requires_grad_(name != "weights") for name, term in terms(flat, 2).items()}
     x, y = values(2, 6, 2).double().requires_grad_(), values(2, 3, 2).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: merged(x, flat), (x,))
-    assert torch.autograd.gradcheck(lambda *given: unmerge(given[0], flat.slot, *given[1:]), (y, *double.values()))
+    restored = lambda y, *given: unmerge(y, flat.slot, **dict(zip(double, given, strict=True)))  # noqa: E731
+    assert torch.autograd.gradcheck(restored, (y, *double.values()))
 
 
 def frames(function: Callable[[], Any]) -> list[str]:
@@ -173,11 +173,14 @@ class OpNames(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+VIEWS = {"view", "_unsafe_view", "t", "select", "unbind", "detach", "device"}
+
+
 def operators(function: Callable[[], Any]) -> list[str]:
     """The operators that a call runs; views and questions for the device are left out."""
     with OpNames() as ops:
         function()
-    return [name for name in ops.names if name not in {"view", "_unsafe_view", "detach", "device"}]
+    return [name for name in ops.names if name not in VIEWS]
 
 
 def test_each_is_one_python_frame_and_few_operators() -> None:
@@ -185,11 +188,12 @@ def test_each_is_one_python_frame_and_few_operators() -> None:
     flat = random_map(2, 12, 5, 0)
     given = terms(flat, 4)
     x, y = values(2, 12, 4), values(2, 5, 4)
-    sums = ["sub", "index_select", "add_", "add_", "addcmul_"]
+    all_terms = given["base"], given["minus"], (), [given["detail"]], given["weights"]
+    sums = ["sub", "index_select", "add_", "addmv_"]
     for function, name, expected in [
         (lambda: merged(x, flat), "merge", ["_embedding_bag_forward_only"]),
-        (lambda: unmerge(y, flat.slot), "unmerge", ["index_select"]),
-        (lambda: unmerge(y, flat.slot, **given), "unmerge", sums),
+        (lambda: restore([y], flat.slot), "restore", ["index_select"]),
+        (lambda: restore([y], flat.slot, (0,), *all_terms), "restore", sums),
     ]:
         assert [frame for frame in frames(function) if frame != "merged"] == [name]
         assert operators(function) == expected
@@ -215,21 +219,22 @@ def test_tracing_gives_one_graph_for_all_maps_and_gaps() -> None:
             assert torch.equal(compiled(x), layer(x))
         for mine, new in zip(flat[2:], other[2:], strict=True):
             mine.copy_(new)
-        given["gap"].fill_(5.0)
+        given["weights"][1] = 5.0
     assert len(graphs) == 1
 
 
 def on_gpu(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A token tensor, the map's tensors and a gap, of no memory, that say they are on a GPU."""
+    """A token tensor, the map's tensors, weights and details, of no memory, that say they are on a GPU."""
     ints = [torch.empty(n, dtype=torch.int64, device="cuda") for n in (24, 11)]
-    floats = [torch.empty(24, device="cuda"), torch.empty((), device="cuda")]
-    return torch.empty(2, 12, 320, dtype=dtype, device="cuda"), *ints, *floats
+    floats = [torch.empty(24, device="cuda"), torch.empty(2, device="cuda")]
+    tokens, detail = (torch.empty(*n, 2, 12, 320, dtype=dtype, device="cuda") for n in ((), (2,)))
+    return tokens, *ints, *floats, detail
 
 
-def both(x: Tensor, order: Tensor, offsets: Tensor, share: Tensor, gap: Tensor) -> Tensor:
+def both(x: Tensor, order: Tensor, offsets: Tensor, share: Tensor, weights: Tensor, detail: Tensor) -> Tensor:
     """Both verbs with every argument."""
     y = merge(x, order, offsets, share)
-    return unmerge(y, order, base=x, minus=y, residual=x, slope=x, gap=gap)
+    return unmerge(y, order, base=x, minus=y, detail=detail, weights=weights)
 
 
 @HAS_TRITON
