@@ -1,8 +1,7 @@
 """What was made of which picture: a database by which runs that were stopped go on and several share a folder.
 
-Every picture that was worked on has a row. A run claims rows, and holds a lock as long as it lives; claims whose run is
-dead are free again. What a run makes is written under a temporary name, planned in its row, given its name, and
-committed: wherever a run dies, the row and the file say what to do.
+Every item has a row. A run claims rows and holds a lock while it lives; claims of dead runs are free again. A result is
+written under a temporary name, planned in its row, renamed and committed: the row and the file always say what to do.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from gen_turbo.output import add_name, replace, write_synced
 
 _CLAIM = "INSERT INTO item (input, owner) VALUES (?, ?) ON CONFLICT DO UPDATE SET owner = excluded.owner"
 _ADD = "INSERT OR IGNORE INTO item (input, output, line, error) VALUES (?, ?, ?, ?)"
+_TEXTS = "SELECT line, error FROM item ORDER BY rowid"
 _OTHERS = "SELECT 1 FROM item WHERE output = ? AND input <> ?"
 
 
@@ -96,18 +96,30 @@ class Manifest:
         finally:
             partial.unlink(missing_ok=True)
 
-    def fail(self, item: Item, message: str) -> None:
+    def fail(self, item: Item, message: str, **notes: Any) -> None:
         """Notes what went wrong with a claimed item; what was made of it before stays."""
         with self._change():
             self._settle(item.path)
-            self._set(item.path, error=as_json(item.line({"error": message})))
+            self._set(item.path, error=as_json(item.line({"error": message, **notes})))
+
+    def is_quarantined(self, item: Item) -> bool:
+        """Whether an item failed as often as its run tried it, and has not changed since."""
+        error = parsed(self._row(item.path)["error"]) if self._is_begun else None
+        return error is not None and "quarantined" in error and item.is_of(error)
+
+    def lines(self) -> Iterator[Line]:
+        """What is known of all items: what was made, and behind it what went wrong."""
+        return filter(None, map(parsed, self._texts()))
+
+    def _texts(self) -> list[str]:
+        return [text for row in self._database.execute(_TEXTS) for text in row if text is not None]
 
     def outputs(self) -> set[Path]:
         """The files that runs with this manifest wrote."""
         if self.path is None or not self._is_begun:
             return set()
-        names = self._column("SELECT output FROM item WHERE output IS NOT NULL")
-        return {(self.path.parent / os.fsdecode(name)).resolve() for name in names}
+        names = map(os.fsdecode, self._column("SELECT output FROM item WHERE output IS NOT NULL"))
+        return {(self.path.parent / name).resolve() for name in names}
 
     def close(self) -> None:
         """Writes the export, and gives back what is claimed and not done: nobody holds its lock any more."""
@@ -154,7 +166,7 @@ class Manifest:
 
     def _row(self, path: Path) -> dict[str, Any]:
         found = self._database.execute("SELECT * FROM item WHERE input = ?", (os.fsencode(path),)).fetchone()
-        row = dict(found) if found else dict.fromkeys(("owner", "line", "planned"))
+        row = dict(found or dict.fromkeys(("owner", "line", "planned", "error")))
         return row | {name: parsed(row[name]) for name in ("line", "planned")}
 
     def _column(self, query: str, *values: Any) -> list[Any]:
@@ -273,10 +285,9 @@ class Manifest:
             next(n for n in count(1) if add_name(path, path.with_name(f"{path.name}.{n}.old")))
 
     def _export(self, path: Path) -> None:
-        rows = self._database.execute("SELECT line, error FROM item ORDER BY rowid")
-        content = "".join(f"{text}\n" for row in rows for text in row if text is not None).encode()
+        content = "".join(f"{text}\n" for text in self._texts()).encode()
         self._database.execute("DELETE FROM export")
-        self._database.execute("INSERT INTO export VALUES (?)", (hashlib.sha256(content).hexdigest(),))
+        self._database.execute("INSERT INTO export VALUES (?)", [hashlib.sha256(content).hexdigest()])
         partial = self._partial(self._owner)
         try:
             write_synced(partial, content)

@@ -109,7 +109,7 @@ def test_every_code_block_runs(page: Path, capsys: pytest.CaptureFixture[str]) -
             code, where = block["code"], f"{name_of(page)}, block {number}"
             if block["kind"] == "python":
                 exec(compile(shortened(code), where, "exec"), names)
-            elif block["kind"] == "yaml":
+            elif block["kind"] in ("yaml", "jsonl"):
                 Path(block["title"]).write_text(code)
             else:
                 assert block["kind"] == "console", f"{where}: say of which kind it is"
