@@ -90,6 +90,9 @@ class TokenReducer(ABC):
             LongCat-Image-Edit, Qwen-Image-Edit), once per run; None takes the layer's own ratio.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
             every attention layer; None leaves the model's own.
+        keep: In vision-language models, how many image tokens of a picture stay, instead of `ratio`.
+        adaptive: In vision-language models, shares the budget among the pictures of a call: busy ones keep more, plain
+            ones fewer, as many in all as `ratio` or `keep` say. A picture that comes alone keeps its own.
     """
 
     ratio: float = 0.5
@@ -111,6 +114,8 @@ class TokenReducer(ABC):
     text_ratio: float | None = None
     reference_ratio: float | None = None
     attention_backend: str | None = None
+    keep: int | None = None
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         """Checks every setting.
@@ -137,6 +142,8 @@ class TokenReducer(ABC):
         for setting, minimum in least.items():
             if getattr(self, setting) is not None and getattr(self, setting) < minimum:
                 raise ValueError(f"{setting} must be at least {minimum}; got {getattr(self, setting)}")
+        if self.keep is not None and self.keep < 1:
+            raise ValueError(f"keep must be a number of tokens, at least 1; got {self.keep}")
         if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
             raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
         self._check_scope()
@@ -144,18 +151,37 @@ class TokenReducer(ABC):
     def _check_ratios(self) -> None:
         by_level = {f"ratios[{downsample}]": ratio for downsample, ratio in self.ratios.items()}
         by_layer = {f"layer_ratios[{layer!r}]": ratio for layer, ratio in self.layer_ratios.items()}
-        bound = f"<= {self.max_ratio:g}" if self.max_ratio < 1 else "< 1"
         for step, scale in self.step_scale.items():
             if step < 0 or not 0 <= scale < float("inf"):
                 raise ValueError(f"step_scale must give factors >= 0 by step >= 0; got {step}: {scale}")
-        for name, ratio in {"ratio": self.ratio, **by_level, **by_layer}.items():
-            if not 0 <= ratio <= self.max_ratio or ratio >= 1:
+        for name, ratio in {**by_level, **by_layer, "ratio": self.ratio}.items():
+            # Vision-language models merge again where one merge does not reach `ratio`; see `check_reach`.
+            most = 1.0 if name == "ratio" and not self.step_scale else self.max_ratio
+            bound = f"<= {most:g}" if most < 1 else "< 1"
+            if not 0 <= ratio <= most or ratio >= 1:
                 raise ValueError(f"{name} must be the fraction of tokens to remove, 0 <= {name} {bound}; got {ratio}")
             for step, scale in self.step_scale.items():
                 if ratio * scale > self.max_ratio or ratio * scale >= 1:
                     raise ValueError(
                         f"{name} times step_scale[{step}] must be {bound}; got {ratio} * {scale} = {ratio * scale:g}"
                     )
+
+    def check_reach(self) -> None:
+        """Refuses what one merge cannot reach, as in a denoiser; raises ValueError."""
+        if self.ratio > self.max_ratio:
+            raise ValueError(
+                f"ratio must be the fraction of tokens to remove, 0 <= ratio <= {self.max_ratio:g}; got {self.ratio}"
+            )
+
+    def ratio_of(self, num_tokens: int) -> float:
+        """The fraction of so many tokens that leaves, by `keep` where it is given, else `ratio`."""
+        # Half a token more, so that rounding down removes exactly the number.
+        return self.ratio if self.keep is None else max(0.0, 1 - (self.keep - 0.5) / num_tokens)
+
+    @property
+    def removes(self) -> bool:
+        """Whether any token may leave."""
+        return self.keep is not None or self.ratio > 0
 
     def _check_scope(self) -> None:
         if self.scope not in ("attention", "block", "model"):

@@ -15,8 +15,12 @@ def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list
     """What the reducer's scope asks for: attention layers or blocks.
 
     Raises:
-        ValueError: If blocks are asked for and the family has none.
+        ValueError: If blocks are asked for and the family has none, or a setting is not of denoisers.
     """
+    reducer.check_reach()
+    if reducer.keep is not None or reducer.adaptive:
+        setting = "adaptive=True" if reducer.keep is None else f"keep={reducer.keep}"
+        raise ValueError(f"{setting} is of vision-language models; {type(model).__name__} is a denoiser, use ratio")
     if reducer.scope == "attention":
         return adapter.layers(model)
     blocks = adapter.blocks(model)

@@ -29,6 +29,7 @@ class ReductionProcessor(TokenReducer):
         Raises:
             ValueError: If the grid does not hold N tokens, or more tokens are to leave than can.
         """
+        self.check_reach()
         if tokens.ndim != 3:
             raise ValueError(f"tokens must be (batch, tokens, channels), got {tuple(tokens.shape)}")
         if grid is not None and grid[0] * grid[1] != tokens.shape[1]:

@@ -118,6 +118,16 @@ class PARProcessor(Routed, ReductionProcessor):
         layout = layout if is_given else artefact.layout_at(self.budget, text)
         return Routing(Trained(artefact.router), 1 - layout.tokens, layout.layers, layout.first, self.mode)
 
+    def unread(self, place: str, has_grid: bool) -> dict[str, str]:
+        """The settings that nothing reads on a vision-language model, and where they belong."""
+        found = dict.fromkeys(("ratio", "schedule", "threshold", "inner"), "denoisers")
+        found |= dict.fromkeys(("keep", "adaptive", "text_ratio"), "methods without a router; give tokens")
+        if self.tokens is not None or self.layers is not None:
+            found["budget"] = "tokens=None and layers=None"
+        else:
+            found["first"] = "given tokens or layers"
+        return found
+
     def merging(self) -> TokenReducer:
         """What merges tokens in a denoiser; within a budget of 1, or without an inner method, it keeps all."""
         reducer = self.reducer()

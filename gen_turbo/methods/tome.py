@@ -45,6 +45,11 @@ class ToMeProcessor(ReductionProcessor):
         """Three of the four tokens of a cell can leave."""
         return max_ratio(_STRIDE)
 
+    def unread(self, place: str, has_grid: bool) -> dict[str, str]:
+        """The settings that nothing reads at a place of a vision-language model, and where they belong."""
+        found = {} if has_grid else dict.fromkeys(("is_hashed", "seed"), "image tokens on a grid")
+        return found if self.is_hashed else found | {"seed": "is_hashed=True"}
+
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C)."""
         count = num_removed(tokens.shape[1], site.ratio, _STRIDE)

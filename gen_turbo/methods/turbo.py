@@ -64,6 +64,17 @@ class TurboProcessor(ReductionProcessor):
         if self.tile != 0 and self.tile < 2:
             raise ValueError(f"tile must be 0 (whole picture) or at least 2 tokens; got {self.tile}")
 
+    def unread(self, place: str, has_grid: bool) -> dict[str, str]:
+        """The settings that nothing reads at a place of a vision-language model, and where they belong."""
+        found = {}
+        if not has_grid or place == "tower":
+            found["tile"] = "image tokens on a grid"
+        if self.semantic == "text":
+            found["semantic"] = "denoisers, where it reads cross-attention"
+        if self.semantic == "none" or place in ("decoder", "projector"):
+            found["value_weight"] = "a semantic value, as place='tower' and place='pre_llm' have"
+        return found
+
     @property
     def max_ratio(self) -> float:
         """Three of the four tokens of a cell can leave."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
-from gen_turbo.tokens.match import bipartite_soft_matching
+from gen_turbo.tokens.match import alternating_soft_matching
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.score import information_penalty
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.merging import Merging
 from gen_turbo.vlm.settings import Placement
 
 
@@ -43,6 +43,8 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         beta: Base of the block's weight; 1 weighs all blocks alike.
         gamma: The block of greatest weight.
         threshold: A block with fewer tokens, class token included, merges none.
+        num_merges: In a tower, how many blocks merge, evenly spaced, where `ratio` or `keep` says how much leaves in
+            all; 0 is every block, as published. Raising it costs operators, which small batches wait for.
     """
 
     ratio: float = 0.66
@@ -56,32 +58,55 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
     beta: float = 1.0
     gamma: int = 0
     threshold: int = 0
+    num_merges: int = 8
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
         super().__post_init__()
         if self.semantic not in ("class", "self", "none"):
             raise ValueError(f"semantic must be 'class', 'self' or 'none'; got {self.semantic!r}")
-        for setting in ("num_removed", "value_weight", "scale", "beta", "threshold"):
+        for setting in ("num_removed", "value_weight", "scale", "beta", "threshold", "num_merges"):
             if getattr(self, setting) < 0:
                 raise ValueError(f"{setting} must not be negative; got {getattr(self, setting)}")
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C): the mean keys of a block, or features before the language model."""
         batch, num_tokens, _ = tokens.shape
-        total = TokenMap.identity(batch, num_tokens, tokens.device)
         in_tower = self.num_removed > 0 and site.name != "text"
-        if (self.ratio if in_tower else site.ratio) == 0 or num_tokens + 1 < self.threshold:
-            return total
-        value = self._value(site)
         left = min(self.num_removed, num_tokens // 2) if in_tower else num_removed(num_tokens, site.ratio)
+        if not left or (in_tower and not self.removes) or num_tokens + 1 < self.threshold:
+            return TokenMap.identity(batch, num_tokens, tokens.device)
+        value, total = self._value(site), None
         while left:
-            now = min(left, total.num_slots // 2)
-            penalty = None if value is None else self._penalty(total.merge(value), frame.num_plans)
-            destinations = torch.arange(0, total.num_slots, 2, device=tokens.device)
-            total = total.then(bipartite_soft_matching(total.merge(tokens), destinations, now, penalty))
+            now = min(left, tokens.shape[1] // 2)
+            penalty = None if value is None else self._penalty(value, frame.num_plans)
+            plan = alternating_soft_matching(tokens, now, penalty)
             left -= now
-        return total
+            if total is None and not left:
+                return plan
+            merging = Merging.of(plan, batch, 0, None if total is None else total.sizes)
+            total = merging if total is None else total.then(merging)
+            tokens = merging.merge(tokens)
+            value = None if value is None else merging.merge(value[..., None])[..., 0]
+        assert total is not None
+        return total.plan()
+
+    def unread(self, place: str, has_grid: bool) -> dict[str, str]:
+        """The settings that nothing reads at a place, and where they belong."""
+        found: dict[str, str] = {}
+        if place != "tower":
+            found |= dict.fromkeys(("num_removed", "num_merges"), "place='tower'")
+        elif self.num_removed:
+            found |= dict.fromkeys(("num_merges", "ratio", "keep"), "num_removed=0")
+        if self.alpha is None or self.semantic == "none":
+            found |= dict.fromkeys(("scale", "beta", "gamma"), "alpha with a semantic value")
+        if self.semantic == "none":
+            found |= dict.fromkeys(("alpha", "value_weight"), "a semantic value")
+        elif self.alpha is not None:
+            found["value_weight"] = "alpha=None"
+        if place in ("decoder", "projector") and self.semantic != "none":
+            found |= dict.fromkeys(("semantic", "alpha", "value_weight"), "place='tower' and place='pre_llm'")
+        return found
 
     def _value(self, site: LayerInfo) -> Tensor | None:
         if self.semantic == "none" or site.semantic is None:

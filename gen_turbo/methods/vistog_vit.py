@@ -34,6 +34,14 @@ class VisToGVisionProcessor(Grouped, ReductionProcessor):
     ratio: float = 0.75
     restore: str = "copy"
 
+    def unread(self, place: str, has_grid: bool) -> dict[str, str]:
+        """The settings that nothing reads, and where they belong."""
+        if not self.removes:
+            return {}
+        if self.weights is not None:
+            return dict.fromkeys(("ratio", "keep", "first_block"), "weights=None, for weights bring their own")
+        return dict.fromkeys(("ratio", "keep"), "num_tokens=0") if self.num_tokens else {}
+
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans cells for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]

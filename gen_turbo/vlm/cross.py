@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.vlm.family import square
+from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.tower import Tower
 
 
@@ -40,8 +41,9 @@ class CrossGate:
             value = self._tower.value(kind)
             return value[:, leading:] if value is not None else None
 
-        site = LayerInfo("pre_llm", self._reducer.ratio, square(patches.shape[1]), semantic=semantic)
-        plan = self._reducer.plan(patches, site, StepInfo())
+        count = patches.shape[1]
+        site = LayerInfo("pre_llm", self._reducer.ratio_of(count), square(count), semantic=semantic)
+        plan = plan_tokens(self._reducer, patches, site, StepInfo())
         self.on_reduction(len(patches) * plan.num_tokens, len(patches) * plan.num_slots)
         if not plan.is_identity:
             slots = plan.merge(patches) if self._is_merged else plan.select(patches)

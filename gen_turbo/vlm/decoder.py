@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from gen_turbo.vlm.cache import ShortenedCache
+from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.run import Pictures, Planner, Reduction, reduce
@@ -31,14 +32,18 @@ class Cut:
         is_skipped: Whether no row of this call runs a layer, which then needs no mask.
     """
 
+    attention: CallState[Attention] = CallState(lambda: _no_attention)
+    _here: CallState[Columns | None] = CallState(lambda: None)
+    _shorter: CallState[dict[str, Any]] = CallState(dict)
+
     def __init__(self, text: nn.Module, gate: Gate, first: int, planner: Planner) -> None:
-        self.first, self.attention = first, _no_attention
+        self.first = first
         self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
         self.is_skipped: Callable[[int], bool] = lambda index: False
         self._text, self._gate, self._planner = text, gate, planner
         stack: Any = text
         self._layers: list[nn.Module] = list(stack.layers)[: stack.config.num_hidden_layers]
-        self._here: Columns | None = None
+        gate.joined.append(self)
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back their handles."""
@@ -77,7 +82,7 @@ class Cut:
         return before
 
     def _cut(self, hidden_BLC: Tensor, cache: Any, pictures: Pictures) -> None:
-        reduction = reduce(pictures, hidden_BLC, self._planner)
+        reduction = reduce(pictures, hidden_BLC, self._planner, self._gate.shared)
         self.attention = _no_attention
         self.on_reduction(pictures, reduction)
         if reduction.is_identity:
@@ -97,14 +102,15 @@ class Cut:
         return known.grown(self._gate.held + self._gate.length) if known is not None else None
 
     def _positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        here = self._here
+        """The positions of the columns that stay, taken once for all layers that are given the same ones."""
+        here, given = self._here, tuple(map(id, kwargs["position_embeddings"]))
         assert here is not None
-        rotary = tuple(here.take(table, -2, batch_dim=-3) for table in kwargs["position_embeddings"])
-        positions = kwargs.get("position_ids")
-        return {
-            "position_embeddings": rotary,
-            "position_ids": None if positions is None else here.take(positions, -1, batch_dim=-2),
-        }
+        if self._shorter.get("given") != given:
+            rotary = tuple(here.take(table, -2, batch_dim=-3) for table in kwargs["position_embeddings"])
+            positions = kwargs.get("position_ids")
+            ids = None if positions is None else here.take(positions, -1, batch_dim=-2)
+            self._shorter = {"given": given, "position_embeddings": rotary, "position_ids": ids}
+        return {name: self._shorter[name] for name in ("position_embeddings", "position_ids")}
 
     def _mask(self, kwargs: dict[str, Any], hidden: Tensor, total: Columns, index: int) -> Tensor | None:
         mask = kwargs.get("attention_mask")

@@ -97,3 +97,12 @@ def image_token_mask(base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
     placeholder = base.get_input_embeddings()(torch.tensor(token, device=embeds.device)).to(embeds)  # type: ignore[operator]
     found: Tensor = (embeds == placeholder).all(-1)
     return found
+
+
+def tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
+    """The tower's facts if it is of a kind that they hold for."""
+    facts = family.tower
+    if facts is None:
+        return None
+    config: Any = model.get_submodule(facts.module).config
+    return facts if config.model_type in facts.kinds else None

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gen_turbo.method import Grid
+from gen_turbo.method import Grid, TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import ShortenedCache, shortened
+from gen_turbo.vlm.call import CallState, begin, begin_anew, end
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.family import Family, image_token_mask
 from gen_turbo.vlm.layers import real_columns
@@ -25,13 +26,19 @@ from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
 from gen_turbo.vlm.words import Words
 
 
+class _Sight:
+    """What was seen last; pictures may be encoded before the call that reads them."""
+
+    seen: CallState[Seen] = CallState(Seen)
+
+
 class Gate:
     """The hooks on the base model and the language model, and what they know of the call that is running.
 
     Attributes:
         planner: Plans for the image tokens before the language model; None lets all of them pass.
         is_merged: Whether slots of image tokens and of words are averaged or only their anchors stay.
-        seen: The pictures whose features were made last.
+        shared: The method whose budget the pictures of a call share; None where each has its own.
         pictures: The image tokens of this call as the first decoder layer sees them; None where there are none.
         held: Columns that the first layer's cache held when this call began.
         length: Columns of this call that reach the first layer.
@@ -40,27 +47,40 @@ class Gate:
         dropped: What spreads the output of the last decoder layer back; set by the decoder.
         words: Chooses words that leave with the image tokens of a prompt; None lets all of them pass.
         on_prompt: Is told the pictures, embeddings and mask of a call that brings pictures, before they are planned.
+        joined: Stages whose state begins and ends with a call of the base model.
     """
+
+    pictures: CallState[Pictures | None] = CallState(lambda: None)
+    held: CallState[int] = CallState(int)
+    length: CallState[int] = CallState(int)
+    real_BM: CallState[Tensor | None] = CallState(lambda: None)
+    cuts: CallState[dict[int, Columns]] = CallState(dict)
+    dropped: CallState[Columns | None] = CallState(lambda: None)
+    _here: CallState[Columns | None] = CallState(lambda: None)
+    _total: CallState[Columns | None] = CallState(lambda: None)
+    _given: CallState[dict[str, Any]] = CallState(dict)
+    _features: CallState[list[Tensor]] = CallState(list)
+    _is_running: CallState[bool] = CallState(bool)
+    _seen_here: CallState[Seen | None] = CallState(lambda: None)
 
     def __init__(
         self, base: nn.Module, text: nn.Module, family: Family, planner: Planner | None, is_merged: bool
     ) -> None:
         self.planner, self.is_merged = planner, is_merged
         self.words: Words | None = None
+        self.shared: TokenReducer | None = None
         self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
         self.on_prompt: Callable[[Pictures, Tensor, Any], None] = lambda pictures, embeds, mask: None
         self._base, self._text, self._family = base, text, family
         self._arguments = list(inspect.signature(base.forward).parameters)
-        self._given: dict[str, Any] = {}
-        self._features: list[Tensor] = []
-        self.seen = Seen()
-        self._forget()
+        self._sight = _Sight()
+        self.joined: list[object] = []
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back their handles."""
         return [
             self._base.register_forward_pre_hook(self._before_base, with_kwargs=True),
-            self._base.register_forward_hook(lambda module, args, output: self._forget()),
+            self._base.register_forward_hook(lambda module, args, output: self._end(), always_call=True),
             self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             self._text.register_forward_hook(self._after_text, with_kwargs=True),
         ]
@@ -73,12 +93,14 @@ class Gate:
         def watched(*args: Any, **kwargs: Any) -> Any:
             output = get_image_features(*args, **kwargs)
             pooled = output.pooler_output if hasattr(output, "pooler_output") else output
-            self._features = self._pictures_of(pooled)
-            lengths = [len(features) for features in self._features]
+            pictures = self._pictures_of(pooled)
+            lengths = [len(features) for features in pictures]
             grids = self._family.grids or (lambda base, given, lengths: [None] * len(lengths))
             given = signature.bind_partial(*args, **kwargs).arguments
-            self.seen = Seen(self._features, grids(self._base, {**given, **given.get("kwargs", {})}, lengths))
+            self.seen = Seen(pictures, grids(self._base, {**given, **given.get("kwargs", {})}, lengths))
             note(self.seen)
+            if self._is_running:
+                self._features = pictures
             return output
 
         return watched
@@ -91,18 +113,27 @@ class Gate:
         most = pieces(self._base)
         return [one for features in pooled if len(features) for one in features.split(most)]
 
-    def _forget(self) -> None:
-        self.pictures: Pictures | None = None
-        self.held = self.length = 0
-        self.real_BM: Tensor | None = None
-        self.cuts: dict[int, Columns] = {}
-        self.dropped: Columns | None = None
-        self._here: Columns | None = None
-        self._total: Columns | None = None
-        self._given, self._features = {}, []
+    @property
+    def seen(self) -> Seen:
+        """The pictures whose features were made last before the language model of this call ran."""
+        return self._seen_here or self._sight.seen
+
+    @seen.setter
+    def seen(self, seen: Seen) -> None:
+        begin_anew(self._sight)
+        self._sight.seen = seen
+
+    def _begin(self) -> None:
+        for stage in (self, *self.joined):
+            begin(stage)
+        self._is_running, self.cuts = True, {}
+
+    def _end(self) -> None:
+        for stage in (self, *self.joined):
+            end(stage)
 
     def _before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._forget()
+        self._begin()
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
@@ -139,12 +170,13 @@ class Gate:
             cache = DynamicCache(config=text.config)
         self.held = _held(cache)
         self.length = embeds.shape[1]
+        self._seen_here = self._sight.seen
         self.pictures = self._pictures(embeds)
         reduction = None
         if self.pictures is not None:
             self.on_prompt(self.pictures, embeds, kwargs.get("attention_mask"))
         if self.pictures is not None and self.planner is not None:
-            reduction = reduce(self.pictures, embeds, self.planner)
+            reduction = reduce(self.pictures, embeds, self.planner, self.shared)
             self.on_reduction(self.pictures, reduction)
         if self.pictures is not None and self.words is not None:
             reduction = reduction or reduce(self.pictures, embeds, _pass_all)

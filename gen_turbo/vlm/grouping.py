@@ -18,9 +18,11 @@ from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.training.files import artefact_path
 from gen_turbo.training.probe import is_same_model, weight_probe
 from gen_turbo.training.vistog import SemanticGrouping, VisToGArtefact, VisToGShape
-from gen_turbo.vlm.family import Family, TowerFacts, square
+from gen_turbo.vlm.call import CallState
+from gen_turbo.vlm.family import Family, TowerFacts, square, tower_facts
 from gen_turbo.vlm.gate import Gate
-from gen_turbo.vlm.part import VlmPart, token_flops, tower_facts
+from gen_turbo.vlm.part import VlmPart, token_flops
+from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.projections import InstanceForward
 from gen_turbo.vlm.run import Group
 from gen_turbo.vlm.semantic import SemanticStream
@@ -49,7 +51,8 @@ class _Planned:
         return []
 
     def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
-        plan = self._reducer.plan(patches_BND, LayerInfo("projector", self._reducer.ratio, grid), StepInfo())
+        site = LayerInfo("projector", self._reducer.ratio_of(patches_BND.shape[1]), grid)
+        plan = plan_tokens(self._reducer, patches_BND, site, StepInfo())
         merged = getattr(self._reducer, "combine", "merge") == "merge"
         return plan.merge(patches_BND) if merged else plan.select(patches_BND), plan
 
@@ -69,6 +72,7 @@ class GroupingPart(VlmPart):
 
     grouping: SemanticGrouping | None = None
     connector: nn.Module | None = None
+    _seats: CallState[TokenMap | None] = CallState(lambda: None)
 
     def install(self) -> None:
         """Puts every hook in place."""
@@ -92,8 +96,7 @@ class GroupingPart(VlmPart):
     def _prepare(self, model: nn.Module) -> None:
         self._facts = grouping_facts(model, self._family)
         self._leading = self._facts.num_leading(model)
-        self._seats: TokenMap | None = None
-        self._grouper: Grouper | None = self._make_grouper(model) if self.reducer.ratio > 0 else None
+        self._grouper: Grouper | None = self._make_grouper(model) if self.reducer.removes else None
         if self._family.is_cross:
             self._rows[self._facts.module] = LayerReport(self._facts.module, 1, "reduced")
             return
@@ -109,7 +112,7 @@ class GroupingPart(VlmPart):
             return _Planned(self.reducer)
         artefact = _artefact(model, self._facts, self.reducer)
         if artefact is None:
-            grouping = SemanticGrouping(_shape(model, self._facts, self.reducer, self.reducer.ratio)).eval()
+            grouping = SemanticGrouping(_shape(model, self._facts, self.reducer)).eval()
             artefact = VisToGArtefact(grouping, {}, weight_probe([]), {})
         self.grouping = artefact.grouping
         self.connector = _connector(model, self._facts, artefact)
@@ -129,8 +132,17 @@ class GroupingPart(VlmPart):
     def _project(self, forward: Any, patches: Tensor) -> Tensor:
         assert self._grouper is not None
         groups, self._seats = self._grouper.groups(patches, _grid(patches))
+        if self.connector is not None:
+            self._follow(self.connector, groups)
         projected: Tensor = (self.connector or forward)(groups)
         return self._seats.unmerge(projected)
+
+    @staticmethod
+    def _follow(connector: nn.Module, groups: Tensor) -> None:
+        """Moves the trained projector to where the model has moved since it was attached to."""
+        weight = next(connector.parameters(), groups)
+        if not connector.training and (weight.device != groups.device or weight.dtype != groups.dtype):
+            connector.to(groups.device, groups.dtype)
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert self._grouper is not None
@@ -172,11 +184,11 @@ def _probe(model: nn.Module, facts: TowerFacts) -> Tensor:
     return weight_probe(model.get_submodule(path) for path in (facts.module, facts.projector) if path)
 
 
-def _shape(model: nn.Module, facts: TowerFacts, settings: Grouped, ratio: float) -> VisToGShape:
+def _shape(model: nn.Module, facts: TowerFacts, settings: Any) -> VisToGShape:
     """The sizes of untrained groups; raises ValueError if no patch would leave."""
     tower: Any = model.get_submodule(facts.module)
     num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
-    num_groups = settings.num_tokens or num_patches - num_removed(num_patches, ratio)
+    num_groups = settings.num_tokens or num_patches - num_removed(num_patches, settings.ratio_of(num_patches))
     if settings.num_tokens >= num_patches:
         raise ValueError(f"num_tokens must be below the {num_patches} patches of a picture; got {num_groups}")
     if num_groups == num_patches:

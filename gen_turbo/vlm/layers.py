@@ -15,6 +15,7 @@ from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.select import keep_highest
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import ShortenedCache, shortened
+from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.projections import InstanceForward
 from gen_turbo.vlm.routes import Prompt, Route, Routing, Scores
 from gen_turbo.vlm.run import Group, Pictures
@@ -29,14 +30,15 @@ class Choice:
         pictures: The pictures of that prompt.
     """
 
+    scores: CallState[Scores | None] = CallState(lambda: None)
+    pictures: CallState[Pictures | None] = CallState(lambda: None)
+
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
-        self.forget()
 
     def forget(self) -> None:
-        """Drops what was known of the last prompt."""
-        self.scores: Scores | None = None
-        self.pictures: Pictures | None = None
+        """Drops what was known of the prompt."""
+        self.scores, self.pictures = None, None
 
     def ask(self, pictures: Pictures, embeds_BLC: Tensor, mask: Any) -> None:
         """Has a prompt scored."""
@@ -70,11 +72,12 @@ class Skipping:
         on_route: Is told the route of a prompt; None where every row runs every layer.
     """
 
+    _route: CallState[Route | None] = CallState(lambda: None)
+    _is_new: CallState[bool] = CallState(bool)
+
     def __init__(self, text: nn.Module, choice: Choice) -> None:
         self.on_route: Callable[[Route | None], None] = lambda route: None
         self._text, self._choice = text, choice
-        self._route: Route | None = None
-        self._is_new = False
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""

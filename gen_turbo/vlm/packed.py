@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from transformers.vision_utils import get_vision_window_index
 
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.call import CallState, begin_anew
 from gen_turbo.vlm.family import TowerFacts
-from gen_turbo.vlm.packed_attention import PackedAttention
-from gen_turbo.vlm.tower import block_ratio
+from gen_turbo.vlm.merging import Merging
+from gen_turbo.vlm.packed_attention import PackedAttention, Seen
+from gen_turbo.vlm.planning import plan_tokens
+from gen_turbo.vlm.tower import block_ratio, merging_blocks
 
 
 @dataclass
@@ -28,15 +32,17 @@ class _Pass:
         grids: (height, width) of each picture in units.
         order: The unit, in raster order, at each place of the tower's own order; None where they are the same.
         left: Units that each picture has now.
-        by_block: Each block's plan on the units that entered it.
-        totals: The units after each block, as a plan on those that the call began with.
+        by_block: Each block's merge of the units that entered it.
+        totals: The units after each block, as a merge of those that the call began with.
+        seen: What the watched blocks were given and projected.
     """
 
     grids: list[Grid]
     order: Tensor | None
     left: list[int]
-    by_block: dict[int, TokenMap] = field(default_factory=dict)
-    totals: dict[int, TokenMap] = field(default_factory=dict)
+    by_block: dict[int, Merging] = field(default_factory=dict)
+    totals: dict[int, Merging] = field(default_factory=dict)
+    seen: dict[int, Seen] = field(default_factory=dict)
 
 
 class PackedTower:
@@ -53,6 +59,9 @@ class PackedTower:
         on_block: Is told the block and the units of all pictures before and after it.
     """
 
+    _pass: CallState[_Pass | None] = CallState(lambda: None)
+    _plans: CallState[list[TokenMap]] = CallState(list)
+
     def __init__(self, model: nn.Module, facts: TowerFacts, reducer: TokenReducer | None) -> None:
         self.facts, self.reducer = facts, reducer
         tower: Any = model.get_submodule(facts.module)
@@ -62,14 +71,12 @@ class PackedTower:
         self._side: int = tower.spatial_merge_size
         self._unit = self._side**2
         self._attention = [PackedAttention(getattr(block, facts.attention)) for block in self.blocks]
-        self._pass: _Pass | None = None
-        self._plans: list[TokenMap] = []
 
     @property
     def watched(self) -> list[int]:
         """Blocks whose queries and keys are seen: all if they merge, else the last."""
         count = len(self.blocks)
-        return list(range(count)) if self.reducer is not None else [count - 1]
+        return merging_blocks(self.reducer, count) if self.reducer is not None else [count - 1]
 
     def plans(self) -> list[TokenMap]:
         """The plan of the whole tower on each picture of the last call, in raster order; empty where none merged."""
@@ -84,8 +91,7 @@ class PackedTower:
         Returns:
             One (U,) for each picture, summing to one.
         """
-        now = self._pass
-        if kind != "self" or now is None:
+        if kind != "self" or (now := self._pass) is None:
             return None
         received = self._received(len(self.blocks) - 1, now)
         raster = received if now.order is None else torch.empty_like(received).index_copy(0, now.order, received)
@@ -93,17 +99,20 @@ class PackedTower:
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""
-        tower, merges = self.module, self.reducer is not None
+        tower = self.module
         handles: list[Any] = [tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)]
-        for index in self.watched:
-            handles += self._attention[index].install(merges)
-        if not merges:
+        watched = self.watched
+        for index in watched:
+            handles += self._attention[index].watch(self._seen(index))
+        if self.reducer is None:
             return handles
         for index, block in enumerate(self.blocks):
-            norm2 = getattr(block, self.facts.norm2)
+            handles.append(self._attention[index].weigh(self._size_before(index)))
             handles.append(block.register_forward_pre_hook(self._before_block(index), with_kwargs=True))
-            handles.append(norm2.register_forward_pre_hook(self._before_norm2(index)))
-            handles.append(block.mlp.register_forward_hook(self._after_mlp(index)))
+            if index in watched:
+                norm2 = getattr(block, self.facts.norm2)
+                handles.append(norm2.register_forward_pre_hook(self._before_norm2(index)))
+                handles.append(block.mlp.register_forward_hook(self._after_mlp(index)))
         deep = zip(
             getattr(tower, "deepstack_visual_indexes", ()), getattr(tower, "deepstack_merger_list", ()), strict=True
         )
@@ -113,7 +122,7 @@ class PackedTower:
         return [*handles, tower.register_forward_hook(self._after_tower)]
 
     def _before_tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._pass, self._plans = None, []
+        begin_anew(self)
         sizes = args[1] if len(args) > 1 else kwargs["grid_thw"]
         side = self._side
         if bool((sizes[:, 0] > 1).any()):
@@ -130,11 +139,16 @@ class PackedTower:
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             now = self._pass
             total = now.totals.get(index - 1) if now is not None else None
-            self._attention[index].weigh(self._log_size(total))
             if now is None or total is None:
                 return None
-            rotary = tuple(self._narrow(total.select(self._wide(table))) for table in kwargs["position_embeddings"])
-            anchors = total.anchor_BM[0] * self._unit
+            # Stays where this block merges nothing.
+            now.totals[index] = total
+            anchors = total.anchor_BM[0]
+            rotary = tuple(
+                table.unflatten(0, (-1, self._unit)).index_select(0, anchors).flatten(0, 1)
+                for table in kwargs["position_embeddings"]
+            )
+            anchors = anchors * self._unit
             held = torch.searchsorted(anchors, kwargs["cu_seqlens"].to(anchors))
             # Windows may have lost all their units.
             held = held[held.diff(prepend=held[:1] - 1) > 0]
@@ -146,21 +160,21 @@ class PackedTower:
 
     def _before_norm2(self, index: int) -> Any:
         def before(norm: nn.Module, args: tuple[Any, ...]) -> Any:
-            if self._pass is None:
+            now = self._pass
+            merging = self._plan(index, now) if now is not None else None
+            if now is None or merging is None:
                 return None
-            plan, earlier = self._plan(index, self._pass), self._pass.totals.get(index - 1)
-            if not plan.is_identity:
-                self._pass.by_block[index] = plan
-            if earlier is not None or not plan.is_identity:
-                self._pass.totals[index] = plan if earlier is None else earlier.then(plan)
-            return (self._merged(index, args[0]),)
+            earlier = now.totals.get(index - 1)
+            now.by_block[index] = merging
+            now.totals[index] = merging if earlier is None else earlier.then(merging)
+            return (self._narrow(merging.merge(self._wide(args[0]))),)
 
         return before
 
     def _after_mlp(self, index: int) -> Any:
         def after(mlp: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            plan = self._pass.by_block.get(index) if self._pass is not None else None
-            return self._narrow(plan.unmerge(self._wide(output))) if plan is not None else None
+            merging = self._pass.by_block.get(index) if self._pass is not None else None
+            return self._narrow(merging.unmerge(self._wide(output))) if merging is not None else None
 
         return after
 
@@ -176,8 +190,6 @@ class PackedTower:
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         now, last = self._pass, len(self.blocks) - 1
-        for attention in self._attention:
-            attention.forget()
         if now is None or last not in now.totals:
             return output
         output.last_hidden_state = self._restored(last, output.last_hidden_state)
@@ -187,45 +199,57 @@ class PackedTower:
         self._plans = self._raster_plans(now, now.totals[last])
         return output
 
-    def _plan(self, index: int, now: _Pass) -> TokenMap:
+    def _plan(self, index: int, now: _Pass) -> Merging | None:
         """Plans one block's merge, pictures of one size together, on the mean over heads of the keys of each unit."""
-        keys = self._attention[index].keys().mean(1)
-        metric = keys.reshape(-1, self._unit * keys.shape[-1]).split_with_sizes(now.left)
+        keys = self._attention[index].keys(now.seen[index]).mean(1)
+        metric_UC = keys.reshape(-1, self._unit * keys.shape[-1])
+        before, total = list(now.left), now.totals.get(index - 1)
         groups: dict[tuple[int, Grid], list[int]] = {}
         for picture, key in enumerate(zip(now.left, now.grids, strict=True)):
             groups.setdefault(key, []).append(picture)
-        plans: dict[int, TokenMap] = {}
-        for pictures in groups.values():
-            plan = self._group_plan(index, now, pictures, torch.stack([metric[picture] for picture in pictures]))
-            for row, picture in enumerate(pictures):
-                plans[picture] = plan.by_row()[row if len(plan.slot_BN) > 1 else 0]
-        before, ordered = sum(now.left), [plans[picture] for picture in range(len(plans))]
-        now.left = [plan.num_slots for plan in ordered]
-        self.on_block(index, before, sum(now.left))
-        return _beside(ordered)
+        places = [_places(before, pictures, metric_UC.device) for pictures in groups.values()]
+        plans = [
+            self._group_plan(index, now, pictures, place, metric_UC[place])
+            for pictures, place in zip(groups.values(), places, strict=True)
+        ]
+        for pictures, plan in zip(groups.values(), plans, strict=True):
+            for picture in pictures:
+                now.left[picture] = plan.num_slots
+        self.on_block(index, sum(before), sum(now.left))
+        if now.left == before:
+            return None
+        slot_U = places[0].new_empty(sum(before))
+        anchor_M = places[0].new_empty(sum(now.left))
+        for pictures, place, plan in zip(groups.values(), places, plans, strict=True):
+            slots = _places(now.left, pictures, place.device)
+            anchor_M[slots] = place.gather(1, plan.anchor_BM.expand(len(place), -1))
+            slot_U[place] = plan.slot_BN + slots[:, :1]
+        return Merging.of(TokenMap(slot_U[None], anchor_M[None]), 1, 0, total.sizes if total is not None else None)
 
-    def _group_plan(self, index: int, now: _Pass, pictures: list[int], metric: Tensor) -> TokenMap:
+    def _group_plan(self, index: int, now: _Pass, pictures: list[int], place: Tensor, metric: Tensor) -> TokenMap:
         assert self.reducer is not None
         height, width = now.grids[pictures[0]]
         is_whole = now.order is None and index - 1 not in now.totals
 
         def semantic(kind: str) -> Tensor | None:
-            if kind != "self":
-                return None
-            received = self._received(index, now).split_with_sizes(now.left)
-            return torch.stack([received[picture] for picture in pictures])
+            return self._received(index, now)[place] if kind == "self" else None
 
-        ratio = block_ratio(height * width, metric.shape[1], self.reducer.ratio, index, len(self.blocks))
+        start, steps = height * width, self.watched
+        ratio = block_ratio(start, metric.shape[1], self.reducer.ratio_of(start), steps.index(index), len(steps))
         grid = (height, width) if is_whole else None
         site = LayerInfo(f"{self.facts.module}.{index}", ratio, grid, semantic=semantic)
-        return self.reducer.plan(metric, site, StepInfo(num_plans=index))
+        return plan_tokens(self.reducer, metric, site, StepInfo(num_plans=index))
 
     def _received(self, index: int, now: _Pass) -> Tensor:
         """Attention received by each unit, (U,), summing to one in each picture."""
-        received = self._attention[index].received().reshape(-1, self._unit).sum(1)
-        return torch.cat([picture / picture.sum() for picture in received.split_with_sizes(now.left)])
+        earlier = now.totals.get(index - 1)
+        received = self._attention[index].received(now.seen[index], self._log_size(earlier))
+        units = received.reshape(-1, self._unit).sum(1)
+        lengths = torch.tensor(now.left, device=units.device)
+        picture = torch.arange(len(now.left), device=units.device).repeat_interleave(lengths, output_size=len(units))
+        return units / units.new_zeros(len(now.left)).index_add(0, picture, units)[picture]
 
-    def _raster_plans(self, now: _Pass, total: TokenMap) -> list[TokenMap]:
+    def _raster_plans(self, now: _Pass, total: Merging) -> list[TokenMap]:
         """The plan of each picture on its units in raster order."""
         destination = total.anchor_BM[0][total.slot_BN[0]]
         if now.order is not None:
@@ -238,11 +262,10 @@ class PackedTower:
 
     def _merged(self, index: int, y_SC: Tensor) -> Tensor:
         """What leaves a block, merged by the block's plan; its weights are the sizes before the block."""
-        plan = self._pass.by_block.get(index) if self._pass is not None else None
-        if self._pass is None or plan is None or len(y_SC) != plan.num_tokens * self._unit:
+        merging = self._pass.by_block.get(index) if self._pass is not None else None
+        if merging is None or len(y_SC) != merging.num_tokens * self._unit:
             return y_SC
-        earlier = self._pass.totals.get(index - 1)
-        return self._narrow(plan.merge(self._wide(y_SC), None if earlier is None else earlier.sizes().to(y_SC.dtype)))
+        return self._narrow(merging.merge(self._wide(y_SC)))
 
     def _restored(self, index: int, y_SC: Tensor) -> Tensor:
         """What leaves a block as the rest of the model wants it."""
@@ -252,8 +275,15 @@ class PackedTower:
             return merged
         return self._narrow(total.unmerge(self._wide(merged)))
 
-    def _log_size(self, total: TokenMap | None) -> Tensor | None:
-        return total.sizes()[0].log().repeat_interleave(self._unit) if total is not None else None
+    def _seen(self, index: int) -> Callable[[], Seen]:
+        return lambda: self._pass.seen.setdefault(index, {}) if self._pass is not None else {}
+
+    def _size_before(self, index: int) -> Callable[[], Tensor | None]:
+        """Gives the logarithm of the size of each token that enters a block; None if all are of size one."""
+        return lambda: self._log_size(self._pass.totals.get(index - 1)) if self._pass is not None else None
+
+    def _log_size(self, total: Merging | None) -> Tensor | None:
+        return total.log_sizes[0].repeat_interleave(self._unit) if total is not None else None
 
     def _wide(self, y_SC: Tensor) -> Tensor:
         """Units as tokens of one row: (1, U, G * C)."""
@@ -263,11 +293,8 @@ class PackedTower:
         return x.reshape(-1, x.shape[-1] // self._unit)
 
 
-def _beside(plans: list[TokenMap]) -> TokenMap:
-    """Plans of one row each, side by side as one."""
-    slots, anchors, tokens, places = [], [], 0, 0
-    for plan in plans:
-        slots.append(plan.slot_BN + places)
-        anchors.append(plan.anchor_BM + tokens)
-        tokens, places = tokens + plan.num_tokens, places + plan.num_slots
-    return TokenMap(torch.cat(slots, 1), torch.cat(anchors, 1))
+def _places(lengths: list[int], pictures: list[int], device: torch.device) -> Tensor:
+    """Where the units of pictures of one size stand in the row of all, (pictures, units)."""
+    starts = [0, *accumulate(lengths)]
+    first = torch.tensor([starts[picture] for picture in pictures], device=device)
+    return first[:, None] + torch.arange(lengths[pictures[0]], device=device)

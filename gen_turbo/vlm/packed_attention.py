@@ -1,11 +1,12 @@
 """Attention of packed vision towers: all pictures in one row of tokens, cut into segments that see only themselves.
 
-Shape names: S tokens of all pictures, H heads, D channels of one.
+Shape names: S tokens of all pictures, H heads, D channels of one, G segments of one length, L tokens of each.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from gen_turbo.tokens.score import attention_column_mean
 from gen_turbo.vlm.projections import InstanceForward
 
+Seen = dict[str, Any]
+"""What one attention layer was given and projected in one call."""
 _MOST_QUERIES = 256
 
 
@@ -29,76 +32,87 @@ class PackedAttention:
     def __init__(self, attn: Any) -> None:
         self._attn = attn
         self._rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb_vision
-        self.forget()
 
-    def forget(self) -> None:
-        """Drops what was seen of the last call."""
-        self._mixed: Tensor | None = None
-        self._given: dict[str, Any] = {}
-        self._log_size: Tensor | None = None
+    def watch(self, seen: Callable[[], Seen]) -> list[Any]:
+        """Keeps what is given and projected; gives back what takes the hooks off."""
 
-    def install(self, is_weighed: bool) -> list[Any]:
-        """Puts the hooks in place and gives back what takes them off."""
-        handles: list[Any] = [
-            self._attn.register_forward_pre_hook(self._before, with_kwargs=True),
-            self._attn.qkv.register_forward_hook(self._after_projection),
+        def before(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen()["given"] = kwargs
+
+        def after(qkv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen()["mixed"] = self._split(output)
+
+        return [
+            self._attn.register_forward_pre_hook(before, with_kwargs=True),
+            self._attn.qkv.register_forward_hook(after),
         ]
-        return [*handles, InstanceForward(self._attn, self._proportional)] if is_weighed else handles
 
-    def weigh(self, log_size_S: Tensor | None) -> None:
-        """Weighs the keys of the coming call by the sizes of their tokens; None if all are of size one."""
-        self._log_size = log_size_S
+    def weigh(self, log_size: Callable[[], Tensor | None]) -> Any:
+        """Weighs keys by the logarithm of their sizes, (S,), which is None if all are one; gives what takes it off."""
 
-    def keys(self) -> Tensor:
-        """The keys of the last call without their positions: (S, H, D)."""
-        return self._split()[1]
+        def run(forward: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+            """The layer's attention with keys weighed by their sizes."""
+            log_size_S = log_size()
+            if log_size_S is None:
+                return forward(hidden_states, **kwargs)
+            mixed = self._split(self._attn.qkv(hidden_states))
+            query, key = self._rotated(mixed, kwargs["position_embeddings"])
+            value, weight = mixed[2].transpose(0, 1), log_size_S.to(mixed.dtype)
+            parts = []
+            for place in segments(kwargs["cu_seqlens"]):
+                q, k, v = (x[:, place].transpose(0, 1) for x in (query, key, value))
+                mask, scale = weight[place][:, None, None], self._attn.scaling
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+                parts.append((place, out.transpose(1, 2).flatten(2)))
+            return self._attn.proj(_in_one_row(parts))
 
-    def received(self) -> Tensor:
-        """The attention that each token of the last call received, (S,): its segment's mean query gives one token's."""
-        query, key = self._rotated(self._split(), self._given["position_embeddings"])
-        parts, at = [], 0
-        for length in _lengths(self._given["cu_seqlens"]):
-            place = slice(at, at + length)
-            weight = self._log_size[None, place] if self._log_size is not None else None
-            asking = query[None, :, place][:, :, :: max(1, length // _MOST_QUERIES)]
-            parts.append(attention_column_mean(asking, key[None, :, place], weight)[0] * length)
-            at += length
-        return torch.cat(parts)
+        return InstanceForward(self._attn, run)
 
-    def _before(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._given = kwargs
+    def keys(self, seen: Seen) -> Tensor:
+        """The keys of the call without their positions: (S, H, D)."""
+        key: Tensor = seen["mixed"][1]
+        return key
 
-    def _after_projection(self, qkv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._mixed = output
+    def received(self, seen: Seen, log_size_S: Tensor | None) -> Tensor:
+        """The attention that each token received, (S,): its segment's mean query gives one token's."""
+        query, key = self._rotated(seen["mixed"], seen["given"]["position_embeddings"])
+        parts = []
+        for place in segments(seen["given"]["cu_seqlens"]):
+            length = place.shape[1]
+            asking = query[:, place[:, :: max(1, length // _MOST_QUERIES)]].transpose(0, 1)
+            weight = None if log_size_S is None else log_size_S[place]
+            parts.append(
+                (place, attention_column_mean(asking, key[:, place].transpose(0, 1), weight)[..., None] * length)
+            )
+        return _in_one_row(parts)[:, 0]
 
-    def _split(self) -> Tensor:
+    def _split(self, mixed: Tensor) -> Tensor:
         """Queries, keys and values, (3, S, H, D)."""
-        assert self._mixed is not None
-        return self._mixed.reshape(len(self._mixed), 3, self._attn.num_heads, -1).transpose(0, 1)
+        return mixed.reshape(len(mixed), 3, self._attn.num_heads, -1).transpose(0, 1)
 
     def _rotated(self, mixed: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries and keys with their positions, each (H, S, D)."""
         query, key = self._rotate(mixed[0], mixed[1], *rotary)
         return query.transpose(0, 1), key.transpose(0, 1)
 
-    def _proportional(self, forward: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
-        """The layer's attention with keys weighed by their sizes."""
-        if self._log_size is None:
-            return forward(hidden_states, **kwargs)
-        self._attn.qkv(hidden_states)
-        mixed = self._split()
-        query, key = self._rotated(mixed, kwargs["position_embeddings"])
-        lengths = _lengths(kwargs["cu_seqlens"])
-        segments = [x[None].split_with_sizes(lengths, dim=2) for x in (query, key, mixed[2].transpose(0, 1))]
-        masks = self._log_size.to(mixed.dtype)[None, None, None].split_with_sizes(lengths, dim=3)
-        scale = self._attn.scaling
-        mixtures = [
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-            for q, k, v, mask in zip(*segments, masks, strict=True)
-        ]
-        return self._attn.proj(torch.cat(mixtures, 2)[0].transpose(0, 1).flatten(1))
+
+def segments(bounds: Tensor) -> list[Tensor]:
+    """The places of segments of one length, (G, L), for each length that there is."""
+    lengths: list[int] = bounds.diff().tolist()
+    starts = bounds[:-1].long()
+    offset = torch.arange(max(lengths), device=bounds.device)
+    if min(lengths) == max(lengths):
+        return [starts[:, None] + offset]
+    found: dict[int, list[int]] = {}
+    for segment, length in enumerate(lengths):
+        found.setdefault(length, []).append(segment)
+    return [starts[which][:, None] + offset[:length] for length, which in found.items()]
 
 
-def _lengths(cu_seqlens: Tensor) -> list[int]:
-    lengths: list[int] = cu_seqlens.diff().tolist()
-    return lengths
+def _in_one_row(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What stands at places (G, L) of segments, (G, L, C), in one row (S, C)."""
+    if len(parts) == 1:
+        return parts[0][1].flatten(0, 1)
+    place = torch.cat([place.flatten() for place, _ in parts])
+    rows = torch.cat([part.flatten(0, 1) for _, part in parts])
+    return torch.empty_like(rows).index_copy(0, place, rows)

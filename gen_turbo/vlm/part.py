@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,17 +16,19 @@ from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cross import CrossGate
-from gen_turbo.vlm.decoder import Cut, check_cut
-from gen_turbo.vlm.family import Family, TowerFacts
+from gen_turbo.vlm.decoder import Cut
+from gen_turbo.vlm.family import Family, tower_facts
+from gen_turbo.vlm.fits import check_place
 from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.packed import PackedTower
+from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.run import Group, Pictures, Reduction
 from gen_turbo.vlm.settings import placement_of
-from gen_turbo.vlm.shrink import Shrink, can_shrink
-from gen_turbo.vlm.text import TEXT_ENCODER, TextMerge, check_text
+from gen_turbo.vlm.shrink import Shrink
+from gen_turbo.vlm.text import TEXT_ENCODER, TextMerge
 from gen_turbo.vlm.tower import Tower
-from gen_turbo.vlm.words import PROMPT, Words, check_words
+from gen_turbo.vlm.words import PROMPT, Words
 
 
 class VlmPart(OnModel):
@@ -43,7 +47,8 @@ class VlmPart(OnModel):
         self._rows: dict[str, LayerReport] = {}
         self._had_features: Any = None
         self._cost = 0
-        _check(model, family, reducer)
+        self._counting = Lock()
+        check_place(model, family, reducer)
         self._tower: Tower | PackedTower | Shrink | None = None
         self._gate: Gate | None = None
         self._cut: Cut | None = None
@@ -121,6 +126,7 @@ class VlmPart(OnModel):
         )
         # What the tower or a smaller picture made equal is its own mean; features of inner blocks are not.
         self._gate = Gate(base, text, family, planner, self._placement.combine == "merge")
+        self._gate.shared = self.reducer if self.reducer.adaptive else None
         if self.reducer.text_ratio:
             self._gate.words = Words(model, self.reducer)
             self._gate.words.on_reduction = lambda before, after, longest: self._note_text(
@@ -171,8 +177,9 @@ class VlmPart(OnModel):
         return self._placement.place == "pre_llm" and (wanted == kind or (wanted == "class" and kind == "self"))
 
     def _plan_at_gate(self, tokens: Tensor, group: Group) -> TokenMap:
-        site = LayerInfo("pre_llm", self.reducer.ratio, group.grid, semantic=lambda kind: self._value(kind, group))
-        return self.reducer.plan(tokens, site, StepInfo())
+        ratio = group.ratio(self.reducer)
+        site = LayerInfo("pre_llm", ratio, group.grid, semantic=lambda kind: self._value(kind, group))
+        return plan_tokens(self.reducer, tokens, site, StepInfo())
 
     def _plan_at_cut(self, tokens: Tensor, group: Group) -> TokenMap:
         def semantic(kind: str) -> Tensor | None:
@@ -182,9 +189,8 @@ class VlmPart(OnModel):
             pictures = self._gate.pictures
             return self._cut.attention()[pictures.is_image_BL][pictures.index(group)]
 
-        return self.reducer.plan(
-            tokens, LayerInfo("decoder", self.reducer.ratio, group.grid, semantic=semantic), StepInfo()
-        )
+        site = LayerInfo("decoder", group.ratio(self.reducer), group.grid, semantic=semantic)
+        return plan_tokens(self.reducer, tokens, site, StepInfo())
 
     def _plan_duplicates(self, tokens: Tensor, group: Group) -> TokenMap:
         """The tower's own plan, whose slots are equal tokens now; nothing where features are no longer patches."""
@@ -234,36 +240,28 @@ class VlmPart(OnModel):
         stock, cost = batch * length * self._cost, (batch * length - before + after) * self._cost
         self._count(name, grid, before, after, cost, stock)
         longest = max(pictures.lengths)
-        if after == before and self.reducer.ratio > 0 and num_removed(longest, self.reducer.ratio) == 0:
+        if after == before and self.reducer.removes and num_removed(longest, self.reducer.ratio_of(longest)) == 0:
+            asked = f"keep {self.reducer.keep}" if self.reducer.keep is not None else f"ratio {self.reducer.ratio}"
+            more = "lower `keep`" if self.reducer.keep is not None else "raise `ratio`"
             warnings.warn(
-                f"no token was removed from pictures of {longest} tokens at ratio {self.reducer.ratio}; raise `ratio`",
+                f"no token was removed from pictures of {longest} tokens at {asked}; {more}",
                 NoEffectWarning,
                 stacklevel=2,
             )
 
     def _count(self, name: str, grid: Grid | None, before: int, after: int, flops: int, stock: int) -> None:
-        row = self._rows[name]
-        self._rows[name] = LayerReport(
-            name,
-            1,
-            "reduced",
-            grid,
-            before,
-            after,
-            row.num_full + (before == after),
-            row.num_reduced + (before != after),
-            row.flops + flops,
-            row.stock_flops + stock,
-        )
-
-
-def tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
-    """The tower's facts if it is of a kind that they hold for."""
-    facts = family.tower
-    if facts is None:
-        return None
-    config: Any = model.get_submodule(facts.module).config
-    return facts if config.model_type in facts.kinds else None
+        with self._counting:
+            row = self._rows[name]
+            self._rows[name] = replace(
+                row,
+                grid=grid,
+                num_tokens=before,
+                num_kept=after,
+                num_full=row.num_full + (before == after),
+                num_reduced=row.num_reduced + (before != after),
+                flops=row.flops + flops,
+                stock_flops=row.stock_flops + stock,
+            )
 
 
 def token_flops(text: nn.Module) -> int:
@@ -271,28 +269,3 @@ def token_flops(text: nn.Module) -> int:
     layers: Any = text.layers
     total: int = sum(weight.numel() for layer in layers for weight in layer.parameters() if weight.ndim == 2)
     return 2 * total
-
-
-def _check(model: nn.Module, family: Family, reducer: TokenReducer) -> None:
-    """Says before anything is changed why a place does not fit a model."""
-    placement = placement_of(reducer)
-    name = type(model).__name__
-    denoising = [setting for setting in ("layer_ratios", "step_scale") if getattr(reducer, setting)]
-    if denoising:
-        raise ValueError(f"{' and '.join(denoising)} concern denoisers; {name} is none, leave them out")
-    if family.is_cross:
-        check_text(model, reducer)
-    else:
-        check_words(model, reducer, placement.place)
-    facts = tower_facts(model, family)
-    if placement.place == "input":
-        if facts is None or not can_shrink(model, facts) or (family.grids is None and not family.is_cross):
-            raise ValueError(f"the vision tower of this {name} reads no smaller pictures; use the method pool instead")
-        return
-    if placement.place == "tower" and facts is None:
-        raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='pre_llm' or place='decoder'")
-    if placement.place == "decoder" and family.is_cross:
-        raise ValueError(f"{name} has no image tokens in its prompt; use place='tower' or place='pre_llm'")
-    if placement.place != "decoder":
-        return
-    check_cut(model, model.get_submodule(family.text).config, placement.layer)

@@ -1,14 +1,23 @@
-"""Queries and keys of one self-attention as it runs, and the sizes of merged tokens on its way in."""
+"""Queries and keys of one self-attention as it runs, and the sizes of merged tokens on its way in.
+
+Shape names: B pictures, N tokens, H heads, D channels of one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_turbo.tokens.score import attention_column_mean
 from gen_turbo.vlm.family import TowerFacts
+
+Seen = dict[str, Tensor]
+"""What one attention layer projected in one call, by name."""
+_MOST_QUERIES = 256
 
 
 class Projections:
@@ -20,64 +29,93 @@ class Projections:
     """
 
     def __init__(self, attn: Any, facts: TowerFacts) -> None:
-        self._attn, self._facts = attn, facts
-        self._seen: dict[str, Tensor] = {}
-        self._log_size: Tensor | None = None
+        self._attn, self._has_qkv = attn, facts.has_qkv
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back what takes them off."""
-        if not self._facts.has_qkv:
-            hook = self._attn.register_forward_pre_hook(self._with_mask, with_kwargs=True)
-            return [hook, self._watch("query", self._module("q")), self._watch("key", self._module("k"))]
-        return [self._watch("qkv", self._attn.qkv), InstanceForward(self._attn, self._proportional)]
+    def watch(self, seen: Callable[[], Seen]) -> list[Any]:
+        """Keeps what is projected; gives back what takes the hooks off.
 
-    def query_key(self) -> tuple[Tensor, Tensor]:
-        """The queries and keys of the last call, each (B, H, N, D), with their norms."""
-        if "qkv" in self._seen:
-            mixed = self._seen["qkv"]
-            heads = self._split(mixed)
-            return heads[0], heads[1]
-        shape = (*self._seen["key"].shape[:2], self._attn.num_heads, -1)
-        query, key = (self._seen[name].reshape(shape).transpose(1, 2) for name in ("query", "key"))
-        return query, key
+        Args:
+            seen: Gives what is kept of the running call.
+        """
+        modules = {"qkv": self._attn.qkv} if self._has_qkv else {kind: self._module(kind) for kind in ("q", "k")}
+        return [module.register_forward_hook(_keeper(name, seen)) for name, module in modules.items()]
 
-    def weigh(self, log_size_BN: Tensor | None) -> None:
-        """Weighs the keys of the coming call by the sizes of their tokens; None if all are of size one."""
-        self._log_size = log_size_BN
+    def weigh(self, log_size: Callable[[], Tensor | None]) -> Any:
+        """Weighs keys by the sizes of their tokens; gives back what takes the hook off.
 
-    def _with_mask(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._log_size is None:
-            return None
-        given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if given is not None and not _allows_all(given):
-            raise ValueError("padded pictures cannot be merged in the vision tower; use place='pre_llm'")
-        dtype = (args[0] if args else kwargs["hidden_states"]).dtype
-        return args[:1], {**kwargs, "attention_mask": self._log_size.to(dtype)[:, None, None, :]}
+        Args:
+            log_size: Gives the logarithm of each token's size, (B, N); None if all are of size one.
+        """
+        if self._has_qkv:
+            return InstanceForward(self._attn, self._proportional(log_size))
+        return self._attn.register_forward_pre_hook(_masked(log_size), with_kwargs=True)
+
+    def mean_key(self, seen: Seen) -> Tensor:
+        """The mean over heads of the keys, (B, N, D)."""
+        return self._heads(seen, "k").mean(2)
+
+    def class_attention(self, seen: Seen, log_size_BN: Tensor | None) -> Tensor:
+        """What the first token attends to, averaged over heads: (B, N), every row summing to one."""
+        query, key = self._heads(seen, "q")[:, :1], self._heads(seen, "k")
+        wide = torch.promote_types(key.dtype, torch.float32)
+        # One query has no use for a matrix product.
+        logits_BNH = (key * (query * self._attn.head_dim**-0.5)).sum(-1, dtype=wide)
+        if log_size_BN is not None:
+            logits_BNH = logits_BNH + log_size_BN[..., None]
+        attention_BN: Tensor = logits_BNH.softmax(1).mean(-1)
+        return attention_BN
+
+    def received(self, seen: Seen, log_size_BN: Tensor | None) -> Tensor:
+        """What each token receives from a few evenly spaced ones, (B, N), every row summing to one."""
+        query, key = (self._heads(seen, kind).transpose(1, 2) for kind in ("q", "k"))
+        return attention_column_mean(query[:, :, :: max(1, query.shape[2] // _MOST_QUERIES)], key, log_size_BN)
+
+    def _heads(self, seen: Seen, kind: str) -> Tensor:
+        """Queries or keys of every head, (B, N, H, D), with their norms."""
+        x = seen[kind if not self._has_qkv else "qkv"]
+        if not self._has_qkv:
+            return x.reshape(*x.shape[:2], self._attn.num_heads, -1)
+        return x.reshape(*x.shape[:2], 3, self._attn.num_heads, -1)[:, :, "qkv".index(kind)]
 
     def _module(self, kind: str) -> nn.Module:
         norm = getattr(self._attn, f"{kind}_norm", None)
         found: nn.Module = getattr(self._attn, f"{kind}_proj")
         return found if norm is None else norm
 
-    def _watch(self, name: str, module: nn.Module) -> Any:
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._seen[name] = output
-
-        return module.register_forward_hook(after)
-
-    def _split(self, mixed: Tensor) -> Tensor:
-        """Queries, keys and values (3, B, H, N, D) from one projection of all."""
-        return mixed.reshape(*mixed.shape[:2], 3, self._attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-
-    def _proportional(self, forward: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+    def _proportional(self, log_size: Callable[[], Tensor | None]) -> Any:
         """The attention of a layer with fused projections, keys weighed by their sizes."""
-        if self._log_size is None:
-            return forward(hidden_states, **kwargs)
-        attn = self._attn
-        mixed = self._split(attn.qkv(hidden_states))
-        mask = self._log_size.to(mixed.dtype)[:, None, None, :]
-        out = F.scaled_dot_product_attention(mixed[0], mixed[1], mixed[2], attn_mask=mask, scale=attn.scale)
-        return attn.projection(out.transpose(1, 2).flatten(2)), None
+
+        def run(forward: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+            log_size_BN, attn = log_size(), self._attn
+            if log_size_BN is None:
+                return forward(hidden_states, **kwargs)
+            mixed = attn.qkv(hidden_states).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            mask = log_size_BN.to(mixed.dtype)[:, None, None, :]
+            out = F.scaled_dot_product_attention(mixed[0], mixed[1], mixed[2], attn_mask=mask, scale=attn.scale)
+            return attn.projection(out.transpose(1, 2).flatten(2)), None
+
+        return run
+
+
+def _keeper(name: str, seen: Callable[[], Seen]) -> Any:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen()[name] = output
+
+    return after
+
+
+def _masked(log_size: Callable[[], Tensor | None]) -> Any:
+    def before(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        log_size_BN = log_size()
+        if log_size_BN is None:
+            return None
+        given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if given is not None and not _allows_all(given):
+            raise ValueError("padded pictures cannot be merged in the vision tower; use place='pre_llm'")
+        dtype = (args[0] if args else kwargs["hidden_states"]).dtype
+        return args[:1], {**kwargs, "attention_mask": log_size_BN.to(dtype)[:, None, None, :]}
+
+    return before
 
 
 def _allows_all(mask: Tensor) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 from torch import Tensor, nn
 
 from gen_turbo.engine.base import LayerReport, OnModel
 from gen_turbo.method import TokenReducer
+from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.decoder import Cut, check_cut
 from gen_turbo.vlm.family import Family
 from gen_turbo.vlm.gate import Gate
@@ -16,11 +18,10 @@ from gen_turbo.vlm.layers import Choice, Skipping
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.routes import Route, Routed, Routing
 from gen_turbo.vlm.run import Pictures, Reduction
+from gen_turbo.vlm.settings import check_settings
 from gen_turbo.vlm.weighing import Weighing
 
 _ROUTER = "the router itself"
-_DENOISING = ("layer_ratios", "step_scale", "text_ratio", "schedule", "threshold")
-"""Settings that concern denoisers, or tokens of text."""
 
 
 class RoutedPart(OnModel):
@@ -30,19 +31,22 @@ class RoutedPart(OnModel):
         ValueError: If the family cannot be routed, or the routing does not fit the model.
     """
 
+    _prompt: CallState[tuple[int, int] | None] = CallState(lambda: None)
+    _keep_BL: CallState[Tensor | None] = CallState(lambda: None)
+    _route: CallState[Route | None] = CallState(lambda: None)
+
     def __init__(self, model: nn.Module, family: Family, reducer: TokenReducer) -> None:
         super().__init__(model)
         assert isinstance(reducer, Routed)
         self.reducer = reducer
         self._family = family
         self._handles: list[Any] = []
+        self._counting = Lock()
         name = type(model).__name__
         if family.is_cross:
             raise ValueError(f"{name} has no image tokens in its prompt; a router cannot choose among them")
         text: Any = model.get_submodule(family.text)
-        in_vain = [setting for setting in _DENOISING if getattr(reducer, setting, None)]
-        if in_vain:
-            raise ValueError(f"{' and '.join(in_vain)} would have no effect on {name}; leave them out")
+        check_settings(reducer, name, family.grids is not None)
         self._routing = routing = reducer.routing(model, text)
         _check(model, text, routing)
         self._choice = Choice(routing)
@@ -76,7 +80,6 @@ class RoutedPart(OnModel):
         """Puts every hook in place."""
         base: Any = self.model.get_submodule(self._family.base)
         if not self._is_whole:
-            self._handles.append(base.register_forward_pre_hook(lambda module, args: self._choice.forget()))
             self._handles.append(_Watched(base, self._gate))
             for stage in (self._gate, self._layers, self._cut):
                 self._handles += stage.install() if stage is not None else []
@@ -104,9 +107,7 @@ class RoutedPart(OnModel):
         self._names = [f"{self._family.text}.layers.{index}" for index in range(len(layers))]
         self._rows = {_ROUTER: LayerReport("router", 1, _ROUTER)}
         self._rows |= {name: LayerReport(name, 1, "reduced") for name in self._names}
-        self._prompt: tuple[int, int] | None = None
-        self._keep_BL: Tensor | None = None
-        self._route: Route | None = None
+        self._gate.joined += [self, self._choice, self._layers]
         self._gate.on_prompt = self._ask
         self._gate.on_reduction = self._note_tokens
         if self._cut is not None:
@@ -136,21 +137,24 @@ class RoutedPart(OnModel):
             runs = [True] * batch if self._route is None else self._route.runs_BD[:, index].tolist()
             counts = kept if index >= self._routing.first else [length] * batch
             self._count(name, batch * length, sum(n for n, is_run in zip(counts, runs, strict=True) if is_run), cost)
-        row = self._rows[_ROUTER]
-        self._rows[_ROUTER] = replace(row, flops=row.flops + self._routing.chooser.flops(batch, length))
+        with self._counting:
+            row = self._rows[_ROUTER]
+            self._rows[_ROUTER] = replace(row, flops=row.flops + self._routing.chooser.flops(batch, length))
         self._prompt = self._keep_BL = self._route = None
 
     def _count(self, name: str, before: int, after: int, cost: int) -> None:
-        row, is_full = self._rows[name], before == after
-        self._rows[name] = replace(
-            row,
-            num_tokens=before,
-            num_kept=after,
-            num_full=row.num_full + is_full,
-            num_reduced=row.num_reduced + (not is_full),
-            flops=row.flops + after * cost,
-            stock_flops=row.stock_flops + before * cost,
-        )
+        is_full = before == after
+        with self._counting:
+            row = self._rows[name]
+            self._rows[name] = replace(
+                row,
+                num_tokens=before,
+                num_kept=after,
+                num_full=row.num_full + is_full,
+                num_reduced=row.num_reduced + (not is_full),
+                flops=row.flops + after * cost,
+                stock_flops=row.stock_flops + before * cost,
+            )
 
 
 class _Watched:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from gen_turbo.method import Grid
+from gen_turbo.method import Grid, TokenReducer
+from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.planning import shared_budgets
 
 Planner = Callable[[Tensor, "Group"], TokenMap]
 """Plans for tokens (K, n, C) of K pictures of one size."""
@@ -17,11 +19,23 @@ Planner = Callable[[Tensor, "Group"], TokenMap]
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures of one call that have the same number of tokens and the same grid, and are planned together."""
+    """Pictures of one call that have the same number of tokens and the same grid, and are planned together.
+
+    Attributes:
+        images: Which pictures.
+        length: Tokens of each.
+        grid: (height, width) of each, where there is one.
+        kept: How many tokens of each stay, where pictures share a budget.
+    """
 
     images: list[int]
     length: int
     grid: Grid | None
+    kept: int | None = None
+
+    def ratio(self, reducer: TokenReducer) -> float:
+        """The fraction that leaves: what is to be kept of these pictures, else what the method says."""
+        return reducer.ratio_of(self.length) if self.kept is None else max(0.0, 1 - (self.kept - 0.5) / self.length)
 
 
 @dataclass
@@ -119,18 +133,38 @@ class Reduction:
         return [kept[image] for image in range(len(kept))]
 
 
-def reduce(pictures: Pictures, x_BLC: Tensor, planner: Planner) -> Reduction:
-    """Plans for the pictures of one call from its columns (B, L, C), size by size."""
+def reduce(pictures: Pictures, x_BLC: Tensor, planner: Planner, shared: TokenReducer | None = None) -> Reduction:
+    """Plans for the pictures of one call from its columns (B, L, C), size by size.
+
+    Args:
+        pictures: The pictures.
+        x_BLC: What is planned on.
+        planner: Plans for pictures of one size and budget.
+        shared: The method whose budget the pictures of one size share; None gives each the method's own.
+    """
     tokens = x_BLC[pictures.is_image_BL]
     stays = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     plans = []
     for group in pictures.groups():
+        parts = [group] if shared is None else _shared(group, tokens[pictures.index(group)], shared)
+        for part in parts:
+            plans.append((part, planner(tokens[pictures.index(part)], part)))
+    for group, plan in plans:
         index = pictures.index(group)
-        plan = planner(tokens[index], group)
-        plans.append((group, plan))
         stays[index.gather(1, _rows(plan.anchor_BM, index))] = True
     keep = ~pictures.is_image_BL
     return Reduction(pictures, plans, keep.masked_scatter(pictures.is_image_BL, stays))
+
+
+def _shared(group: Group, tokens: Tensor, reducer: TokenReducer) -> list[Group]:
+    """The pictures of a group by the budget that each gets of what they share."""
+    kept = group.length - num_removed(group.length, reducer.ratio_of(group.length))
+    if kept == group.length or len(group.images) == 1:
+        return [group]
+    budgets = shared_budgets(tokens, kept)
+    return [
+        replace(group, images=[group.images[row] for row in rows.tolist()], kept=number) for number, rows in budgets
+    ]
 
 
 def _rows(anchor_BM: Tensor, index: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gen_turbo.method import Grid
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.training.vistog import SemanticGrouping
+from gen_turbo.vlm.call import CallState, begin_anew
 from gen_turbo.vlm.family import TowerFacts, square
 
 
@@ -28,8 +29,12 @@ class SemanticStream:
         slots: The group of each patch of the pictures seen last, (B, N); None before the first.
     """
 
+    slots: CallState[Tensor | None] = CallState(lambda: None)
+    _tokens_BMD: CallState[Tensor | None] = CallState(lambda: None)
+    _image: CallState[dict[str, Tensor]] = CallState(dict)
+    _is_own: CallState[bool] = CallState(bool)
+
     def __init__(self, model: nn.Module, facts: TowerFacts, grouping: SemanticGrouping) -> None:
-        self.slots: Tensor | None = None
         self._facts, self._grouping = facts, grouping
         tower = model.get_submodule(facts.module)
         encoder = tower.get_submodule(facts.encoder) if facts.encoder else tower
@@ -40,9 +45,6 @@ class SemanticStream:
         self._blocks = blocks[first : last + 1]
         self._leading = facts.num_leading(model)
         self._norm = getattr(tower, facts.output_norm) if facts.output_norm else nn.Identity()
-        self._tokens_BMD: Tensor | None = None
-        self._image: dict[str, Tensor] = {}
-        self._is_own = False
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back their handles."""
@@ -67,6 +69,8 @@ class SemanticStream:
         return groups, self._grouping.cells(grid, patches_BND.device)
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin_anew(self)
+        self._image = {}
         hidden = args[0] if args else kwargs["hidden_states"]
         patches = hidden[:, self._leading :]
         weight = self._grouping.tokens

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -73,6 +74,8 @@ class Grouped(Placement):
 
 
 _DEFAULT = Placement()
+_SHARED = ("ratio", "keep", "adaptive", "text_ratio")
+"""Those of the settings that every method has which vision-language models read."""
 
 
 def placement_of(reducer: TokenReducer) -> Placement:
@@ -103,3 +106,54 @@ class Placed(Placement, TokenReducer):
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans as the method does."""
         return self.reducer.plan(tokens, site, frame)
+
+
+def inner_of(reducer: TokenReducer) -> TokenReducer:
+    """The method itself, without what places it."""
+    return reducer.reducer if isinstance(reducer, Placed) else reducer
+
+
+def changed_settings(reducer: TokenReducer) -> dict[str, Any]:
+    """The settings that are not a method's own defaults, by name."""
+    method, found = inner_of(reducer), {}
+    for owner, kind in ((method, type(method)), (reducer, Placement)):
+        if owner is method and kind is Placement:
+            continue
+        for setting in fields(kind):
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            value = vars(owner).get(setting.name, default)
+            if setting.name not in found and value is not default and value != default:
+                found[setting.name] = value
+    return found
+
+
+def check_settings(reducer: TokenReducer, model_name: str, has_grid: bool, is_cross: bool = False) -> None:
+    """Refuses every setting that nothing would read, and says where it belongs.
+
+    Args:
+        reducer: The method, placed or not.
+        model_name: The model's class.
+        has_grid: Whether image tokens have rows and columns where the method works.
+        is_cross: Whether text reads the picture by cross-attention.
+
+    Raises:
+        ValueError: Naming the setting and where it belongs.
+    """
+    changed, method, placement = changed_settings(reducer), inner_of(reducer), placement_of(reducer)
+    unread = dict.fromkeys((one.name for one in fields(TokenReducer) if one.name not in _SHARED), "denoisers")
+    if placement.place != "decoder":
+        unread["layer"] = "place='decoder'"
+    if placement.place in ("tower", "input") or (placement.place == "decoder" and placement.combine != "prune"):
+        unread["combine"] = "place='pre_llm' and place='projector'"
+    if is_cross or placement.place in ("tower", "input", "projector"):
+        unread["adaptive"] = "place='pre_llm' and place='decoder' of models whose prompt holds the image tokens"
+    needs = set(getattr(method, "needs", ()))
+    if needs - {"class", "self"} or (needs and not is_cross):
+        unread["text_ratio"] = "methods that read tokens alone, such as turbo"
+    told = getattr(method, "unread", None)
+    unread |= told(placement.place, has_grid) if told is not None else {}
+    for name, value in changed.items():
+        if name in unread:
+            raise ValueError(
+                f"{name}={value!r} has no effect on this {model_name}: it belongs to {unread[name]}; leave it out"
+            )

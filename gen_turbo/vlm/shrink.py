@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.call import CallState, begin_anew
 from gen_turbo.vlm.columns import protect_leading
 from gen_turbo.vlm.family import TowerFacts
 
@@ -28,13 +29,14 @@ class Shrink:
         on_shrink: Is told the grid and the number of patches before and after.
     """
 
+    patches: CallState[TokenMap | None] = CallState(lambda: None)
+    _plan: CallState[TokenMap | None] = CallState(lambda: None)
+
     def __init__(self, model: nn.Module, facts: TowerFacts, reducer: TokenReducer) -> None:
         self.facts, self.reducer = facts, reducer
         self.module = model.get_submodule(facts.module)
         self.num_leading = facts.num_leading(model)
-        self.patches: TokenMap | None = None
         self.on_shrink: Callable[[Grid, int, int], None] = lambda grid, before, after: None
-        self._plan: TokenMap | None = None
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back their handles."""
@@ -57,8 +59,9 @@ class Shrink:
         patch = config.patch_size
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         tokens = pixels.new_empty(1, grid[0] * grid[1], 0)
-        self._plan = self.patches = None
-        plan = self.reducer.plan(tokens, LayerInfo("input", self.reducer.ratio, grid), StepInfo())
+        begin_anew(self)
+        ratio = self.reducer.ratio_of(grid[0] * grid[1])
+        plan = self.reducer.plan(tokens, LayerInfo("input", ratio, grid), StepInfo())
         self.on_shrink(grid, plan.num_tokens, plan.num_slots)
         if plan.is_identity:
             return None

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.call import CallState, begin_anew
+from gen_turbo.vlm.planning import plan_tokens
 
 TEXT_ENCODER = "text_encoder"
 """Where BLIP's models have a text encoder, if they have one."""
@@ -31,13 +33,14 @@ class TextMerge:
         on_merge: Is told the number of tokens of a row before and after, and how many words the shortest row had.
     """
 
+    _attention: CallState[Tensor | None] = CallState(lambda: None)
+    _plan: CallState[TokenMap | None] = CallState(lambda: None)
+
     def __init__(self, model: nn.Module, reducer: TokenReducer) -> None:
         self.on_merge: Callable[[int, int, int], None] = lambda before, after, words: None
         self._reducer = reducer
         layers: Any = model.get_submodule(f"{TEXT_ENCODER}.encoder.layer")
         self._layers: list[Any] = list(layers)
-        self._attention: Tensor | None = None
-        self._plan: TokenMap | None = None
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back their handles."""
@@ -47,11 +50,14 @@ class TextMerge:
         return handles
 
     def _watch(self, attention: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        begin_anew(self)
         self._attention = output[1]
 
     def _before(self, index: int) -> Any:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, mask = args[0], kwargs["attention_mask"]
+            hidden, mask = args[0], kwargs.get("attention_mask")
+            if mask is None:
+                mask = hidden.new_zeros(len(hidden), 1, 1, hidden.shape[1])
             if index == _FIRST:
                 self._plan = self._planned(hidden, mask)
             plan = self._plan
@@ -95,7 +101,7 @@ class TextMerge:
             return (value / value.sum())[None]
 
         site = LayerInfo("text", (removed + 0.5) / len(places), semantic=semantic)
-        return self._reducer.plan(hidden_BNC[row, places][None], site, StepInfo())
+        return plan_tokens(self._reducer, hidden_BNC[row, places][None], site, StepInfo())
 
 
 def check_text(model: nn.Module, reducer: TokenReducer) -> None:

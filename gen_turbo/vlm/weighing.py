@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.layers import Choice
 from gen_turbo.vlm.projections import InstanceForward
 from gen_turbo.vlm.run import reduce
@@ -24,10 +25,11 @@ class Weighing:
     `h + w (layer(h) - h)`. Weights of 0 and 1 are hiding and skipping exactly.
     """
 
+    _key_BL: CallState[Tensor | None] = CallState(lambda: None)
+    _layer_BD: CallState[Tensor | None] = CallState(lambda: None)
+
     def __init__(self, text: nn.Module, choice: Choice) -> None:
         self._text, self._choice = text, choice
-        self._key_BL: Tensor | None = None
-        self._layer_BD: Tensor | None = None
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""

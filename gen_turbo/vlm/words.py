@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
+from gen_turbo.vlm.call import CallState, begin, end
+from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.run import Reduction, WordPlan
 
 PROMPT = "prompt"
@@ -32,17 +34,22 @@ class Words:
         on_reduction: Is told the number of words of all rows before and after, and of the longest row.
     """
 
+    _asked: CallState[int | Tensor] = CallState(int)
+
     def __init__(self, model: nn.Module, reducer: TokenReducer) -> None:
         self.on_reduction: Callable[[int, int, int], None] = lambda before, after, longest: None
         self._reducer = reducer
         self._special, self._first_added = special_ids(model)
-        self._asked: int | Tensor = 0
 
     def install(self, model: nn.Module) -> list[Any]:
-        """Puts the hook in place that reads which logits a call asks for, and gives back its handle."""
-        return [model.register_forward_pre_hook(self._before_model, with_kwargs=True)]
+        """Puts the hooks in place that read which logits a call asks for, and gives back their handles."""
+        return [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(lambda model, args, output: end(self), always_call=True),
+        ]
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin(self)
         self._asked = kwargs.get("logits_to_keep", 0)
 
     def added(self, reduction: Reduction, ids_BL: Tensor | None, real_BL: Tensor, embeds_BLC: Tensor) -> Reduction:
@@ -83,8 +90,8 @@ class Words:
         removed = num_removed(len(places), self._reducer.text_ratio or 0)
         if removed == 0:
             return None
-        site = LayerInfo("text", min((removed + 0.5) / len(places), self._reducer.max_ratio))
-        return WordPlan(row, places, self._reducer.plan(embeds_BLC[row, places][None], site, StepInfo()))
+        site = LayerInfo("text", (removed + 0.5) / len(places))
+        return WordPlan(row, places, plan_tokens(self._reducer, embeds_BLC[row, places][None], site, StepInfo()))
 
 
 def special_ids(model: nn.Module) -> tuple[set[int], int]:
@@ -122,5 +129,3 @@ def check_words(model: nn.Module, reducer: TokenReducer, place: str) -> None:
         raise ValueError(
             f"words of the prompt of {name} leave at the gate, not at place='projector'; leave text_ratio 0"
         )
-    if ratio > reducer.max_ratio:
-        raise ValueError(f"text_ratio must be at most {reducer.max_ratio:g}, as this method can reach; got {ratio}")

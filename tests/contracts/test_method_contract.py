@@ -94,7 +94,7 @@ def test_wrong_settings_are_named(name, settings, words):
 def test_a_ratio_beyond_the_cells_is_an_error(name):
     """Catches the silent cap at 0.75 of which users of other packages complain."""
     with pytest.raises(ValueError, match=r"<= 0.75; got 0.8"):
-        METHODS[name](0.8)
+        METHODS[name](0.8).plan_tokens(tokens(64), grid=(8, 8))
 
 
 @pytest.mark.parametrize("name", NAMES)

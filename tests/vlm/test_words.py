@@ -205,8 +205,6 @@ def test_what_has_no_effect_or_no_ids_is_told():
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     with attach(model, RandomProcessor(0.0, text_ratio=0.5)), pytest.raises(ValueError, match="pass input_ids"):
         model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
-    with pytest.raises(ValueError, match="text_ratio must be at most 0.75"):
-        attach(model, TurboProcessor(0.5, text_ratio=0.8))
     with pytest.raises(ValueError, match="not at place='projector'"):
         attach(model, Placed(TurboProcessor(0.5, text_ratio=0.5), place="projector"))
 

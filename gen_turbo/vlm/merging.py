@@ -1,0 +1,104 @@
+"""Weighted merging of every picture of a batch at once, with all that its verbs need made in few operators.
+
+Shape names: B pictures, N tokens, M slots, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_turbo.tokens.token_map import TokenMap
+
+
+@dataclass(frozen=True, eq=False)
+class Merging:
+    """Which slot each token of a batch goes to, and how many tokens of the picture each slot stands for.
+
+    Attributes:
+        slot_BN: The slot of each token, int64.
+        anchor_BM: The token that lends each slot its place, ascending, int64.
+        sizes: Tokens of the picture in each slot, (B, M), float32.
+        sizes_before: The same of the N tokens.
+    """
+
+    slot_BN: Tensor
+    anchor_BM: Tensor
+    sizes: Tensor
+    sizes_before: Tensor
+
+    @classmethod
+    def of(cls, plan: TokenMap, batch: int, leading: int = 0, sizes_BN: Tensor | None = None) -> Self:
+        """Makes the merge of a plan for patches, behind `leading` tokens that stay as they are.
+
+        Args:
+            plan: Of as many rows as pictures, or of one that serves all.
+            batch: B.
+            leading: Class tokens in front.
+            sizes_BN: How many tokens of the picture each token stands for; None if one each.
+        """
+        slot, anchor = plan.slot_BN.expand(batch, -1), plan.anchor_BM.expand(batch, -1)
+        if leading:
+            own = torch.arange(leading, device=slot.device).expand(batch, -1)
+            slot, anchor = torch.cat([own, slot + leading], 1), torch.cat([own, anchor + leading], 1)
+        before = torch.ones(slot.shape, device=slot.device) if sizes_BN is None else sizes_BN
+        sizes = torch.zeros(anchor.shape, device=slot.device).scatter_add_(1, slot, before)
+        return cls(slot, anchor, sizes, before)
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.slot_BN.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """M."""
+        return self.anchor_BM.shape[1]
+
+    @cached_property
+    def log_sizes(self) -> Tensor:
+        """What proportional attention adds to the logits of each slot's key, (B, M)."""
+        return self.sizes.log()
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        """The slot of each token among all slots of the batch, (B * N,)."""
+        batch, slots = self.anchor_BM.shape
+        return (self.slot_BN + torch.arange(0, batch * slots, slots, device=self.slot_BN.device)[:, None]).view(-1)
+
+    @cached_property
+    def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens sorted by slot, where each slot begins, and each sorted token's share of its slot."""
+        # A stable sort sums each slot in token order, the same in every process.
+        sorted_slots, order = self._flat.sort(stable=True)
+        offsets = torch.searchsorted(sorted_slots, torch.arange(self.sizes.numel() + 1, device=order.device))
+        share = self.sizes_before / self.sizes.gather(1, self.slot_BN)
+        return order, offsets, share.view(-1).index_select(0, order)
+
+    def merge(self, x_BNC: Tensor) -> Tensor:
+        """Averages the tokens of each slot by their sizes, in at least float32: (B, M, C), in the dtype of `x_BNC`."""
+        order, offsets, share = self._bags
+        wide = torch.promote_types(x_BNC.dtype, torch.float32)
+        rows = x_BNC.reshape(-1, x_BNC.shape[-1]).to(wide)
+        slots = F.embedding_bag(
+            order, rows, offsets, mode="sum", per_sample_weights=share.to(wide), include_last_offset=True
+        )
+        return slots.view(len(x_BNC), -1, x_BNC.shape[-1]).to(x_BNC.dtype)
+
+    def unmerge(self, y_BMC: Tensor) -> Tensor:
+        """Copies each slot back to all of its tokens: (B, N, C)."""
+        return y_BMC.reshape(-1, y_BMC.shape[-1]).index_select(0, self._flat).view(len(y_BMC), -1, y_BMC.shape[-1])
+
+    def then(self, later: Merging) -> Merging:
+        """Joins this merge and a later one of its slots into one."""
+        anchor = self.anchor_BM.gather(1, later.anchor_BM)
+        return Merging(later.slot_BN.gather(1, self.slot_BN), anchor, later.sizes, self.sizes_before)
+
+    def plan(self, leading: int = 0) -> TokenMap:
+        """The merge without its sizes and without `leading` tokens that stayed as they were."""
+        return TokenMap(self.slot_BN[:, leading:] - leading, self.anchor_BM[:, leading:] - leading)

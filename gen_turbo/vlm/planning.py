@@ -1,0 +1,93 @@
+"""Plans of any method for any number of tokens: merged again where one merge does not reach it.
+
+Shape names: B pictures, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
+from gen_turbo.tokens.ratios import num_removed
+from gen_turbo.tokens.token_map import TokenMap
+
+_CLASSES = 4
+"""How many different budgets the pictures of one call may have, each planned at once."""
+
+
+def plan_tokens(reducer: TokenReducer, tokens_BNC: Tensor, site: LayerInfo, step: StepInfo) -> TokenMap:
+    """Plans as the method does, and on merged tokens again until the site's ratio is reached.
+
+    Raises:
+        ValueError: If the method cannot remove any token where more are to leave.
+    """
+    most, total = reducer.max_ratio, None
+    if site.ratio <= most:
+        return reducer.plan(tokens_BNC, site, step)
+    batch, length, _ = tokens_BNC.shape
+    left = length - num_removed(length, site.ratio)
+    total = TokenMap.identity(batch, length, tokens_BNC.device)
+    while total.num_slots > left:
+        num_now = total.num_slots
+        leaving = min(num_now - left, num_removed(num_now, most))
+        if leaving == 0:
+            raise ValueError(f"{left} of {length} tokens is fewer than this method leaves; raise keep or lower ratio")
+        ratio = min((leaving + 0.5) / num_now, most)
+        here = replace(site, ratio=ratio, semantic=_merged(site, total))
+        here = here if total.is_identity else replace(here, grid=None)
+        total = total.then(reducer.plan(total.merge(tokens_BNC), here, step))
+    return total
+
+
+def _merged(site: LayerInfo, total: TokenMap) -> Callable[[str], Tensor | None] | None:
+    """The semantic value of merged tokens, the mean of theirs."""
+    if site.semantic is None or total.is_identity:
+        return site.semantic
+
+    def semantic(kind: str) -> Tensor | None:
+        assert site.semantic is not None
+        value = site.semantic(kind)
+        return None if value is None else total.merge(value)
+
+    return semantic
+
+
+def shared_budgets(tokens_BNC: Tensor, kept: int) -> list[tuple[int, Tensor]]:
+    """Shares a budget among pictures by how much they show: as many tokens in all as `kept` each.
+
+    A picture shows as much as its tokens differ: the participation ratio of their covariance, `tr(G)^2 / tr(G^2)`,
+    which counts the directions that they fill. Shares grow with its square root, between a half and twice the mean,
+    and pictures of like share have one budget, so that few plans serve a batch of any size.
+
+    Args:
+        tokens_BNC: Tokens of pictures of one size.
+        kept: The mean budget.
+
+    Returns:
+        Budgets and the rows that have them, of at most four different numbers.
+    """
+    batch, length, _ = tokens_BNC.shape
+    x = tokens_BNC.float()
+    x = x - x.mean(1, keepdim=True)
+    gram = x.transpose(1, 2) @ x if x.shape[2] < length else x @ x.transpose(1, 2)
+    filled = gram.diagonal(dim1=1, dim2=2).sum(1).square() / gram.square().sum((1, 2)).clamp_min(1e-30)
+    share = filled.sqrt()
+    share = (share / share.mean()).clamp(0.5, 2.0)
+    order = share.argsort()
+    budgets = []
+    for rows in order.tensor_split(min(_CLASSES, batch)):
+        budgets.append((float(share[rows].mean()), rows))
+    scale = kept * batch / sum(mean * len(rows) for mean, rows in budgets)
+    found, spent = [], 0
+    for index, (mean, rows) in enumerate(budgets):
+        number = round(mean * scale)
+        if index == len(budgets) - 1:
+            # What rounding left over goes to those that show most.
+            number = (kept * batch - spent) // len(rows)
+        number = max(1, min(length, number))
+        spent += number * len(rows)
+        found.append((number, rows))
+    return found
