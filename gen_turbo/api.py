@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from gen_turbo.engine.base import NoEffectWarning as NoEffectWarning
 from gen_turbo.engine.base import Part
 from gen_turbo.engine.denoiser import DenoiserPart
 from gen_turbo.engine.graphs import Mode
-from gen_turbo.engine.root import NoEffectWarning as NoEffectWarning
 from gen_turbo.method import TokenReducer
 
 _FAMILIES = {

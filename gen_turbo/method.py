@@ -54,8 +54,8 @@ class TokenReducer(ABC):
     Attributes:
         ratio: Fraction of visual tokens removed, in [0, 1). Raising it is faster and further from stock.
         max_downsample: The coarsest layers of a UNet that are reduced, by how many times their grid is smaller than the
-            latent's: 1, 2, 4 or 8. None is the finest resolution that has attention (SDXL: 2). Raising it reaches
-            deeper, cheaper layers that matter more to the image.
+            latent's: 1, 2, 4 or 8. None is the finest resolution that has attention (SDXL: 2), or with scope "auto" all
+            that gain. Raising it reaches deeper, cheaper layers that matter more to the image.
         ratios: Ratio by downsample factor (1 is the latent's own grid, 2 half of it); overrides `ratio` and
             `max_downsample` for the levels it names.
         layer_ratios: Ratio by layer, named as in `report` or by a pattern such as `up_blocks.*`; overrides `ratios`
@@ -64,10 +64,13 @@ class TokenReducer(ABC):
             `{0: 0.5, 10: 1}` removes half as many in the first ten steps. With "residual" it takes effect at a
             layer's next full step.
         restore: "residual" adds to the merged layer's output the detail that it missed when the layer last ran in
-            full; "copy" gives every token its slot's output, as published.
-        full_every: With "residual", every how many steps a layer runs in full. Raising it is faster.
+            full; "copy" gives every token its slot's output, as published; "auto" is "residual", or what scope "auto"
+            finds best for the run's length.
+        full_every: With "residual", every how many steps a layer runs in full. Raising it is faster. None is 3, or with
+            scope "auto" what the run's length asks for.
         extrapolation_order: With "residual", 0 holds the remembered detail, 1 continues it linearly in the step.
-        warmup_steps: With "residual", how many first steps run in full. Two give order 1 its slope at once.
+        warmup_steps: With "residual", how many first steps run in full. Two, which None is, give order 1 its slope at
+            once.
         stagger: With "residual", spreads the full steps of the layers over the steps, which evens out their times.
         match_every: How many steps a plan serves; 0 means the whole run. With "residual" a new plan waits for the
             layer's next full step. None takes 1 with "copy", for a plan made in the noise of the first step serves
@@ -76,7 +79,9 @@ class TokenReducer(ABC):
             the stock model. None sets no limit.
         scope: "attention" shortens the attention layers; "block" whole transformer blocks, with cross-attention and
             feed-forward, restoring each token by adding its merged token's change; "model" a transformer from its first
-            block to its last, with one residual for all. Each saves more, further from stock.
+            block to its last, with one residual for all. Each saves more, further from stock. "auto" lets a model of
+            costs choose in the first call of each run: scope, layers, `restore`, `full_every` and `warmup_steps`, as
+            far as they are not given, by the shapes, the kind of device and the number of steps; nothing is timed.
         merge_span: With scope "block", how many consecutive blocks of a stack share one short sequence, restored after
             the last of them; 0 is all. Raising it remembers less, restores less often, and is further from stock.
         kv_only: Merges keys and values only; every token still asks. Closer to stock, saves less.
@@ -101,9 +106,9 @@ class TokenReducer(ABC):
     layer_ratios: dict[str, float] = field(default_factory=dict)
     step_scale: dict[int, float] = field(default_factory=dict)
     restore: str = "residual"
-    full_every: int = 3
+    full_every: int | None = None
     extrapolation_order: int = 1
-    warmup_steps: int = 2
+    warmup_steps: int | None = None
     stagger: bool = False
     match_every: int | None = None
     memory_limit_mb: float | None = None
@@ -128,8 +133,8 @@ class TokenReducer(ABC):
         for name in ("text_ratio", "reference_ratio"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a fraction of tokens, 0 <= {name} < 1; got {getattr(self, name)}")
-        if self.restore not in ("residual", "copy"):
-            raise ValueError(f"restore must be 'residual' or 'copy'; got {self.restore!r}")
+        if self.restore not in ("residual", "copy", "auto"):
+            raise ValueError(f"restore must be 'residual', 'copy' or 'auto'; got {self.restore!r}")
         if self.extrapolation_order not in (0, 1):
             raise ValueError(f"extrapolation_order must be 0 (hold) or 1 (linear); got {self.extrapolation_order}")
         least: dict[str, int] = {
@@ -184,12 +189,12 @@ class TokenReducer(ABC):
         return self.keep is not None or self.ratio > 0
 
     def _check_scope(self) -> None:
-        if self.scope not in ("attention", "block", "model"):
-            raise ValueError(f"scope must be 'attention', 'block' or 'model'; got {self.scope!r}")
+        if self.scope not in ("auto", "attention", "block", "model"):
+            raise ValueError(f"scope must be 'auto', 'attention', 'block' or 'model'; got {self.scope!r}")
         if self.scope != "block" and self.merge_span != 1:
             raise ValueError(f"merge_span={self.merge_span} is of whole blocks; use scope='block', got {self.scope!r}")
         inside = [name for name in ("kv_only", "proportional_attention") if getattr(self, name)]
-        if self.scope != "attention" and inside:
+        if self.scope not in ("attention", "auto") and inside:
             raise ValueError(
                 f"{' and '.join(inside)} concern attention alone; use scope='attention', got {self.scope!r}"
             )
@@ -205,6 +210,23 @@ class TokenReducer(ABC):
         if self.match_every is None:
             return 1 if self.restore == "copy" else 0
         return self.match_every
+
+    @property
+    def refresh_every(self) -> int:
+        """Every how many steps a layer runs in full, the default resolved."""
+        return self.full_every or 3
+
+    @property
+    def num_warmup(self) -> int:
+        """How many first steps run in full, the default resolved."""
+        return self.warmup_steps or 2
+
+    @property
+    def removes_any(self) -> bool:
+        """Whether a ratio, if any is above 0, removes tokens."""
+        return not self.keeps_all and any(
+            ratio > 0 for ratio in (self.ratio, *self.ratios.values(), *self.layer_ratios.values())
+        )
 
     @property
     def max_ratio(self) -> float:

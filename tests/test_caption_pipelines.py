@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stated import TurboProcessor
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from gen_turbo import TurboProcessor, attach, load_pipeline, report, scenes
+from gen_turbo import attach, load_pipeline, report, scenes
 from gen_turbo.config import ConfigError, load_config
 from gen_turbo.inputs import find_pictures, open_picture, pictures_of
 from tests.snapshots import differences, model_state

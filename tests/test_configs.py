@@ -183,10 +183,10 @@ def test_load_pipeline_refuses_what_has_no_effect(own_yaml):
 
 def test_the_same_settings_give_the_same_picture_as_code(own_yaml):
     """Catches a processor from YAML that differs from the one made in Python."""
-    pipe = load_pipeline(own_yaml, processor={"method": "turbo", "ratio": 0.4, "restore": "copy"})
+    pipe = load_pipeline(own_yaml, processor={"method": "turbo", "ratio": 0.4, "restore": "copy", "scope": "block"})
     pipe.set_progress_bar_config(disable=True)
     pictures = []
-    for processor in (None, TurboProcessor(0.4, restore="copy")):
+    for processor in (None, TurboProcessor(0.4, restore="copy", scope="block")):
         if processor is not None:
             pipe.set_attn_processor(processor)
         generator = torch.Generator().manual_seed(1)

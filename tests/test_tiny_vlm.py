@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from stated import TurboProcessor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from gen_turbo import TurboProcessor, attach, load_pipeline, report, scenes
+from gen_turbo import attach, load_pipeline, report, scenes
 from gen_turbo.bench import understanding
 from gen_turbo.pipelines import tiny_vlm
 from tests.test_examples import EXAMPLES, load

@@ -83,7 +83,9 @@ class Method(Setting):
         return f"it merges to downsample {wanted}, and the model has {sorted(levels)}" if wanted not in levels else ""
 
     def _processor(self) -> Any:
-        return build_processor({"method": self.method, **self.options})
+        # What says how to restore is of attention where it names no scope; what does not is the user's own line.
+        stated = {"scope": "attention"} if "restore" in self.options else {}
+        return build_processor({"method": self.method, **stated, **self.options})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ from torch import nn
 from gen_turbo.method import Grid, TokenReducer
 
 
+class NoEffectWarning(UserWarning):
+    """A whole run goes by without one reduced layer."""
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One layer.

@@ -110,7 +110,7 @@ class Beginning:
         context = self.context
         assert context is not None
         # Layers that refresh at other steps keep a map of their own where maps are made anew.
-        group = layer.state.weights if self.reducer.map_life and self.reducer.restore == "residual" else None
+        group = layer.state.weights if self.reducer.map_life and self.reducer.restore != "copy" else None
         stream = layer.spec.signature.stream
         key = (stream, state.grid, tokens.shape[1], len(tokens), state.ratio, id(group))
         known = context.maps.get(key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -21,7 +23,7 @@ def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list
     if reducer.keep is not None or reducer.adaptive:
         setting = "adaptive=True" if reducer.keep is None else f"keep={reducer.keep}"
         raise ValueError(f"{setting} is of vision-language models; {type(model).__name__} is a denoiser, use ratio")
-    if reducer.scope == "attention":
+    if reducer.scope in ("attention", "auto"):
         return adapter.layers(model)
     blocks = adapter.blocks(model)
     if not blocks:
@@ -31,8 +33,25 @@ def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list
     return blocks
 
 
-def chosen_layers(reducer: TokenReducer, layers: list[LayerSpec], model_name: str) -> list[tuple[LayerSpec, float]]:
+def without_auto(reducer: TokenReducer) -> TokenReducer:
+    """The reducer with its scope told: itself, or a copy whose scope is "attention" in place of "auto"."""
+    if reducer.scope != "auto":
+        return reducer
+    told = copy.copy(reducer)
+    told.scope = "attention"
+    return told
+
+
+def chosen_layers(
+    reducer: TokenReducer, layers: list[LayerSpec], model_name: str, names: Sequence[str] | None = None
+) -> list[tuple[LayerSpec, float]]:
     """The layers that are reduced and the ratio of each, by level and by name.
+
+    Args:
+        reducer: The settings.
+        layers: Every layer or block of the scope.
+        model_name: For messages.
+        names: Those that are looked at, which may be none; all of them where this is None.
 
     Raises:
         ValueError: If a level or a layer that is named is not there, or none is chosen.
@@ -50,8 +69,8 @@ def chosen_layers(reducer: TokenReducer, layers: list[LayerSpec], model_name: st
     named = [
         (layer, ratio_of_layer(layer.name, by_level.get(layer.downsample, -1), reducer.layer_ratios)) for layer in able
     ]
-    chosen = [(layer, ratio) for layer, ratio in named if ratio >= 0]
-    if not chosen:
+    chosen = [(layer, ratio) for layer, ratio in named if ratio >= 0 and (names is None or layer.name in names)]
+    if not chosen and names is None:
         raise ValueError(
             f"max_downsample={coarsest} and no ratios: no layer would be reduced, the finest is at {levels[0]}"
         )

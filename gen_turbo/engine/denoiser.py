@@ -10,23 +10,20 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import nn
 
-from gen_turbo.engine.attention import InsideAttention, check_backend
-from gen_turbo.engine.base import LayerReport, OnModel
-from gen_turbo.engine.begin import Beginning
-from gen_turbo.engine.choice import chosen_layers, layers_of
+from gen_turbo.engine.arrangement import Arrangement, Arranger
+from gen_turbo.engine.attention import InsideAttention
+from gen_turbo.engine.base import LayerReport, NoEffectWarning, OnModel
+from gen_turbo.engine.choice import without_auto
 from gen_turbo.engine.cost import Cost
 from gen_turbo.engine.graphs import Graphs, Mode
-from gen_turbo.engine.layer import FeatureMapKeysLayer, FeatureMapLayer, MergedKeysLayer, ReducedLayer
-from gen_turbo.engine.program import Program
-from gen_turbo.engine.root import NoEffectWarning, Root
+from gen_turbo.engine.layer import ReducedLayer
+from gen_turbo.engine.root import Root
+from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping, UnitStats
-from gen_turbo.engine.span import joined, spans_of
 from gen_turbo.engine.state import Totals
 from gen_turbo.method import TokenReducer
-from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, TextSignature, Unit
+from gen_turbo.models.adapter import Adapter, LayerSpec, TextSignature
 from gen_turbo.training.schedule import Schedule
-
-_INSIDE_ATTENTION = ("kv_only", "proportional_attention", "text_ratio", "attention_backend")
 
 
 @runtime_checkable
@@ -58,7 +55,7 @@ class DenoiserPart(OnModel):
     Attributes:
         reducer: What was attached.
         graphs: Whether calls are captured.
-        layers: What stands in front of layers or blocks, in the order of the model.
+        settling: Chooses what stands in front of layers for each run; None where the settings leave nothing open.
         skipping: What leaves units out; None where nothing does.
         root: What stands in front of the model.
 
@@ -74,23 +71,22 @@ class DenoiserPart(OnModel):
         self.reducer, self.graphs = reducer, graphs
         self._tokens = reducer.merging() if isinstance(reducer, LayerPruner) else reducer
         self._blocks = sorted({type(model.get_submodule(block.name)).__name__ for block in adapter.blocks(model)})
-        self.specs = layers_of(model, adapter, self._tokens)
-        chosen = chosen_layers(self._tokens, self.specs, type(model).__name__)
-        self._check_references(adapter, any(ratio > 0 for _, ratio in chosen))
-        beginning = Beginning(self._tokens, adapter)
-        self.layers = self._spans(model, adapter, [_layer(model, *pair, beginning) for pair in chosen])
-        self._text = self._text_signature(model, adapter)
-        self._insides = self._inside_attention(model, adapter)
+        self._check_references(adapter)
+        text = self._text_signature(model, adapter)
         self.skipping = self._skipping(model, adapter)
-        units = self.skipping.units if self.skipping is not None else {}
-        left_out = {name: _layers_in(unit, self.layers) for name, unit in units.items()}
+        arranger = Arranger(lambda: self.model, adapter, text, self.skipping.units if self.skipping is not None else {})
+        told = without_auto(self._tokens)
+        self._arrangement = arranger.arranged(told)
+        # Schedules were calibrated beside settings that stand still; a ratio of 0 leaves nothing to choose.
+        is_open = told is not self._tokens and self.skipping is None and self._tokens.removes_any
+        self.settling = Settling(self._tokens, arranger, self._arrangement) if is_open else None
+        self._check_units()
         self.root = Root(
             model,
             adapter,
-            beginning,
-            Program(self._tokens, self.layers, left_out),
-            self._insides,
-            self._text,
+            self._arrangement,
+            self.settling,
+            text,
             self.skipping,
             Graphs(model, graphs) if graphs is not False else None,
             pipeline,
@@ -103,9 +99,9 @@ class DenoiserPart(OnModel):
 
     def install(self) -> None:
         """Puts everything in place, what is called first last."""
-        for placed in self._placed():
-            if not getattr(placed, "is_lazy", False):
-                placed.install()
+        self.arrangement.install()
+        for placed in self._outside():
+            placed.install()
         model: Any = self.model
         if not getattr(model, "_repeated_blocks", None) and self._blocks:
             # So that `compile_repeated_blocks` works where diffusers names none.
@@ -113,37 +109,37 @@ class DenoiserPart(OnModel):
 
     def remove(self) -> None:
         """Gives every forward back and forgets all runs; doing it twice is harmless."""
-        # What is put in place while the model runs stands before all others.
-        for placed in sorted(reversed(self._placed()), key=lambda placed: not getattr(placed, "is_lazy", False)):
+        for placed in reversed(self._outside()):
             placed.remove()
+        self.arrangement.remove()
         model = self._model()
         if model is not None and vars(model).get("_repeated_blocks") is self._blocks:
             del model._repeated_blocks
 
-    def _placed(self) -> list[Any]:
-        skipping = [self.skipping] if self.skipping is not None else []
-        return [*self._insides.values(), *self.layers, *skipping, self.root]
+    def _outside(self) -> list[Any]:
+        return [self.skipping, self.root] if self.skipping is not None else [self.root]
 
-    def _spans(self, model: nn.Module, adapter: Adapter, layers: list[ReducedLayer]) -> list[ReducedLayer]:
-        """The layers, those of several blocks on one short sequence as its blocks."""
-        if self._tokens.scope == "attention":
-            return layers
-        is_model = self._tokens.scope == "model"
-        length = 0 if is_model else self._tokens.merge_span
-        spans = spans_of(model, layers, length, is_model and adapter.is_one_stack)
-        return [block for span in spans for block in (joined(span) if len(span) > 1 else span)]
+    @property
+    def arrangement(self) -> Arrangement:
+        """What stands in front of the layers now."""
+        return self.settling.current if self.settling is not None else self._arrangement
 
-    def _check_references(self, adapter: Adapter, is_reduced: bool) -> None:
+    @property
+    def layers(self) -> list[ReducedLayer]:
+        """What stands in front of layers or blocks now, in the order of the model."""
+        return self.arrangement.layers
+
+    def _check_references(self, adapter: Adapter) -> None:
         ratio = self._tokens.reference_ratio
         if ratio is not None and not adapter.has_references:
             raise ValueError(f"reference_ratio={ratio} has no references in {adapter.models[0]}; leave it out")
-        if ratio and not is_reduced:
+        if ratio and not self._tokens.removes_any:
             raise ValueError(f"reference_ratio={ratio} reduces nothing beside ratio=0; set a ratio above 0")
 
     def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | None:
         """Where text is merged; None where it is not, which is an error if it was asked for."""
         ratio, name = self._tokens.text_ratio, type(model).__name__
-        if ratio == 0 or (ratio is None and not any(layer.ratio > 0 for layer in self.layers)):
+        if ratio == 0 or (ratio is None and not self._tokens.removes_any):
             return None
         signature = adapter.text_signature(model)
         if isinstance(signature, str):
@@ -159,36 +155,6 @@ class DenoiserPart(OnModel):
             raise ValueError(why)
         return None
 
-    def _inside_attention(self, model: nn.Module, adapter: Adapter) -> dict[str, InsideAttention]:
-        """What reaches into attention: of reduced layers where sizes or keys matter, of all for text and kernels."""
-        tokens, reduced = self._tokens, {layer.name: layer for layer in self.layers}
-        backend = tokens.attention_backend
-        if backend is not None:
-            check_backend(backend, model)
-        is_inside = tokens.scope == "attention" and (tokens.kv_only or tokens.proportional_attention)
-        insides = {}
-        for spec in adapter.layers(model):
-            for_text = self._text is not None and spec.signature.has_text_keys
-            for_layer = is_inside and spec.name in reduced
-            module: Any = model.get_submodule(spec.name)
-            # A processor with weights, such as an IP-Adapter's, chooses its kernels itself.
-            for_kernel = backend is not None and not isinstance(module.processor, nn.Module)
-            if not (for_text or for_layer or for_kernel):
-                continue
-            inside = InsideAttention(spec, module, tokens.proportional_attention and for_layer, backend)
-            needs = [name for name in _INSIDE_ATTENTION if getattr(tokens, name)]
-            if not inside.reaches:
-                raise ValueError(
-                    f"{' and '.join(needs)} cannot reach into {type(module.processor).__name__} at {spec.name}, which "
-                    "calls no attention kernel of PyTorch; leave them out or use the model's default attention "
-                    "processors"
-                )
-            inside.is_lazy = not for_layer and not for_kernel
-            insides[spec.name] = inside
-            if for_layer:
-                reduced[spec.name].inside = inside
-        return insides
-
     def _skipping(self, model: nn.Module, adapter: Adapter) -> Skipping | None:
         if not isinstance(self.reducer, LayerPruner):
             return None
@@ -196,19 +162,27 @@ class DenoiserPart(OnModel):
         if not schedules:
             return None
         units, threshold = adapter.units(model), self.reducer.threshold
-        skipping = Skipping(model, units, schedules, threshold, lambda: _warn(schedules))
-        inside = [unit for unit in skipping.units if any(unit == b.name and hasattr(b, "span") for b in self.layers)]
+        return Skipping(model, units, schedules, threshold, lambda: _warn(schedules))
+
+    def _check_units(self) -> None:
+        """Raises ValueError where a schedule skips a block out of a span."""
+        units = self.skipping.units if self.skipping is not None else ()
+        inside = [unit for unit in units if any(unit == b.name and hasattr(b, "span") for b in self.layers)]
         if inside:
             raise ValueError(
                 f"the schedule skips {', '.join(inside)}, but merge_span={self._tokens.merge_span} joins blocks "
                 "to spans on one short sequence, in which none can be skipped alone; use merge_span=1"
             )
-        return skipping
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """The layers whose tokens are reduced and the units that are skipped."""
-        return (*(layer.name for layer in self.layers), *(self.skipping.units if self.skipping else ()))
+        """The layers whose tokens are reduced and the units that are skipped; before a run those that may be."""
+        return (*(layer.name for layer in self._arrangement.layers), *(self.skipping.units if self.skipping else ()))
+
+    @property
+    def choice(self) -> str:
+        """What `scope="auto"` chose for the last run and expects of it; empty where all was told."""
+        return self.arrangement.chosen
 
     @property
     def remembered_bytes(self) -> int:
@@ -238,36 +212,18 @@ class DenoiserPart(OnModel):
     def rows(self) -> list[LayerReport]:
         """One row per layer, reduced or not."""
         reduced = {layer.name: layer for layer in self.layers}
-        return [self._row(spec, reduced.get(spec.name)) for spec in self.specs]
+        return [self._row(spec, reduced.get(spec.name)) for spec in self.arrangement.specs]
 
     def _row(self, spec: LayerSpec, layer: ReducedLayer | None) -> LayerReport:
         if layer is None:
-            return LayerReport(spec.name, spec.downsample, spec.left_alone or "level not chosen")
+            why = spec.left_alone or self.arrangement.left.get(spec.name, "level not chosen")
+            return LayerReport(spec.name, spec.downsample, why)
         totals: Totals = copy.deepcopy(layer.totals)
         for context in self.root.runs.contexts():
-            totals.add(context.states[layer])
+            if layer in context.states:
+                totals.add(context.states[layer])
         cost = Cost.of(self.model.get_submodule(layer.name), self._tokens.kv_only)
         return cost.report(spec, totals)
-
-
-def _layer(model: nn.Module, spec: LayerSpec, ratio: float, beginning: Beginning) -> ReducedLayer:
-    kind: type[ReducedLayer] = MergedKeysLayer if beginning.reducer.kv_only else ReducedLayer
-    if spec.signature.is_map:
-        kind = FeatureMapKeysLayer if beginning.reducer.kv_only else FeatureMapLayer
-    # A method that keeps every token leaves its layers stock.
-    return kind(spec, model.get_submodule(spec.name), 0.0 if beginning.reducer.keeps_all else ratio, beginning)
-
-
-def _layers_in(unit: Unit, layers: list[ReducedLayer]) -> list[str]:
-    """The layers that do not run when a unit is skipped."""
-    if unit.name == WHOLE:
-        return [layer.name for layer in layers]
-    modules = (unit.module, *unit.idle)
-    return [
-        layer.name
-        for layer in layers
-        if any(layer.name == name or layer.name.startswith(f"{name}.") for name in modules)
-    ]
 
 
 def _warn(schedules: Sequence[Schedule]) -> None:

@@ -70,7 +70,7 @@ class Program:
         self.layers = layers
         groups: dict[tuple[float, int, frozenset[str]], Group] = {}
         for index, layer in enumerate(layers):
-            offset = index % reducer.full_every if reducer.stagger else 0
+            offset = index % reducer.refresh_every if reducer.stagger else 0
             inside = frozenset(unit for unit, names in units.items() if layer.name in names)
             groups.setdefault((layer.ratio, offset, inside), Group(layer.ratio, offset, inside)).layers.append(layer)
         self.groups = list(groups.values())
@@ -187,9 +187,9 @@ class Program:
 
     def _is_due(self, group: Group, last: int, step: int) -> bool:
         """Whether a full step lies after the last one and not after this one, which may have been left out."""
-        settings = self.reducer
-        periods = [(at - settings.warmup_steps + 1 + group.offset) // settings.full_every for at in (last, step)]
-        return step < settings.warmup_steps or periods[1] > periods[0]
+        warmup, every = self.reducer.num_warmup, self.reducer.refresh_every
+        periods = [(at - warmup + 1 + group.offset) // every for at in (last, step)]
+        return step < warmup or periods[1] > periods[0]
 
     def _is_stale(
         self, held: LayerState, context: Context, layer: ReducedLayer, written: set[int], absent: set[str]

@@ -22,6 +22,7 @@ class Report:
         text_tokens: Text tokens of the last prompt whose text was merged, and what was left of them; else 0.
         skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.
         graphs: What became of CUDA graphs; empty where none were wanted.
+        choice: What `scope="auto"` chose for the last run and expects of it; empty where all was told.
     """
 
     sites: list[LayerReport] = field(default_factory=list)
@@ -30,6 +31,7 @@ class Report:
     text_tokens: tuple[int, int] = (0, 0)
     skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
     graphs: str = ""
+    choice: str = ""
 
     @property
     def flops_saved(self) -> float:
@@ -53,6 +55,7 @@ class Report:
         reached = [site for site in self.sites if site.status == "reduced"]
         saved = f"{self.flops_saved:.0%} of their FLOPs saved"
         lines = [f"{len(reached)} of {len(self.sites)} layers reduced, {saved}"]
+        lines += [f"  auto: {self.choice}"] if self.choice else []
         for (height, width), (before, kept, layers) in self.tokens_by_grid.items():
             lines.append(f"  {height} x {width}: {before} -> {kept} tokens in {layers} layers")
         if self.text_tokens[0]:
@@ -93,4 +96,5 @@ def report(target: Any) -> Report:
         max((part.text_tokens for part in denoisers), default=(0, 0)),
         {unit: (stats.num_skipped, stats.num_run) for part in denoisers for unit, stats in part.skipped_units.items()},
         "; ".join(dict.fromkeys(part.graph_status for part in denoisers if part.graph_status)),
+        "; ".join(dict.fromkeys(part.choice for part in denoisers if part.choice)),
     )

@@ -5,19 +5,19 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from gen_turbo.engine.attention import InsideAttention
-from gen_turbo.engine.begin import Beginning
+from gen_turbo.engine.arrangement import Arrangement
+from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.engine.graphs import Graphs
 from gen_turbo.engine.placed import Placed
-from gen_turbo.engine.program import Program
 from gen_turbo.engine.runs import Context, Run, Runs
+from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
 from gen_turbo.engine.span import check_between
 from gen_turbo.engine.text import MergedText, merge_text
@@ -44,19 +44,14 @@ def _skipped(function: _F) -> _F:
     return kept_out
 
 
-class NoEffectWarning(UserWarning):
-    """A whole run went by without one reduced layer."""
-
-
 class Root(Placed):
     """Stands in front of the whole model. One thread runs it at a time.
 
     Args:
         model: The model.
         adapter: Its family.
-        beginning: Makes maps and memory in the first step of a run.
-        program: Chooses the phase of every layer.
-        insides: What reaches into attention.
+        arrangement: What stands in front of its layers.
+        settling: Chooses another one for a run; None where the settings leave nothing open.
         text: Where text is merged; None where it is not.
         skipping: What leaves units out; None where nothing does.
         graphs: Captures whole calls; None where nothing is captured.
@@ -69,27 +64,30 @@ class Root(Placed):
         self,
         model: nn.Module,
         adapter: Adapter,
-        beginning: Beginning,
-        program: Program,
-        insides: Mapping[str, InsideAttention],
+        arrangement: Arrangement,
+        settling: Settling | None,
         text: TextSignature | None,
         skipping: Skipping | None,
         graphs: Graphs | None,
         pipeline: Any | None,
     ) -> None:
         super().__init__("", model)
-        self.adapter, self.beginning, self.program, self.insides = adapter, beginning, program, insides
+        self.adapter, self.settling = adapter, settling
+        self.take(arrangement)
         self.text, self.skipping, self.graphs = text, skipping, graphs
         self.runs = Runs(pipeline, adapter.time, self._fold)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.has_spans = any(hasattr(layer, "span") for layer in program.layers)
         self.text_tokens = 0, 0
         self.most_bytes = 0
         self.siblings: list[Root] = []
         self.owner: object = None
         self._lock = threading.RLock()
-        self._one = torch.zeros(())
-        self._is_compiled = False
+        self._one, self._is_compiled = torch.zeros(()), False
+
+    def take(self, arrangement: Arrangement) -> None:
+        """Decides from now on over these layers."""
+        self.beginning, self.program, self.insides = arrangement.beginning, arrangement.program, arrangement.insides
+        self.has_spans = any(hasattr(layer, "span") for layer in arrangement.layers)
 
     def install(self) -> None:
         """Replaces the model's forward."""
@@ -145,6 +143,8 @@ class Root(Placed):
         is_new = context is None
         if context is None:
             context = self.runs.open(call, self.adapter.geometry(self.module, arguments))
+        if self.settling is not None:
+            self.settling.settle(self, context, call)
         self.beginning.context = context
         step, starts = _Step(context, args, kwargs), False
         if self.text is not None:
@@ -249,7 +249,7 @@ class Root(Placed):
         if self.has_spans:
             check_between(arguments)
         model, scope = self.module, self.beginning.reducer.scope
-        if scope != "attention" and getattr(model, "is_cache_enabled", False):
+        if scope != "attention" and self.settling is None and getattr(model, "is_cache_enabled", False):
             raise ValueError(
                 f"scope={scope!r} cannot run with the cache that is on in {type(model).__name__}, which compares "
                 "whole sequences; use scope='attention' or call disable_cache"

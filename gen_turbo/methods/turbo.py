@@ -50,6 +50,8 @@ class TurboProcessor(ReductionProcessor):
     map_period = 2
 
     ratio: float = 0.7
+    scope: str = "auto"
+    restore: str = "auto"
     semantic: str = "self"
     value_weight: float = 0.002
     tile: int = 8

@@ -44,19 +44,19 @@ class UNetAdapter:
             owner, _, role = name.rpartition(".")
             if owner not in blocks and module.added_kv_proj_dim is not None:
                 why = "cross-attention only" if module.only_cross_attention else ""
-                found.append(LayerSpec(name, 2 ** _level(name, num_levels), why, _ADDED_KV))
+                found.append(LayerSpec(name, 2 ** level_of(name, num_levels), why, _ADDED_KV))
                 continue
             reason = _left_alone(blocks.get(owner), role)
             if not reason:
                 _CROSS[module] = blocks[owner].attn2
-            found.append(LayerSpec(name, 2 ** _level(name, num_levels), reason))
+            found.append(LayerSpec(name, 2 ** level_of(name, num_levels), reason))
         return found
 
     def blocks(self, model: nn.Module) -> list[LayerSpec]:
         """Every transformer block whose first attention is over image tokens."""
         num_levels = len(model.down_blocks)  # type: ignore[arg-type]
         return [
-            LayerSpec(name, 2 ** _level(name, num_levels), _left_alone(block, "attn1"), _BLOCK)
+            LayerSpec(name, 2 ** level_of(name, num_levels), _left_alone(block, "attn1"), _BLOCK)
             for name, block in model.named_modules()
             if isinstance(block, BasicTransformerBlock)
         ]
@@ -112,11 +112,11 @@ def _heads(attn: nn.Module, projection: str, tokens: Tensor) -> Tensor:
     return projected.view(batch, num_tokens, heads, -1).transpose(1, 2)
 
 
-def _level(name: str, num_levels: int) -> int:
+def level_of(name: str, num_levels: int) -> int:
     """How often the grid was halved at a layer: blocks go down, the middle stays, blocks come up again."""
     kind, _, rest = name.partition(".")
     index = int(rest.split(".")[0]) if kind in ("down_blocks", "up_blocks") else 0
-    return {"down_blocks": index, "up_blocks": num_levels - 1 - index}.get(kind, num_levels - 1)
+    return {"down_blocks": index, "up_blocks": num_levels - 1 - index, "mid_block": num_levels - 1}.get(kind, 0)
 
 
 def _left_alone(block: nn.Module | None, role: str) -> str:

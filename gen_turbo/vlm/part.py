@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.engine.base import LayerReport, OnModel
-from gen_turbo.engine.root import NoEffectWarning
+from gen_turbo.engine.base import LayerReport, NoEffectWarning, OnModel
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap

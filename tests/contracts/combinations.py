@@ -25,9 +25,10 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from stated import TurboProcessor
 from torch import Tensor
 
-from gen_turbo import TurboProcessor, attach
+from gen_turbo import attach
 from tests.tiny_hosts import TEXT_WIDTH, UNETS, picture, sd_pipeline
 from tests.tiny_pipelines import (
     adapter_pipeline,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stated import TurboProcessor
 from torch import Tensor
 
-from gen_turbo import TurboProcessor, attach, report
+from gen_turbo import attach, report
 from tests.contracts.combinations import COMBINATIONS, Combination
 from tests.snapshots import differences, model_state
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from stated import TurboProcessor
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import picture as picture_of_steps
 from tests.tiny_hosts import sd_pipeline

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stated import TurboProcessor
 
-from gen_turbo import TurboProcessor, attach, detach, reattach
+from gen_turbo import attach, detach, reattach
 from tests.contracts.combinations import COMBINATIONS, draw_picture
 from tests.contracts.outcomes import COLUMNS, cell, read
 from tests.tiny_hosts import sd_pipeline

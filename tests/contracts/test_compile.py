@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from stated import TurboProcessor
 from torch import Tensor, _dynamo, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
-from gen_turbo import PARProcessor, TurboProcessor, attach, report
+from gen_turbo import PARProcessor, attach, report
 from tests import tiny_transformers
 from tests.engine.families import family
 from tests.schedules import by_hand

@@ -7,10 +7,11 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from stated import TurboProcessor
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from tests import tiny_hosts, tiny_transformers
 from tests.snapshots import differences, model_state
 

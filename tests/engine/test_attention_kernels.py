@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
+from stated import TurboProcessor
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach
+from gen_turbo import IdentityProcessor, attach
 from gen_turbo.engine.attention import AttentionMode
 from gen_turbo.models.adapter import Geometry, ModelCall
 from tests.engine.families import Keys, family, relative

@@ -8,9 +8,10 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
+from stated import TurboProcessor
 from torch import Tensor, nn
 
-from gen_turbo import TurboProcessor, attach, report
+from gen_turbo import attach, report
 from tests import tiny_transformers
 from tests.tiny_family import NUM_TEXT, random
 from tests.tiny_pipelines import flux, latents_of

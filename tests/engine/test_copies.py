@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from stated import TurboProcessor
 from torch import Tensor, nn
 
-from gen_turbo import TurboProcessor, attach, detach, report
+from gen_turbo import attach, detach, report
 from gen_turbo.engine.root import NoEffectWarning
 from tests import tiny_transformers
 from tests.schedules import blocks_of, par

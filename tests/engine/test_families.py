@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stated import TurboProcessor
 
-from gen_turbo import ToMeProcessor, TurboProcessor, attach, report
+from gen_turbo import ToMeProcessor, attach, report
 from tests.engine.coverage import read
 from tests.engine.families import COLUMNS, NAMES, cell, family, relative
 from tests.tiny_transformers import FAMILIES, build, random, run

@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
+from stated import TurboProcessor
 from torch import nn
 
-from gen_turbo import TurboProcessor, attach
+from gen_turbo import attach
 from tests.engine.cuda import StandIn, stand_in
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 

@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
+from stated import TurboProcessor
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine.graphs import GraphsWarning
 from tests import tiny_transformers
 from tests.engine.cuda import StandIn, stand_in

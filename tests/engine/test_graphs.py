@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from stated import TurboProcessor
 from torch import Tensor, nn
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine.graphs import GraphsWarning
 from tests.engine.cuda import StandIn, stand_in
 from tests.engine.families import family

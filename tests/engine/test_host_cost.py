@@ -9,11 +9,12 @@ from types import FrameType
 
 import pytest
 import torch
+from stated import TurboProcessor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gen_turbo
-from gen_turbo import TurboProcessor, attach
+from gen_turbo import attach
 from gen_turbo.engine.layer import Phase, ReducedLayer
 from tests.engine.families import family
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from stated import TurboProcessor
 from torch import Tensor, nn
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach
+from gen_turbo import IdentityProcessor, attach
 from gen_turbo.api import NoEffectWarning
 from gen_turbo.engine.graphs import GraphsWarning
 from tests.engine.families import family

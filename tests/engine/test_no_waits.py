@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from stated import TurboProcessor
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gen_turbo import PARProcessor, TurboProcessor, report
+from gen_turbo import PARProcessor, report
 from tests.engine.pipelines import MAKERS, denoiser_of, made
 from tests.schedules import blocks_of, by_hand
 

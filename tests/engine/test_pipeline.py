@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stated import TurboProcessor
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.api import NoEffectWarning
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import picture, sd_pipeline

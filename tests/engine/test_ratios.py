@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stated import TurboProcessor
 
-from gen_turbo import TurboProcessor, attach, report
+from gen_turbo import attach, report
 from tests.tiny_hosts import picture, run_unet, sd15_unet, sd_pipeline, unet_inputs
 
 TIMES = (900, 800, 700, 600, 500, 400)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from stated import TurboProcessor
 
-from gen_turbo import TurboProcessor, attach, report
+from gen_turbo import attach, report
 from gen_turbo.metrics.cost import count_cost
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 

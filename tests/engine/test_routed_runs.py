@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stated import TurboProcessor
 
-from gen_turbo import TurboProcessor, attach, report
+from gen_turbo import attach, report
 from tests import tiny_transformers
 from tests.schedules import blocks_of, par
 from tests.snapshots import differences, model_state

@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from stated import TurboProcessor
 from torch import nn
 
-from gen_turbo import PARProcessor, TurboProcessor, attach, report
+from gen_turbo import PARProcessor, attach, report
 from gen_turbo.api import attachments
 from gen_turbo.engine.denoiser import NoEffectWarning
 from tests import tiny_transformers

@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
+from stated import TurboProcessor
 from torch import Tensor
 
-from gen_turbo import TurboProcessor, attach, report
+from gen_turbo import attach, report
 from gen_turbo.api import NoEffectWarning
 from tests.tiny_hosts import picture, sd_pipeline
 from tests.tiny_pipelines import latents_of, sd3

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stated import TurboProcessor
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine import layer
 from gen_turbo.kernels import unmerge
 from tests.engine.families import family, relative

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from stated import TurboProcessor
 from torch.overrides import TorchFunctionMode
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from tests.engine.families import family, relative
 from tests.snapshots import differences, model_state
 from tests.tiny_transformers import FAMILIES, random

@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
+from stated import TurboProcessor
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine.text import merge_text
 from gen_turbo.models.adapter import TextSignature
 from tests import tiny_transformers

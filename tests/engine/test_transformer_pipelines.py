@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from stated import TurboProcessor
 
-from gen_turbo import TurboProcessor, report
+from gen_turbo import report
 from gen_turbo.api import NoEffectWarning
 from tests.tiny_pipelines import TRANSFORMERS, latents_of
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
+from stated import TurboProcessor
 from torch.overrides import TorchFunctionMode
 
-from gen_turbo import IdentityProcessor, RandomProcessor, ToMeProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, RandomProcessor, ToMeProcessor, attach, report
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import UNETS, run_unet, sd_pipeline, unet_inputs
 

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from gen_turbo import TurboProcessor, attach
+from stated import TurboProcessor
+
+from gen_turbo import attach
 from gen_turbo.method import LayerInfo, StepInfo
 from tests.tiny_hosts import UNETS, picture, run_unet, sd_pipeline, unet_inputs
 

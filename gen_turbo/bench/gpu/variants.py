@@ -76,7 +76,7 @@ def variants(model: str, is_unet: bool) -> list[Variant]:
     levels: dict[str, Any] = {"max_downsample": _LEVELS[model]} if model in _LEVELS else {}
     copied = {"restore": "copy", "match_every": 5}
     scopes: dict[str, dict[str, Any]] = {
-        "attention": {},
+        "attention": {"scope": "attention"},
         "block": {"scope": "block"},
         "spans": {"scope": "block", "merge_span": 0},
     }

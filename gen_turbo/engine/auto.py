@@ -1,0 +1,152 @@
+"""What `scope="auto"` chooses for a run: the layers, how they merge and how often they run in full.
+
+The choice follows from counted work, a table of devices and the number of steps; nothing is timed, so the same model,
+shape, card and length always give the same choice and the same image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gen_turbo.engine.choice import chosen_layers
+from gen_turbo.engine.expected import Costs, Kinds, Rhythm, RunFacts
+from gen_turbo.method import TokenReducer
+from gen_turbo.models.adapter import LayerSpec
+
+TYPICAL_STEPS = 25
+"""Steps of a run whose length nobody tells."""
+SHORT_RUN = 8
+"""Up to so many steps a run is in full until the last quarter and copies outputs there. On the embedded transformer, 4
+steps, that is much nearer to stock than residuals of the first step, or than copies from the first or third on."""
+_STEPS_PER_REFRESH = 8
+"""Layers run in full so often in a run, but no more often than every third step."""
+_LEAST_GAIN, _LEAST_GAIN_OF_LEVEL = 1.02, 1.05
+"""What a choice must gain over none, and a coarser level over the levels above it, which matter less to the image."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run does.
+
+    Attributes:
+        scope: "attention" or "block".
+        rhythm: When layers run in full.
+        layers: Those that are reduced; none where that gains nothing.
+        gain: Stock's expected seconds, eager, over those of the run.
+        merging_gain: The expected seconds of the same run without merging over those of the run.
+        device: The name of the device's class.
+        left: Why other layers that could be reduced are left alone, by name.
+        flops: FLOPs of the run over those of stock.
+    """
+
+    scope: str
+    rhythm: Rhythm
+    layers: tuple[str, ...]
+    gain: float
+    merging_gain: float
+    device: str
+    left: Mapping[str, str]
+    flops: float
+
+    def __str__(self) -> str:
+        where = f"in {self.rhythm.steps} steps on a {self.device}"
+        if not self.layers:
+            return f"nothing is merged {where}, for that would gain nothing; expected {self.gain:.2f} times faster"
+        return (
+            f"scope={self.scope!r} in {len(self.layers)} layers, {self.rhythm}; expected {self.gain:.2f} times faster "
+            f"{where}, {self.merging_gain:.2f} by merging, with {self.flops:.0%} of the FLOPs"
+        )
+
+    def settled(self, reducer: TokenReducer) -> TokenReducer:
+        """The reducer with everything that was left open filled in."""
+        own, rhythm = copy.copy(reducer), self.rhythm
+        own.scope, own.restore = self.scope, rhythm.restore
+        own.full_every, own.warmup_steps = rhythm.full_every, rhythm.warmup_steps
+        if rhythm.start:
+            own.step_scale = {0: 0.0, rhythm.start: 1.0}
+        return own
+
+
+def choose(costs: Costs, reducer: TokenReducer, run: RunFacts) -> Choice:
+    """The fastest of the choices that stay near stock; one without layers where merging gains nothing.
+
+    Raises:
+        ValueError: If a level or a layer that is named is not there.
+    """
+    found = [expected(costs, reducer, run, scope, rhythm) for scope, rhythm in _candidates(costs, reducer, run)]
+    return max(found, key=lambda choice: (bool(choice.layers), choice.gain))
+
+
+def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
+    """Why nothing is merged and what would gain."""
+    scope = "block" if run.has_blocks and costs.specs("block") else "attention"
+    copied = copy.copy(reducer)
+    copied.match_every = 0
+    found = expected(costs, copied, run, scope, Rhythm(run.steps, "copy", run.steps, 1))
+    height, width = run.load.grid
+    why = (
+        f"scope='auto' merges nothing in this run of {run.steps} steps on a {run.device.name}: at {height} x {width} "
+        f"tokens a full step in every few costs more than the merged ones save"
+    )
+    if found.layers:
+        gain = f"expected {found.gain:.2f} times faster, but further from stock"
+        return f"{why}; restore='copy' with scope={scope!r} and match_every=0 would gain ({gain})"
+    return f"{why}, and copied outputs would gain nothing either; merging gains on larger images"
+
+
+def _candidates(costs: Costs, reducer: TokenReducer, run: RunFacts) -> Iterator[tuple[str, Rhythm]]:
+    is_inside = reducer.kv_only or reducer.proportional_attention
+    is_short = run.steps <= SHORT_RUN
+    # With residuals, and in the last steps of short runs, whole blocks are as near to stock as attention alone.
+    with_blocks = run.has_blocks and not is_inside and costs.specs("block")
+    restore = reducer.restore if reducer.restore != "auto" else "copy" if is_short else "residual"
+    is_late = is_short and restore == "copy" and not reducer.step_scale
+    start = run.steps - max(1, run.steps // 4) if is_late else 0
+    every = reducer.full_every or (max(2, run.steps) if is_short else max(3, round(run.steps / _STEPS_PER_REFRESH)))
+    warmup = reducer.warmup_steps or (1 if is_short else 2)
+    for scope in ("attention", "block") if with_blocks else ("attention",):
+        yield scope, Rhythm(run.steps, restore, every, warmup, start)
+
+
+def expected(costs: Costs, reducer: TokenReducer, run: RunFacts, scope: str, rhythm: Rhythm) -> Choice:
+    """What one scope and rhythm is expected to gain, with those layers that gain, level by level from the finest.
+
+    Layers that `ratios`, `layer_ratios` or `max_downsample` name are taken in any case.
+    """
+    specs, open_to_all = costs.specs(scope), copy.copy(reducer)
+    is_named = reducer.max_downsample is not None or bool(reducer.ratios or reducer.layer_ratios)
+    if not is_named:
+        open_to_all.max_downsample = max((spec.downsample for spec in specs if not spec.left_alone), default=1)
+    levels: dict[int, list[tuple[LayerSpec, float]]] = {}
+    for spec, ratio in chosen_layers(open_to_all, specs, costs.name):
+        if ratio > 0 or is_named:
+            levels.setdefault(spec.downsample, []).append((spec, ratio))
+    stock = costs.stock(run.load)
+    plain = best = run.seconds(rhythm, stock, Kinds())
+    total, taken = Kinds(), list[str]()
+    for _, layers in sorted(levels.items()):
+        kinds = {spec.name: costs.kinds(spec, ratio, run.load, reducer.kv_only) for spec, ratio in layers}
+        gaining = [name for name, kind in kinds.items() if is_named or run.saves(rhythm, kind)]
+        if not gaining:
+            continue
+        with_map = total + Kinds(matching=costs.matching(layers[0][0], run.load))
+        with_level = sum((kinds[name] for name in gaining), with_map)
+        seconds = run.seconds(rhythm, stock, with_level)
+        if is_named or seconds * (_LEAST_GAIN_OF_LEVEL if taken else _LEAST_GAIN) <= best:
+            best, total = seconds, with_level
+            taken += gaining
+    able = [spec.name for layers in levels.values() for spec, _ in layers]
+    eager = run.steps * run.device.seconds(stock, run.load.itemsize)
+    merged = stock * run.steps + total.refresh * rhythm.refreshes + total.reduced * rhythm.reduced
+    return Choice(
+        scope,
+        rhythm,
+        tuple(taken),
+        eager / best,
+        plain / best,
+        run.device.name,
+        {name: f"merging it would gain nothing on a {run.device.name}" for name in able if name not in taken},
+        merged.flops / (stock.flops * run.steps),
+    )

@@ -1,0 +1,200 @@
+"""What one call of a denoiser costs, counted from its modules and the shape of the call. Nothing is run or timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gen_turbo.models.adapter import Adapter, Geometry, ModelCall, coarsened
+from gen_turbo.models.unet import level_of
+
+_ONE_ROW = ("time_", "timestep", "norm", "adaln", "guidance", "add_embedding", "class_", "pooled", "_mod", "embedding_")
+"""Parts of names of layers that read one row per image: modulations, embeddings of the time."""
+_TEXT_ROWS = ("add_", "context", "caption", "text_", "attn2.to_k", "attn2.to_v", "txt")
+"""Parts of names of layers that read the text tokens."""
+_CROSS = ("attn2", "cross_attn", "cross_attention")
+_PASSES = 3.0
+"""Elementwise passes over what a matrix product reads and writes: norms, activations, modulations, sums."""
+_KERNELS = 4.0
+"""Kernels of a matrix product with those passes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Arithmetic and traffic.
+
+    Attributes:
+        matrix: FLOPs of linear layers and convolutions, 2 per multiply-add.
+        softmax: FLOPs of attention's products with keys and values.
+        moved: Bytes that are read and written.
+        kernels: Kernels that are launched.
+    """
+
+    matrix: float = 0.0
+    softmax: float = 0.0
+    moved: float = 0.0
+    kernels: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.matrix + other.matrix,
+            self.softmax + other.softmax,
+            self.moved + other.moved,
+            self.kernels + other.kernels,
+        )
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.matrix * times, self.softmax * times, self.moved * times, self.kernels * times)
+
+    @property
+    def flops(self) -> float:
+        """All floating point operations."""
+        return self.matrix + self.softmax
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The shape of one call.
+
+    Attributes:
+        batch: Rows, guidance branches counted.
+        frames: Frames of a video; 1 for an image.
+        grid: (height, width) of the tokens of a frame at the finest level.
+        text: Text tokens in a row.
+        joins_text: Whether they share attention with the image tokens.
+        itemsize: Bytes of a number.
+        references: Tokens of images beside the target.
+    """
+
+    batch: int
+    frames: int
+    grid: tuple[int, int]
+    text: int
+    joins_text: bool
+    itemsize: int
+    references: int = 0
+
+    @classmethod
+    def of(cls, call: ModelCall, geometry: Geometry) -> Workload:
+        """Reads the shapes of a call; nothing waits for the device."""
+        sample, text = call.sample, call.condition
+        grid = geometry.grid or (1, sample.shape[1] if sample.ndim == 3 else math.prod(sample.shape[2:]))
+        num_text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+        joins = geometry.num_text > 0
+        num_text = geometry.num_text if joins else num_text
+        references = sum(region.num_tokens for region in geometry.references)
+        return cls(len(sample), geometry.num_frames, grid, num_text, joins, sample.element_size(), references)
+
+    def tokens(self, downsample: int) -> int:
+        """Image tokens of a row at a level."""
+        height, width = coarsened(self.grid, downsample)
+        return self.frames * height * width + self.references
+
+    @property
+    def joined(self) -> int:
+        """Text tokens that share attention with the image tokens."""
+        return self.text if self.joins_text else 0
+
+    def passes(self, tokens: float, width: int, passes: float, kernels: float) -> Work:
+        """So many passes over tokens of a width, by so many kernels."""
+        return Work(moved=passes * self.batch * tokens * width * self.itemsize, kernels=kernels)
+
+    def product(self, rows: float, weights: int, features: int) -> Work:
+        """A matrix product of so many rows per image, with the elementwise work around it."""
+        moved = (_PASSES * self.batch * rows * features + weights) * self.itemsize
+        return Work(2 * self.batch * rows * weights, 0, moved, _KERNELS)
+
+    def attention(self, queries: float, keys: float, width: int) -> Work:
+        """Products with keys and values, by a kernel that keeps the matrix of scores to itself."""
+        moved = 2 * self.batch * (queries + keys) * width * self.itemsize
+        return Work(0, 4 * self.batch * queries * keys * width, moved, 1)
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What one layer or block is made of, from which its cost follows for any number of image tokens.
+
+    Attributes:
+        products: For each matrix product what it reads ("image", "text" or "one" row), weights, inputs plus outputs.
+        width: Channels of its tokens.
+        heads: Channels of all heads together, for each self-attention.
+        cross: The same for each cross-attention.
+    """
+
+    products: tuple[tuple[str, int, int], ...]
+    width: int
+    heads: tuple[int, ...]
+    cross: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> LayerWork:
+        """Counts the matrix products of a layer, whatever device its weights are on."""
+        products, heads, cross, width = [], list[int](), list[int](), 0
+        for name, part in module.named_modules():
+            if is_product(part):
+                products.append((rows_of(name), *sizes_of(part)))
+            query: Any = getattr(part, "to_q", None)
+            if is_product(query):
+                width = width or int(query.in_features)
+                (cross if name.endswith(_CROSS) else heads).append(int(query.out_features))
+        return cls(tuple(products), width, tuple(heads), tuple(cross))
+
+    def work(self, load: Workload, tokens: float, num_queries: float | None = None) -> Work:
+        """The cost of a call on so many image tokens; `num_queries` where keys and values alone are merged."""
+        queries = tokens if num_queries is None else num_queries
+        # Text that has no weights of its own goes through those of the image.
+        inside = 0 if any(kind == "text" for kind, _, _ in self.products) else load.joined
+        rows: Mapping[str, float] = {"image": queries + inside, "text": load.text, "one": 1}
+        total = Work()
+        for kind, weights, features in self.products:
+            total += load.product(rows[kind], weights, features)
+        for width in self.heads:
+            total += load.attention(queries + load.joined, tokens + load.joined, width)
+        for width in self.cross:
+            total += load.attention(queries, load.text, width)
+        return total
+
+
+def rows_of(name: str) -> str:
+    """What a matrix product reads, by its name: "image" tokens, "text" tokens or "one" row per image."""
+    lowered = name.lower()
+    if any(part in lowered for part in _ONE_ROW):
+        return "one"
+    return "text" if any(part in lowered for part in _TEXT_ROWS) else "image"
+
+
+def is_product(part: object) -> bool:
+    """Whether a module multiplies its input by a matrix: linear layers, of any storage, and convolutions."""
+    return isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d)
+
+
+def sizes_of(part: Any) -> tuple[int, int]:
+    """Weights, whatever they are stored as, and inputs plus outputs of a position."""
+    if isinstance(part, nn.Linear):
+        return part.in_features * part.out_features, part.in_features + part.out_features
+    positions = math.prod(part.kernel_size)
+    return part.in_channels * part.out_channels * positions // part.groups, part.in_channels + part.out_channels
+
+
+def stock_work(model: nn.Module, adapter: Adapter, load: Workload) -> Work:
+    """The cost of a call of the stock model: its blocks, or where it has none its attention layers, and the rest."""
+    layers = adapter.blocks(model) or adapter.layers(model)
+    total = Work()
+    for layer in layers:
+        total += LayerWork.of(model.get_submodule(layer.name)).work(load, load.tokens(layer.downsample))
+    inside = tuple(f"{layer.name}." for layer in layers)
+    num_levels = 0 if adapter.is_transformer else len(model.down_blocks)  # type: ignore[arg-type]
+    for name, part in model.named_modules():
+        if is_product(part) and not name.startswith(inside):
+            kind, downsample = rows_of(name), 2 ** level_of(name, num_levels) if num_levels else 1
+            rows = {"image": load.tokens(downsample), "text": load.text, "one": 1}[kind]
+            if "downsamplers" in name:
+                rows //= 4
+            elif "upsamplers" in name:
+                rows *= 4
+            total += load.product(rows, *sizes_of(part))
+    return total
