@@ -22,7 +22,7 @@ SHORT_RUN = 8
 steps, that is much nearer to stock than residuals of the first step, or than copies from the first or third on."""
 _STEPS_PER_REFRESH = 8
 """Layers run in full so often in a run, but no more often than every third step."""
-_LEAST_GAIN, _LEAST_GAIN_OF_LEVEL = 1.02, 1.05
+LEAST_GAIN, _LEAST_GAIN_OF_LEVEL = 1.02, 1.05
 """What a choice must gain over none, and a coarser level over the levels above it, which matter less to the image."""
 
 
@@ -134,7 +134,7 @@ def expected(costs: Costs, reducer: TokenReducer, run: RunFacts, scope: str, rhy
         with_map = total + Kinds(matching=costs.matching(layers[0][0], run.load))
         with_level = sum((kinds[name] for name in gaining), with_map)
         seconds = run.seconds(rhythm, stock, with_level)
-        if is_named or seconds * (_LEAST_GAIN_OF_LEVEL if taken else _LEAST_GAIN) <= best:
+        if is_named or seconds * (_LEAST_GAIN_OF_LEVEL if taken else LEAST_GAIN) <= best:
             best, total = seconds, with_level
             taken += gaining
     able = [spec.name for layers in levels.values() for spec, _ in layers]

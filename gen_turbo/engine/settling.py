@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from gen_turbo.engine.arrangement import Arrangement, Arranger
-from gen_turbo.engine.auto import TYPICAL_STEPS, Choice, advice, choose
+from gen_turbo.engine.auto import LEAST_GAIN, TYPICAL_STEPS, Choice, advice, choose
 from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.engine.devices import device_class
 from gen_turbo.engine.expected import Costs, RunFacts
@@ -18,9 +18,6 @@ from gen_turbo.models.adapter import ModelCall
 
 if TYPE_CHECKING:
     from gen_turbo.engine.root import Root
-
-_GAINS = 1.02
-"""Below this, nothing is expected to gain and the run is told."""
 
 
 class Settling:
@@ -67,7 +64,7 @@ class Settling:
         if facts not in self._choices:
             self._choices[facts] = choose(self._costs, self._reducer, facts)
         choice = self._choices[facts]
-        if choice.gain < _GAINS:
+        if choice.gain < LEAST_GAIN:
             warnings.warn(advice(self._costs, self._reducer, facts), NoEffectWarning, stacklevel=2)
         key = (choice.scope, choice.rhythm, choice.layers)
         if key not in self._arrangements:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from stated import TurboProcessor
 
 from gen_turbo import attach
