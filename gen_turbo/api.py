@@ -193,6 +193,11 @@ def adapter_of(model: nn.Module) -> Any:
         for adapter in _adapters(cls.__module__.split(".")[0] + "."):
             if cls.__name__ in adapter.models:
                 return adapter
+    from gen_turbo.models.families import REFUSED
+
+    for cls in bases:
+        if cls.__name__ in REFUSED:
+            raise ValueError(f"{cls.__name__} cannot be reduced: {REFUSED[cls.__name__]}")
     known = ", ".join(name for prefix in _FAMILIES for adapter in _adapters(prefix) for name in adapter.models)
     raise ValueError(f"{type(model).__name__} is not supported; supported: {known}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class Family:
         latents: The shape of the latents behind the batch, for (height, width) of the tokens.
         time: From a falling time in thousandths to what the model is told.
         num_frames: Frames of the latents in tokens.
+        first: Arguments of a call before the others, which fills a cache that they read; none where there is none.
+        then: Arguments of the others.
     """
 
     build: Callable[[], nn.Module]
@@ -29,6 +31,8 @@ class Family:
     latents: Callable[[tuple[int, int]], tuple[int, ...]]
     time: Callable[[int, int], dict[str, object]] = lambda time, batch: {"timestep": torch.full((batch,), float(time))}
     num_frames: int = 1
+    first: dict[str, object] = field(default_factory=dict)
+    then: dict[str, object] = field(default_factory=dict)
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:

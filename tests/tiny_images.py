@@ -11,16 +11,20 @@ from diffusers import (
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HiDreamImageTransformer2DModel,
     HunyuanDiT2DModel,
+    HunyuanImageTransformer2DModel,
     LongCatImageTransformer2DModel,
     Lumina2Transformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from torch import nn
 
 from tests.tiny_family import HEADS, NUM_TEXT, Family, frames, patched, random, rising, rotary, text, thousandth
@@ -183,6 +187,57 @@ def qwen(**settings: object) -> nn.Module:
     return QwenImageTransformer2DModel(**HEADS, num_layers=2, patch_size=2, **widths, **settings)
 
 
+def qwen_21() -> nn.Module:
+    """Qwen-Image 2.1: the target behind a prefix whose keys are cached."""
+    widths = {"in_channels": 16, "out_channels": 16, "context_in_dim": 32, "axes_dims_rope": (4, 6, 6)}
+    return QwenImage21Transformer2DModel(**HEADS, num_layers=2, **widths)
+
+
+def qwen_21_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Text of which the last row has less, and slots of the target behind it."""
+    slots = torch.cat([torch.zeros(NUM_TEXT), torch.ones(grid[0] * grid[1] // 4)]).bool().repeat(batch, 1)
+    mask = torch.ones(batch, NUM_TEXT).bool()
+    mask[-1, -1] = False
+    return {
+        **text(batch),
+        "encoder_hidden_states_mask": mask,
+        "img_shapes": [[(1, *grid)]] * batch,
+        "img_mask": slots,
+        "kv_cache": QwenImage21KVCache(2),
+    }
+
+
+def hunyuan_image() -> nn.Module:
+    """HunyuanImage 2.1 without glyphs."""
+    widths = {"text_embed_dim": 32, "rope_axes_dim": (8, 8), "patch_size": (2, 2)}
+    shape = {"in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+    return HunyuanImageTransformer2DModel(**HEADS, **shape, **widths)
+
+
+def hunyuan_image_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Text of which the last row has less."""
+    mask = torch.ones(batch, NUM_TEXT).long()
+    mask[-1, NUM_TEXT - 1] = 0
+    return {**text(batch), "encoder_attention_mask": mask}
+
+
+def hidream() -> nn.Module:
+    """HiDream-I1: a choice of experts for each token, and Llama's text of another layer for each block."""
+    shape = {"patch_size": 2, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "max_resolution": (16, 20)}
+    widths = {"caption_channels": [32, 32], "text_emb_dim": 16, "axes_dims_rope": (8, 4, 4), "llama_layers": [0, 1]}
+    model = HiDreamImageTransformer2DModel(**HEADS, **shape, **widths, num_routed_experts=2, num_activated_experts=1)
+    return model
+
+
+def hidream_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Three texts."""
+    return {
+        "encoder_hidden_states_t5": random(batch, NUM_TEXT, 32),
+        "encoder_hidden_states_llama3": random(2, batch, NUM_TEXT, 32, seed=3),
+        "pooled_embeds": random(batch, 16, seed=4),
+    }
+
+
 def kandinsky() -> nn.Module:
     """The UNet of Kandinsky 2.2: attention on maps, with keys of the text before its own."""
     return UNet2DConditionModel(
@@ -244,6 +299,18 @@ IMAGES: dict[str, Family] = {
     ),
     "cogview4": Family(lambda: cogview(rope_axes_dim=(16, 16)), cogview_inputs, patched()),
     "cogview3plus": Family(lambda: cogview(CogView3PlusTransformer2DModel), cogview_inputs, patched()),
+    "qwen-image-2.1": Family(
+        qwen_21,
+        qwen_21_inputs,
+        lambda g: (g[0] * g[1], 16),
+        thousandth,
+        first={"kv_cache_mode": "extract"},
+        then={"kv_cache_mode": "cached"},
+    ),
+    "hunyuan-image": Family(hunyuan_image, hunyuan_image_inputs, patched()),
+    "hidream": Family(
+        hidream, hidream_inputs, patched(), lambda time, batch: {"timesteps": torch.full((batch,), float(time))}
+    ),
     "qwen-image": Family(
         qwen,
         lambda b, g: {

@@ -33,6 +33,8 @@ def run(
     family, outputs = FAMILIES[name], []
     latents = random(batch, *family.latents(grid)) if latents is None else latents
     inputs = family.inputs(batch, grid)
+    if family.first:
+        model(hidden_states=latents, **inputs, **family.first, **family.time(times[0] + 50, batch))
     for step, time in enumerate(times):
         sample: object = latents * (1 - 0.05 * step)
         if name == "z-image":
@@ -40,6 +42,7 @@ def run(
         else:
             first = {"sample" if name == "kandinsky" else "hidden_states": sample}
         told = family.time(time, batch) if name != "kandinsky" else {"timestep": time}
-        output = model(**first, **inputs, **told, return_dict=False)[0]
+        output = model(**first, **inputs, **family.then, **told, return_dict=False)
+        output = output[0] if isinstance(output, tuple) else output
         outputs.append(torch.stack(list(output)))
     return torch.stack(outputs)

@@ -107,6 +107,9 @@ class Program:
         absent = {layer.name for group in self.groups if group.units & skipped for layer in group.layers}
         for group, state in zip(self.groups, context.groups, strict=True):
             ratio = ratio_at_step(group.ratio, context.step, self.reducer.step_scale)
+            if all(context.states[layer].map is None for layer in group.layers):
+                # No step has begun what the layers remember, as when a first call fills a cache of keys.
+                state.last = None
             state.phase = self._phase(group, state, ratio, context.step, skipped)
             kind.append(state.phase)
             for layer in group.layers:

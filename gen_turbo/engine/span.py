@@ -113,7 +113,8 @@ def spans_of(
         is_whole: Whether a span goes on from one stack into the next.
 
     Raises:
-        ValueError: If a block takes what an earlier one gave, as with long skip connections.
+        ValueError: If a block takes what an earlier one gave, as with long skip connections, or the model reads every
+            token between any two blocks.
     """
     spans: list[list[ReducedLayer]] = []
     for layer in layers:
@@ -124,6 +125,11 @@ def spans_of(
     if any(len(span) > 1 and span[-1].spec.signature.also for span in spans):
         raise ValueError(
             f"the blocks of {type(model).__name__} are linked across spans; use scope='block' with merge_span=1"
+        )
+    if length != 1 and len(spans) > 1 and all(span[-1].spec.ends_span for span in spans):
+        raise ValueError(
+            f"no blocks of {type(model).__name__} can share a short sequence, for it reads every token between them; "
+            "use scope='block' with merge_span=1"
         )
     return spans
 

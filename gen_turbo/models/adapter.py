@@ -33,7 +33,8 @@ class TokenArg:
 
     def reads(self, value: Any, item: int = 0) -> bool:
         """Whether an argument, or an item of one, is there and has a row per token."""
-        return value is not None and (not self.items or item in self.items) and self.num_axes in (0, value.ndim)
+        is_asked_for = value is not None and (not self.items or item in self.items)
+        return is_asked_for and self.num_axes in (0, value.ndim) and value.shape[self.axis] > 1
 
 
 @dataclass(frozen=True)

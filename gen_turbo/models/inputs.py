@@ -11,8 +11,11 @@ _COPIES = (2, 3)
 
 
 def time_of(timestep: Any) -> float:
-    """The denoising time, which a model is given as a number or a tensor of equal ones; waits for the device."""
-    return float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
+    """The denoising time, which a model is given as a number or a tensor; waits for the device.
+
+    Of different ones the latest counts: frames that are given, not made, have the time zero.
+    """
+    return float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
 
 
 def num_images(sample: Tensor) -> int:

@@ -36,7 +36,7 @@ CELLS = {
     "detached": "every object as before",
 }
 COLUMNS = (*CELLS, *VARIANTS, "text merged")
-NO_SPANS = ("hunyuan-dit",)
+NO_SPANS = ("hunyuan-dit", "hidream")
 """Blocks that are linked to each other by more than their tokens, or between which the model reads every token."""
 NO_BLOCKS = ("kandinsky",)
 """Attention on maps between convolutions: there is no block of tokens to merge."""
@@ -115,7 +115,10 @@ def _detached(name: str) -> str:
     for scope in ("attention", "block"):
         if is_refused(name, {"scope": scope}):
             continue
+        untouched = model_state(model)
+        run(times=TIMES[:1])
         before = model_state(model)
+        own = differences(untouched, before)
         attachment = attach(model, TurboProcessor(0.4, scope=scope, warmup_steps=1))
         try:
             with attachment:
@@ -128,7 +131,7 @@ def _detached(name: str) -> str:
                     handle.remove()
         except ZeroDivisionError:
             attachment.detach()
-        assert differences(before, model_state(model)) == []
+        assert [key for key in differences(before, model_state(model)) if key not in own] == []
     return CELLS["detached"]
 
 
@@ -166,7 +169,9 @@ def _check_lengths(
     num_keys = max(key for _, key in stock)
     num_queries = max(query for query, _ in stock)
     queries = {query for query, key in seen if key == num_keys - removed - text}
-    assert queries == {num_queries if processor.kv_only else num_queries - removed - text}
+    # Sound asks video too, in which it is as long as ever.
+    others = {query for query, key in stock if key == num_keys and query != num_queries}
+    assert queries - others == {num_queries if processor.kv_only else num_queries - removed - text}
 
 
 @cache

@@ -16,12 +16,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 TRANSFORMERS = tuple(FAMILIES)
 SHARED = (
     "flux",
+    "flux2",
     "chroma",
     "hunyuan-video",
     "hunyuan-dit",
     "cogview4",
     "qwen-image",
     "wan",
+    "wan-vace",
+    "skyreels-v2-forcing",
+    "hunyuan-video-1.5",
+    "qwen-image-2.1",
     "cogvideox-rotary",
     "mochi",
 )
@@ -45,8 +50,8 @@ def test_the_table_has_no_empty_cell():
 def test_odd_grids_and_single_pictures(name):
     """Catches a square root of the number of tokens, and a batch of two that is taken for granted."""
     model, run_model = family(name)
-    # diffusers' DiT is square: it takes the root itself.
-    grid = (6, 6) if name == "dit" else (6, 10)
+    # diffusers' DiT is square: it takes the root itself. Two have a time for each of 64 tokens.
+    grid = {"dit": (6, 6), "wan-ti2v": (4, 16), "ltx2-split": (4, 16)}.get(name, (6, 10))
     shape = {"batch": 1, "grid": grid}
     stock = run_model(**shape)
     with attach(model, TurboProcessor(0.4, restore="copy")):
@@ -84,11 +89,12 @@ def _plans_of(name, kind, **kwargs):
     return plans
 
 
-@pytest.mark.parametrize("name", ["wan", "mochi", "ltx-video"])
+@pytest.mark.parametrize("name", ["wan", "mochi", "ltx-video", "ltx2", "kandinsky5", "wan-vace"])
 def test_no_slot_crosses_frames(name):
-    """Catches merging one frame's last row into the next frame's first."""
-    (plan,) = {id(p): p for p in _plans_of(name, FAMILIES[name])}.values()
-    assert plan.num_tokens == 64 and len(plan.slot_BN) % 3 == 0
+    """Catches merging one frame's last row into the next frame's first, and a map of a control stream for the video."""
+    plans = {id(p): p for p in _plans_of(name, FAMILIES[name])}.values()
+    assert len(plans) == (2 if name == "wan-vace" else 1)
+    assert all(plan.num_tokens == 64 and len(plan.slot_BN) % 3 == 0 for plan in plans)
 
 
 def test_positions_are_taken_by_anchor(monkeypatch):
@@ -114,8 +120,8 @@ def test_positions_are_taken_by_anchor(monkeypatch):
 
 def test_a_corrected_step_between_equal_full_steps_is_exact():
     """Catches detail that is remembered for other tokens: on latents that do not change, nothing may be lost."""
-    for name in ("sd3", "flux", "wan", "lumina2"):
-        for scope in ("attention", "block"):
+    for name in ("sd3", "flux", "wan", "lumina2", "flux2", "wan-vace", "wan-animate", "ltx2", "hunyuan-image"):
+        for scope in ("attention", "block", "model"):
             model = build(name)
             latents = random(1, *FAMILIES[name].latents((8, 8)))
             with (
@@ -133,12 +139,22 @@ def _call(name, model, latents, time):
 
 def test_what_is_not_supported_names_what_is():
     """Catches a bare refusal, and silence on a diffusers model that no host knows."""
+    from diffusers import PriorTransformer
+
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "embedding_dim": 16}
+    with pytest.raises(ValueError, match=r"PriorTransformer is not supported; supported: .*Flux.*Wan"):
+        attach(PriorTransformer(**shape, num_embeddings=4), ToMeProcessor(0.4))
+
+
+def test_what_cannot_be_reduced_says_why():
+    """Catches a convolution over a grid that merging has made irregular, and a refusal that leaves hope."""
     from diffusers import SanaTransformer2DModel
 
     shape = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 8}
     cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
-    with pytest.raises(ValueError, match=r"SanaTransformer2DModel is not supported; supported: .*Flux.*Wan"):
-        attach(SanaTransformer2DModel(**shape, **cross, caption_channels=16), ToMeProcessor(0.4))
+    model = SanaTransformer2DModel(**shape, **cross, caption_channels=16)
+    with pytest.raises(ValueError, match="SanaTransformer2DModel cannot be reduced: its linear attention convolves"):
+        attach(model, ToMeProcessor(0.4))
 
 
 def test_text_only_layers_and_cross_attention_are_left_alone():

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from gen_turbo.models.adapter import Adapter
-from gen_turbo.models.families import flux, images, qwen, videos
+from gen_turbo.models.families import flux, hunyuan, images, qwen, videos, wan
 from gen_turbo.models.unet import UNetAdapter
 
-ADAPTERS: tuple[Adapter, ...] = (UNetAdapter(), *images.ADAPTERS, *flux.ADAPTERS, *qwen.ADAPTERS, *videos.ADAPTERS)
+_GRID = "its linear attention convolves over the grid of all tokens in every block"
+REFUSED = {
+    "SanaTransformer2DModel": _GRID,
+    "SanaVideoTransformer3DModel": _GRID,
+    "SanaControlNetModel": _GRID,
+}
+"""Why some models cannot be reduced, by the name of the class."""
+_FILES = (images, flux, qwen, wan, hunyuan, videos)
+ADAPTERS: tuple[Adapter, ...] = (UNetAdapter(), *(adapter for file in _FILES for adapter in file.ADAPTERS))

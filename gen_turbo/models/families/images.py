@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gen_turbo.models.adapter import SELF_ATTENTION, Adapter, LayerSignature, ModelCall, Region, TextSignature, TokenArg
 from gen_turbo.models.families.common import POSITIONS_INSIDE, ROTARY, SELF, block, share_of_the_way, thousandths
-from gen_turbo.models.transformer import Regions, TransformerAdapter, text_length
+from gen_turbo.models.transformer import Regions, TransformerAdapter, patches, text_length
 
 PIXART = TransformerAdapter(
     ("PixArtTransformer2DModel", "DiTTransformer2DModel"),
@@ -115,4 +115,40 @@ Z_IMAGE = TransformerAdapter(
     reading=_lists,
 )
 
-ADAPTERS: tuple[Adapter, ...] = (PIXART, HUNYUAN_DIT, SD3, AURA_FLOW, COGVIEW, LUMINA2, Z_IMAGE)
+
+def _hidream(arguments: Mapping[str, Any]) -> ModelCall:
+    return ModelCall(arguments["hidden_states"], arguments["timesteps"], arguments["encoder_hidden_states_t5"])
+
+
+def _hidream_text(model: Any, arguments: Mapping[str, Any]) -> int:
+    """T5's tokens, and Llama's of the last layer and of the block's own."""
+    llama = arguments["encoder_hidden_states_llama3"]
+    return int(arguments["encoder_hidden_states_t5"].shape[1] + 2 * llama[0].shape[-2])
+
+
+def _hidream_patches(model: Any, arguments: Mapping[str, Any]) -> Regions:
+    """Latents that are packed already come with their sizes."""
+    if arguments["hidden_states"].ndim == 4:
+        return patches(model, arguments)
+    sizes = arguments.get("img_sizes")
+    return (Region(1, (int(sizes[0][0]), int(sizes[0][1]))),) if sizes is not None else ()
+
+
+# Latents that are not square are padded behind, and a mask says so.
+_HIDREAM_ARGS = tuple(TokenArg(name, axis=1, has_batch=True) for name in ("image_rotary_emb", "hidden_states_masks"))
+_HIDREAM = LayerSignature(tokens="norm_hidden_states", has_text_after=True, none=(), token_args=_HIDREAM_ARGS)
+HIDREAM = TransformerAdapter(
+    ("HiDreamImageTransformer2DModel",),
+    {"double_stream_blocks.*.block.attn1": _HIDREAM, "single_stream_blocks.*.block.attn1": _HIDREAM},
+    {
+        "double_stream_blocks.*": block(none=(), has_text_after=True, token_args=_HIDREAM_ARGS),
+        "single_stream_blocks.*": block(none=(), has_text_after=True, token_args=_HIDREAM_ARGS),
+    },
+    regions=_hidream_patches,
+    num_text=_hidream_text,
+    text="it gives every block a text of its own",
+    reading=_hidream,
+    ends_span=lambda model, name: True,
+)
+
+ADAPTERS: tuple[Adapter, ...] = (PIXART, HUNYUAN_DIT, SD3, AURA_FLOW, COGVIEW, LUMINA2, Z_IMAGE, HIDREAM)

@@ -1,9 +1,12 @@
-"""Qwen-Image."""
+"""Qwen-Image and Qwen-Image 2.1."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from gen_turbo.models.adapter import Adapter, LayerSignature, Region, TokenArg
 from gen_turbo.models.families.common import POSITIONS_INSIDE, block, thousandths
@@ -33,4 +36,33 @@ QWEN_IMAGE = TransformerAdapter(
     text=POSITIONS_INSIDE,
 )
 
-ADAPTERS: tuple[Adapter, ...] = (QWEN_IMAGE,)
+_PREFIX = "text and references are a prefix that the model keeps the keys of"
+
+
+def _prefix_length(model: Any, arguments: Mapping[str, Any]) -> int:
+    """Tokens before the target: those of the text, and of references, of which four stand for one of the text's."""
+    slots, target = arguments["img_mask"][0], arguments["img_shapes"][0][-1]
+    num_tokens, num_target = torch.where(slots, 4, 1).sum(), math.prod(target)
+    return int(num_tokens) - int(num_target)
+
+
+def _target(model: Any, arguments: Mapping[str, Any]) -> Regions:
+    frames, height, width = arguments["img_shapes"][0][-1]
+    return (Region(frames, (height, width)),)
+
+
+_FILLS_CACHE = ("segments", "cache_write_slice")
+_BEHIND_PREFIX = (TokenArg("rotary_emb"), TokenArg("attention_mask", axis=3, has_batch=True, has_text_before=True))
+QWEN_IMAGE_21 = TransformerAdapter(
+    ("QwenImage21Transformer2DModel",),
+    {"transformer_blocks.*.attn": LayerSignature(keys_before=True, none=_FILLS_CACHE, token_args=_BEHIND_PREFIX)},
+    {"transformer_blocks.*": block(none=_FILLS_CACHE, token_args=(*_BEHIND_PREFIX, TokenArg("target_token_mask")))},
+    to_time=thousandths,
+    regions=_target,
+    # The call that fills the cache runs in full.
+    left_alone=lambda arguments: "" if arguments.get("kv_cache") is not None else "it keeps no cache of its prefix",
+    num_text=_prefix_length,
+    text=_PREFIX,
+)
+
+ADAPTERS: tuple[Adapter, ...] = (QWEN_IMAGE, QWEN_IMAGE_21)

@@ -8,13 +8,6 @@ from gen_turbo.models.adapter import Adapter, LayerSignature, TextSignature, Tok
 from gen_turbo.models.families.common import ROTARY, SELF, block
 from gen_turbo.models.transformer import TransformerAdapter, patches_of, sizes_given, text_length
 
-WAN = TransformerAdapter(
-    ("WanTransformer3DModel",),
-    {"blocks.*.attn1": LayerSignature(none=SELF, token_args=(TokenArg("rotary_emb", axis=1),))},
-    {"blocks.*": block(none=(), token_args=(TokenArg("rotary_emb", axis=1),))},
-)
-
-
 _ROTARY_PER_SAMPLE = (TokenArg("image_rotary_emb", axis=1, has_batch=True),)
 LTX = TransformerAdapter(
     ("LTXVideoTransformer3DModel",),
@@ -47,20 +40,46 @@ MOCHI = TransformerAdapter(
     num_text=text_length,
     text="its attention leaves padding out by itself",
 )
-_KEY_MASK = TokenArg("attention_mask", axis=3, has_batch=True)
-_HUNYUAN_VIDEO = LayerSignature(none=(), has_text_keys=True, token_args=(*ROTARY, _KEY_MASK))
-HUNYUAN_VIDEO = TransformerAdapter(
-    ("HunyuanVideoTransformer3DModel",),
-    {"transformer_blocks.*.attn": _HUNYUAN_VIDEO, "single_transformer_blocks.*.attn": _HUNYUAN_VIDEO},
-    # A first frame that is given stays with attention scope.
+
+
+def _ltx2_rotary(name: str) -> tuple[TokenArg, ...]:
+    """Interleaved tables have no axis of heads, split ones have."""
+    return tuple(TokenArg(name, axis=axis, has_batch=True, num_axes=axis + 2) for axis in (1, 2))
+
+
+_LTX2_OF_TOKENS = tuple(
+    TokenArg(name, axis=1, has_batch=True) for name in ("temb", "temb_ca_scale_shift", "temb_ca_gate")
+)
+"""Modulations, one for each token where frames are given, else one for all."""
+LTX2 = TransformerAdapter(
+    ("LTX2VideoTransformer3DModel",),
+    {"transformer_blocks.*.attn1": LayerSignature(none=SELF, token_args=_ltx2_rotary("query_rotary_emb"))},
     {
-        "transformer_blocks.*": block(none=("token_replace_emb",), token_args=(TokenArg("freqs_cis"), _KEY_MASK)),
-        "single_transformer_blocks.*": block(none=("token_replace_emb",), token_args=(*ROTARY, _KEY_MASK)),
+        # Of a block's six attentions video tokens ask in three and are asked by the audio in one.
+        "transformer_blocks.*": block(
+            none=("self_attention_mask", "a2v_cross_attention_mask", "v2a_cross_attention_mask"),
+            token_args=(*_ltx2_rotary("video_rotary_emb"), *_ltx2_rotary("ca_video_rotary_emb"), *_LTX2_OF_TOKENS),
+            carries="audio_hidden_states",
+        )
     },
-    is_one_stack=True,
-    num_text=text_length,
-    # What the mask hides nobody reads, and it stays behind what is shown.
-    text=TextSignature(mask="encoder_attention_mask", hides=True),
+    regions=sizes_given,
+)
+# In blocks of 8 x 8 tokens, in which sparse attention wants them, they stay as they are.
+KANDINSKY5 = TransformerAdapter(
+    ("Kandinsky5Transformer3DModel",),
+    {
+        "visual_transformer_blocks.*.self_attention": LayerSignature(
+            none=("encoder_hidden_states", "sparse_params"),
+            token_args=(TokenArg("rotary_emb", axis=1, has_batch=True),),
+        )
+    },
+    {
+        "visual_transformer_blocks.*": block(
+            tokens="visual_embed", none=("sparse_params",), token_args=(TokenArg("rope", axis=1, has_batch=True),)
+        )
+    },
+    # Latents are (batch, frames, height, width, channels).
+    regions=lambda model, arguments: patches_of(model, arguments["hidden_states"].permute(0, 4, 1, 2, 3)),
 )
 
-ADAPTERS: tuple[Adapter, ...] = (WAN, LTX, COGVIDEOX, MOCHI, HUNYUAN_VIDEO)
+ADAPTERS: tuple[Adapter, ...] = (LTX, LTX2, COGVIDEOX, MOCHI, KANDINSKY5)
