@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gen_turbo.bench.by_blocks import BY_BLOCKS
 from gen_turbo.models.adapter import Geometry
 
 _LATENT_SCALE = 8
@@ -29,6 +30,10 @@ class Denoiser:
         latent_channels: Channels of its latents.
         patch: Side of the latent patch that is one token.
         joins_text: Whether text shares attention with the image.
+        latent_scale: Pixels along a side of a latent.
+        frames: Frames of its latents.
+        widths: Of a video, the width in pixels by the height; else it is a square.
+        merges_text: Whether text can be merged.
     """
 
     name: str
@@ -39,25 +44,39 @@ class Denoiser:
     latent_channels: int = 4
     patch: int = 1
     joins_text: bool = False
+    latent_scale: int = _LATENT_SCALE
+    frames: int = 1
+    widths: Mapping[int, int] = field(default_factory=dict)
+    merges_text: bool = True
 
     def build(self, depths: Mapping[str, int] | None = None, device: str = "meta") -> nn.Module:
         """Makes the model, on the meta device unless told otherwise, with its own depths or with others."""
         config = self.config | _NESTED.get(self.name, dict)(self.depths if depths is None else depths)
+        of_class: Any = BY_BLOCKS.get(self.model) or getattr(import_module("diffusers"), self.model)
         with torch.device(device):
-            model: nn.Module = getattr(import_module("diffusers"), self.model)(**config)
+            model: nn.Module = of_class(**config)
         return model.eval().requires_grad_(False)
 
     def inputs(self, pixels: int) -> dict[str, Any]:
         """Arguments of one call for one sample, as its pipeline passes them."""
-        side = pixels // _LATENT_SCALE
-        sample, text = _empty(1, self.latent_channels, side, side), _empty(1, *self.text)
+        frames = (self.frames,) if self.widths else ()
+        sample, text = _empty(1, self.latent_channels, *frames, *self._latents(pixels)), _empty(1, *self.text)
         arguments = {"encoder_hidden_states": text, "timestep": _empty(1)}
         return arguments | _INPUTS[self.model](self, sample)
 
     def geometry(self, pixels: int) -> Geometry:
         """Where the tokens of such a call are."""
-        side = pixels // _LATENT_SCALE // self.patch
-        return Geometry((side, side), num_text=self.text[0] if self.joins_text else 0)
+        height, width = (side // self.patch for side in self._latents(pixels))
+        return Geometry((height, width), self.frames, num_text=self.text[0] if self.joins_text else 0)
+
+    def image_share(self, pixels: int) -> float:
+        """The share of image tokens in sequences that text is in too."""
+        geometry = self.geometry(pixels)
+        num_image = sum(region.num_tokens for region in geometry.regions)
+        return num_image / (num_image + geometry.num_text)
+
+    def _latents(self, pixels: int) -> tuple[int, int]:
+        return pixels // self.latent_scale, self.widths.get(pixels, pixels) // self.latent_scale
 
 
 def _sdxl_depths(depths: Mapping[str, int]) -> dict[str, Any]:
@@ -96,11 +115,30 @@ def _flux(denoiser: Denoiser, sample: Tensor) -> dict[str, Any]:
     }
 
 
+def _flux2(denoiser: Denoiser, sample: Tensor) -> dict[str, Any]:
+    num_tokens = sample.shape[-2] * sample.shape[-1]
+    guidance = {"guidance": _empty(1)} if denoiser.config.get("guidance_embeds", True) else {}
+    tokens = _empty(1, num_tokens, denoiser.latent_channels)
+    return {
+        "hidden_states": tokens,
+        "img_ids": _empty(num_tokens, 4),
+        "txt_ids": _empty(denoiser.text[0], 4),
+    } | guidance
+
+
+def _latents_alone(denoiser: Denoiser, sample: Tensor) -> dict[str, Any]:
+    return {"hidden_states": sample}
+
+
 _INPUTS = {
     "UNet2DConditionModel": _unet,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "Flux2Transformer2DModel": _flux2,
+    "WanTransformer3DModel": _latents_alone,
+    "HunyuanVideo15Transformer3DModel": _latents_alone,
+    "QwenImage21Transformer2DModel": _latents_alone,
 }
 
 _SD15 = Denoiser(
@@ -172,5 +210,58 @@ _FLUX = Denoiser(
     patch=_FLUX_PATCH,
     joins_text=True,
 )
-DENOISERS = {denoiser.name: denoiser for denoiser in (_SD15, _SDXL, _PIXART, _SD3, _FLUX)}
-"""Stable Diffusion 1.5 and XL, PixArt-Sigma, Stable Diffusion 3 medium and Flux.1-dev."""
+_FLUX2: dict[str, Any] = {"latent_channels": 128, "joins_text": True, "latent_scale": 16}
+_FLUX2_DEV = Denoiser(
+    "flux2-dev",
+    "Flux2Transformer2DModel",
+    {},
+    {"num_layers": 8, "num_single_layers": 48},
+    text=(512, 15360),
+    **_FLUX2,
+)
+_FLUX2_KLEIN = Denoiser(
+    "flux2-klein-4b",
+    "Flux2Transformer2DModel",
+    {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False},
+    {"num_layers": 5, "num_single_layers": 20},
+    text=(512, 7680),
+    **_FLUX2,
+)
+_WAN22 = Denoiser(
+    "wan-2.2-14b",
+    "WanTransformer3DModel",
+    {},
+    {"num_layers": 40},
+    text=(512, 4096),
+    latent_channels=16,
+    patch=2,
+    frames=21,
+    widths={480: 832, 720: 1280},
+)
+_HUNYUAN_VIDEO_15 = Denoiser(
+    "hunyuan-video-1.5",
+    "HunyuanVideo15Transformer3DModel",
+    {},
+    {"num_layers": 54},
+    text=(1000 + 256 + 729, 2048),
+    latent_channels=65,
+    joins_text=True,
+    latent_scale=16,
+    frames=31,
+    widths={480: 848, 720: 1280},
+    merges_text=False,
+)
+_QWEN_IMAGE_21 = Denoiser(
+    "qwen-image-2.1",
+    "QwenImage21Transformer2DModel",
+    {},
+    {"num_layers": 32},
+    text=(512, 4096),
+    latent_channels=64,
+    latent_scale=16,
+)
+_OLDER = (_SD15, _SDXL, _PIXART, _SD3, _FLUX)
+_NEWER = (_FLUX2_KLEIN, _FLUX2_DEV, _WAN22, _HUNYUAN_VIDEO_15, _QWEN_IMAGE_21)
+DENOISERS = {denoiser.name: denoiser for denoiser in (*_OLDER, *_NEWER)}
+"""Stable Diffusion 1.5 and XL, PixArt-Sigma, Stable Diffusion 3 medium and Flux.1-dev; FLUX.2 klein 4B and dev, Wan 2.2
+at 81 frames, HunyuanVideo 1.5 at 121 frames with all of its text, Qwen-Image 2.1 behind 512 tokens of text."""

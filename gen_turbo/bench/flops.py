@@ -24,7 +24,7 @@ from gen_turbo.methods.turbo import TurboProcessor
 from gen_turbo.models.adapter import Adapter, Geometry, ModelCall
 from gen_turbo.tokens.token_map import TokenMap
 
-SCOPES = ("attention", "block")
+SCOPES = ("attention", "block", "model")
 RATIOS = (0.4, 0.5)
 PIXELS = (512, 1024, 2048)
 _ALL_LEVELS = 8
@@ -48,10 +48,17 @@ class Stock:
     linear: int
     rest: int
 
-    def bound(self, scope: str, ratio: float) -> float:
-        """How many times less arithmetic there is if every token sequence loses `ratio` and merging costs nothing."""
-        saved = self.softmax * (1 - (1 - ratio) ** 2) + self.linear * ratio
-        saved += self.rest * ratio if scope == "block" else 0
+    def bound(self, scope: str, ratio: float, image_share: float = 1.0) -> float:
+        """How many times less arithmetic there is if merging costs nothing.
+
+        Args:
+            scope: What runs on merged tokens.
+            ratio: What every sequence loses of its tokens that can be merged.
+            image_share: The share of those, where text is in the same sequence and stays as it is.
+        """
+        lost = ratio * image_share
+        saved = self.softmax * (1 - (1 - lost) ** 2) + self.linear * lost
+        saved += self.rest * lost if scope != "attention" else 0
         return self.total / (self.total - saved)
 
 
@@ -72,11 +79,13 @@ def run(options: argparse.Namespace) -> None:
 
 def _record_all(options: argparse.Namespace, counted: Counted) -> None:
     denoiser, stocks = counted.denoiser, dict[int, Stock]()
-    texts = (False, True) if denoiser.joins_text else (False,)
-    cases = list(itertools.product(texts, options.pixels or PIXELS, SCOPES, RATIOS))
+    texts = (False, True) if denoiser.joins_text and denoiser.merges_text else (False,)
+    cases = list(itertools.product(texts, options.pixels or tuple(denoiser.widths) or PIXELS, SCOPES, RATIOS))
     for takes_text, pixels, scope, ratio in tqdm(cases, desc=f"flops, {denoiser.name}"):
         text_ratio = ratio if takes_text else 0.0
         params = {"model": denoiser.name, "pixels": pixels, "scope": scope, "ratio": ratio, "text_ratio": text_ratio}
+        if scope == "model" and not counted.adapter.is_transformer:
+            continue
         name = f"{denoiser.name}-{pixels}-{scope}-r{ratio:g}" + "-text" * takes_text
         if records.is_finished(options.records, "flops", name, params, options.seed):
             continue
@@ -84,7 +93,8 @@ def _record_all(options: argparse.Namespace, counted: Counted) -> None:
             stocks[pixels] = counted.stock(pixels)
         planned, served = counted.reduced(pixels, scope, ratio, text_ratio)
         counts = {"stock": stocks[pixels].total, "planned": planned, "served": served}
-        values = {"bound": [stocks[pixels].bound(scope, ratio)]}
+        image_share = 1.0 if takes_text else denoiser.image_share(pixels)
+        values = {"bound": [stocks[pixels].bound(scope, ratio, image_share)]}
         record = records.BenchRecord(
             "flops", name, denoiser.name, params, [], [], [], [], options.seed, values=values, counts=counts
         )
@@ -104,6 +114,12 @@ class Counted:
     denoiser: Denoiser
     base: nn.Module
     deeper: tuple[tuple[nn.Module, int], ...]
+
+    @property
+    def adapter(self) -> Adapter:
+        """Its family."""
+        adapter: Adapter = adapter_of(self.base)
+        return adapter
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> Counted:
