@@ -137,16 +137,20 @@ def _exchanged(
     found = [adapter_of(model) for model, _, _ in wanted]
     for part in before:
         _release(part)
+    parts: list[Part] = []
     try:
-        parts = [_part(adapter, *one, pipeline) for one, adapter in zip(wanted, found, strict=True)]
-    except Exception:
+        for one, adapter in zip(wanted, found, strict=True):
+            parts.append(_part(adapter, *one, pipeline))
+        roots = [part.root for part in parts if isinstance(part, DenoiserPart)]
+        for root in roots:
+            # Models that share the steps of a run, as those of Wan 2.2 do, end it together.
+            root.siblings = [other for other in roots if other is not root]
+        _install(parts)
+    except BaseException:
+        for part in parts:
+            _release(part)
         _install(before)
         raise
-    roots = [part.root for part in parts if isinstance(part, DenoiserPart)]
-    for root in roots:
-        # Models that share the steps of a run, as those of Wan 2.2 do, end it together.
-        root.siblings = [other for other in roots if other is not root]
-    _install(parts)
     return Attachment(parts)
 
 

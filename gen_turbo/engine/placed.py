@@ -11,7 +11,17 @@ from typing import Any
 from torch import nn
 
 
-class Placed(ABC):
+class NotPickled:
+    """What hangs on a model while a processor is attached."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a model with a gen_turbo processor attached cannot be pickled; call gen_turbo.detach before and attach "
+            "again afterwards"
+        )
+
+
+class Placed(NotPickled, ABC):
     """Stands in front of a module from `install` until `remove`; copies of the module are stock again.
 
     What a subclass reads to be stock, when it is off, it has as attributes of its class.
@@ -89,12 +99,6 @@ class Placed(ABC):
         stock = MethodType(type(twin).forward, twin)
         off.inner = stock if self._before is None else copy.deepcopy(self._before, memo)
         return off
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a model with a gen_turbo processor attached cannot be pickled; call gen_turbo.detach before and attach "
-            "again afterwards"
-        )
 
 
 def _references(module: nn.Module) -> list[tuple[Any, str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from gen_turbo.vlm.cache import ShortenedCache, shortened
 from gen_turbo.vlm.call import CallState, begin, begin_anew, end
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.family import Family, image_token_mask
+from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.layers import real_columns
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
@@ -85,12 +85,11 @@ class Gate:
             self._text.register_forward_hook(self._after_text, with_kwargs=True),
         ]
 
-    def watch(self, get_image_features: Callable[..., Any], note: Callable[[Seen], None]) -> Callable[..., Any]:
-        """Wraps the base model's `get_image_features` so that the features of each picture are seen."""
-        signature = inspect.signature(get_image_features)
+    def watch(self, note: Callable[[Seen], None]) -> InstanceMethod:
+        """Stands before the base model's `get_image_features` so that the features of each picture are seen."""
+        signature = inspect.signature(self._base.get_image_features)  # type: ignore[arg-type]
 
-        @wraps(get_image_features)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watched(get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = get_image_features(*args, **kwargs)
             pooled = output.pooler_output if hasattr(output, "pooler_output") else output
             pictures = self._pictures_of(pooled)
@@ -103,7 +102,7 @@ class Gate:
                 self._features = pictures
             return output
 
-        return watched
+        return InstanceMethod(self._base, "get_image_features", watched)
 
     def _pictures_of(self, pooled: Any) -> list[Tensor]:
         """Features of each picture on its own."""

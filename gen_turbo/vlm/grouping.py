@@ -21,9 +21,9 @@ from gen_turbo.training.vistog import SemanticGrouping, VisToGArtefact, VisToGSh
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.family import Family, TowerFacts, square, tower_facts
 from gen_turbo.vlm.gate import Gate
+from gen_turbo.vlm.hooks import InstanceMethod, stock_in_copies
 from gen_turbo.vlm.part import VlmPart, token_flops
 from gen_turbo.vlm.planning import plan_tokens
-from gen_turbo.vlm.projections import InstanceForward
 from gen_turbo.vlm.run import Group
 from gen_turbo.vlm.semantic import SemanticStream
 from gen_turbo.vlm.settings import Grouped
@@ -85,7 +85,8 @@ class GroupingPart(VlmPart):
             self._handles.append(tower.register_forward_hook(self._after_tower))
         else:
             projector = self.model.get_submodule(self._facts.projector)
-            self._handles.append(InstanceForward(projector, self._project))
+            self._handles.append(InstanceMethod(projector, "forward", self._project))
+        stock_in_copies(self._handles)
 
     def slots(self) -> Tensor | None:
         """The group of each patch of the pictures seen last, (B, N); None before the first."""

@@ -16,7 +16,7 @@ from gen_turbo.tokens.select import keep_highest
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import ShortenedCache, shortened
 from gen_turbo.vlm.call import CallState
-from gen_turbo.vlm.projections import InstanceForward
+from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.routes import Prompt, Route, Routing, Scores
 from gen_turbo.vlm.run import Group, Pictures
 
@@ -85,7 +85,7 @@ class Skipping:
         return [
             self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             self._text.register_forward_hook(self._after_text, with_kwargs=True),
-            *(InstanceForward(layer, self._run(index)) for index, layer in enumerate(layers) if index > 0),
+            *(InstanceMethod(layer, "forward", self._run(index)) for index, layer in enumerate(layers) if index > 0),
         ]
 
     def is_skipped(self, layer: int) -> bool:

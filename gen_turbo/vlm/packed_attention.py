@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_turbo.tokens.score import attention_column_mean
-from gen_turbo.vlm.projections import InstanceForward
+from gen_turbo.vlm.hooks import InstanceMethod
 
 Seen = dict[str, Any]
 """What one attention layer was given and projected in one call."""
@@ -66,7 +66,7 @@ class PackedAttention:
                 parts.append((place, out.transpose(1, 2).flatten(2)))
             return self._attn.proj(_in_one_row(parts))
 
-        return InstanceForward(self._attn, run)
+        return InstanceMethod(self._attn, "forward", run)
 
     def keys(self, seen: Seen) -> Tensor:
         """The keys of the call without their positions: (S, H, D)."""

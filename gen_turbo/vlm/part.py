@@ -19,6 +19,7 @@ from gen_turbo.vlm.decoder import Cut
 from gen_turbo.vlm.family import Family, tower_facts
 from gen_turbo.vlm.fits import check_place
 from gen_turbo.vlm.gate import Gate
+from gen_turbo.vlm.hooks import stock_in_copies
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.packed import PackedTower
 from gen_turbo.vlm.planning import plan_tokens
@@ -44,7 +45,6 @@ class VlmPart(OnModel):
         self._placement = placement_of(reducer)
         self._handles: list[Any] = []
         self._rows: dict[str, LayerReport] = {}
-        self._had_features: Any = None
         self._cost = 0
         self._counting = Lock()
         check_place(model, family, reducer)
@@ -81,20 +81,14 @@ class VlmPart(OnModel):
                 self._handles += stage.install()
         if self._gate is not None:
             self._handles += self._gate.words.install(self.model) if self._gate.words is not None else []
-            base = self.model.get_submodule(self._family.base)
-            self._had_features = vars(base).get("get_image_features")
-            base.get_image_features = self._gate.watch(base.get_image_features, self._note)  # type: ignore[assignment,arg-type]
+            self._handles.append(self._gate.watch(self._note))
+        stock_in_copies(self._handles)
 
     def remove(self) -> None:
         """Takes every hook off; doing it twice is harmless."""
         for handle in reversed(self._handles):
             handle.remove()
-        model = self._model()
-        if self._handles and self._gate is not None and model is not None:
-            base = model.get_submodule(self._family.base)
-            vars(base).pop("get_image_features", None)
-            if self._had_features is not None:
-                base.get_image_features = self._had_features
+        if self._gate is not None:
             self._gate.seen = Seen()
         self._handles = []
 

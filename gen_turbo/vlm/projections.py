@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gen_turbo.tokens.score import attention_column_mean
 from gen_turbo.vlm.family import TowerFacts
+from gen_turbo.vlm.hooks import InstanceMethod
 
 Seen = dict[str, Tensor]
 """What one attention layer projected in one call, by name."""
@@ -47,7 +48,7 @@ class Projections:
             log_size: Gives the logarithm of each token's size, (B, N); None if all are of size one.
         """
         if self._has_qkv:
-            return InstanceForward(self._attn, self._proportional(log_size))
+            return InstanceMethod(self._attn, "forward", self._proportional(log_size))
         return self._attn.register_forward_pre_hook(_masked(log_size), with_kwargs=True)
 
     def mean_key(self, seen: Seen) -> Tensor:
@@ -120,19 +121,3 @@ def _masked(log_size: Callable[[], Tensor | None]) -> Any:
 
 def _allows_all(mask: Tensor) -> bool:
     return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
-
-
-class InstanceForward:
-    """A `forward` of one instance, in front of the one it had, until `remove`."""
-
-    def __init__(self, module: nn.Module, replacement: Any) -> None:
-        self._module, self._had = module, vars(module).get("forward")
-        forward = module.forward
-        module.forward = lambda *args, **kwargs: replacement(forward, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Puts back what was there."""
-        if self._had is None:
-            vars(self._module).pop("forward", None)
-        else:
-            self._module.forward = self._had

@@ -14,6 +14,7 @@ from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.decoder import Cut, check_cut
 from gen_turbo.vlm.family import Family
 from gen_turbo.vlm.gate import Gate
+from gen_turbo.vlm.hooks import stock_in_copies
 from gen_turbo.vlm.layers import Choice, Skipping
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.routes import Route, Routed, Routing
@@ -78,13 +79,13 @@ class RoutedPart(OnModel):
 
     def install(self) -> None:
         """Puts every hook in place."""
-        base: Any = self.model.get_submodule(self._family.base)
         if not self._is_whole:
-            self._handles.append(_Watched(base, self._gate))
+            self._handles.append(self._gate.watch(lambda seen: None))
             for stage in (self._gate, self._layers, self._cut):
                 self._handles += stage.install() if stage is not None else []
             text = self.model.get_submodule(self._family.text)
             self._handles.append(text.register_forward_hook(lambda module, args, output: self._after_text()))
+            stock_in_copies(self._handles)
 
     def remove(self) -> None:
         """Takes every hook off; doing it twice is harmless."""
@@ -155,19 +156,6 @@ class RoutedPart(OnModel):
                 flops=row.flops + after * cost,
                 stock_flops=row.stock_flops + before * cost,
             )
-
-
-class _Watched:
-    """The base model's `get_image_features`, watched by the gate."""
-
-    def __init__(self, base: Any, gate: Gate) -> None:
-        self._base, self._had = base, vars(base).get("get_image_features")
-        base.get_image_features = gate.watch(base.get_image_features, lambda seen: None)
-
-    def remove(self) -> None:
-        vars(self._base).pop("get_image_features", None)
-        if self._had is not None:
-            self._base.get_image_features = self._had
 
 
 def _check(model: nn.Module, text: Any, routing: Routing) -> None:

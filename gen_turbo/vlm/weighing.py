@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.vlm.call import CallState
+from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.layers import Choice
-from gen_turbo.vlm.projections import InstanceForward
 from gen_turbo.vlm.run import reduce
 
 
@@ -37,7 +37,7 @@ class Weighing:
         return [
             self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             self._text.register_forward_hook(lambda text, args, output: self._choice.forget()),
-            *(InstanceForward(layer, self._run(index)) for index, layer in enumerate(layers)),
+            *(InstanceMethod(layer, "forward", self._run(index)) for index, layer in enumerate(layers)),
         ]
 
     def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

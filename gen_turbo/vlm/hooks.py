@@ -1,0 +1,78 @@
+"""What an attached vision-language model carries, and its copies do not: hooks, and methods of one module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import update_wrapper
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from gen_turbo.engine.placed import NotPickled
+
+
+def stock_in_copies(handles: list[Any]) -> list[Any]:
+    """Makes hooks do nothing in copies of their modules, and refuse to be pickled; gives the handles back."""
+    for handle in handles:
+        hooks: Any = handle.hooks_dict_ref() if isinstance(handle, RemovableHandle) else None
+        if hooks is not None and not isinstance(hooks[handle.id], _Hook):
+            hooks[handle.id] = _Hook(hooks[handle.id])
+    return handles
+
+
+class InstanceMethod(NotPickled):
+    """Takes the place of a method of one module until `remove`; copies of the module have what it had before.
+
+    Args:
+        module: The module.
+        name: The method's name.
+        replacement: Is called with the method that was there and its arguments.
+    """
+
+    def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+        self._module, self._name, self._replacement = module, name, replacement
+        self._had, self._method = vars(module).get(name), getattr(module, name)
+        self._is_on = True
+        update_wrapper(self, self._method)
+        setattr(module, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call of the method gives."""
+        return self._replacement(self._method, *args, **kwargs) if self._is_on else self._method(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Puts back what was there; where another function was placed over this one, it stays and this is stock."""
+        self._is_on = False
+        if vars(self._module).get(self._name) is not self:
+            return
+        if self._had is None:
+            delattr(self._module, self._name)
+        else:
+            setattr(self._module, self._name, self._had)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What a copy of the module has: the method that was there before, bound to the copy."""
+        twin = memo.get(id(self._module))
+        if twin is None:
+            return self
+        return (
+            MethodType(getattr(type(twin), self._name), twin) if self._had is None else copy.deepcopy(self._had, memo)
+        )
+
+
+class _Hook(NotPickled):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """A hook that leaves arguments and outputs alone."""
