@@ -20,7 +20,7 @@ from gen_turbo.tokens.frames import one_sequence, side_by_side
 from gen_turbo.tokens.token_map import TokenMap
 
 if TYPE_CHECKING:
-    from gen_turbo.engine.runs import Context
+    from gen_turbo.engine.context import Context
 
 
 class Beginning:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gen_turbo.engine.runs import Context
+from gen_turbo.engine.context import Context
 from gen_turbo.engine.watch import Watch
 
 Mode = Literal["auto"] | bool
@@ -144,7 +144,7 @@ class Graphs:
         self._epoch += 1
 
     def _obstacle(self, context: Context) -> str:
-        device: Any = context.layout[2]
+        device = context.layout.device
         if device.type != "cuda":
             return f"the model runs on {device.type}, which has no CUDA graphs"
         if torch.is_grad_enabled():

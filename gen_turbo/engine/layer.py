@@ -220,8 +220,12 @@ def shorten(layer: ReducedLayer, given: dict[str, Any], tokens: Tensor) -> None:
     """Gives every other argument that has a row per token the rows of the merged ones."""
     if layer.has_also:
         shorten_also(layer, given, tokens)
+    assert layer.state.base is not None
     for name, key in layer.positions:
-        if given.get(name) is not None:
+        value, seen = given.get(name), layer.state.base.seen.get(key)
+        if seen is not None and seen[0] is value:
+            given[name] = seen[1]
+        elif value is not None:
             shorten_positions(layer, name, key, given)
 
 

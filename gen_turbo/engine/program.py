@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gen_turbo.engine.context import Context
 from gen_turbo.engine.layer import ReducedLayer
-from gen_turbo.engine.runs import Context
 from gen_turbo.engine.state import LayerState, Phase
 from gen_turbo.method import StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import ratio_at_step
@@ -90,9 +90,9 @@ class Program:
             context.run.num_bytes += num_bytes - context.num_bytes
             context.num_bytes = num_bytes
             return
-        device = context.layout[2]
+        device = context.layout.device
         for group in self.groups:
-            weights = torch.ones(2, device=device)  # type: ignore[call-overload]
+            weights = torch.ones(2, device=device)
             context.groups.append(GroupState(weights))
             shared: dict[int, LayerState] = {}
             for layer in group.layers:

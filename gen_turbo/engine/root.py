@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,9 +13,10 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from gen_turbo.engine.arrangement import Arrangement
 from gen_turbo.engine.base import NoEffectWarning
+from gen_turbo.engine.context import Context, Run
 from gen_turbo.engine.graphs import Graphs
 from gen_turbo.engine.placed import Placed
-from gen_turbo.engine.runs import Context, Run, Runs
+from gen_turbo.engine.runs import Runs
 from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
 from gen_turbo.engine.span import check_between
@@ -81,7 +81,6 @@ class Root(Placed):
         self.most_bytes = 0
         self.siblings: list[Root] = []
         self.owner: object = None
-        self._lock = threading.RLock()
         self._one, self._is_compiled = torch.zeros(()), False
 
     def take(self, arrangement: Arrangement) -> None:
@@ -122,12 +121,12 @@ class Root(Placed):
     @_outside
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
         """Finds the run and the step of a call, and sets every layer for it."""
-        self._lock.acquire()
+        self.runs.acquire()
         try:
             return self._begun(args, kwargs)
         except BaseException:
             self._rest()
-            self._lock.release()
+            self.runs.release()
             raise
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
@@ -224,7 +223,7 @@ class Root(Placed):
         finally:
             # A call's arguments live no longer than the call: a pipeline's run ends with its text.
             step.run, step.args, step.kwargs = None, (), {}
-            self._lock.release()
+            self.runs.release()
 
     @property
     def num_bytes(self) -> int:

@@ -1,7 +1,8 @@
 """Which run, guidance branch and step a call of the denoiser belongs to, and what the run holds.
 
 A pipeline shows the beginning, the length and the times of a run on the host: by its scheduler's timesteps, another
-object in every run. Without one, a time that does not fall begins a new run. From the third step on nothing is read.
+object in every run. Without one, a time that does not fall begins a new run. From the third step on nothing is read,
+unless the caller makes its conditioning anew in every step: then branches are told apart by its values alone.
 """
 
 from __future__ import annotations
@@ -9,114 +10,20 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_turbo.engine.layer import ReducedLayer
-from gen_turbo.engine.run_map import RunMap
-from gen_turbo.engine.state import LayerState
-from gen_turbo.engine.text import MergedText
+from gen_turbo.engine.context import Context, Layout, Run
 from gen_turbo.models.adapter import Geometry, ModelCall
 
 _MAX_CONTEXTS = 4
 _MAX_FRAMES = 60
 _SETTLED = 2
 """Steps of a guidance branch in which what tells branches apart may be read from the device."""
-
-
-@dataclass(eq=False)
-class Run:
-    """One run of a pipeline, or of a bare model.
-
-    Attributes:
-        marker: The timesteps of the scheduler, another object in every run; None for a bare model.
-        times: The denoising time of every call, as the scheduler counts; empty for a bare model.
-        num_calls: Calls of every guidance branch; 0 where that is not known.
-        recreates: Whether the caller makes its conditioning tensors anew in every step.
-        num_reduced: Layers, and skipped units, that were reduced in its calls so far.
-        num_steps: Calls so far of the branch that was called most.
-        num_bytes: Bytes remembered now.
-        is_over: Whether its last call was made.
-    """
-
-    marker: object = None
-    times: tuple[float, ...] = ()
-    num_calls: int = 0
-    recreates: bool = False
-    num_reduced: int = 0
-    num_steps: int = 0
-    num_bytes: int = 0
-    is_over: bool = False
-
-
-@dataclass(eq=False)
-class Context:
-    """One sequence of calls: a run, or one guidance branch of a run that calls the model for each.
-
-    Attributes:
-        run: The run that it is part of.
-        layout: Shape, dtype and device of the latents.
-        condition: The conditioning tensor; once the run has settled, not kept alive from here.
-        geometry: Where the tokens are.
-        step: Its calls before the running one.
-        time: The denoising time of the running call; None where it was not read.
-        index: The place of the running call in the run's times; None where that is not known.
-        maps: The token maps, by resolution and ratio.
-        states: What its layers hold.
-        groups: What the program knows of each group of layers.
-        text: The text merged for its prompt; None before that was tried.
-        num_bytes: Bytes of residuals.
-        extras: What other parts of an attachment remember for it.
-        captured: Its CUDA graphs, by what they are of.
-        is_revived: Whether it runs on the buffers of an earlier context.
-    """
-
-    run: Run
-    layout: tuple[object, ...]
-    condition: Tensor | None | weakref.ref[Tensor]
-    geometry: Geometry
-    step: int = 0
-    time: float | None = None
-    index: int | None = None
-    maps: dict[tuple[object, ...], RunMap] = field(default_factory=dict)
-    states: dict[ReducedLayer, LayerState] = field(default_factory=dict)
-    groups: list[Any] = field(default_factory=list)
-    text: MergedText | None = None
-    num_bytes: int = 0
-    extras: dict[str, Any] = field(default_factory=dict)
-    captured: dict[Any, Any] = field(default_factory=dict)
-    is_revived: bool = False
-
-    @property
-    def conditioning(self) -> Tensor | None:
-        """The conditioning tensor, if there is one and it still exists."""
-        return self.condition() if isinstance(self.condition, weakref.ref) else self.condition
-
-    @property
-    def num_text(self) -> int:
-        """Text tokens in every row, where they share a sequence with image tokens."""
-        return self.text.num_text if self.text and self.text.num_merged else self.geometry.num_text
-
-    @property
-    def num_merged_text(self) -> int:
-        """Text tokens that were merged into others."""
-        return self.text.num_merged if self.text else 0
-
-    def release(self, state: LayerState) -> None:
-        """Forgets what one layer holds."""
-        self.num_bytes -= state.num_bytes
-        self.run.num_bytes -= state.num_bytes
-        state.forget()
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the running call is the last one of its branch."""
-        run = self.run
-        return bool(run.num_calls) and self.index is not None and self.index >= run.num_calls - 1
 
 
 class _Here(threading.local):
@@ -143,6 +50,19 @@ class Runs:
         self._time = time
         self._here = _Here()
         self._ended = ended
+        self._lock, self._depth = threading.RLock(), 0
+        self._dead: deque[tuple[Context, list[Context]]] = deque()
+
+    def acquire(self) -> None:
+        """Before a call: only one thread is between this and `release`."""
+        self._lock.acquire()
+        self._depth += 1
+
+    def release(self) -> None:
+        """After a call."""
+        self._depth -= 1
+        self._lock.release()
+        self._bury()
 
     def find(self, call: ModelCall) -> Context | None:
         """The context that a call continues, its step counted; None where `open` has to begin one."""
@@ -153,7 +73,7 @@ class Runs:
             self.forget()
             here.run = _run_of(pipeline, marker)
         run = here.run
-        layout = (tuple(call.sample.shape), call.sample.dtype, call.sample.device)
+        layout = Layout.of(call.sample)
         alike = [context for context in here.contexts if context.layout == layout]
         found = next((context for context in alike if context.conditioning is call.condition), None)
         time = None
@@ -178,7 +98,6 @@ class Runs:
         here = self._here
         assert here.run is not None
         run, time = here.run, self._time(call.timestep)
-        layout = (tuple(call.sample.shape), call.sample.dtype, call.sample.device)
         index = _index_of(time, run.times)
         if run.times and index is None:
             # Somebody else's run on the model of a pipeline.
@@ -188,7 +107,7 @@ class Runs:
         elif index is not None and not here.contexts:
             # Image to image begins late: the run's last call is counted from there.
             run.num_calls = min(len(run.times), index + run.num_calls) if run.num_calls else len(run.times)
-        context = Context(run, layout, call.condition, geometry, time=time, index=index)
+        context = Context(run, Layout.of(call.sample), call.condition, geometry, time=time, index=index)
         run.num_steps = max(run.num_steps, 1)
         for old in here.contexts[: -_MAX_CONTEXTS + 1]:
             self.end(old)
@@ -200,10 +119,16 @@ class Runs:
         self._end(context, self._here.contexts)
 
     def finish(self, context: Context) -> Run | None:
-        """After a call: forgets the context if that was its last; gives the run if that was the last of all."""
+        """After a call: forgets the context if that was its last; gives the run if that was the last of all.
+
+        Branches that have missed a step before it are not called any more, as those of guidance that stops early.
+        """
         if not context.is_last:
             return None
         self.end(context)
+        for other in list(self._here.contexts):
+            if other.run is context.run and other.index is not None and other.index < (context.index or 0) - 1:
+                self.end(other)
         if self._here.contexts:
             return None
         context.run.is_over = True
@@ -229,6 +154,18 @@ class Runs:
         context.run.num_bytes -= context.num_bytes
         self._ended(context)
 
+    def _bury(self) -> None:
+        """Forgets contexts whose text has died; while a call is running, the end of that will."""
+        while self._dead and self._lock.acquire(blocking=False):
+            try:
+                if self._depth:
+                    return
+                context, contexts = self._dead.popleft()
+                if any(other is context for other in contexts):
+                    self._end(context, contexts)
+            finally:
+                self._lock.release()
+
     def _hold(self, context: Context, condition: Tensor | None) -> None:
         """Notes a context's conditioning tensor: it dies with the call of the pipeline, however that ends."""
         if condition is None or context.run.recreates or context.step < _SETTLED:
@@ -237,17 +174,18 @@ class Runs:
             contexts = self._here.contexts
 
             def died(reference: object) -> None:
-                if context.condition is reference and any(other is context for other in contexts):
-                    self._end(context, contexts)
+                # In whichever thread dropped it, perhaps while another one is in a call.
+                if context.condition is reference:
+                    self._dead.append((context, contexts))
+                    self._bury()
 
             context.condition = weakref.ref(condition, died)
 
     def _same_branch(self, alike: list[Context], call: ModelCall, run: Run) -> tuple[Context | None, float | None]:
-        """The branch of a conditioning tensor that was not seen before; waits for the device in the first steps."""
+        """The branch of a conditioning tensor that was not seen before; waits for the device where it asks."""
         is_bare = run.marker is None or run.is_over
-        if not is_bare and min(context.step for context in alike) + 1 >= _SETTLED:
-            # Branches are called in turn: the one that has been called least is due.
-            return (min(alike, key=lambda context: context.step), None) if run.recreates else (None, None)
+        if not (is_bare or run.recreates) and min(context.step for context in alike) + 1 >= _SETTLED:
+            return None, None
         time = self._time(call.timestep)
         for context in alike:
             moved = context.time is None or time != context.time or _is_repeated(context, run)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from gen_turbo.engine.arrangement import Arrangement, Arranger
 from gen_turbo.engine.auto import LEAST_GAIN, TYPICAL_STEPS, Choice, advice, choose
 from gen_turbo.engine.base import NoEffectWarning
+from gen_turbo.engine.context import Context, Run
 from gen_turbo.engine.devices import device_class
 from gen_turbo.engine.expected import Costs, RunFacts
-from gen_turbo.engine.runs import Context, Run
 from gen_turbo.engine.work import Workload
 from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import ModelCall

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gen_turbo.engine.context import Context
 from gen_turbo.engine.gates import NUM_USED, Action, UnitMemory, gates_of
-from gen_turbo.engine.runs import Context
 from gen_turbo.engine.values import refilled, tensors
 from gen_turbo.models.adapter import WHOLE, Unit
 from gen_turbo.training.schedule import Schedule
@@ -127,7 +127,7 @@ class Skipping:
         for module in actions:
             memory = route.memories.get(module)
             if memory is None:
-                reach = torch.zeros((), device=context.layout[2])  # type: ignore[call-overload]
+                reach = torch.zeros((), device=context.layout.device)
                 error = None if self.threshold is None else 0.0
                 memory = route.memories[module] = UnitMemory(reach, is_forecast=module in forecasts, error=error)
             if actions[module] is Action.FORECAST or (self.threshold is not None and len(memory.calls) == NUM_USED):

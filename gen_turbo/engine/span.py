@@ -37,58 +37,34 @@ class Span:
 class SpanBlock(ReducedLayer):
     """One block of a span of several; all of them share the state of the first.
 
+    The first, those between and the last are classes of their own, each with a `forward`, for torch.compile makes no
+    more than a few graphs of one function.
+
     Attributes:
         span: What its blocks hand on.
         is_first: Whether it merges.
-        is_last: Whether it restores.
     """
 
     span = Span()
-    is_first = is_last = False
+    is_first = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the block as the phase says."""
+        """Runs a block between the first and the last as the phase says."""
         span = self.span
-        if self.phase is Phase.FULL:
-            span.long = None
+        if self.phase is Phase.FULL or span.long is None:
             return self.inner(*args, **kwargs)
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
-        if self.is_first:
-            self.enter(given)
-        state = self.state
-        if span.long is None or span.short is None or state.map is None:
-            return self.inner(**given)
         full = None
         if self.phase is Phase.REFRESH:
             full = self.inner(**given)
             given.update(span.carried)
-        elif self.is_first:
-            given[self.tokens] = span.short
         shorten(self, given, span.long)
         output = self.inner(**given)
-        if full is not None:
-            if self.is_last:
-                self.remember(full, output if isinstance(output, tuple) else (output,), span.long, span.short)
-            else:
-                span.carried = self.handed_on(output)
-        elif self.is_last:
-            output = self.restored(output, span.long, span.short)
-        if self.is_last:
-            span.long, span.short, span.carried = None, None, {}
-        return output if full is None else full
-
-    def enter(self, given: dict[str, Any]) -> None:
-        """Merges the tokens of the first block; the span runs in full where its arguments do not allow it."""
-        span = self.span
-        span.long, span.short, span.carried = None, None, {}
-        if not self.may_merge(given):
-            return
-        tokens, run_map = given[self.tokens], self.state.map
-        assert run_map is not None
-        span.long = tokens
-        span.short = merge(tokens, run_map.order, run_map.offsets, run_map.share)
-        span.carried = {self.tokens: span.short}
+        if full is None:
+            return output
+        span.carried = self.handed_on(output)
+        return full
 
     def handed_on(self, output: Any) -> dict[str, Any]:
         """The arguments of the next block that the output of this one becomes."""
@@ -99,6 +75,58 @@ class SpanBlock(ReducedLayer):
         if len(output) == 2:
             carried[self.spec.signature.carries] = output[1 - place]
         return carried
+
+
+class FirstBlock(SpanBlock):
+    """The block that merges; the span runs in full where its arguments do not allow it."""
+
+    is_first = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block as the phase says."""
+        span = self.span
+        span.long, span.short, span.carried = None, None, {}
+        if self.phase is Phase.FULL:
+            return self.inner(*args, **kwargs)
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        if not self.may_merge(given):
+            return self.inner(**given)
+        full = self.inner(**given) if self.phase is Phase.REFRESH else None
+        tokens, run_map = given[self.tokens], self.state.map
+        assert run_map is not None
+        span.long = tokens
+        span.short = given[self.tokens] = merge(tokens, run_map.order, run_map.offsets, run_map.share)
+        shorten(self, given, tokens)
+        output = self.inner(**given)
+        if full is None:
+            return output
+        span.carried = self.handed_on(output)
+        return full
+
+
+class LastBlock(SpanBlock):
+    """The block that restores."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block as the phase says."""
+        span = self.span
+        if self.phase is Phase.FULL or span.long is None:
+            return self.inner(*args, **kwargs)
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        full = None
+        if self.phase is Phase.REFRESH:
+            full = self.inner(**given)
+            given.update(span.carried)
+        long, short = span.long, span.short
+        shorten(self, given, long)
+        output = self.inner(**given)
+        span.long, span.short, span.carried = None, None, {}
+        if full is None:
+            return self.restored(output, long, short)
+        self.remember(full, output if isinstance(output, tuple) else (output,), long, short)
+        return full
 
 
 def spans_of(
@@ -135,14 +163,12 @@ def spans_of(
 
 
 def joined(layers: list[ReducedLayer]) -> list[SpanBlock]:
-    """The same layers as the blocks of one span."""
+    """The same layers, two or more, as the blocks of one span."""
     span, blocks = Span(), []
-    for layer in layers:
-        module = layer.module
-        block = SpanBlock(layer.spec, module, layer.ratio, layer.beginning)
+    for kind, layer in zip((FirstBlock, *[SpanBlock] * (len(layers) - 2), LastBlock), layers, strict=True):
+        block = kind(layer.spec, layer.module, layer.ratio, layer.beginning)
         block.span = span
         blocks.append(block)
-    blocks[0].is_first = blocks[-1].is_last = True
     return blocks
 
 

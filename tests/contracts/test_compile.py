@@ -49,11 +49,6 @@ WHOLE = [
 ]
 IN_OPERATORS = [("pixart-sigma", "model copied"), ("pixart-sigma", "residual")]
 """Of these, those that are traced down to operators."""
-MANY = pytest.mark.xfail(
-    strict=True,
-    raises=_dynamo.exc.FailOnRecompileLimitHit,
-    reason="more than PyTorch's 8 graphs of SpanBlock.forward: first, middle and last, by phase, class and strides",
-)
 SYMBOLIC = pytest.mark.xfail(
     strict=True,
     raises=_dynamo.exc.Unsupported,
@@ -67,7 +62,7 @@ BLOCKS = [
     ("wan", "block copied"),
     ("wan", "sizes"),
     ("sd3", "model copied"),
-    pytest.param("deep flux", "model", marks=MANY),
+    ("deep flux", "model"),
     pytest.param("sd15", "levels copied", marks=SYMBOLIC),
 ]
 

@@ -131,7 +131,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
     def on_gpu(self: Graphs, context: Any) -> str:
         layout = context.layout
-        context.layout = (*layout[:2], torch.device("cuda"))
+        context.layout = layout._replace(device=torch.device("cuda"))
         try:
             return obstacle(self, context)
         finally:

@@ -185,7 +185,6 @@ def test_memory_dies_with_a_run_that_ends_otherwise(how):
         assert report(pipe).remembered_bytes == 0
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a branch without a last call is held until the next run")
 def test_memory_dies_with_guidance_by_skipped_layers():
     """Catches the branch of SD3's skip-layer guidance, which ends long before its run, held until the next one."""
     pipe, call = sd3()

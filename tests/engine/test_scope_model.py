@@ -9,6 +9,7 @@ from stated import TurboProcessor
 from torch.overrides import TorchFunctionMode
 
 from gen_turbo import IdentityProcessor, attach, report
+from gen_turbo.engine.span import FirstBlock, LastBlock, SpanBlock
 from tests.engine.families import family, relative
 from tests.snapshots import differences, model_state
 from tests.tiny_transformers import FAMILIES, random
@@ -71,8 +72,8 @@ def test_one_span_over_all_blocks(name):
     with attach(model, turbo()) as attachment:
         layers = attachment.parts[0].layers
     assert len({id(layer.span) for layer in layers}) == 1
-    assert [layer.is_first for layer in layers] == [True, *[False] * (len(layers) - 1)]
-    assert [layer.is_last for layer in layers] == [*[False] * (len(layers) - 1), True]
+    between = [SpanBlock] * (len(layers) - 2)
+    assert [type(layer) for layer in layers] == [FirstBlock, *between, LastBlock]
 
 
 @pytest.mark.parametrize("name", NAMES)

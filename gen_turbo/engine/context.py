@@ -1,0 +1,120 @@
+"""What a run of a pipeline, and each guidance branch of it, holds between its calls."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gen_turbo.engine.layer import ReducedLayer
+from gen_turbo.engine.run_map import RunMap
+from gen_turbo.engine.state import LayerState
+from gen_turbo.engine.text import MergedText
+from gen_turbo.models.adapter import Geometry
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of a pipeline, or of a bare model.
+
+    Attributes:
+        marker: The timesteps of the scheduler, another object in every run; None for a bare model.
+        times: The denoising time of every call, as the scheduler counts; empty for a bare model.
+        num_calls: Calls of every guidance branch; 0 where that is not known.
+        recreates: Whether the caller makes its conditioning tensors anew in every step.
+        num_reduced: Layers, and skipped units, that were reduced in its calls so far.
+        num_steps: Calls so far of the branch that was called most.
+        num_bytes: Bytes remembered now.
+        is_over: Whether its last call was made.
+    """
+
+    marker: object = None
+    times: tuple[float, ...] = ()
+    num_calls: int = 0
+    recreates: bool = False
+    num_reduced: int = 0
+    num_steps: int = 0
+    num_bytes: int = 0
+    is_over: bool = False
+
+
+class Layout(NamedTuple):
+    """What all calls of a context have alike."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, latents: Tensor) -> Layout:
+        """Reads it from the latents of a call."""
+        return cls(latents.shape, latents.dtype, latents.device)
+
+
+@dataclass(eq=False)
+class Context:
+    """One sequence of calls: a run, or one guidance branch of a run that calls the model for each.
+
+    Attributes:
+        run: The run that it is part of.
+        layout: Shape, dtype and device of the latents.
+        condition: The conditioning tensor; once the run has settled, not kept alive from here.
+        geometry: Where the tokens are.
+        step: Its calls before the running one.
+        time: The denoising time of the running call; None where it was not read.
+        index: The place of the running call in the run's times; None where that is not known.
+        maps: The token maps, by resolution and ratio.
+        states: What its layers hold.
+        groups: What the program knows of each group of layers.
+        text: The text merged for its prompt; None before that was tried.
+        num_bytes: Bytes of residuals.
+        extras: What other parts of an attachment remember for it.
+        captured: Its CUDA graphs, by what they are of.
+        is_revived: Whether it runs on the buffers of an earlier context.
+    """
+
+    run: Run
+    layout: Layout
+    condition: Tensor | None | weakref.ref[Tensor]
+    geometry: Geometry
+    step: int = 0
+    time: float | None = None
+    index: int | None = None
+    maps: dict[tuple[object, ...], RunMap] = field(default_factory=dict)
+    states: dict[ReducedLayer, LayerState] = field(default_factory=dict)
+    groups: list[Any] = field(default_factory=list)
+    text: MergedText | None = None
+    num_bytes: int = 0
+    extras: dict[str, Any] = field(default_factory=dict)
+    captured: dict[Any, Any] = field(default_factory=dict)
+    is_revived: bool = False
+
+    @property
+    def conditioning(self) -> Tensor | None:
+        """The conditioning tensor, if there is one and it still exists."""
+        return self.condition() if isinstance(self.condition, weakref.ref) else self.condition
+
+    @property
+    def num_text(self) -> int:
+        """Text tokens in every row, where they share a sequence with image tokens."""
+        return self.text.num_text if self.text and self.text.num_merged else self.geometry.num_text
+
+    @property
+    def num_merged_text(self) -> int:
+        """Text tokens that were merged into others."""
+        return self.text.num_merged if self.text else 0
+
+    def release(self, state: LayerState) -> None:
+        """Forgets what one layer holds."""
+        self.num_bytes -= state.num_bytes
+        self.run.num_bytes -= state.num_bytes
+        state.forget()
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the running call is the last one of its branch."""
+        run = self.run
+        return bool(run.num_calls) and self.index is not None and self.index >= run.num_calls - 1
