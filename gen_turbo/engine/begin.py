@@ -57,7 +57,7 @@ class Beginning:
             self._leave(layer, "it has no image tokens")
             return
         trailing = rest - num_image
-        state.grid = grid if num_image == num_grid else None
+        state.sides = f"{grid[0]} {grid[1]}" if grid and num_image == num_grid else ""
         state.shape = SequenceShape(len(x), num_image, leading, trailing, context.num_text, context.num_merged_text)
         base = self._map(layer, x[:, leading : leading + num_image], state)
         state.num_kept = base.num_slots
@@ -184,7 +184,9 @@ class Beginning:
             return found.reshape(len(found) * num_frames, -1)
 
         info = LayerInfo(layer.name, ratio, grid, semantic=value)
-        metric = metric.reshape(len(metric) * num_frames, -1, metric.shape[2])
+        # Where there is a grid, of a length that torch.compile knows.
+        length = grid[0] * grid[1] if grid else metric.shape[1] // num_frames
+        metric = metric.reshape(len(metric) * num_frames, length, metric.shape[2])
         found = self.reducer.plan(metric, info, step_info)
         return one_sequence(found, num_frames) if num_frames > 1 else found
 

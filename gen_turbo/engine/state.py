@@ -50,7 +50,8 @@ class LayerState:
         calls: Steps by phase and by the image tokens kept.
         plan_age: The most steps that a map had served when the layer used it.
         shape: Of its sequence; None before the first step that is not a full one.
-        grid: (height, width) of the tokens of a frame; None where they are no rectangle.
+        sides: Height and width of the tokens of a frame, as text, which torch.compile takes for a constant where it
+            may make numbers symbols; empty where they are no rectangle.
         num_kept: Image tokens after merging.
     """
 
@@ -64,8 +65,16 @@ class LayerState:
     calls: Counter[tuple[Phase, int]] = field(default_factory=Counter)
     plan_age: int = 0
     shape: SequenceShape | None = None
-    grid: tuple[int, int] | None = None
+    sides: str = ""
     num_kept: int = 0
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(height, width) of the tokens of a frame; None where they are no rectangle."""
+        if not self.sides:
+            return None
+        height, width = self.sides.split()
+        return int(height), int(width)
 
     @property
     def num_bytes(self) -> int:

@@ -49,11 +49,6 @@ WHOLE = [
 ]
 IN_OPERATORS = [("pixart-sigma", "model copied"), ("pixart-sigma", "residual")]
 """Of these, those that are traced down to operators."""
-SYMBOLIC = pytest.mark.xfail(
-    strict=True,
-    raises=_dynamo.exc.Unsupported,
-    reason="grids of several levels become symbolic integers, which the layout of tiles does not take",
-)
 BLOCKS = [
     ("unet", "copied"),
     ("unet", "block"),
@@ -63,7 +58,7 @@ BLOCKS = [
     ("wan", "sizes"),
     ("sd3", "model copied"),
     ("deep flux", "model"),
-    pytest.param("sd15", "levels copied", marks=SYMBOLIC),
+    ("sd15", "levels copied"),
 ]
 
 
