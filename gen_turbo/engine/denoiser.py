@@ -88,7 +88,7 @@ class DenoiserPart(OnModel):
             self.settling,
             text,
             self.skipping,
-            Graphs(model, graphs) if graphs is not False else None,
+            Graphs(model, adapter.read, graphs) if graphs is not False else None,
             pipeline,
         )
         self.root.owner = self

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gen_turbo.engine.context import Context
+from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.watch import Watch
+from gen_turbo.models.adapter import ModelCall
 
 Mode = Literal["auto"] | bool
 _MAX_IDLE = 4
@@ -56,6 +58,7 @@ class Graphs:
 
     Args:
         model: The model.
+        read: What reads the arguments of its calls.
         mode: True captures every kind of step, "auto" keeps graphs only where they measure faster.
 
     Attributes:
@@ -64,8 +67,8 @@ class Graphs:
         is_whole: Whether the whole model is.
     """
 
-    def __init__(self, model: nn.Module, mode: Mode) -> None:
-        self.mode = mode
+    def __init__(self, model: nn.Module, read: Callable[[dict[str, Any]], ModelCall], mode: Mode) -> None:
+        self.mode, self._read, self._names = mode, read, argument_names(model)
         self.is_compiled = self.is_whole = False
         self.status = "nothing captured yet"
         self.num_captured = self.num_replayed = 0
@@ -76,13 +79,12 @@ class Graphs:
         self._refused: str = ""
         self._epoch = 0
 
-    def run_for(self, inner: Callable[..., Any], step: Any, timestep: Any, kind: Any) -> Callable[[], Any] | None:
+    def run_for(self, inner: Callable[..., Any], step: Any, kind: Any) -> Callable[[], Any] | None:
         """What runs a call by its graph or captures it; None where it has to run as it is.
 
         Args:
             inner: The model.
             step: The call: `args`, `kwargs` and `context`.
-            timestep: Its time; a number becomes a tensor, or every step would be a graph of its own.
             kind: What tells the kind of the step from others.
         """
         context, args, kwargs = step.context, step.args, step.kwargs
@@ -95,10 +97,7 @@ class Graphs:
             self._watch = Watch(self._model)
         for stale in [key for key in context.captured if key[0] != self._epoch]:
             del context.captured[stale]
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if isinstance(timestep, int | float):
-            dtype = torch.float64 if isinstance(timestep, float) else torch.int64
-            leaves = [torch.tensor(leaf, dtype=dtype) if leaf is timestep else leaf for leaf in leaves]
+        leaves, spec = pytree.tree_flatten(self._with_time(args, kwargs))
         key = self._epoch, kind, tuple(_sign(leaf) for leaf in leaves), torch.is_inference_mode_enabled()
         try:
             entry = context.captured.setdefault(key, Captured(spec=spec))
@@ -114,6 +113,21 @@ class Graphs:
         if entry.num_eager < num_eager:
             return lambda: self._eager(entry, inner, args, kwargs)
         return lambda: self._capture(entry, inner, leaves, (args, kwargs))
+
+    def _with_time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with their time as a tensor: of a number, every step would be a graph of its own."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        time, mark = self._read(given).timestep, object()
+        if not isinstance(time, int | float):
+            return args, kwargs
+        # Another argument may be the same number.
+        alike = (name for name, value in given.items() if value is time)
+        name = next(name for name in alike if self._read({**given, name: mark}).timestep is mark)
+        tensor = torch.tensor(time, dtype=torch.float64 if isinstance(time, float) else torch.int64)
+        if name in kwargs:
+            return args, {**kwargs, name: tensor}
+        place = self._names.index(name)
+        return (*args[:place], tensor, *args[place + 1 :]), kwargs
 
     def is_primed(self, context: Context) -> bool:
         """Whether the buffers of a run are to be made before its first step, which runs compiled as in later runs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from gen_turbo.engine.arrangement import Arrangement
 from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.engine.context import Context, Run
 from gen_turbo.engine.graphs import Graphs
+from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
 from gen_turbo.engine.runs import Runs
 from gen_turbo.engine.settling import Settling
@@ -76,7 +76,7 @@ class Root(Placed):
         self.take(arrangement)
         self.text, self.skipping, self.graphs = text, skipping, graphs
         self.runs = Runs(pipeline, adapter.time, self._fold)
-        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.names = argument_names(model)
         self.text_tokens = 0, 0
         self.most_bytes = 0
         self.siblings: list[Root] = []
@@ -156,12 +156,11 @@ class Root(Placed):
         starts = starts or "starts" in kind
         for inside in self.insides.values():
             inside.text_sizes = context.text.sizes if context.text is not None and inside.has_text_keys else None
-        self._choose(context, step, starts, (call.timestep, kind))
+        self._choose(context, step, starts, kind)
         return step
 
-    def _choose(self, context: Context, step: _Step, starts: bool, of_step: tuple[Any, Any]) -> None:
+    def _choose(self, context: Context, step: _Step, starts: bool, kind: tuple[object, ...]) -> None:
         """Decides what stands for a call: what skipping gives, an eager start, a captured step, or the model itself."""
-        timestep, kind = of_step
         if self.skipping is not None and self.skipping.replaces_all:
             step.run = self.skipping.whole
         elif starts and not context.is_revived:
@@ -173,7 +172,7 @@ class Root(Placed):
                 self.program.begin(context, step.skipped)
         elif self.graphs is not None:
             skips = self.skipping.kind if self.skipping is not None else ()
-            step.run = self.graphs.run_for(self.inner, step, timestep, (kind, skips))
+            step.run = self.graphs.run_for(self.inner, step, (kind, skips))
 
     def _rest(self) -> None:
         """Leaves everything in front of layers stock, until the next call."""
@@ -245,6 +244,8 @@ class Root(Placed):
         return not reducer.keeps_all and any(layer.ratio > 0 for layer in self.program.layers)
 
     def _check(self, arguments: dict[str, Any]) -> None:
+        if not self._expects_effect():
+            return
         if self.has_spans:
             check_between(arguments)
         model, scope = self.module, self.beginning.reducer.scope

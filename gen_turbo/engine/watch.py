@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+_OUTER = 2
+"""Names of the outer modules have fewer dots: the model, its parts and the blocks in their lists."""
+
 
 class Watch:
     """What a CUDA graph has baked in of a model, seen again without waiting for the device."""
@@ -17,14 +20,16 @@ class Watch:
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._adapted = [module for module in self._modules if hasattr(module, "scaling")]
         self._attentions = [module for module in self._modules if hasattr(module, "processor")]
+        self._outer = [module for name, module in model.named_modules() if name.count(".") < _OUTER]
         self._state, self._plain = self._read(), _plain(self._modules)
         self.is_offloaded = any(_is_offloaded(module) for module in self._modules[1:])
 
     def is_same(self, is_first_step: bool) -> bool:
         """Whether nothing has changed.
 
-        In the first step of a run the modules themselves are looked at again, their plain attributes (as those of
-        FreeU) and their hooks; in later steps what callbacks change: weights, adapters and processors.
+        In the first step of a run the modules themselves are looked at again, their plain attributes and their hooks;
+        in later steps what callbacks change: weights, adapters, processors, and the plain attributes of the outer
+        modules, which are those of FreeU.
         """
         if is_first_step:
             modules = list(self._model.modules())
@@ -42,7 +47,7 @@ class Watch:
 
     def _read(self) -> list[object]:
         """Scales of adapters, processors and what hangs on the model, by identity or as plain values."""
-        state: list[object] = [tuple(getattr(self._model, "peft_config", None) or ())]
+        state: list[object] = [tuple(getattr(self._model, "peft_config", None) or ()), *_plain(self._outer)]
         for module in self._adapted:
             layer: Any = module
             scaling = layer.scaling

@@ -86,6 +86,23 @@ CHANGES = [
 ]
 
 
+@pytest.mark.parametrize("change", [_free_u, _new_data, _scale, _processor])
+def test_a_model_that_a_callback_changes_is_seen(change, cuda):
+    """Catches what is looked for between two pictures alone."""
+    outputs = []
+    for graphs in (False, True):
+        unet, inputs = sd15_unet(), unet_inputs(1)
+        torch.manual_seed(2)
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+        with attach(unet, TurboProcessor(0.4), graphs=graphs):
+            run_unet(unet, FEW, **inputs)
+            before = run_unet(unet, FEW[:4], **inputs)
+            change(unet)
+            outputs.append((before, run_unet(unet, FEW[4:], **inputs)))
+    assert cuda.num_replayed > len(FEW)
+    assert all(map(torch.equal, *outputs))
+
+
 @pytest.mark.filterwarnings("ignore:Already unmerged", "ignore:Adapter cannot be set")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_seen(change, cuda):
