@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="make pictures from text", allow_abbrev=False))
     _add_captioning(commands)
-    _add_batch(commands)
+    _add_batch_and_page(commands)
     listing = commands.add_parser("list", help="show methods and pipelines", allow_abbrev=False)
     listing.set_defaults(run=_list)
     _add_report(commands.add_parser("report", help="show which layers are reduced", allow_abbrev=False))
@@ -104,11 +104,14 @@ def _add_captioning(commands: Any) -> None:
     add_caption_generate_arguments(commands.add_parser("caption-generate", help=text, allow_abbrev=False))
 
 
-def _add_batch(commands: Any) -> None:
+def _add_batch_and_page(commands: Any) -> None:
     from gen_turbo.commands.batch import add_batch_arguments
 
     text = "work on many prompts or images, here or on a cluster"
     add_batch_arguments(commands.add_parser("batch", help=text, allow_abbrev=False))
+    from gen_turbo.commands.ui import add_ui_arguments
+
+    add_ui_arguments(commands.add_parser("ui", help="compare stock and accelerated on a page", allow_abbrev=False))
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -137,7 +137,7 @@ def draw_trace(image: Image.Image, trace: Trace) -> Image.Image:
         panels.append((f"groups: {count}", groups_panel(image, slot)))
     if trace.degree is not None:
         if not trace.is_dropping:
-            panels.append(("who merged into whom", arrows_panel(image, slot, trace.anchors)))
+            panels.append(("merged tokens and their targets", arrows_panel(image, slot, trace.anchors)))
         degree = trace.degree.double().view(trace.grid).numpy()
         panels.append(("information degree, red is high", heat_panel(image, degree)))
     return sheet(panels, None if trace.runs is None else layers_strip(trace.runs, 512))
