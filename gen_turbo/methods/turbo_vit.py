@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gen_turbo.method import LayerInfo, StepInfo
@@ -82,14 +83,13 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
             penalty = None if value is None else self._penalty(value, frame.num_plans)
             plan = alternating_soft_matching(tokens, now, penalty)
             left -= now
-            if total is None and not left:
-                return plan
+            if not left:
+                return plan if total is None else total.plan().then(plan)
             merging = Merging.of(plan, batch, 0, None if total is None else total.sizes)
             total = merging if total is None else total.then(merging)
-            tokens = merging.merge(tokens)
-            value = None if value is None else merging.merge(value[..., None])[..., 0]
-        assert total is not None
-        return total.plan()
+            both = merging.merge(tokens if value is None else torch.cat([tokens.to(value.dtype), value[..., None]], -1))
+            tokens, value = (both, None) if value is None else (both[..., :-1], both[..., -1])
+        raise AssertionError("nothing is left to remove")
 
     def unread(self, place: str, has_grid: bool) -> dict[str, str]:
         """The settings that nothing reads at a place, and where they belong."""

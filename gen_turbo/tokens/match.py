@@ -90,8 +90,8 @@ def alternating_soft_matching(metric_BNC: Tensor, num_removed: int, penalty_BN: 
     if num_removed == 0:
         return TokenMap.identity(batch, num_tokens, metric_BNC.device)
     with torch.no_grad():
-        metric = metric_BNC.detach()
-        metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        metric = metric_BNC if metric_BNC.dtype == torch.float64 else metric_BNC.float()
+        metric = F.normalize(metric, dim=-1)
         best_BS, nearest_BS = torch.bmm(metric[:, 1::2], metric[:, ::2].transpose(1, 2)).max(-1)
         if penalty_BN is not None:
             best_BS = best_BS - penalty_BN[:, 1::2]

@@ -68,10 +68,12 @@ def keep_diverse(features_BNC: Tensor, num_kept: int) -> TokenMap:
     nearest_BN = similarity.masked_fill(own, -torch.inf).amax(2)
     kept = [nearest_BN.argmin(1)]
     rows = torch.arange(len(similarity), device=similarity.device)
-    nearest_BN = similarity[rows, kept[0]].scatter(1, kept[0][:, None], torch.inf)
+    # A kept token is as near to itself as can be, so that it is not kept again.
+    to_others = similarity.masked_fill(own, torch.inf)
+    nearest_BN = to_others[rows, kept[0]]
     for _ in range(num_kept - 1):
         kept.append(nearest_BN.argmin(1))
-        nearest_BN = torch.maximum(nearest_BN, similarity[rows, kept[-1]]).scatter(1, kept[-1][:, None], torch.inf)
+        nearest_BN = torch.maximum(nearest_BN, to_others[rows, kept[-1]])
     kept_BK = torch.stack(kept, 1).sort(dim=1).values
     to_kept = similarity.gather(2, kept_BK[:, None].expand(-1, num_tokens, -1))
     slot_BN = to_kept.argmax(2).scatter(1, kept_BK, torch.arange(num_kept, device=kept_BK.device).expand_as(kept_BK))

@@ -6,9 +6,14 @@ Shape names: B rows, L columns, D decoder layers.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from gen_turbo.tokens.partition import hash_cells
 from gen_turbo.training.router import Router, even_draws
 from gen_turbo.vlm.routes import Chooser, Prompt, Scores
+
+_PLACES = 1 << 20
+"""More than a prompt has tokens, so that prompts of other lengths draw other numbers."""
 
 
 class Trained:
@@ -31,18 +36,23 @@ class Trained:
 
 
 class RandomChooser:
-    """The control that keeps random tokens and layers: the same for every prompt of a length, never the global draw."""
+    """The control that keeps random tokens and layers: for a prompt the same however it is batched and padded.
+
+    A draw is a hash of the seed, of how many tokens the prompt has and of the image token's or layer's place among its
+    own; the global generator is left alone.
+    """
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         self._num_layers, self._seed = num_layers, seed
 
     def __call__(self, prompt: Prompt) -> Scores:
         """Draws scores for every row on its own."""
-        batch, length = prompt.is_image_BL.shape
-        generator = torch.Generator().manual_seed(self._seed)
-        device = prompt.is_image_BL.device
-        layer_BD = torch.rand(batch, self._num_layers, generator=generator).to(device)
-        return Scores(torch.rand(batch, length, generator=generator).to(device), layer_BD)
+        row_B1 = prompt.real_BL.sum(1, keepdim=True) * _PLACES
+        layer_D = torch.arange(self._num_layers, device=row_B1.device)
+        return Scores(self._draw(row_B1 + prompt.is_image_BL.cumsum(1)), self._draw(row_B1 - 1 - layer_D))
+
+    def _draw(self, place: Tensor) -> Tensor:
+        return hash_cells(place, self._seed).double() / 2**32
 
     def flops(self, batch: int, length: int) -> int:
         """Nothing to speak of."""

@@ -65,7 +65,7 @@ class Cut:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             if index == self.first and self._gate.pictures is not None:
-                self._cut(hidden, kwargs.get("past_key_values"), self._gate.pictures)
+                self._cut(hidden, kwargs.get("past_key_values"), kwargs.get("attention_mask"), self._gate.pictures)
             total = self._total(index, kwargs.get("past_key_values"))
             if total is None:
                 return None
@@ -81,14 +81,19 @@ class Cut:
 
         return before
 
-    def _cut(self, hidden_BLC: Tensor, cache: Any, pictures: Pictures) -> None:
+    def _cut(self, hidden_BLC: Tensor, cache: Any, mask: Tensor | None, pictures: Pictures) -> None:
         reduction = reduce(pictures, hidden_BLC, self._planner, self._gate.shared)
         self.attention = _no_attention
-        self.on_reduction(pictures, reduction)
+        batch, length = hidden_BLC.shape[:2]
+        reduction.num_columns = batch * length
         if reduction.is_identity:
+            self.on_reduction(pictures, reduction)
             return
         gate = self._gate
-        self._here = Columns.of_kept(reduction.keep_BL)
+        real = _real(gate, mask)
+        self._here = Columns.of_kept(reduction.keep_BL if real is None else reduction.keep_BL & real)
+        reduction.num_columns = batch * self._here.num_kept
+        self.on_reduction(pictures, reduction)
         known = cache.cut_at(self.first) if isinstance(cache, ShortenedCache) else None
         before = Columns.all_of(len(hidden_BLC), gate.held, hidden_BLC.device) if known is None else known
         gate.cuts[self.first] = before.grown(gate.held).beside(self._here)

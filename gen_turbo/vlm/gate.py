@@ -176,19 +176,30 @@ class Gate:
             self.on_prompt(self.pictures, embeds, kwargs.get("attention_mask"))
         if self.pictures is not None and self.planner is not None:
             reduction = reduce(self.pictures, embeds, self.planner, self.shared)
-            self.on_reduction(self.pictures, reduction)
         if self.pictures is not None and self.words is not None:
             reduction = reduction or reduce(self.pictures, embeds, _pass_all)
             real = real_columns(kwargs.get("attention_mask"), embeds)
             reduction = self.words.added(reduction, self._given.get("input_ids"), real, embeds)
         is_shortened = isinstance(cache, ShortenedCache) and cache.columns is not None
-        if reduction is not None and not reduction.is_identity:
-            self._here = Columns.of_kept(reduction.keep_BL)
-        elif not is_shortened:
+        if reduction is not None:
+            self._make_columns(reduction, kwargs.get("attention_mask"), embeds)
+        if self._here is None and not is_shortened:
             self.real_BM = kwargs.get("attention_mask")
             return (args, {**kwargs, "past_key_values": cache}) if cache is not None else None
         changed = self._shortened(embeds, cache, kwargs, reduction)
         return args, {**kwargs, **changed}
+
+    def _make_columns(self, reduction: Reduction, mask: Any, embeds: Tensor) -> None:
+        """Makes the rows of what stays; padding leaves too, but for what makes them of one length."""
+        reduction.num_columns = embeds.shape[0] * embeds.shape[1]
+        if not reduction.is_identity:
+            if isinstance(mask, dict):
+                mask = mask.get("full_attention")
+            keep = reduction.keep_BL if mask is None else reduction.keep_BL & real_columns(mask, embeds)
+            self._here = Columns.of_kept(keep)
+            reduction.num_columns = embeds.shape[0] * self._here.num_kept
+        if self.pictures is not None and self.planner is not None:
+            self.on_reduction(self.pictures, reduction)
 
     def _shortened(self, embeds: Tensor, cache: Any, kwargs: dict[str, Any], reduction: Reduction | None) -> Any:
         """The changed arguments of a call that brings fewer columns than tokens, or follows one that did."""

@@ -103,7 +103,7 @@ class GroupingPart(VlmPart):
             return
         name = self._family.text
         base, text = model.get_submodule(self._family.base), model.get_submodule(name)
-        self._cost = token_flops(text)
+        self._cost = self._saved = token_flops(text)
         self._gate = Gate(base, text, self._family, self._plan_seats, False)
         self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
         self._rows[name] = LayerReport(name, 1, "reduced")

@@ -42,7 +42,9 @@ class Merging:
             leading: Class tokens in front.
             sizes_BN: How many tokens of the picture each token stands for; None if one each.
         """
-        slot, anchor = plan.slot_BN.expand(batch, -1), plan.anchor_BM.expand(batch, -1)
+        slot, anchor = plan.slot_BN, plan.anchor_BM
+        if len(slot) != batch:
+            slot, anchor = slot.expand(batch, -1), anchor.expand(batch, -1)
         if leading:
             own = torch.arange(leading, device=slot.device).expand(batch, -1)
             slot, anchor = torch.cat([own, slot + leading], 1), torch.cat([own, anchor + leading], 1)
@@ -83,7 +85,7 @@ class Merging:
     def merge(self, x_BNC: Tensor) -> Tensor:
         """Averages the tokens of each slot by their sizes, in at least float32: (B, M, C), in the dtype of `x_BNC`."""
         order, offsets, share = self._bags
-        wide = torch.promote_types(x_BNC.dtype, torch.float32)
+        wide = torch.float64 if x_BNC.dtype == torch.float64 else torch.float32
         rows = x_BNC.reshape(-1, x_BNC.shape[-1]).to(wide)
         slots = F.embedding_bag(
             order, rows, offsets, mode="sum", per_sample_weights=share.to(wide), include_last_offset=True

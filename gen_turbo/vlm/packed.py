@@ -26,7 +26,7 @@ from gen_turbo.vlm.tower import block_ratio, merging_blocks
 
 @dataclass
 class _Pass:
-    """One call of the tower.
+    """One call.
 
     Attributes:
         grids: (height, width) of each picture in units.
@@ -121,19 +121,19 @@ class PackedTower:
             handles.append(merger.register_forward_hook(self._after_merger(index)))
         return [*handles, tower.register_forward_hook(self._after_tower)]
 
-    def _before_tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         begin_anew(self)
         sizes = args[1] if len(args) > 1 else kwargs["grid_thw"]
         side = self._side
         if bool((sizes[:, 0] > 1).any()):
-            return
-        grids = [(height // side, width // side) for _, height, width in sizes.tolist()]
-        order = None
+            return None
+        grids, order = [(height // side, width // side) for _, height, width in sizes.tolist()], None
         if hasattr(tower, "window_size"):
-            given = {"window_size": tower.window_size, "patch_size": tower.patch_size}
-            index, _ = get_vision_window_index(sizes, spatial_merge_size=side, kwargs={**kwargs}, **given)
+            index, bounds = get_vision_window_index(sizes, side, tower.window_size, tower.patch_size, {**kwargs})
+            kwargs = {**kwargs, "window_index": index, "cu_window_seqlens": bounds}
             order = index.to((args[0] if args else kwargs["hidden_states"]).device)
         self._pass = _Pass(grids, order, [height * width for height, width in grids])
+        return args, kwargs
 
     def _before_block(self, index: int) -> Any:
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -236,8 +236,7 @@ class PackedTower:
 
         start, steps = height * width, self.watched
         ratio = block_ratio(start, metric.shape[1], self.reducer.ratio_of(start), steps.index(index), len(steps))
-        grid = (height, width) if is_whole else None
-        site = LayerInfo(f"{self.facts.module}.{index}", ratio, grid, semantic=semantic)
+        site = LayerInfo(f"{self.facts.module}.{index}", ratio, (height, width) if is_whole else None, semantic)
         return plan_tokens(self.reducer, metric, site, StepInfo(num_plans=index))
 
     def _received(self, index: int, now: _Pass) -> Tensor:
@@ -254,21 +253,22 @@ class PackedTower:
         destination = total.anchor_BM[0][total.slot_BN[0]]
         if now.order is not None:
             destination = torch.empty_like(destination).index_copy(0, now.order, now.order[destination])
-        plans, at = [], 0
-        for part, left in zip(destination.split_with_sizes([h * w for h, w in now.grids]), now.left, strict=True):
-            plans.append(TokenMap.from_destinations(part[None] - at, left))
-            at += len(part)
-        return plans
+        lengths: list[int] = [height * width for height, width in now.grids]
+        plans: dict[int, TokenMap] = {}
+        for length in dict.fromkeys(lengths):
+            pictures = [picture for picture, other in enumerate(lengths) if other == length]
+            place = _places(lengths, pictures, destination.device)
+            rows = TokenMap.from_destinations(destination[place] - place[:, :1], now.left[pictures[0]])
+            plans.update(zip(pictures, rows.by_row(), strict=True))
+        return [plans[picture] for picture in range(len(lengths))]
 
     def _merged(self, index: int, y_SC: Tensor) -> Tensor:
-        """What leaves a block, merged by the block's plan; its weights are the sizes before the block."""
         merging = self._pass.by_block.get(index) if self._pass is not None else None
         if merging is None or len(y_SC) != merging.num_tokens * self._unit:
             return y_SC
         return self._narrow(merging.merge(self._wide(y_SC)))
 
     def _restored(self, index: int, y_SC: Tensor) -> Tensor:
-        """What leaves a block as the rest of the model wants it."""
         total, merged = self._pass.totals.get(index) if self._pass is not None else None, self._merged(index, y_SC)
         # The last of the recorded states may be the output of the tower, restored already.
         if total is None or len(merged) != total.num_slots * self._unit:

@@ -45,7 +45,7 @@ class VlmPart(OnModel):
         self._placement = placement_of(reducer)
         self._handles: list[Any] = []
         self._rows: dict[str, LayerReport] = {}
-        self._cost = 0
+        self._cost = self._saved = 0
         self._counting = Lock()
         check_place(model, family, reducer)
         self._tower: Tower | PackedTower | Shrink | None = None
@@ -114,6 +114,7 @@ class VlmPart(OnModel):
             return
         base, text = model.get_submodule(family.base), model.get_submodule(family.text)
         self._cost = token_flops(text)
+        self._saved = token_flops(text, self._placement.layer if place == "decoder" else 0)
         planner = {"pre_llm": self._plan_at_gate, "tower": self._plan_duplicates, "input": self._plan_duplicates}.get(
             place
         )
@@ -230,7 +231,9 @@ class VlmPart(OnModel):
         before, after = sum(pictures.lengths), sum(reduction.lengths())
         grid = pictures.grids[0] if pictures.grids else None
         batch, length = pictures.is_image_BL.shape
-        stock, cost = batch * length * self._cost, (batch * length - before + after) * self._cost
+        stock = batch * length * self._cost
+        # Layers before a cut run on every column.
+        cost = stock - (batch * length - reduction.num_columns) * self._saved
         self._count(name, grid, before, after, cost, stock)
         longest = max(pictures.lengths)
         if after == before and self.reducer.removes and num_removed(longest, self.reducer.ratio_of(longest)) == 0:
@@ -257,8 +260,8 @@ class VlmPart(OnModel):
             )
 
 
-def token_flops(text: nn.Module) -> int:
-    """Operations of one token in all decoder layers, without attention between tokens."""
+def token_flops(text: nn.Module, first: int = 0) -> int:
+    """Operations of one token in the decoder layers from the first on, without attention between tokens."""
     layers: Any = text.layers
-    total: int = sum(weight.numel() for layer in layers for weight in layer.parameters() if weight.ndim == 2)
+    total: int = sum(weight.numel() for layer in layers[first:] for weight in layer.parameters() if weight.ndim == 2)
     return 2 * total

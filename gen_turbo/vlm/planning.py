@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
@@ -55,6 +56,7 @@ def _merged(site: LayerInfo, total: TokenMap) -> Callable[[str], Tensor | None] 
     return semantic
 
 
+@torch.no_grad()
 def shared_budgets(tokens_BNC: Tensor, kept: int) -> list[tuple[int, Tensor]]:
     """Shares a budget among pictures by how much they show: as many tokens in all as `kept` each.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Pictures:
     lengths: list[int]
     grids: list[Grid | None]
     origins: list[int | None] = field(default_factory=list)
+    _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def groups(self) -> list[Group]:
         """The pictures by size."""
@@ -63,11 +65,12 @@ class Pictures:
 
     def index(self, group: Group) -> Tensor:
         """Places of a group's tokens among all image tokens: (K, n)."""
-        starts = [0]
-        for length in self.lengths:
-            starts.append(starts[-1] + length)
-        first = torch.tensor([starts[image] for image in group.images], device=self.is_image_BL.device)
-        return first[:, None] + torch.arange(group.length, device=first.device)
+        images = tuple(group.images)
+        if images not in self._places:
+            starts = [0, *accumulate(self.lengths)]
+            first = torch.tensor([starts[image] for image in images], device=self.is_image_BL.device)
+            self._places[images] = first[:, None] + torch.arange(group.length, device=first.device)
+        return self._places[images]
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,14 @@ class Reduction:
         keep_BL: Columns that stay: text, and the anchor of every slot.
         pictures: The pictures as they were.
         words: Plans for words, where some of them leave too.
+        num_columns: Columns that run in all, padding to the longest row included; known once the rows are made.
     """
 
     pictures: Pictures
     plans: list[tuple[Group, TokenMap]]
     keep_BL: Tensor
     words: list[WordPlan] = field(default_factory=list)
+    num_columns: int = 0
 
     @property
     def is_identity(self) -> bool:
