@@ -26,9 +26,9 @@ class Words:
     """Chooses, in a prompt that brings pictures, the words that leave, row by row.
 
     The same part of the words of every row with a picture leaves; what stays keeps its position. Never leave the
-    first token of a row, its last, padding, image tokens, those whose logits the call asks for (tokens that assisted generation
-    guesses), and special tokens: those that the model's configurations name, and added ones, whose ids begin with the
-    first that is named in the upper half of the vocabulary.
+    first token of a row, its last, padding, image tokens, those whose logits the call asks for (tokens that assisted
+    generation guesses), and special tokens: those that the model's configurations name, and added ones, whose ids
+    begin with the first that is named in the upper half of the vocabulary.
 
     Attributes:
         on_reduction: Is told the number of words of all rows before and after, and of the longest row.
