@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from gen_turbo import TurboProcessor
@@ -95,6 +97,47 @@ def test_the_image_of_readme_is_labelled_from_records(tmp_path, monkeypatch):
     gain.main()
     assert (tmp_path / "g.png").stat().st_size > 0
     assert gain.label("turbo-correct-r0.75-k3-o1") == "Turbo, 1.42 x faster"
+
+
+@pytest.mark.parametrize("name", ["images", "vision_language"])
+def test_a_notebook_runs(name, tmp_path):
+    """Catches a cell that fails, and one that was committed with its output."""
+    client = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    notebook = nbformat.read(EXAMPLES / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    code = (
+        "import nbclient, nbformat, sys\n"
+        "notebook = nbformat.read(sys.argv[1], as_version=4)\n"
+        "nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3').execute()\n"
+        "print(sum(len(cell.get('outputs', ())) for cell in notebook.cells))\n"
+    )
+    # In a process of its own: the client's event loop warns where a test turns warnings into errors.
+    command = [sys.executable, "-c", code, str(EXAMPLES / "notebooks" / f"{name}.ipynb")]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert client and done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 3
+
+
+def test_a_custom_pipeline_of_diffusers_is_accelerated(tiny_checkpoint, monkeypatch, tmp_path):
+    """Catches a file that diffusers cannot load as `custom_pipeline`, and one that stays attached."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    path = str(EXAMPLES.parent / "pipelines" / "turbo_stable_diffusion.py")
+    settings = {"custom_pipeline": path, "trust_remote_code": True, "safety_checker": None}
+    pipe = DiffusionPipeline.from_pretrained(tiny_checkpoint, **settings)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_checkpoint, safety_checker=None)
+
+    def latents(which, **more):
+        generator = torch.Generator().manual_seed(0)
+        return which("a circle", num_inference_steps=4, generator=generator, output_type="latent", **more).images
+
+    assert type(pipe).__name__ == "TurboStableDiffusionPipeline"
+    before = dict(pipe.unet.attn_processors)
+    assert not torch.equal(latents(pipe, ratio=0.7), latents(stock))
+    assert torch.equal(latents(pipe, ratio=0.0), latents(stock))
+    assert {name: id(one) for name, one in pipe.unet.attn_processors.items()} == {n: id(o) for n, o in before.items()}
 
 
 def test_every_example_is_run_by_a_test():
