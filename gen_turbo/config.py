@@ -74,7 +74,10 @@ def load_config_of(schema: type[S], command: str, name_or_path: str | Path, over
 
 
 def processor_tree(processor: object) -> object:
-    """The settings behind the path of a YAML file or a method's name; a mapping and None stay as they are."""
+    """The settings behind the path of a YAML file, a method's name or a `preset`; None stays as it is."""
+    if isinstance(processor, dict) and "preset" in processor:
+        rest = {key: value for key, value in processor.items() if key != "preset"}
+        return read_yaml("preset", str(processor["preset"])) | rest
     if not isinstance(processor, str):
         return processor
     is_file = processor in config_files("method") or Path(processor).suffix in _YAML_SUFFIXES
@@ -133,7 +136,7 @@ def config_files(kind: str) -> dict[str, Path]:
     """The YAML files inside the package by name.
 
     Args:
-        kind: "pipeline" or "method".
+        kind: "pipeline", "method" or "preset".
     """
     folder = Path(str(resources.files("gen_turbo.configs"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -228,7 +231,12 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"cannot set {key}: {parent} is {node!r}, which has no settings; set {parent} first")
     names: dict[Any, Any] = {str(name): name for name in node}
     node[names.get(last, int(last) if last.isdecimal() else last)] = value
-    if last == "processor":
+    if last == "preset" and parents and parents[-1] == "processor":
+        # It stands in place of all settings that were there before it.
+        whole = read_yaml("preset", str(value))
+        node.clear()
+        node.update(whole)
+    elif last == "processor":
         node["processor"] = processor_tree(node["processor"])
     elif key in HALVES:
         _expand(tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gen_turbo.bench.presets import preset_settings
 from gen_turbo.bench.scopes import scope_settings
 from gen_turbo.bench.settings import (
     DeepCache,
@@ -53,7 +54,7 @@ def quality_catalogue(steps: int) -> list[Setting]:
     if steps // 2 in BUDGETS:
         routed += [_routed(budget, "turbo", steps // 2) for budget in BUDGETS[steps // 2]["turbo"][:2]]
     merged = [*corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
-    return [default, *routed, *rivals, *merged, *scope_settings()]
+    return [default, *preset_settings(), *routed, *rivals, *merged, *scope_settings()]
 
 
 def step_catalogue(model: str = "sd15", steps: int = 6) -> list[Setting]:

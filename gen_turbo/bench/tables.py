@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gen_turbo.bench import presets as preset_catalogue
 from gen_turbo.bench import scopes as scope_catalogue
 from gen_turbo.bench.cells import median_speedup, milliseconds, of_one_workload, passed, speedups_of
+from gen_turbo.bench.choices import choices
 from gen_turbo.bench.gpu import tables as gpu_tables
 from gen_turbo.bench.markdown import table
 from gen_turbo.bench.reading_tables import caption_generate, routing, understanding, unseen, vlm_step
@@ -138,6 +140,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality50": lambda folder: quality(folder, 50),
     "quality8": lambda folder: quality(folder, 8),
     "quality-dit": lambda folder: quality(folder, 25, EMBEDDED_TRANSFORMER),
+    "quality-dit4": lambda folder: quality(folder, 4, EMBEDDED_TRANSFORMER),
+    "presets": preset_catalogue.presets,
+    "choices": choices,
     "scopes": scopes,
     "check": check,
     "flops": flops,
@@ -166,7 +171,7 @@ def quality_records(folder: Path, steps: int, pipeline: str = EMBEDDED) -> list[
             record
             for record in load(folder, "quality")
             if (record.params["pipeline"], record.params["steps"]) == (pipeline, steps)
-            and record.family not in scope_catalogue.FAMILIES
+            and record.family not in (*scope_catalogue.FAMILIES, preset_catalogue.FAMILY)
         ]
     )
 

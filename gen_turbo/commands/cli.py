@@ -134,6 +134,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="the same as processor.preset=...: fidelity, balanced or fast")
     parser.add_argument("--config", default="tiny", help="a name that `gen-turbo list` shows, or a YAML file (tiny)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as processor=tome or processor.ratio=0.3"
@@ -143,8 +144,9 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _config(namespace: argparse.Namespace) -> PipelineConfig:
     given = {name: getattr(namespace, name) for name in ("steps", "height", "width")}
     flags = [(name, value) for name, value in given.items() if value is not None]
+    preset = [("processor", {"preset": namespace.preset})] if namespace.preset is not None else []
     command = f"gen-turbo {namespace.command}"
-    return load_config_of(PipelineConfig, command, namespace.config, [*namespace.overrides, *flags])
+    return load_config_of(PipelineConfig, command, namespace.config, [*preset, *namespace.overrides, *flags])
 
 
 def _generate(namespace: argparse.Namespace) -> None:
@@ -209,9 +211,11 @@ def _print_comparisons(comparisons: list[Comparison], name: str) -> None:
 
 
 def _list(namespace: argparse.Namespace) -> None:
+    from gen_turbo.bench.presets import list_presets
     from gen_turbo.factory import list_methods, list_pipelines
 
-    for title, entries in (("methods", list_methods()), ("pipelines", list_pipelines())):
+    listed = (("methods", list_methods()), ("pipelines", list_pipelines()), ("presets", list_presets()))
+    for title, entries in listed:
         width = max(map(len, entries), default=0)
         print(f"{title}:")
         for name, text in entries.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
+from gen_turbo.config import read_yaml, typed
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.models import register
+from gen_turbo.registry import METHODS
 from gen_turbo.tokens.token_map import TokenMap
 
 register.add_pipeline_methods()
@@ -22,6 +24,19 @@ class ReductionProcessor(TokenReducer):
     models. `attach` and `pipe.set_attn_processor` put it in front of each layer; a model's own `set_attn_processor`
     does not, and its first call says so.
     """
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Makes the processor of a file in configs/preset, such as "fidelity", "balanced" or "fast".
+
+        Raises:
+            ValueError: If there is no such preset, or it is one of another method.
+        """
+        tree = read_yaml("preset", name)
+        method = tree.pop("method")
+        if METHODS[method] is not cls:
+            raise ValueError(f"preset {name!r} is of the method {method!r}; use {METHODS[method].__name__}.preset")
+        return typed(cls, tree, f"preset {name!r}")
 
     def plan_tokens(self, tokens: Tensor, grid: Grid | None = None) -> TokenMap:
         """Plans the reduction of tokens (B, N, C) on a (height, width) grid; None where there is no grid.
