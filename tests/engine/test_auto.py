@@ -11,6 +11,7 @@ from statistics import mean
 
 import pytest
 import torch
+from stated import FAST
 
 import gen_turbo
 from gen_turbo import TurboProcessor, attach, report
@@ -28,8 +29,6 @@ from tests.snapshots import differences, model_state
 from tests.tiny_hosts import sd_pipeline
 
 RECORDS = Path(gen_turbo.__file__).parent / "bench" / "records"
-FAST = replace(CLASSES["cpu"], kernel_s=0.0, launch_s=0.0, bandwidth=1e15)
-"""A device on which merging gains at any size."""
 DOUBT = 0.035
 """What is measured nearer to 1 than this has no sign."""
 
