@@ -14,9 +14,16 @@ def model_state(model: nn.Module) -> dict[str, object]:
             is_container = isinstance(value, dict)
             state[f"{name}.{key}"] = {k: id(v) for k, v in value.items()} if is_container else id(value)
     state["keys"] = list(model.state_dict())
-    state["bytes"] = [value.clone() for value in model.state_dict().values()]
+    state["bytes"] = [part.clone() for value in model.state_dict().values() for part in _parts(value)]
     state["random"] = torch.get_rng_state()
     return state
+
+
+def _parts(value: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor, or those that a quantised one is stored as."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [part for name in value.__tensor_flatten__()[0] for part in _parts(getattr(value, name))]
 
 
 def differences(before: dict[str, object], after: dict[str, object]) -> list[str]:

@@ -31,7 +31,9 @@ class Cost:
     def of(cls, module: nn.Module, kv_only: bool) -> Cost:
         """Counts the linear weights that image tokens go through: not those of text, time or cross-attention's keys."""
         linears = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-        weights = sum(m.weight.numel() for name, m in linears if not any(part in name for part in _NOT_PER_TOKEN))
+        # By its sides, for quantised weights are stored as fewer numbers.
+        sizes = ((name, m.in_features * m.out_features) for name, m in linears)
+        weights = sum(size for name, size in sizes if not any(part in name for part in _NOT_PER_TOKEN))
         width = next((m.out_features for name, m in linears if name.endswith(("to_q", "to_query"))), 0)
         # Of a projection that is fused with others, the attention says its share.
         width = width or next((int(m.inner_dim) for m in module.modules() if hasattr(m, "inner_dim")), 0)  # type: ignore[arg-type]

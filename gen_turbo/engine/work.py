@@ -17,6 +17,8 @@ _ONE_ROW = ("time_", "timestep", "norm", "adaln", "guidance", "add_embedding", "
 _TEXT_ROWS = ("add_", "context", "caption", "text_", "attn2.to_k", "attn2.to_v", "txt")
 """Parts of names of layers that read the text tokens."""
 _CROSS = ("attn2", "cross_attn", "cross_attention")
+_QUERIES = ("to_q", "to_query", "to_qkv_mlp_proj")
+"""What makes queries, by name."""
 _PASSES = 3.0
 """Elementwise passes over what a matrix product reads and writes: norms, activations, modulations, sums."""
 _KERNELS = 4.0
@@ -137,10 +139,12 @@ class LayerWork:
         for name, part in module.named_modules():
             if is_product(part):
                 products.append((rows_of(name), *sizes_of(part)))
-            query: Any = getattr(part, "to_q", None)
+            query: Any = next((getattr(part, projection) for projection in _QUERIES if hasattr(part, projection)), None)
             if is_product(query):
                 width = width or int(query.in_features)
-                (cross if name.endswith(_CROSS) else heads).append(int(query.out_features))
+                # A projection that is fused with others is wider than all heads.
+                channels: Any = part.inner_dim if hasattr(part, _QUERIES[-1]) else query.out_features
+                (cross if name.endswith(_CROSS) else heads).append(int(channels))
         return cls(tuple(products), width, tuple(heads), tuple(cross))
 
     def work(self, load: Workload, tokens: float, num_queries: float | None = None) -> Work:

@@ -29,6 +29,7 @@ from stated import TurboProcessor
 from torch import Tensor
 
 from gen_turbo import attach
+from tests.contracts import quantised
 from tests.tiny_hosts import TEXT_WIDTH, UNETS, picture, sd_pipeline
 from tests.tiny_pipelines import (
     adapter_pipeline,
@@ -55,12 +56,14 @@ class Combination:
         draw: Draws with it.
         add: Adds to the pipeline what is combined, after it was made.
         target: What a processor is attached to.
+        needs: A package that has to be there; empty for none.
     """
 
     make: Callable[[], Any] = sd_pipeline
     draw: Callable[[Any], Tensor] = draw_picture
     add: Callable[[Any], object] = lambda pipe: None
     target: Callable[[Any], Any] = lambda pipe: pipe
+    needs: str = ""
 
     def model(self, made: Any) -> torch.nn.Module:
         """The denoiser."""
@@ -283,6 +286,9 @@ COMBINATIONS: dict[str, Combination] = {
         _draw_flux,
         lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
     ),
+    "Flux, torchao int8 weights": Combination(quantised.torchao, _draw_flux, needs="torchao"),
+    "Flux, bitsandbytes 4-bit weights": Combination(quantised.bitsandbytes, _draw_flux, needs="bitsandbytes"),
+    "Flux, GGUF weights": Combination(quantised.gguf, _draw_flux, needs="gguf"),
     "Flux, FirstBlockCache": _cached(lambda pipe: FirstBlockCacheConfig(threshold=0.05)),
     "Flux, FasterCache": _cached(_faster),
     "Flux, PyramidAttentionBroadcast": _cached(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,19 @@ def _made(name: str) -> Made:
     return Made.of(COMBINATIONS[name])
 
 
+def is_absent(name: str) -> bool:
+    """Whether a row needs a package that is not installed."""
+    needs = COMBINATIONS[name].needs
+    return bool(needs) and find_spec(needs) is None
+
+
 def cell(name: str, column: str) -> str:
-    """Runs one check and says what came out; a check that fails raises AssertionError."""
+    """Runs one check and says what came out; a check that fails raises AssertionError.
+
+    Of a row whose package is not there the table says what it said before.
+    """
+    if is_absent(name):
+        return read()[name, column]
     return COLUMNS[column](_made(name))
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from stated import TurboProcessor
 
-from gen_turbo import attach, detach, reattach
+from gen_turbo import attach, detach, reattach, report
+from tests.contracts import quantised
 from tests.contracts.combinations import COMBINATIONS, draw_picture
-from tests.contracts.outcomes import COLUMNS, cell, read
+from tests.contracts.outcomes import COLUMNS, cell, is_absent, read
 from tests.tiny_hosts import sd_pipeline
+from tests.tiny_transformers import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -18,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_every_cell_of_the_table_is_so(name, column):
     """Catches whatever breaks, changes nothing or leaves something when two accelerations meet; and a stale table."""
+    if is_absent(name):
+        pytest.skip(f"{COMBINATIONS[name].needs} is not installed")
     assert read()[name, column] == cell(name, column)
 
 
@@ -26,6 +30,19 @@ def test_the_table_has_no_empty_cell():
     cells = read()
     assert set(cells) == {(name, column) for name in COMBINATIONS for column in COLUMNS}
     assert all(value.strip() for value in cells.values())
+
+
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes", "gguf"])
+def test_quantised_weights_count_as_what_they_stand_for(package):
+    """Catches operations counted by the numbers that weights are stored as, half as many or with scales."""
+    pytest.importorskip(package)
+    saved = []
+    for make in (COMBINATIONS["Flux, padded text"].make, getattr(quantised, package)):
+        model = make().transformer
+        with attach(model, TurboProcessor(0.4, restore="copy")):
+            run("flux", model, times=(900,))
+            saved.append([(site.flops, site.stock_flops) for site in report(model).sites])
+    assert saved[0] == saved[1]
 
 
 def test_threads_draw_what_they_draw_alone():
