@@ -6,7 +6,7 @@ Shape names: B batch, N tokens, C channels, T tiles, S sources of a tile, D dest
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -238,16 +238,9 @@ def _highest(scores_BN: Tensor, count: int) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _tile_layout(
-    grid: tuple[int, int],
-    tile: tuple[int, int],
-    stride: tuple[int, int],
-    shift: bool,
-    variant: str | int,
-    device: torch.device,
-) -> _Layout:
-    """The layout, which compiled code holds as a constant."""
-    return _made_tile_layout(grid, tile, stride, shift, variant, device)
+def _tile_layout(*of: Any) -> _Layout:
+    """`_made_tile_layout`, which compiled code holds as a constant: it would look through a cache."""
+    return _made_tile_layout(*of)
 
 
 @lru_cache(maxsize=64)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from stated import TurboProcessor
 
 from gen_turbo import IdentityProcessor, attach, report
+from tests.engine.families import family
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import picture as picture_of_steps
 from tests.tiny_hosts import sd_pipeline
@@ -38,6 +40,24 @@ def load_adapter(pipe, folder: Path) -> None:
 def adapted_picture(pipe):
     """A picture whose prompt is a text and an image."""
     return picture(pipe, ip_adapter_image=prompt_image())
+
+
+@pytest.mark.parametrize("settings", [{}, {"merge_span": 0}], ids=["block", "span"])
+def test_what_removes_nothing_stands_beside_a_cache(settings):
+    """Catches the identity refused with scope="block" beside a cache of diffusers, which it does not touch."""
+    model, run = family("flux")
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+
+    def cached():
+        model._reset_stateful_cache()
+        with model.cache_context("cond"):
+            return run(times=(900, 899))
+
+    stock = cached()
+    with attach(model, IdentityProcessor(0.4, scope="block", **settings)):
+        assert torch.equal(cached(), stock)
+    with attach(model, TurboProcessor(0.4, scope="block")), pytest.raises(ValueError, match="cache that is on"):
+        cached()
 
 
 def test_ip_adapter_loaded_before_and_then_attached(tmp_path):

@@ -47,8 +47,15 @@ WHOLE = [
     ("pixart-sigma", "model copied"),
     ("wan", "copied"),
 ]
-IN_OPERATORS = [("pixart-sigma", "model copied"), ("pixart-sigma", "residual")]
-"""Of these, those that are traced down to operators."""
+IN_OPERATORS = [
+    ("unet", "block copied"),
+    ("sd3", "weighed"),
+    ("flux", "block"),
+    ("pixart-sigma", "residual"),
+    ("pixart-sigma", "model copied"),
+    ("wan", "copied"),
+]
+"""Of these, those that are traced down to operators: at least one of each model."""
 BLOCKS = [
     ("unet", "copied"),
     ("unet", "block"),

@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs on a CPU: a capture records operators on their tensors, a replay runs them once more.
 
 As on a GPU, what is captured has not run yet, nothing but operators is replayed, always on the tensors of the capture,
-and a capture fails where the host asks for a number.
+and a capture fails where the host asks for a number or draws one.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ class Graph(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func._schema.name.removeprefix("aten::") in _WAITING:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            # What the host draws would be copied from its memory.
             raise RuntimeError("operation not permitted when stream is capturing")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine.graphs import Graphs, GraphsWarning
+from gen_turbo.methods.random import RandomProcessor
 from gen_turbo.models.unet import UNetAdapter
 from tests.engine.cuda import StandIn, stand_in
 from tests.engine.families import family
@@ -181,6 +182,18 @@ def test_what_cannot_be_captured_runs_and_says_so_once(mode, cuda):
         assert all(torch.equal(run(times=TIMES), expected) for _ in range(2))
         assert "cannot be captured" in report(model).graphs and cuda.num_captured == 0
     assert [one.category for one in caught] == [GraphsWarning] * (mode is True)
+
+
+@pytest.mark.parametrize("restore", ["copy", "residual"])
+def test_the_random_control_is_not_captured(restore, cuda):
+    """Catches one draw replayed in every step, by which the control would be another one with graphs."""
+    model, run = family("pixart-sigma")
+    reducer = RandomProcessor(0.4, restore=restore)
+    with attach(model, reducer, graphs=False):
+        expected = run(times=TIMES)
+    with attach(model, reducer, graphs="auto"):
+        assert all(torch.equal(run(times=TIMES), expected) for _ in range(3))
+        assert "cannot be captured" in report(model).graphs
 
 
 @pytest.mark.parametrize(("replay", "is_kept"), [(1.0, True), (9.9, False), (20.0, False)])
