@@ -11,9 +11,10 @@ from torch import nn
 
 from gen_turbo.engine.base import NoEffectWarning as NoEffectWarning
 from gen_turbo.engine.base import Part
-from gen_turbo.engine.denoiser import DenoiserPart
+from gen_turbo.engine.denoiser import DenoiserPart, LayerPruner
 from gen_turbo.engine.graphs import Mode
 from gen_turbo.method import TokenReducer
+from gen_turbo.models.unknown import UNKNOWN
 
 _FAMILIES = {
     "diffusers.": "gen_turbo.models.families",
@@ -134,7 +135,7 @@ def _exchanged(
     before: list[Part], wanted: list[tuple[nn.Module, TokenReducer, Mode]], pipeline: Any | None
 ) -> Attachment:
     """Takes parts off and installs others; if one of those cannot be, the first are back."""
-    found = [adapter_of(model) for model, _, _ in wanted]
+    found = [_adapter_for(model, reducer) for model, reducer, _ in wanted]
     for part in before:
         _release(part)
     parts: list[Part] = []
@@ -152,6 +153,16 @@ def _exchanged(
         _install(before)
         raise
     return Attachment(parts)
+
+
+def _adapter_for(model: nn.Module, reducer: TokenReducer) -> Any:
+    """The family of a model; for a reducer that leaves whole calls out any model does that is told a time."""
+    try:
+        return adapter_of(model)
+    except ValueError:
+        if isinstance(reducer, LayerPruner) and UNKNOWN.takes(model):
+            return UNKNOWN
+        raise
 
 
 def _part(adapter: Any, model: nn.Module, reducer: TokenReducer, graphs: Mode, pipeline: Any | None) -> Part:

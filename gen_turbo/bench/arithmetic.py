@@ -11,12 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 T = TypeVar("T")
 
 
-def counted(run: Callable[[], T]) -> tuple[T, int]:
-    """Runs a function once and counts the floating point operations of its matrix products and convolutions."""
+def counted(run: Callable[[], T], kind: str = "Global") -> tuple[T, int]:
+    """Runs a function once and counts the floating point operations of its matrix products and convolutions.
+
+    Args:
+        run: The function.
+        kind: Class of the module whose operations count; all by default.
+    """
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         result = run()
-    return result, counter.get_total_flops()
+    return result, sum(counter.get_flop_counts().get(kind, {}).values())
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **more: Any) -> int:

@@ -16,7 +16,7 @@ from gen_turbo.bench.settings import (
     Stock,
     Tomesd,
 )
-from gen_turbo.bench.skipping import skipping_settings
+from gen_turbo.bench.skipping import Calibrated, plain_settings, skipping_settings
 
 RATIOS = (0.3, 0.5, 0.75)
 REFRESHES = (2, 3, 5)
@@ -27,9 +27,11 @@ DEEP_INTERVALS = (2, 3, 5)
 BUDGETS: dict[int, dict[str | None, tuple[float, ...]]] = {
     25: {"turbo": (0.61, 0.54, 0.5, 0.41, 0.35, 0.32), None: (0.76, 0.59, 0.48, 0.39)},
     50: {"turbo": (0.6, 0.53, 0.49, 0.43, 0.36, 0.3), None: (0.83, 0.7, 0.59, 0.48, 0.41)},
+    8: {None: (0.75, 0.5, 0.38)},
+    28: {None: (0.65, 0.5, 0.33, 0.25)},
 }
-"""Steps -> what merges tokens meanwhile -> some of the schedules that ship for the embedded model."""
-_STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.4, 0.32)
+"""Steps -> what merges tokens meanwhile -> some of the schedules that ship for the embedded models."""
+_STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.5, 0.4, 0.32, 0.25)
 
 
 def quality_catalogue(steps: int) -> list[Setting]:
@@ -50,11 +52,14 @@ def quality_catalogue(steps: int) -> list[Setting]:
     deeper += [_corrected(method, 0.75, 3, 1, 2) for method in ("turbo", "random")]
     deeper += [Tomesd("tomesd-r0.5-2levels", "package tomesd, two levels", 0.5, 2)]
     default = Method("turbo-default", "turbo, default", "turbo", {"ratio": 0.4})
-    routed = [_routed(budget, inner) for inner, budgets in BUDGETS.get(steps, {}).items() for budget in budgets]
-    if steps // 2 in BUDGETS:
-        routed += [_routed(budget, "turbo", steps // 2) for budget in BUDGETS[steps // 2]["turbo"][:2]]
+    routed = [
+        _calibrated(budget, inner, steps) for inner, budgets in BUDGETS.get(steps, {}).items() for budget in budgets
+    ]
+    halved = BUDGETS.get(steps // 2, {}).get("turbo", ())
+    routed += [_on_fewer_steps(budget, "turbo", steps // 2) for budget in halved[:2]]
     merged = [*corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
-    return [default, *preset_settings(), *routed, *rivals, *merged, *scope_settings()]
+    plain = plain_settings(steps)
+    return [default, *preset_settings(), *routed, *plain, *rivals, *merged, *scope_settings()]
 
 
 def step_catalogue(model: str = "sd15", steps: int = 6) -> list[Setting]:
@@ -95,14 +100,18 @@ def _corrected(method: str, ratio: float, refresh: int, order: int, levels: int 
     return Method(name, family, method, options)
 
 
-def _routed(budget: float, inner: str | None, steps: int = 0) -> Method:
-    """PAR on the schedule that ships for the model, with tokens merged where it runs or without, on fewer `steps`."""
+def _calibrated(budget: float, inner: str | None, steps: int) -> Setting:
+    """PAR on the schedule that ships for the model, with tokens merged where it runs or without."""
     name, family = ("turbo-par", "turbo + PAR") if inner else ("par", "PAR")
+    return Calibrated(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner}, steps)
+
+
+def _on_fewer_steps(budget: float, inner: str, steps: int) -> Setting:
+    """The same on the schedule of fewer steps, compared with more of stock."""
     options = {"budget": budget, "inner": inner}
-    if steps:
-        name, family = f"{name}-steps-{steps}-b{budget:g}", f"{family}, {steps} steps"
-        return MethodOnFewerSteps(name, family, steps, "par", options)
-    return Method(f"{name}-b{budget:g}", family, "par", options)
+    return MethodOnFewerSteps(
+        f"turbo-par-steps-{steps}-b{budget:g}", f"turbo + PAR, {steps} steps", steps, "par", options
+    )
 
 
 def _copied(method: str, ratio: float, levels: int = 1) -> Method:

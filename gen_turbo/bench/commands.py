@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, captions in (("quality", 50), ("check", 200)):
         _add_picture_arguments(children[name], captions)
     children["quality"].add_argument(
-        "--timed", type=_positive, default=10, help="captions, from the first, that are timed against stock"
+        "--timed", type=_whole, default=10, help="captions, from the first, timed against stock; 0 counts FLOPs instead"
     )
     understanding = children["understanding"]
     understanding.add_argument(
@@ -127,6 +127,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
 
 

@@ -43,7 +43,8 @@ def run_settings(bench: str, patterns: Sequence[str], options: argparse.Namespac
         bench: Name of the benchmark that the records belong to.
         patterns: Names of what to measure, or shell patterns; all that fits the pipeline where there is none.
         options: Of the command line.
-        num_timed: Captions, from the first, whose time is taken together with a stock run just before or after.
+        num_timed: Captions, from the first, whose time is taken together with a stock run just before or after; where
+            it is 0, all arithmetic of the first is counted instead.
 
     Raises:
         ValueError: If a pattern matches nothing, or nothing that fits the pipeline.
@@ -68,7 +69,7 @@ def run_settings(bench: str, patterns: Sequence[str], options: argparse.Namespac
             print(f"{setting.name}: finished before")
             continue
         trials = _trials(studio, setting, num_timed)
-        counts = _counted(studio, setting) if num_timed else {}
+        counts = _counted(studio, setting) if num_timed else {k: int(trials[0][k]) for k in ("flops", "stock_flops")}
         records.append(options.records, _record(bench, setting, params, trials, counts, options.seed))
 
 
@@ -105,7 +106,10 @@ def _read_trials(path: Path, key: str) -> dict[int, Trial]:
 
 
 def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool) -> Trial:
-    """Draws one picture and, for its time, stock before it on even captions and after it on odd ones."""
+    """Draws one picture and, for its time, stock before it on even captions and after it on odd ones.
+
+    Of pictures that are not timed the first one's arithmetic is counted.
+    """
     times: Trial = {}
     if is_timed:
         order: list[Setting] = [studio.stock, setting] if index % 2 == 0 else [setting, studio.stock]
@@ -121,6 +125,10 @@ def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool) -> Tr
             "baseline_cpu_s": stock_time.cpu_s,
             "baseline_wall_s": stock_time.wall_s,
         }
+    elif index == 0:
+        image, flops = studio.counted(setting)
+        times = {"flops": flops, "stock_flops": studio.stock_flops}
+        stock = studio.stock_picture(index)
     else:
         stock = studio.stock_picture(index)
         image = stock if isinstance(setting, Stock) else studio.draw(setting, index)[0]

@@ -15,11 +15,14 @@ from torch import nn
 
 from gen_turbo import scenes
 from gen_turbo.api import denoiser, denoisers
+from gen_turbo.bench.arithmetic import counted
 from gen_turbo.bench.settings import Setting, Stock
 from gen_turbo.bench.timing import Timing, clocked
 from gen_turbo.config import PipelineConfig
 from gen_turbo.factory import build_pipeline, load_pipeline
 from gen_turbo.metrics.cost import Cost, count_cost
+
+_FLOPS = "flops.txt"
 
 
 @dataclass
@@ -76,6 +79,23 @@ class Studio:
         with count_cost(self.denoiser) as cost:
             self.draw(setting, 0)
         return cost
+
+    def counted(self, setting: Setting) -> tuple[Image.Image, int]:
+        """The first picture under a setting, and all arithmetic of its denoiser."""
+        kind = type(self.denoiser).__name__
+        (image, _), flops = counted(lambda: self.draw(setting, 0), kind)
+        if isinstance(setting, Stock):
+            self.keep_stock(0, image)
+            (self.folder / f"stock-{self.steps}" / _FLOPS).write_text(str(flops))
+        return image, flops
+
+    @property
+    def stock_flops(self) -> int:
+        """All arithmetic of the denoiser in one stock picture, counted once for all processes."""
+        path = self.folder / f"stock-{self.steps}" / _FLOPS
+        if not path.exists():
+            self.counted(self.stock)
+        return int(path.read_text())
 
     def stock_picture(self, index: int) -> Image.Image:
         """The stock picture from disk, drawn and kept where it is missing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 
 from gen_turbo import scenes
@@ -25,7 +27,8 @@ _PROMPTS = (
 _OWN_SEED = 1000
 """Keeps captions and noise apart from those of the benchmarks, whose seeds begin at 0."""
 _ALMOST_ALL, _MOST_DB = 0.999, 100.0
-_COSTS = (0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)
+_Draw = Callable[[int, str], Any]
+_COSTS = (0.85, 0.75, 0.67, 0.6, 0.5, 0.42, 0.34, 0.3, 0.25)
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,12 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budgets", type=float, nargs="+", default=_COSTS, help="shares of the stock cost to fill")
     group.add_argument("--like", type=Path, metavar="FILE", help="search nothing; carry over schedules of other steps")
     group.add_argument("--inner", nargs="+", default=["turbo", "none"], help="merging methods meanwhile (turbo none)")
+    group.add_argument(
+        "--parts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="search also what leaves parts of calls out and merges tokens in others, which takes many more images",
+    )
 
 
 def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) -> None:
@@ -54,20 +63,52 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     pipe = build_pipeline(config)
     pipe.set_progress_bar_config(disable=True)
     draw = _drawer(pipe, config, _prompts(namespace, config), namespace.seed + _OWN_SEED)
-    pipe.scheduler.set_timesteps(config.steps)
-    found = _searched(pipe, namespace, draw) if namespace.like is None else _taken_over(pipe, namespace.like)
     model = denoiser(pipe)
     title = f"{config.checkpoint}, {config.steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
+    title += "" if namespace.parts else " --no-parts"
     title += f" --like {namespace.like.name}" if namespace.like is not None else ""
     made = partial(ScheduleFile, type(model).__name__, tuple(probe_of(model).tolist()), type(pipe.scheduler).__name__)
     done: list[Schedule] = []
-    for schedule in found:
-        done.append(_tried(pipe, made((schedule,)), draw, namespace.prompts))
+
+    def add(schedule: Schedule) -> None:
+        done.append(schedule)
         write(output, made(undominated(done)), title)
+
+    if namespace.like is None:
+        _add_routes(pipe, namespace, draw, made, add)
+    if namespace.like is not None or namespace.parts:
+        pipe.scheduler.set_timesteps(config.steps)
+        found = _searched(pipe, namespace, draw) if namespace.like is None else _taken_over(pipe, namespace.like)
+        for schedule in found:
+            add(_tried(pipe, made((schedule,)), draw, namespace.prompts))
     print(output)
 
 
-def _searched(pipe: Any, namespace: argparse.Namespace, draw: Callable[[int, str], Any]) -> list[Any]:
+def _add_routes(
+    pipe: Any, namespace: argparse.Namespace, draw: _Draw, made: Callable[[Any], Any], add: Callable[[Any], None]
+) -> None:
+    """Searches what leaves whole calls out, and tries it."""
+    from gen_turbo.api import attach, denoisers
+    from gen_turbo.methods.par import PARProcessor
+    from gen_turbo.training.calibrate_route import num_images, record
+
+    count = namespace.prompts
+    recorded = record(pipe, denoisers(pipe)[1], partial(_pixels, draw), count, _note)
+    num_calls = len(recorded.runs[0].guided)
+    schedules = recorded.schedules(namespace.budgets)
+    whole = num_images(num_calls, count, [schedule.cost for schedule in schedules])
+    _note(f"leaving whole calls out takes {whole:.0f} images' worth of calls in all")
+    for schedule in schedules:
+        distances = []
+        for index in range(count):
+            with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=made((schedule,)), inner=None)):
+                distances.append(_distance(recorded.pictures[index], _pixels(draw, index)))
+        distance = sum(distances) / count
+        _note(f"{schedule.cost:.3f} of the calls of stock, {distance:.1f} dB")
+        add(replace(schedule, psnr_db=round(distance, 2)))
+
+
+def _searched(pipe: Any, namespace: argparse.Namespace, draw: _Draw) -> list[Any]:
     """Schedules for all budgets, with and without merging, by what every unit costs and what is lost without it."""
     from gen_turbo.api import adapter_of, denoiser
     from gen_turbo.engine.groups import groups_of, insides
@@ -112,7 +153,7 @@ def _taken_over(pipe: Any, path: Path) -> list[Any]:
 
 
 def _seconds(
-    pipe: Any, model: Any, units: dict[str, Any], draw: Callable[[int, str], Any], count: int, inner: str | None
+    pipe: Any, model: Any, units: dict[str, Any], draw: _Draw, count: int, inner: str | None
 ) -> dict[str, list[float]]:
     """The seconds of every unit in every call of some pictures, with a merging method alone or of stock."""
     from gen_turbo.api import attach
@@ -126,7 +167,7 @@ def _seconds(
     return seconds
 
 
-def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], count: int) -> Any:
+def _tried(pipe: Any, file: Any, draw: _Draw, count: int) -> Any:
     """Runs stock and a schedule in turn on every prompt, and gives it with its cost and its distance to stock."""
     from gen_turbo.api import attach
     from gen_turbo.methods.par import PARProcessor
@@ -145,6 +186,18 @@ def _tried(pipe: Any, file: Any, draw: Callable[[int, str], Any], count: int) ->
     return replace(schedule, cost=round(cost, 4), psnr_db=round(distance, 2))
 
 
+def _pixels(draw: _Draw, index: int) -> Any:
+    """The i-th picture, or the frames of the i-th video, as numbers from 0 to 1."""
+    result = draw(index, "np")
+    return np.asarray(result.images if hasattr(result, "images") else result.frames)[0]
+
+
+def _distance(stock: Any, own: Any) -> float:
+    """PSNR in dB, of all frames together."""
+    error = float(np.square(stock.astype(np.float64) - own).mean())
+    return min(_MOST_DB, -10 * math.log10(max(error, 1e-12)))
+
+
 def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) -> Callable[[int, str], Any]:
     """A function that makes the i-th picture, always from the same noise."""
     given = {call: getattr(config, name) for name, call in CALL_SETTINGS.items() if getattr(config, name) is not None}
@@ -156,7 +209,7 @@ def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) ->
     return draw
 
 
-def _drawn(draw: Callable[[int, str], Any], index: int) -> tuple[Any, float]:
+def _drawn(draw: _Draw, index: int) -> tuple[Any, float]:
     """A picture and the seconds that it took."""
     from gen_turbo.engine.stopwatch import seconds_now
 

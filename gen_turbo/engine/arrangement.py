@@ -16,6 +16,7 @@ from gen_turbo.engine.program import Program
 from gen_turbo.engine.span import joined, spans_of
 from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, TextSignature, Unit
+from gen_turbo.training.schedule import MERGING
 
 _INSIDE_ATTENTION = ("kv_only", "proportional_attention", "text_ratio", "attention_backend")
 
@@ -84,12 +85,15 @@ class Arranger:
             ValueError: If no layer would be reduced, or a setting does not fit the model.
         """
         model = self.model()
-        specs = layers_of(model, self.adapter, reducer)
-        chosen = chosen_layers(reducer, specs, type(model).__name__, names)
+        # Of a family that nobody knows whole calls can be left out alone.
+        is_known = bool(self.adapter.models)
+        specs = layers_of(model, self.adapter, reducer) if is_known else []
+        chosen = chosen_layers(reducer, specs, type(model).__name__, names) if is_known else []
         beginning = Beginning(reducer, self.adapter)
         layers = self._spans(model, [_layer(model, *pair, beginning) for pair in chosen], reducer)
         insides = self._inside_attention(model, layers, reducer)
         left_out = {name: _layers_in(unit, layers) for name, unit in self.units.items()}
+        left_out[MERGING] = [layer.name for layer in layers]
         return Arrangement(reducer, specs, layers, insides, beginning, Program(reducer, layers, left_out))
 
     def _spans(self, model: nn.Module, layers: list[ReducedLayer], reducer: TokenReducer) -> list[ReducedLayer]:

@@ -23,6 +23,7 @@ class Run:
     Attributes:
         marker: The timesteps of the scheduler, another object in every run; None for a bare model.
         times: The denoising time of every call, as the scheduler counts; empty for a bare model.
+        scheduler: Class of the scheduler; empty for a bare model.
         num_calls: Calls of every guidance branch; 0 where that is not known.
         recreates: Whether the caller makes its conditioning tensors anew in every step.
         num_reduced: Layers, and skipped units, that were reduced in its calls so far.
@@ -33,6 +34,7 @@ class Run:
 
     marker: object = None
     times: tuple[float, ...] = ()
+    scheduler: str = ""
     num_calls: int = 0
     recreates: bool = False
     num_reduced: int = 0

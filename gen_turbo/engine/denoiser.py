@@ -23,6 +23,7 @@ from gen_turbo.engine.skip import Skipping, UnitStats
 from gen_turbo.engine.state import Totals
 from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import Adapter, LayerSpec, TextSignature
+from gen_turbo.training.generic import Generic
 from gen_turbo.training.schedule import Schedule
 
 
@@ -36,15 +37,15 @@ class LayerPruner(Protocol):
 
     threshold: float | None
 
-    def merging(self) -> TokenReducer:
-        """The reducer of the tokens of what runs."""
+    def merging(self, model: nn.Module) -> TokenReducer:
+        """The reducer of the tokens of what runs on a model."""
         ...
 
-    def schedules(self, model: nn.Module) -> Sequence[Schedule]:
-        """One schedule for each kind of run; none where nothing is skipped.
+    def schedules(self, model: nn.Module) -> Sequence[Schedule | Generic]:
+        """One schedule for each kind of run, and a rule for others; none where nothing is skipped.
 
         Raises:
-            ValueError: If there is none for this model.
+            ValueError: If what was asked for is not for this model.
         """
         ...
 
@@ -69,7 +70,7 @@ class DenoiserPart(OnModel):
     ) -> None:
         super().__init__(model)
         self.reducer, self.graphs = reducer, graphs
-        self._tokens = reducer.merging() if isinstance(reducer, LayerPruner) else reducer
+        self._tokens = reducer.merging(model) if isinstance(reducer, LayerPruner) else reducer
         self._blocks = sorted({type(model.get_submodule(block.name)).__name__ for block in adapter.blocks(model)})
         self._check_references(adapter)
         text = self._text_signature(model, adapter)
@@ -162,7 +163,8 @@ class DenoiserPart(OnModel):
         if not schedules:
             return None
         units, threshold = adapter.units(model), self.reducer.threshold
-        return Skipping(model, units, schedules, threshold, lambda: _warn(schedules))
+        skipping = Skipping(model, units, schedules, threshold, lambda: _warn(skipping.schedules))
+        return skipping
 
     def _check_units(self) -> None:
         """Raises ValueError where a schedule skips a block out of a span."""
@@ -205,6 +207,11 @@ class DenoiserPart(OnModel):
         return self.skipping.stats if self.skipping is not None else {}
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the schedules are, in words, where that has to be said."""
+        return tuple(self.skipping.notes) if self.skipping is not None else ()
+
+    @property
     def graph_status(self) -> str:
         """What became of CUDA graphs; empty where none were wanted."""
         return self.root.graphs.status if self.root.graphs is not None else ""
@@ -228,8 +235,6 @@ class DenoiserPart(OnModel):
 
 def _warn(schedules: Sequence[Schedule]) -> None:
     known = " or ".join(sorted({f"{len(schedule.times)} steps from {schedule.times[0]:g}" for schedule in schedules}))
-    warnings.warn(
-        f"nothing is skipped in this run: the schedules are for {known}; take as many steps, or calibrate for this run",
-        NoEffectWarning,
-        stacklevel=2,
-    )
+    why = f"the schedules are for {known}; take as many steps, or calibrate for this run"
+    few = "it has too few steps for this budget; take at least 4 steps, or a smaller budget"
+    warnings.warn(f"nothing is skipped in this run: {why if known else few}", NoEffectWarning, stacklevel=2)

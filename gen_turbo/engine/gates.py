@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -15,7 +16,7 @@ from gen_turbo.engine.values import mapped, refilled, tensors
 from gen_turbo.models.adapter import LayerSignature, Unit
 
 NUM_USED = 2
-"""Results that a forecast is made of."""
+"""Results that a forecast by a slope is made of."""
 
 
 class Action(Enum):
@@ -32,18 +33,16 @@ class UnitMemory:
     """The last results of one module in one context, in tensors of fixed address.
 
     Attributes:
-        reach: How far the line through both results is continued beyond the newer, in their distance; 0-dim.
-        newest: The last result.
-        older: The one before; zeros as long as there is none.
+        weights: Of the results in a forecast, the newest first: numbers, or 0-dim tensors where a graph reads them.
+        results: Tensors of the last results, the newest first; zeros as long as there are fewer.
         like: A result with tensors that hold one number each.
         calls: The calls of the schedule that gave them, newest first.
         is_forecast: Whether results are remembered; of what only idles, nobody reads them.
         error: How far the last forecast would have been off, relative, where the module ran; None if nobody asks.
     """
 
-    reach: Tensor
-    newest: list[Tensor] = field(default_factory=list)
-    older: list[Tensor] = field(default_factory=list)
+    weights: list[Any]
+    results: list[list[Tensor]] = field(default_factory=list)
     like: Any = None
     calls: list[int] = field(default_factory=list)
     is_forecast: bool = True
@@ -55,24 +54,50 @@ class UnitMemory:
             self.like = mapped(result, lambda tensor: tensor.new_zeros(()).expand(tensor.shape))
         if not self.is_forecast:
             return
-        if not self.newest:
-            self.newest = [value.detach().clone() for value in values]
-            self.older = [torch.zeros_like(value) for value in values]
+        if not self.results:
+            older = [[torch.zeros_like(value) for value in values] for _ in self.weights[1:]]
+            self.results = [[value.detach().clone() for value in values], *older]
             return
-        if self.error is not None and len(self.calls) == NUM_USED:
+        if self.error is not None and len(self.calls) >= NUM_USED:
             self.error = _distance(self.forecast(), values)
-        for older, newest, value in zip(self.older, self.newest, values, strict=True):
-            older.copy_(newest)
+        for place in range(len(self.results) - 1, 0, -1):
+            for tensor, newer in zip(self.results[place], self.results[place - 1], strict=True):
+                tensor.copy_(newer)
+        for newest, value in zip(self.results[0], values, strict=True):
             newest.copy_(value.detach())
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Sets the weights of the next forecast; those that are not given are 0."""
+        for place, held in enumerate(self.weights):
+            weight = weights[place] if place < len(weights) else 0.0
+            if isinstance(held, Tensor):
+                held.fill_(weight)
+            else:
+                self.weights[place] = weight
 
     def forecast(self) -> list[Tensor]:
         """What the module would give."""
-        return [newest.lerp(older, -self.reach) for newest, older in zip(self.newest, self.older, strict=True)]
+        return [combined(parts, self.weights) for parts in zip(*self.results, strict=True)]
+
+    def corrected(self, values: list[Tensor], weights: Sequence[float]) -> list[Tensor]:
+        """Newer values and what is remembered, weighed; the first weight is that of the newer values."""
+        known = [values, *self.results][: len(weights)]
+        return [combined(parts, weights) for parts in zip(*known, strict=True)]
 
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.newest, *self.older))
+        return sum(tensor.numel() * tensor.element_size() for result in self.results for tensor in result)
+
+
+def combined(parts: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
+    """The weighted sum of tensors, in single precision at least."""
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    total: Tensor = parts[0].to(wide) * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        if isinstance(weight, Tensor) or weight:
+            total = total + part.to(wide) * weight
+    return total.to(parts[0].dtype)
 
 
 class Gate(Placed):

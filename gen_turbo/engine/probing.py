@@ -78,7 +78,7 @@ class Probe(Placed):
         """Records the run inside the `with` block; at some of its calls every group is forecast too."""
         self._recording, self._replayed, self._probed = Recording(), (), frozenset(probed)
         forecasts = {unit.module for unit in self.units.values()}
-        self._memories = {name: _Sampled(torch.ones(()), is_forecast=name in forecasts) for name in ("", *self._gates)}
+        self._memories = {name: _Sampled([2.0, -1.0], is_forecast=name in forecasts) for name in ("", *self._gates)}
         with self._in_place():
             yield self._recording
 

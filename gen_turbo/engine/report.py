@@ -23,6 +23,7 @@ class Report:
         skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.
         graphs: What became of CUDA graphs; empty where none were wanted.
         choice: What `scope="auto"` chose for the last run and expects of it; empty where all was told.
+        notes: What else has to be said, such as that a route is generic.
     """
 
     sites: list[LayerReport] = field(default_factory=list)
@@ -32,6 +33,7 @@ class Report:
     skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
     graphs: str = ""
     choice: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def flops_saved(self) -> float:
@@ -50,7 +52,7 @@ class Report:
         return found
 
     def __str__(self) -> str:
-        if not self.sites:
+        if not self.sites and not self.skipped:
             return "no gen_turbo processor is attached"
         reached = [site for site in self.sites if site.status == "reduced"]
         saved = f"{self.flops_saved:.0%} of their FLOPs saved"
@@ -75,6 +77,7 @@ class Report:
             if site.status != "reduced":
                 left[site.status] = left.get(site.status, 0) + 1
         lines += [f"  left alone, {reason}: {count}" for reason, count in left.items()]
+        lines += [f"  {note}" for note in self.notes]
         if self.graphs:
             lines.append(f"  CUDA graphs: {self.graphs}")
         lines.append(f"  remembered at most: {self.most_remembered_bytes / 1e6:.1f} MB")
@@ -97,4 +100,5 @@ def report(target: Any) -> Report:
         {unit: (stats.num_skipped, stats.num_run) for part in denoisers for unit, stats in part.skipped_units.items()},
         "; ".join(dict.fromkeys(part.graph_status for part in denoisers if part.graph_status)),
         "; ".join(dict.fromkeys(part.choice for part in denoisers if part.choice)),
+        tuple(dict.fromkeys(note for part in denoisers for note in part.notes)),
     )

@@ -21,6 +21,7 @@ from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
 from gen_turbo.engine.span import check_between
 from gen_turbo.engine.text import MergedText, merge_text
+from gen_turbo.engine.values import kept_out
 from gen_turbo.models.adapter import Adapter, TextSignature
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -31,17 +32,11 @@ _CHECKPOINTED = (
 )
 
 
-# Kept out of graphs: `_outside` with all that it calls, `_skipped` alone, so that what it calls is compiled.
-def _outside(function: _F) -> _F:
-    disable: Any = torch.compiler.disable
-    kept_out: _F = disable(function)
-    return kept_out
-
-
 def _skipped(function: _F) -> _F:
+    """Keeps a function alone out of graphs, so that what it calls is compiled."""
     disable: Any = torch.compiler.disable
-    kept_out: _F = disable(function, recursive=False)
-    return kept_out
+    skipped: _F = disable(function, recursive=False)
+    return skipped
 
 
 class Root(Placed):
@@ -75,7 +70,7 @@ class Root(Placed):
         self.adapter, self.settling = adapter, settling
         self.take(arrangement)
         self.text, self.skipping, self.graphs = text, skipping, graphs
-        self.runs = Runs(pipeline, adapter.time, self._fold)
+        self.runs = Runs(pipeline, adapter.time, self._fold, bool(adapter.models))
         self.names = argument_names(model)
         self.text_tokens = 0, 0
         self.most_bytes = 0
@@ -114,11 +109,11 @@ class Root(Placed):
                 step.output = self.replaced(step)
             else:
                 step.output = self.inner(*step.args, **step.kwargs)
-            return step.output
+            return step.output if self.skipping is None else self.skipping.corrected(step.output)
         finally:
             self.end(step)
 
-    @_outside
+    @kept_out
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
         """Finds the run and the step of a call, and sets every layer for it."""
         self.runs.acquire()
@@ -195,12 +190,12 @@ class Root(Placed):
         if self.skipping is not None:
             self.skipping.enter(context)
 
-    @_outside
+    @kept_out
     def replaced(self, step: _Step) -> Any:
         """What stands for a call of the model as it is."""
         return step.run()
 
-    @_outside
+    @kept_out
     def end(self, step: _Step) -> None:
         """Counts the step and leaves every layer stock."""
         context = step.context

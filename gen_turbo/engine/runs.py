@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gen_turbo.engine.context import Context, Layout, Run
 from gen_turbo.models.adapter import Geometry, ModelCall
+from gen_turbo.models.inputs import place_of
 
 _MAX_CONTEXTS = 4
 _MAX_FRAMES = 60
@@ -42,12 +43,15 @@ class Runs:
             pipeline is calling.
         time: From a call's timestep to the scheduler's time, falling; waits for the device.
         ended: Is given every context that has ended.
+        is_timed: Whether `time` is on the scheduler's scale.
     """
 
-    def __init__(self, pipeline: Any | None, time: Any, ended: Callable[[Context], object]) -> None:
+    def __init__(
+        self, pipeline: Any | None, time: Any, ended: Callable[[Context], object], is_timed: bool = True
+    ) -> None:
         has_scheduler = getattr(pipeline, "scheduler", None) is not None
         self._pipeline = weakref.ref(pipeline) if has_scheduler else lambda: None
-        self._time = time
+        self._time, self._is_timed = time, is_timed
         self._here = _Here()
         self._ended = ended
         self._lock, self._depth = threading.RLock(), 0
@@ -98,7 +102,8 @@ class Runs:
         here = self._here
         assert here.run is not None
         run, time = here.run, self._time(call.timestep)
-        index = _index_of(time, run.times)
+        # Of an unknown family the time may be on any scale: its runs are taken to begin at the beginning.
+        index = place_of(time, run.times) if self._is_timed else (0 if run.times else None)
         if run.times and index is None:
             # Somebody else's run on the model of a pipeline.
             run = here.run = Run(run.marker, is_over=True)
@@ -208,22 +213,13 @@ class Runs:
         return self._pipeline()
 
 
-def _run_of(pipeline: Any | None, marker: Any) -> Run:
+def _run_of(pipeline: Any, marker: Any) -> Run:
     if marker is None:
         return Run()
     # One read for all of them; the first step of a run may wait for the device.
     times = tuple(float(time) for time in (marker.tolist() if hasattr(marker, "tolist") else marker))
-    told = getattr(pipeline, "_num_timesteps", None)
-    return Run(marker, times, told if isinstance(told, int) and 0 < told <= len(times) else 0)
-
-
-def _index_of(time: float, times: tuple[float, ...]) -> int | None:
-    """The place of a time among those of a run; models are given rounded or scaled ones."""
-    if not times:
-        return None
-    place = min(range(len(times)), key=lambda index: abs(times[index] - abs(time)))
-    gaps = [abs(other - times[place]) for other in times if other != times[place]]
-    return place if abs(times[place] - abs(time)) <= min(gaps, default=2.0) / 2 else None
+    told, scheduler = getattr(pipeline, "_num_timesteps", None), type(pipeline.scheduler).__name__
+    return Run(marker, times, scheduler, told if isinstance(told, int) and 0 < told <= len(times) else 0)
 
 
 def _is_repeated(context: Context, run: Run) -> bool:

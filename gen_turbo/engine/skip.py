@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,13 @@ from torch import nn
 
 from gen_turbo.engine.context import Context
 from gen_turbo.engine.gates import NUM_USED, Action, UnitMemory, gates_of
-from gen_turbo.engine.values import refilled, tensors
+from gen_turbo.engine.values import kept_out, refilled, tensors
 from gen_turbo.models.adapter import WHOLE, Unit
-from gen_turbo.training.schedule import Schedule
+from gen_turbo.training.generic import Generic
+from gen_turbo.training.schedule import MERGING, Schedule
+
+_LOGGER = logging.getLogger("gen_turbo")
+_GENERIC = "generic route, not calibrated for this model"
 
 
 @dataclass
@@ -22,12 +27,14 @@ class Route:
 
     Attributes:
         schedule: The schedule that its run follows; None where no schedule is for a run like it.
+        is_generic: Whether the schedule was made for the run by a rule, so that its calls are the run's steps.
         call: The call of the schedule that is running.
         form: Of the results that the whole model is asked for.
         memories: By module.
     """
 
     schedule: Schedule | None
+    is_generic: bool = False
     call: int = -1
     form: object = None
     memories: dict[str, UnitMemory] = field(default_factory=dict)
@@ -48,6 +55,7 @@ class Skipping:
         units: What the schedules skip, by name.
         gates: The gates of all their modules but the whole model.
         kind: What tells the kind of the running step from others.
+        notes: What the schedules are, in words, for reports.
 
     Raises:
         ValueError: If a schedule skips what the model does not have.
@@ -57,11 +65,14 @@ class Skipping:
         self,
         model: nn.Module,
         units: dict[str, Unit],
-        schedules: Sequence[Schedule],
+        schedules: Sequence[Schedule | Generic],
         threshold: float | None,
         unmatched: Callable[[], None],
     ) -> None:
-        used = list(dict.fromkeys(unit for schedule in schedules for unit in schedule.skips))
+        self.generic = next((one for one in schedules if isinstance(one, Generic)), None)
+        self.schedules = [schedule for schedule in schedules if isinstance(schedule, Schedule)]
+        named = [unit for schedule in self.schedules for unit in schedule.skips if unit != MERGING]
+        used = list(dict.fromkeys([WHOLE, *named] if self.generic else named))
         unknown = [name for name in used if name not in units]
         if unknown:
             raise ValueError(
@@ -69,7 +80,10 @@ class Skipping:
                 f"it has {', '.join(units)}"
             )
         self.units = {name: units[name] for name in used}
-        self.schedules, self.threshold, self.unmatched = schedules, threshold, unmatched
+        self.threshold, self.unmatched = threshold, unmatched
+        self.notes: list[str] = []
+        if self.generic is not None and not self.schedules:
+            self.notes.append(f"{_GENERIC}: about {self.generic.budget:.0%} of calls run")
         self.stats = {name: UnitStats() for name in used}
         self.gates = gates_of(model, self.units)
         self.kind: tuple[object, ...] = ()
@@ -98,16 +112,16 @@ class Skipping:
             for memory in old.memories.values():
                 memory.calls = []
                 memory.error = None if memory.error is None else 0.0
-                for tensor in memory.older:
-                    tensor.zero_()
+                for older in memory.results[1:]:
+                    for tensor in older:
+                        tensor.zero_()
             self._route_of(context).memories = old.memories
 
     def begin(self, context: Context, form: object) -> tuple[frozenset[str], bool]:
         """Sets every gate for the running call; gives the units left out, and whether a module is remembered first."""
         self._route, self._actions, self.kind = None, {}, ()
         route = self._route_of(context)
-        time = context.time
-        call = None if route.schedule is None or time is None else route.schedule.find(time, route.call)
+        call = self._call(context, route)
         if call is None or route.schedule is None:
             return frozenset(), False
         self._route, route.call = route, call
@@ -117,21 +131,21 @@ class Skipping:
         actions: dict[str, Action] = {}
         skipped = set()
         for name in route.schedule.skipped_at(call):
+            if name == MERGING:
+                skipped.add(name)
+                continue
             unit = self.units[name]
             if self._may_skip(unit, route):
                 actions |= dict.fromkeys(unit.idle, Action.IDLE) | {unit.module: Action.FORECAST}
                 skipped.add(name)
-        needed = [name for name, calls in route.schedule.skips.items() if any(later > call for later in calls)]
-        forecasts = {self.units[name].module for name in self.units}
-        actions = dict.fromkeys((m for name in needed for m in self._modules(name)), Action.KEEP) | actions
+        later = [
+            n for n, calls in route.schedule.skips.items() if n != MERGING and any(other > call for other in calls)
+        ]
+        actions = dict.fromkeys((m for name in later for m in self._modules(name)), Action.KEEP) | actions
         for module in actions:
-            memory = route.memories.get(module)
-            if memory is None:
-                reach = torch.zeros((), device=context.layout.device)
-                error = None if self.threshold is None else 0.0
-                memory = route.memories[module] = UnitMemory(reach, is_forecast=module in forecasts, error=error)
-            if actions[module] is Action.FORECAST or (self.threshold is not None and len(memory.calls) == NUM_USED):
-                memory.reach.fill_(self._reach(module, memory, route))
+            memory = route.memories.get(module) or self._remembered(module, route, context)
+            if actions[module] is Action.FORECAST or (self.threshold is not None and len(memory.calls) >= NUM_USED):
+                memory.weigh(self._weights(module, memory, route))
             if module:
                 self.gates[module].action, self.gates[module].memory = actions[module], memory
         self._actions = actions
@@ -149,6 +163,18 @@ class Skipping:
         memory = self._route.memories[""]
         return refilled(memory.like, memory.forecast())
 
+    @kept_out
+    def corrected(self, output: Any) -> Any:
+        """The result of a call that ran, with what forecasts before it missed made good."""
+        route = self._route
+        if route is None or route.schedule is None or self._actions.get("") is Action.FORECAST:
+            return output
+        weights = route.schedule.weights.get(WHOLE, {}).get(route.call)
+        memory = route.memories.get("")
+        if weights is None or memory is None or not self._follows(WHOLE, len(weights) - 1, memory, route):
+            return output
+        return refilled(output, memory.corrected(tensors(output), weights))
+
     def end(self, output: Any) -> int:
         """Notes that the call is over and opens all gates; gives how many modules did not run."""
         route, actions = self._route, self._actions
@@ -157,8 +183,8 @@ class Skipping:
                 route.memories[""].keep(output, tensors(output))
             for module, action in actions.items():
                 memory = route.memories[module]
-                if action is Action.KEEP and memory.newest:
-                    memory.calls = [route.call, *memory.calls][:NUM_USED]
+                if action is Action.KEEP and memory.results:
+                    memory.calls = [route.call, *memory.calls][: len(memory.weights)]
         self.rest()
         return sum(action in (Action.FORECAST, Action.IDLE) for action in actions.values())
 
@@ -179,25 +205,78 @@ class Skipping:
     def _route_of(self, context: Context) -> Route:
         route: Route | None = context.extras.get("route")
         if route is None:
-            times, time = context.run.times, context.time
-            fitting = (s for s in self.schedules if len(times) in (0, len(s.times)))
+            run, time = context.run, context.time
+            fitting = (s for s in self.schedules if len(run.times) in (0, len(s.times)) and s.suits(run.scheduler))
             schedule = next((s for s in fitting if time is not None and s.find(time, -1) is not None), None)
-            route = context.extras["route"] = Route(schedule)
-            if schedule is None:
+            is_generic = schedule is None and self.generic is not None
+            if schedule is None and self.generic is not None:
+                times = run.times[context.index : run.num_calls or None] if context.index is not None else ()
+                schedule = self.generic.schedule(times)
+                self._note(schedule if times else None)
+            route = context.extras["route"] = Route(schedule, is_generic)
+            if schedule is None or (is_generic and WHOLE not in schedule.skips):
                 self.unmatched()
         return route
+
+    def _note(self, schedule: Schedule | None) -> None:
+        """Says once that a run follows the rule, without a warning: nothing is wrong."""
+        if schedule is not None:
+            left_out = len(schedule.skips.get(WHOLE, ()))
+            note = f"{_GENERIC}: {left_out} of {len(schedule.times)} calls of a run left out"
+            self.notes = [other for other in self.notes if "about" not in other]
+            if note not in self.notes:
+                self.notes.append(note)
+                _LOGGER.info("%s", note)
+
+    def _call(self, context: Context, route: Route) -> int | None:
+        """The call of the schedule that the running one is; None where it is none of them."""
+        if route.schedule is None:
+            return None
+        if route.is_generic:
+            return context.step if context.step < len(route.schedule.times) else None
+        return None if context.time is None else route.schedule.find(context.time, route.call)
+
+    def _remembered(self, module: str, route: Route, context: Context) -> UnitMemory:
+        """The memory of a module, for as many results as its forecasts are made of."""
+        assert route.schedule is not None
+        forecasts = [name for name, unit in self.units.items() if unit.module == module]
+        count = max((route.schedule.num_weights(name) for name in forecasts), default=1)
+        count = max(count, NUM_USED if self.threshold is not None else 1)
+        # The whole is forecast outside of graphs, by numbers that the host knows.
+        weights: list[Any] = [torch.zeros((), device=context.layout.device) if module else 0.0 for _ in range(count)]
+        error = None if self.threshold is None else 0.0
+        memory = route.memories[module] = UnitMemory(weights, is_forecast=bool(forecasts), error=error)
+        return memory
 
     def _may_skip(self, unit: Unit, route: Route) -> bool:
         """Whether a unit's forecast has something to go by and was not too far off when last checked."""
         memory = route.memories.get(unit.module)
         if memory is None or any(m not in route.memories or route.memories[m].like is None for m in unit.idle):
             return False
-        is_off = self.threshold is not None and (memory.error or 0.0) > self.threshold
-        return not is_off and len(memory.calls) >= min(NUM_USED, route.call) > 0
+        if self.threshold is not None and (memory.error or 0.0) > self.threshold:
+            return False
+        assert route.schedule is not None
+        given = route.schedule.weights.get(unit.name, {}).get(route.call)
+        is_known = given is not None and self._follows(unit.name, len(given), memory, route)
+        return is_known or len(memory.calls) >= min(NUM_USED, len(memory.weights), route.call) > 0
 
-    def _reach(self, module: str, memory: UnitMemory, route: Route) -> float:
-        if len(memory.calls) < NUM_USED or route.schedule is None:
-            return 0.0
+    def _weights(self, module: str, memory: UnitMemory, route: Route) -> Sequence[float]:
+        """What remembered results weigh: as the schedule says where it says so of these results, else by the slope."""
+        schedule = route.schedule
+        assert schedule is not None
         name = next(name for name, unit in self.units.items() if unit.module == module)
-        newest, older = memory.calls
-        return route.schedule.slopes.get(name, 1.0) * (route.call - newest) / (newest - older)
+        given = schedule.weights.get(name, {}).get(route.call)
+        if given is not None and self._follows(name, len(given), memory, route):
+            return given
+        if len(memory.calls) < NUM_USED:
+            return (1.0,)
+        newest, older = memory.calls[:NUM_USED]
+        reach = schedule.slopes.get(name, 1.0) * (route.call - newest) / (newest - older)
+        return (1 + reach, -reach)
+
+    def _follows(self, name: str, count: int, memory: UnitMemory, route: Route) -> bool:
+        """Whether the last results of a unit are of the calls that the schedule counts on; a late start has others."""
+        assert route.schedule is not None
+        return (
+            memory.calls[:count] == route.schedule.ran_before(name, route.call)[:count] and len(memory.calls) >= count
+        )

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def kept_out(function: _F) -> _F:
+    """Keeps a function, with all that it calls, out of compiled graphs."""
+    disable: Any = torch.compiler.disable
+    outside: _F = disable(function)
+    return outside
 
 
 def tensors(value: Any) -> list[Tensor]:

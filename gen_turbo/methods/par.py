@@ -13,10 +13,13 @@ from gen_turbo.methods.identity import IdentityProcessor
 from gen_turbo.registry import METHODS
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.training.choosers import CONTROLS, Trained, control
+from gen_turbo.training.generic import Generic
 from gen_turbo.training.layouts import Layout
 from gen_turbo.training.router_file import router_for
 from gen_turbo.training.schedule import Schedule, ScheduleFile, read, shipped
 from gen_turbo.vlm.routes import Routed, Routing
+
+GENERIC, AUTO = "generic", "auto"
 
 
 @METHODS.register("par")
@@ -36,8 +39,10 @@ class PARProcessor(Routed, ReductionProcessor):
 
     Attributes:
         budget: Share of the stock model's cost that may be spent, in (0, 1]; 1 leaves the model as it is.
-        schedule: For denoisers, the path of a file of schedules, or what `read` gives of it; None takes those that
-            ship for this model.
+        schedule: For denoisers, the path of a file of schedules, or what `read` gives of it; "generic" is a rule that
+            leaves whole calls out by their place in the run, for any model, sampler and number of steps; None takes
+            the schedules that ship for this model, and the rule for runs that none of them is for. `report` says where
+            the rule is at work. `gen-turbo calibrate par` makes schedules that lose less.
         router: For vision-language models, the file of a trained router; None takes the one that ships for this model;
             "random" and "uniform" are controls that do not look at the prompt.
         tokens: For vision-language models, the share of the image tokens that is kept, instead of what the router's
@@ -49,7 +54,7 @@ class PARProcessor(Routed, ReductionProcessor):
             skip of the schedule is still made; None makes all. Costs a forecast where the unit runs.
         inner: How tokens are merged where the model runs on fewer: a method's name, which works with the settings of
             this object that all methods share, a mapping with `method` and its settings, a processor, or None to
-            merge none.
+            merge none. "auto" merges by Turbo in runs whose schedule was better with it, and nowhere else.
     """
 
     ratio: float = 0.7
@@ -62,7 +67,7 @@ class PARProcessor(Routed, ReductionProcessor):
     first: int = 2
     mode: str = "drop"
     threshold: float | None = None
-    inner: Any = "turbo"
+    inner: Any = AUTO
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
@@ -92,6 +97,8 @@ class PARProcessor(Routed, ReductionProcessor):
             return self.inner
         shared = {field.name: getattr(self, field.name) for field in fields(TokenReducer)}
         given = {"method": self.inner} if isinstance(self.inner, str) else dict(self.inner)
+        if self.inner == AUTO:
+            given["method"] = "turbo"
         name = given.pop("method", None)
         if name not in METHODS or name == "par":
             known = ", ".join(other for other in METHODS.names() if other != "par")
@@ -128,20 +135,33 @@ class PARProcessor(Routed, ReductionProcessor):
             found["first"] = "given tokens or layers"
         return found
 
-    def merging(self) -> TokenReducer:
-        """What merges tokens in a denoiser; within a budget of 1, or without an inner method, it keeps all."""
+    def merging(self, model: nn.Module) -> TokenReducer:
+        """What merges tokens in a denoiser; within a budget of 1, or where no schedule merges, it keeps all."""
         reducer = self.reducer()
-        return IdentityProcessor(0.0) if reducer is None or self.budget == 1 else reducer
+        is_stock = self.budget == 1 or (self.inner == AUTO and not any(s.inner for s in self._calibrated(model)))
+        return IdentityProcessor(0.0) if reducer is None or is_stock else reducer
 
-    def schedules(self, model: nn.Module) -> list[Schedule]:
-        """The schedules within the budget for a denoiser, one for each length of run; none within a budget of 1.
+    def schedules(self, model: nn.Module) -> list[Schedule | Generic]:
+        """The schedules within the budget for a denoiser, one for each length of run, and the rule for other runs.
 
         Raises:
-            ValueError: If there is none for this model, or all cost more than the budget.
+            ValueError: If what is given was made for another model, or all cost more than the budget.
         """
         if self.budget == 1:
             return []
-        is_merged = self.reducer() is not None
+        is_auto = self.inner == AUTO
+        found: list[Schedule | Generic] = [
+            schedule.without_merging() if is_auto and schedule.inner is None else schedule
+            for schedule in self._calibrated(model)
+        ]
+        is_fixed = self.schedule is not None and self.schedule != GENERIC
+        return found if is_fixed else [*found, Generic(self.budget, is_merged=not is_auto)]
+
+    def _calibrated(self, model: nn.Module) -> list[Schedule]:
+        """The best schedules within the budget."""
+        if self.schedule == GENERIC:
+            return []
+        is_merged = None if self.inner == AUTO else self.inner is not None
         if self.schedule is not None:
             file = self.schedule if isinstance(self.schedule, ScheduleFile) else read(self.schedule)
             if not file.is_for(model):
@@ -150,13 +170,15 @@ class PARProcessor(Routed, ReductionProcessor):
                     f"{type(model).__name__} by gen-turbo calibrate par"
                 )
             return [file.at(self.budget, is_merged)]
-        files = shipped(model)
-        if not files:
-            raise ValueError(
-                f"no schedule ships for this {type(model).__name__}; make one by gen-turbo calibrate par and give its "
-                "path as schedule"
-            )
-        return [file.at(self.budget, is_merged) for file in files]
+        found, reasons = [], []
+        for file in shipped(model):
+            try:
+                found.append(file.at(self.budget, is_merged))
+            except ValueError as error:
+                reasons.append(error)
+        if reasons and not found:
+            raise reasons[0]
+        return found
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C) as the inner method does."""

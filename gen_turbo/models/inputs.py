@@ -25,3 +25,12 @@ def num_images(sample: Tensor) -> int:
         if rest == 0 and torch.equal(sample[num:], sample[:-num]):
             return num
     return len(sample)
+
+
+def place_of(time: float, times: tuple[float, ...]) -> int | None:
+    """The place of a time among those of a run; models are given rounded or scaled ones."""
+    if not times:
+        return None
+    place = min(range(len(times)), key=lambda index: abs(times[index] - abs(time)))
+    gaps = [abs(other - times[place]) for other in times if other != times[place]]
+    return place if abs(times[place] - abs(time)) <= min(gaps, default=2.0) / 2 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,9 @@ from gen_turbo.training.files import ODD_NOTES, check_value, reason_of
 from gen_turbo.training.probe import is_same_model, weight_probe
 
 T = TypeVar("T")
+MERGING = "merging"
+"""What is left out at calls that run on all tokens though the schedule merges them at others."""
+MOST_WEIGHTS = 4
 _PROBE_VALUES = 32
 _KEYS = ("model", "probe", "scheduler", "times", "slopes", "levels")
 _TOLERANCE = 1e-3
@@ -32,9 +35,15 @@ class Schedule:
         times: The denoising time of every call of the model, falling; equal ones where a scheduler calls twice.
         skips: The calls, counted from 0, at which a unit is skipped, by unit.
         slopes: Share of the last slope that a unit's forecast continues: 0 holds, 1 (the default) is a line.
-        cost: Share of the stock pipeline's time that it takes, measured.
+        cost: Share of the stock pipeline's time that it takes, measured; where nothing but whole calls is left out,
+            the share of calls that run.
         psnr_db: Distance of its pictures to stock on the calibration prompts; None where it was not measured.
         inner: Name of the method that merged tokens meanwhile; None for none.
+        weights: By unit and call, what the unit's last results weigh in its forecast, the newest first: (1,) holds,
+            two continue a line, three a curve. Calls that are not named follow the slope. At a call at which the whole
+            model runs, the first weight is that of its own result; the others make good what forecasts before it
+            missed, as the corrector of a multistep solver does.
+        scheduler: Class of the scheduler that weights are for; empty for any.
     """
 
     times: tuple[float, ...]
@@ -43,6 +52,8 @@ class Schedule:
     cost: float = 1.0
     psnr_db: float | None = None
     inner: str | None = None
+    weights: Mapping[str, Mapping[int, tuple[float, ...]]] = field(default_factory=dict)
+    scheduler: str = ""
 
     def __post_init__(self) -> None:
         """Checks numbers and calls; raises ValueError for one that is none, or where nothing is known at a skip."""
@@ -51,17 +62,49 @@ class Schedule:
         for value in (*self.times, *self.slopes.values()):
             check_value("a time or a slope", value, float)
         for unit, calls in self.skips.items():
-            wrong = sorted(call for call in calls if not 0 < call < len(self.times))
+            first = 0 if unit == MERGING else 1
+            wrong = sorted(call for call in calls if not first <= call < len(self.times))
             if wrong:
                 raise ValueError(
                     f"{unit} cannot be skipped at calls {wrong} of a run of {len(self.times)}; skips lie between 1 "
                     f"and {len(self.times) - 1}, for the first call has nothing to forecast from"
                 )
+        for unit, by_call in self.weights.items():
+            for call, weights in by_call.items():
+                self._check_weights(unit, call, weights)
+
+    def _check_weights(self, unit: str, call: int, weights: tuple[float, ...]) -> None:
+        if not 0 < call < len(self.times) or not 1 <= len(weights) <= MOST_WEIGHTS:
+            raise ValueError(f"{unit} has {len(weights)} weights at call {call}; 1 to {MOST_WEIGHTS} at calls that are")
+        for weight in weights:
+            check_value("a weight", weight, float)
+        if abs(sum(weights) - 1) > _TOLERANCE:
+            raise ValueError(f"the weights of {unit} at call {call} must add up to 1; got {sum(weights):g}")
 
     def skipped_at(self, call: int) -> tuple[str, ...]:
         """The units that are skipped at a call; the whole model stands for all."""
         units = tuple(unit for unit, calls in self.skips.items() if call in calls)
         return (WHOLE,) if WHOLE in units else units
+
+    def without_merging(self) -> Schedule:
+        """The same, where whatever is attached to merge tokens merges none."""
+        return replace(self, skips={**self.skips, MERGING: frozenset(range(len(self.times)))})
+
+    def suits(self, scheduler: str) -> bool:
+        """Whether it is for runs of a scheduler's class; weights are of one, and an empty name may be that one."""
+        return not self.weights or not scheduler or self.scheduler in ("", scheduler)
+
+    def ran_before(self, unit: str, call: int) -> list[int]:
+        """The calls before `call` at which a unit was to run, the newest first."""
+        left_out = self.skips.get(unit, frozenset()) | self.skips.get(WHOLE, frozenset())
+        return [before for before in range(call - 1, -1, -1) if before not in left_out]
+
+    def num_weights(self, unit: str) -> int:
+        """Results of a unit that forecasts are made of."""
+        given = self.weights.get(unit, {})
+        skips = self.skips.get(unit, frozenset())
+        most = max((len(w) - (call not in skips) for call, w in given.items()), default=0)
+        return max(most, 2 if skips - given.keys() else 1)
 
     def find(self, time: float, after: int) -> int | None:
         """The first call behind `after` (-1 for any) at a denoising time; None where there is none."""
@@ -92,13 +135,13 @@ class ScheduleFile:
         """Calls of the model in a run."""
         return len(self.schedules[0].times)
 
-    def at(self, budget: float, is_merged: bool) -> Schedule:
-        """The schedule nearest to stock within a budget, of those that were measured with or without merging.
+    def at(self, budget: float, is_merged: bool | None = None) -> Schedule:
+        """The schedule nearest to stock within a budget, of those measured with or without merging, or of all.
 
         Raises:
             ValueError: If all cost more.
         """
-        known = [schedule for schedule in self.schedules if (schedule.inner is not None) == is_merged]
+        known = [schedule for schedule in self.schedules if is_merged in (None, schedule.inner is not None)]
         within = [schedule for schedule in known or self.schedules if schedule.cost <= budget + _TOLERANCE]
         if not within:
             least = min(schedule.cost for schedule in known or self.schedules)
@@ -106,7 +149,8 @@ class ScheduleFile:
                 f"budget={budget:g} is less than the cheapest schedule for {self.num_calls} calls costs, {least:.3f}; "
                 "raise the budget or calibrate a cheaper one"
             )
-        return max(within, key=lambda schedule: (schedule.psnr_db or 0.0, schedule.cost))
+        best = max(within, key=lambda schedule: (schedule.psnr_db or 0.0, schedule.cost))
+        return replace(best, scheduler=self.scheduler)
 
     def is_for(self, model: nn.Module) -> bool:
         """Whether it was made for these weights."""
@@ -196,6 +240,7 @@ def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
                 "inner": schedule.inner,
                 "skips": {unit: sorted(calls) for unit, calls in schedule.skips.items()},
             }
+            | ({"weights": _plain(schedule.weights)} if schedule.weights else {})
             for schedule in file.schedules
         ],
     }
@@ -219,7 +264,15 @@ def _schedule_of(level: Mapping[str, Any], times: tuple[float, ...], slopes: Map
     _each("units", [*calls, *slopes], str, _MOST_UNITS)
     check_value("inner", level["inner"], str | None)
     skips = {unit: frozenset(given) for unit, given in calls.items()}
-    return Schedule(times, skips, slopes, level["cost"], level["psnr_db"], level["inner"])
+    weights = {
+        unit: {call: _each("weights", given, float, MOST_WEIGHTS) for call, given in by_call.items()}
+        for unit, by_call in level.get("weights", {}).items()
+    }
+    return Schedule(times, skips, slopes, level["cost"], level["psnr_db"], level["inner"], weights)
+
+
+def _plain(weights: Mapping[str, Mapping[int, tuple[float, ...]]]) -> dict[str, dict[int, list[float]]]:
+    return {unit: {call: list(w) for call, w in by_call.items()} for unit, by_call in weights.items()}
 
 
 def _each(name: str, values: Any, kind: type[T], most: int) -> tuple[T, ...]:

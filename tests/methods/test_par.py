@@ -17,9 +17,9 @@ from tests.tiny_hosts import run_unet, sd15_unet, sdxl_unet, unet_inputs
 def test_a_forecast_continues_the_line_by_its_slope():
     """Catches a slope over calls instead of over the distance between them."""
     older, newer = torch.tensor([1.0]), torch.tensor([3.0])
-    memory = UnitMemory(torch.zeros(()), [newer], [older])
-    for reach, expected in ((1.5, 6.0), (0.75, 4.5), (0.0, 3.0)):
-        memory.reach.fill_(reach)
+    memory = UnitMemory([torch.zeros(()), 0.0], [[newer], [older]])
+    for weights, expected in (((2.5, -1.5), 6.0), ((1.75, -0.75), 4.5), ((1.0,), 3.0)):
+        memory.weigh(weights)
         assert memory.forecast()[0].item() == expected
     numerator, denominator = best_slope(newer, older, torch.tensor([4.5]), (4, 2, 7))
     assert (numerator / denominator).item() == 0.5
@@ -47,13 +47,11 @@ def test_the_best_schedule_within_the_budget_is_taken():
         file.at(0.2, is_merged=False)
 
 
-def test_another_model_and_a_missing_schedule_are_refused():
+def test_another_model_and_a_missing_file_are_refused():
     """Catches a schedule that is laid over weights that it was not measured on."""
     unet = sd15_unet()
     with pytest.raises(ValueError, match="calibrated for another model, a UNet2DConditionModel"):
         attach(sdxl_unet(), PARProcessor(schedule=by_hand(unet, {WHOLE: [2]})))
-    with pytest.raises(ValueError, match="no schedule ships for this UNet2DConditionModel"):
-        attach(unet, PARProcessor())
     with pytest.raises(ValueError, match=r"skips up_blocks.9, which UNet2DConditionModel does not have"):
         attach(unet, PARProcessor(schedule=by_hand(unet, {"up_blocks.9": [2]})))
     with pytest.raises(ValueError, match="cannot read the schedule nowhere.yaml"):
@@ -78,7 +76,7 @@ def test_wrong_settings_are_named(settings, words):
 
 def test_inner_methods():
     """Catches an inner method that loses the shared settings, and one that is PAR itself."""
-    assert PARProcessor(0.4).reducer() == TurboProcessor(0.4, full_every=8)
+    assert PARProcessor(0.4).reducer() == TurboProcessor(0.4, full_every=8, scope="attention", restore="residual")
     assert PARProcessor(inner=None).reducer() is None
     assert PARProcessor(inner={"method": "tome", "ratio": 0.2}).reducer().ratio == 0.2
     with pytest.raises(ValueError, match="inner must name a method that merges tokens; got 'par'"):

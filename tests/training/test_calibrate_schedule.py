@@ -30,8 +30,7 @@ def test_a_pipeline_is_calibrated_and_takes_its_schedule(checkpoint, tmp_path, c
     # Times of so small a model scatter: the second may have been no cheaper than the first.
     assert file.num_calls == 6 and file.schedules and undominated(file.schedules) == file.schedules
     assert all(schedule.skips and schedule.psnr_db < 100 for schedule in file.schedules)
-    whole = [len(schedule.skips.get(WHOLE, frozenset())) for schedule in file.schedules]
-    assert whole == sorted(whole)
+    assert (said.out + said.err).count("of the calls of stock") == 2
 
     pipe = load_pipeline("tiny", processor=None, checkpoint=str(checkpoint))
     pipe.set_progress_bar_config(disable=True)
@@ -61,7 +60,7 @@ def test_a_schedule_is_carried_over_by_its_times(checkpoint, tmp_path, capsys):
     assert carried_over(known, [600.0, 500.0]).skips == {WHOLE: frozenset({1})}
 
     command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "height=32", "width=32"]
-    command += ["--prompts", "1", "--prompt", "a circle", "--inner", "none"]
+    command += ["--prompts", "1", "--prompt", "a circle", "--no-parts"]
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     assert main([*command, "--steps", "5", "--budgets", "0.5", "--output", str(first)]) == 0
     assert main([*command, "--steps", "10", "--like", str(first), "--output", str(second)]) == 0

@@ -1,0 +1,99 @@
+"""Caches of diffusers on a transformer, made comparable: switched on for a `with` block, undone afterwards.
+
+FirstBlockCache and TaylorSeer's lite mode do not run on Stable Diffusion 3's classes (diffusers 0.42): they count on
+text that the last block does not give. The lite mode forecasts the output, so it is what plain skipping is, on a line
+with order 1. TaylorSeer on attention and MagCache run where somebody sets the context that the pipeline does not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_RATIOS: weakref.WeakKeyDictionary[nn.Module, dict[int, list[float]]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def taylor_seer(model: nn.Module, interval: int, order: int) -> Iterator[None]:
+    """TaylorSeer (Liu et al., 2025, arXiv 2503.06923) on all attention, with three full steps first.
+
+    Args:
+        model: The transformer.
+        interval: Every how many steps it runs.
+        order: Of the Taylor series.
+    """
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+
+    config = TaylorSeerCacheConfig(cache_interval=interval, max_order=order, taylor_factors_dtype=torch.float32)
+    with _undone(model):
+        apply_taylorseer_cache(model, config)
+        yield
+
+
+@contextmanager
+def mag_cache(pipe: Any, model: nn.Module, steps: int, threshold: float) -> Iterator[None]:
+    """MagCache (Ma et al., 2025, arXiv 2506.09045), its ratios measured in one run of the pipeline beforehand."""
+    from diffusers.hooks import MagCacheConfig, apply_mag_cache
+
+    known = _RATIOS.setdefault(model, {})
+    if steps not in known:
+        known[steps] = _measured(pipe, model, steps)
+    config = MagCacheConfig(num_inference_steps=steps, mag_ratios=known[steps], threshold=threshold)
+    with _undone(model):
+        apply_mag_cache(model, config)
+        yield
+
+
+def _measured(pipe: Any, model: nn.Module, steps: int) -> list[float]:
+    """The mean ratio of the norms of what the blocks add, from one step to the next."""
+    blocks: Any = model.get_submodule("transformer_blocks")
+    inputs: list[Tensor] = []
+    added: list[Tensor] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs.append(kwargs["hidden_states"])
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        added.append((output[1] - inputs.pop()).norm(dim=-1))
+
+    handles = [
+        blocks[0].register_forward_pre_hook(before, with_kwargs=True),
+        blocks[-1].register_forward_hook(after),
+    ]
+    try:
+        pipe("a circle", num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="latent")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [1.0, *(float((new / old).mean()) for old, new in zip(added, added[1:], strict=False))]
+
+
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Gives every module the attributes back that it had."""
+    from diffusers.hooks.hooks import CacheContext, HookRegistry, _set_cache_context
+
+    before = {module: dict(vars(module)) for module in model.modules()}
+    HookRegistry.check_if_exists_or_initialize(model)
+    try:
+        with _context(model, CacheContext, _set_cache_context):
+            yield
+    finally:
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+@contextmanager
+def _context(model: nn.Module, kind: Any, choose: Any) -> Iterator[None]:
+    """Names the context in every call: hooks that are put on later are not yet there."""
+    handle = model.register_forward_pre_hook(lambda module, args: choose(module, kind("denoise")))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,90 @@
+"""Calibration of PAR's routes that leave whole calls out, on a pipeline's own runs of a few prompts.
+
+Stock runs are recorded and their sampler asked what a wrong result costs; a search without a model then fills every
+budget (`gen_turbo.training.route`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gen_turbo.training.route import Route, RouteSearch
+from gen_turbo.training.sampled import SampledRun, effects, gains, probed_steps, sampling
+from gen_turbo.training.schedule import WHOLE, Schedule
+
+Draw = Callable[[int], Any]
+"""Makes the i-th calibration picture."""
+_MOST_PROBED = 2
+_LEAST_CALLS = 4
+
+
+@dataclass
+class Recorded:
+    """Stock runs of a pipeline.
+
+    Attributes:
+        runs: One for each prompt.
+        pictures: What they drew.
+        search: Over what they show.
+    """
+
+    runs: list[SampledRun]
+    pictures: list[Any]
+    search: RouteSearch
+
+    def schedules(self, budgets: Sequence[float]) -> list[Schedule]:
+        """The best schedule for each budget, cheapest last, each begun from the one before."""
+        times, found = tuple(self.runs[0].times), dict[tuple[int, ...], Route]()
+        start: Sequence[int] | None = None
+        for budget in sorted(budgets, reverse=True):
+            route = self.search.best(int(budget * len(times) + 1e-9), start)
+            if len(route.runs) < len(times):
+                found[route.runs] = route
+            start = route.runs
+        return [_schedule(route, times) for route in found.values()]
+
+
+def record(
+    pipe: Any, models: Sequence[nn.Module], draw: Draw, num_prompts: int, note: Callable[[str], None]
+) -> Recorded:
+    """Records stock runs and finds what a wrong result costs.
+
+    Raises:
+        ValueError: If a run has too few calls for a skip.
+    """
+    runs, pictures = [], []
+    for index in range(num_prompts):
+        with sampling(pipe, models) as run:
+            pictures.append(draw(index))
+        runs.append(run)
+        note(f"stock run of prompt {index + 1} of {num_prompts}: {len(run.guided)} calls")
+        if len(run.guided) < _LEAST_CALLS:
+            raise ValueError(
+                f"a run of {len(run.guided)} calls has nothing to skip; take at least {_LEAST_CALLS} steps"
+            )
+    effect = effects(runs[0], type(pipe.scheduler))
+    logs = []
+    for index, run in enumerate(runs[:_MOST_PROBED]):
+        logs.append(np.log(gains(pipe, models, partial(draw, index), run, effect)))
+        note(f"prompt {index + 1}: errors at calls {probed_steps(len(effect))} of {len(effect)} followed to the end")
+    results = [np.stack([result.flatten().numpy() for result in run.guided]) for run in runs]
+    products = sum((values @ values.T for values in results), np.zeros((len(effect), len(effect))))
+    return Recorded(runs, pictures, RouteSearch(products, effect, np.exp(np.mean(logs, axis=0))))
+
+
+def num_images(num_calls: int, num_prompts: int, budgets: Sequence[float]) -> float:
+    """Pictures' worth of model calls that calibration takes, trying its schedules included."""
+    probes = sum(num_calls - 1 - step for step in probed_steps(num_calls)) / num_calls
+    return num_prompts + min(num_prompts, _MOST_PROBED) * probes + num_prompts * sum(budgets)
+
+
+def _schedule(route: Route, times: tuple[float, ...]) -> Schedule:
+    left_out = frozenset(range(len(times))) - set(route.runs)
+    cost = round(len(route.runs) / len(times), 4)
+    return Schedule(times, {WHOLE: left_out}, {}, cost, weights={WHOLE: route.weights})

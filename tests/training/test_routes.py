@@ -1,0 +1,173 @@
+"""Routes that leave whole calls out: found without a model, and followed by real pipelines of four classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from torch import nn
+
+from gen_turbo import PARProcessor, attach
+from gen_turbo.api import attachments, denoisers
+from gen_turbo.training.calibrate_route import num_images, record
+from gen_turbo.training.route import RouteSearch
+from gen_turbo.training.sampled import effects, sampling
+from gen_turbo.training.schedule import WHOLE, ScheduleFile, probe_of
+from tests import tiny_pipelines, tiny_transformers
+from tests.snapshots import differences, model_state
+from tests.tiny_family import NUM_TEXT, random
+from tests.tiny_hosts import sdxl_unet
+
+STEPS = 10
+
+
+def curves(num_calls=16, size=40):
+    """Results of a call that change smoothly, (T, size), and what a sampler makes of them."""
+    time = np.linspace(0, 1, num_calls)[:, None]
+    shape = np.random.default_rng(0)
+    values = sum(shape.normal(size=(1, size)) * np.sin(time * freq + shape.normal()) for freq in (1.0, 2.0, 3.0, 5.0))
+    return values, np.linspace(0.5, 1.5, num_calls)
+
+
+def end_error(route, values, effect):
+    """What the sampler's end is off by when each result is made by the weights of a route."""
+    off = np.zeros(values.shape[1])
+    for call in range(len(effect)):
+        is_run = call in route.runs
+        known = (
+            [run for run in route.runs[::-1] if run <= call] if is_run else [r for r in route.runs[::-1] if r < call]
+        )
+        weights = route.weights.get(call, (1.0,))
+        made = sum(weight * values[place] for weight, place in zip(weights, known, strict=False))
+        off += effect[call] * (made - values[call])
+    return float(off @ off)
+
+
+def search_of(values, effect):
+    """A search over one run in which the model does not feel errors."""
+    return RouteSearch(values @ values.T, effect, np.ones(len(effect)))
+
+
+def test_a_route_is_what_its_weights_do():
+    """Catches weights that are laid over other results than those they were fitted to, and a correction left out."""
+    values, effect = curves()
+    search = search_of(values, effect)
+    route = search.best(7)
+    assert len(route.runs) == 7 and route.runs[0] == 0
+    assert all(abs(sum(weights) - 1) < 1e-4 for weights in route.weights.values())
+    plain = search.route(route.runs)
+    plain.weights.update({call: (1.0,) for call in plain.weights if call in plain.runs})
+    error = end_error(route, values, effect)
+    assert error < 0.2 * end_error(plain, values, effect) and 0.5 * route.error < error < 1.01 * route.error
+    even = search.route([0, 2, 5, 7, 10, 12, 15])
+    assert route.error < even.error
+
+
+def test_fewer_calls_lose_more():
+    """Catches a search that stops early or moves calls for the worse."""
+    search = search_of(*curves())
+    errors = [search.best(count).error for count in (12, 9, 6, 3)]
+    assert errors == sorted(errors) and errors[0] < 1e-3 * errors[-1]
+
+
+def sdxl():
+    """SDXL: guidance in one batch, sizes and pooled text beside it."""
+    unet = sdxl_unet()
+    pipe = StableDiffusionXLPipeline(
+        tiny_pipelines._autoencoder(), None, None, None, None, unet, DDIMScheduler(clip_sample=False)
+    )
+    width, pooled = unet.config.cross_attention_dim, unet.config.projection_class_embeddings_input_dim - 6 * 8
+    texts = {"prompt_embeds": random(1, 6, width), "negative_prompt_embeds": random(1, 6, width, seed=3)}
+    pooled = {"pooled_prompt_embeds": random(1, pooled), "negative_pooled_prompt_embeds": random(1, pooled, seed=3)}
+    return pipe, {**texts, **pooled, "latents": random(1, 4, 16, 16)}
+
+
+def wan():
+    """Wan: a video, and guidance that calls the model twice in every step."""
+    model = tiny_transformers.build("wan")
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(None, None, None, scheduler, model)
+    texts = {"prompt_embeds": random(1, NUM_TEXT, 32), "negative_prompt_embeds": random(1, NUM_TEXT, 32, seed=3)}
+    return pipe, {**texts, "latents": random(1, 4, 2, 8, 8), "num_frames": 5}
+
+
+PIPELINES = {"sdxl": sdxl, "flux": tiny_pipelines.flux, "sd3": tiny_pipelines.sd3, "wan": wan}
+
+
+@pytest.fixture(params=PIPELINES)
+def drawn(request):
+    """A pipeline and what draws with it."""
+    pipe, call = PIPELINES[request.param]()
+    pipe.set_progress_bar_config(disable=True)
+    side = {"height": 64, "width": 64} if request.param == "wan" else {"height": 32, "width": 32}
+
+    def draw(index: int = 0) -> torch.Tensor:
+        shifted = {**call, "latents": call["latents"] + 0.1 * index}
+        done = pipe(**shifted, **side, num_inference_steps=STEPS, output_type="latent")
+        return torch.as_tensor(done.frames if hasattr(done, "frames") else done.images)
+
+    return pipe, draw
+
+
+def test_every_class_of_pipeline_is_calibrated(drawn):
+    """Catches guidance branches taken for steps, a file that its own run does not match, images not counted."""
+    pipe, draw = drawn
+    models = denoisers(pipe)[1]
+    calls, told = [], []
+    inside = next(module for module in models[0].modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    handle = inside.register_forward_hook(lambda *given: calls.append(1))
+    stock = draw()
+    per_image = len(calls)
+    calls.clear()
+    recorded = record(pipe, models, draw, 2, told.append)
+    assert len(calls) <= per_image * num_images(STEPS, 2, []) + 1e-6 and told
+    handle.remove()
+    before = model_state(models[0])
+    assert "step" not in vars(pipe.scheduler) and len(recorded.runs[0].guided) == STEPS
+    schedules = recorded.schedules((0.7, 0.4))
+    assert [round(STEPS * schedule.cost) for schedule in schedules] == [7, 4]
+    distances = []
+    for schedule in schedules:
+        file = ScheduleFile(type(models[0]).__name__, tuple(probe_of(models[0]).tolist()), _name(pipe), (schedule,))
+        with attach(pipe, PARProcessor(budget=0.9, schedule=file, inner=None)):
+            own = draw()
+            stats = attachments(pipe)[0].skipped_units[WHOLE]
+        assert stats.num_skipped * STEPS == (STEPS - round(STEPS * schedule.cost)) * per_image
+        distances.append(float((own - stock).norm()))
+    assert 0 < distances[0] < distances[1] < 0.5 * float(stock.norm())
+    assert torch.equal(draw(), stock) and differences(before, model_state(models[0])) == []
+
+
+def _name(pipe):
+    return type(pipe.scheduler).__name__
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, DDIMScheduler], ids=lambda kind: kind.__name__)
+def test_effects_are_what_the_scheduler_does(scheduler):
+    """Catches effects of another scheduler's state, or of the wrong step."""
+    pipe, call = tiny_pipelines.sd3() if scheduler is FlowMatchEulerDiscreteScheduler else tiny_pipelines.pixart()
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler is DDIMScheduler:
+        # What is clipped is no longer linear.
+        pipe.scheduler = DDIMScheduler(clip_sample=False)
+
+    def draw() -> None:
+        tiny_pipelines.latents_of(pipe, call, 6)
+
+    with sampling(pipe, denoisers(pipe)[1]) as run:
+        draw()
+    effect = effects(run, type(pipe.scheduler))
+    wrong = run.guided[3] + 0.5
+    with sampling(pipe, denoisers(pipe)[1], run.raw, (3, wrong)) as other:
+        draw()
+    assert float((other.final - run.final).mean()) == pytest.approx(0.5 * effect[3], rel=1e-2)
+    if scheduler is FlowMatchEulerDiscreteScheduler:
+        sigmas = pipe.scheduler.sigmas.double().numpy()
+        assert np.allclose(effect, np.diff(sigmas), rtol=1e-2)
