@@ -166,7 +166,8 @@ class Runs:
                 if self._depth:
                     return
                 context, contexts = self._dead.popleft()
-                if any(other is context for other in contexts):
+                is_dead = context.condition is not None and context.conditioning is None
+                if is_dead and any(other is context for other in contexts):
                     self._end(context, contexts)
             finally:
                 self._lock.release()

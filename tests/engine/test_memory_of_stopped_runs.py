@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 from stated import TurboProcessor
 
 from gen_turbo import attach, report
+from gen_turbo.engine.runs import Runs
+from gen_turbo.models.adapter import Geometry, ModelCall
 from tests.tiny_hosts import picture, sd_pipeline
 
 
@@ -34,3 +39,26 @@ def test_a_run_that_is_stopped_leaves_nothing(stop):
         told = report(pipe)
         assert told.remembered_bytes == 0 and told.sites[0].num_reduced > 0
         assert torch.equal(picture(pipe, steps=8), alone)
+
+
+def test_text_that_dies_in_another_thread_during_a_call():
+    """Catches a run that is ended in the middle of its call, one that is held after it, and threads that wait."""
+    ended: list[Any] = []
+    runs = Runs(None, float, ended.append)
+    texts = [torch.zeros(1, 2, 3)]
+
+    def context_at(time: float) -> Any:
+        call = ModelCall(torch.zeros(1, 4, 8, 8), time, texts[0])
+        return runs.find(call) or runs.open(call, Geometry((8, 8)))
+
+    for time in (3.0, 2.0, 1.0):
+        runs.acquire()
+        context = context_at(time)
+        runs.release()
+    runs.acquire()
+    other = threading.Thread(target=texts.clear)
+    other.start()
+    other.join(timeout=30)
+    assert not other.is_alive() and not texts and not ended and runs.contexts() == [context]
+    runs.release()
+    assert ended == [context] and runs.contexts() == []
