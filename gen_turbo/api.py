@@ -56,7 +56,7 @@ def attach(target: Any, reducer: TokenReducer, *, replace: bool = False, graphs:
     """Installs a reducer on a diffusers pipeline's denoisers or on one model.
 
     Args:
-        target: A pipeline or a model.
+        target: A pipeline or a model, also inside of `torch.compile`, a `PeftModel` or data parallelism.
         reducer: A processor, such as `TurboProcessor(0.4)`.
         replace: Whether a reducer that is attached already gives way; otherwise that is an error.
         graphs: Whether calls of a denoiser on a GPU are captured in CUDA graphs, one for each kind of step: "auto"
@@ -117,9 +117,9 @@ def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
         TypeError: If the target is neither a model nor a pipeline with a denoiser.
     """
     if isinstance(target, nn.Module):
-        return None, [_uncompiled(target)]
+        return None, [_unwrapped(target)]
     models = [getattr(target, name, None) for name in _DENOISERS if name in getattr(target, "components", {})]
-    found = [_uncompiled(model) for model in models if isinstance(model, nn.Module)]
+    found = [_unwrapped(model) for model in models if isinstance(model, nn.Module)]
     if not found:
         got = type(target).__name__
         raise TypeError(f"expected a diffusers pipeline with one of {_DENOISERS} or a model, got {got}")
@@ -191,10 +191,17 @@ def _install(parts: list[Part]) -> None:
         _ATTACHED[part.model] = part.reference()
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile(model)` returns."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what `torch.compile`, peft and data parallelism return."""
+    while True:
+        found: Any = getattr(model, "_orig_mod", None)
+        if found is None and type(model).__module__.startswith("peft."):
+            found = model.get_base_model()  # type: ignore[operator]
+        if found is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            found = model.module
+        if found is None or found is model:
+            return model
+        model = found
 
 
 def adapter_of(model: nn.Module) -> Any:

@@ -208,10 +208,11 @@ class Root(Placed):
             context.run.num_reduced += num_reduced
             self.most_bytes = max(self.most_bytes, self.num_bytes)
             self._rest()
-            over = self.runs.finish(context)
-            if over is not None:
-                for other in self.siblings:
-                    other.runs.forget_run(over.marker)
+            has_failed = step.output is None
+            over = None if has_failed else self.runs.finish(context)
+            if has_failed or over is not None:
+                for other in (self, *self.siblings) if has_failed else self.siblings:
+                    other.runs.forget_run(context.run.marker)
             if over is not None and over.num_reduced == 0 and self._expects_effect():
                 warnings.warn(_no_effect(over), NoEffectWarning, stacklevel=4)
         finally:
@@ -222,8 +223,7 @@ class Root(Placed):
     @property
     def num_bytes(self) -> int:
         """Bytes remembered now."""
-        contexts = self.runs.contexts()
-        skipping = self.skipping
+        contexts, skipping = self.runs.contexts(), self.skipping
         forecasts = sum(skipping.num_bytes(context) for context in contexts) if skipping is not None else 0
         return sum(context.num_bytes for context in contexts) + forecasts
 

@@ -169,22 +169,21 @@ def last_attention(
     return attention
 
 
-def check_cut(model: nn.Module, config: Any, first: int) -> None:
-    """Says before anything is changed why tokens cannot leave at a layer.
+def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer") -> None:
+    """Says before anything is changed why tokens cannot leave at a layer, which the user gave as `setting`.
 
     Raises:
         ValueError: If the layer is none of the model's, has a sliding window, or comes before later image features.
     """
     name = type(model).__name__
     if not first < config.num_hidden_layers:
-        raise ValueError(f"layer {first} is not one of the {config.num_hidden_layers} layers of {name}")
+        raise ValueError(f"{setting}={first} is not one of the {config.num_hidden_layers} layers of {name}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(
-            f"{name} has layers with sliding windows, whose masks cannot follow a cut; use place='pre_llm'"
-        )
+        advice = "; use place='pre_llm'" if setting == "layer" else ""
+        raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut{advice}")
     stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if first < stacked:
-        raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use layer={stacked} or later")
+        raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use {setting}={stacked} or later")
 
 
 def _heads(attn: Any, kind: str, normed: Tensor) -> Tensor:

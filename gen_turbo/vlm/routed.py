@@ -166,7 +166,7 @@ def _check(model: nn.Module, text: Any, routing: Routing) -> None:
             f"{routing.num_layers} layers are to run, but {type(model).__name__} has {config.num_hidden_layers}"
         )
     # Before the first layer only sliding windows are in the way.
-    check_cut(model, config, routing.first or config.num_hidden_layers - 1)
+    check_cut(model, config, routing.first or config.num_hidden_layers - 1, "first")
     attention = config._attn_implementation
     if routing.mode != "drop" and "flash" in (attention or ""):
         raise ValueError(f"mode={routing.mode!r} hides tokens by a mask, which {attention} does not take; use 'sdpa'")

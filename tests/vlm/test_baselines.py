@@ -184,7 +184,7 @@ def test_spaced_tokens_are_evenly_spaced():
         (lambda: selection.keep_spaced(4, 0), "cannot keep 0 of 4 tokens"),
         (lambda: VisionZipProcessor(0.5).plan_tokens(features()), "reads the attention of a vision tower"),
         (lambda: attach(pixtral(), TurboVisionProcessor(0.5)), "vision tower of this Llava.* use place='pre_llm'"),
-        (lambda: attach(VLMS["llava"].make("sdpa"), FastVProcessor(layer=4)), "layer 4 is not one of the 4 layers"),
+        (lambda: attach(VLMS["llava"].make("sdpa"), FastVProcessor(layer=4)), "layer=4 is not one of the 4 layers"),
     ],
 )
 def test_wrong_use_says_what_is_wrong(make, words):

@@ -227,7 +227,7 @@ def test_report_counts_what_ran():
         ({"num_layers": 5}, "5 layers are to run"),
         ({"num_layers": 0}, "at least one decoder layer must run"),
         ({"removed": 1.0}, r"must be in \[0, 1\)"),
-        ({"first": 4}, "layer 4 is not one of the 4 layers"),
+        ({"first": 4}, "first=4 is not one of the 4 layers"),
         ({"mode": "hide"}, "mode must be one of drop, mask, soft"),
         ({"step_scale": {0: 0.5}}, "step_scale would have no effect on LlavaForConditionalGeneration"),
     ],
