@@ -1,4 +1,4 @@
-"""What is said, and when: models inside of others are found, replaced ones are told, features made before are told."""
+"""What is said, and when: models inside of others are found, replaced ones are stock, features made before are told."""
 
 from __future__ import annotations
 
@@ -48,24 +48,6 @@ def test_a_vision_language_model_with_adapters_is_attached_to():
     assert torch.equal(model(**inputs).logits, stock)
 
 
-def test_a_replaced_model_is_told():
-    """Catches a pipeline that runs in full because its model is another one now, in silence."""
-    pipe = sd_pipeline()
-    pipe.set_attn_processor(TurboProcessor(0.5))
-    old = pipe.unet
-    with pytest.warns(NoEffectWarning, match=r"`unet` was replaced .* call `pipe\.set_attn_processor\(TurboProcessor"):
-        pipe.unet = sd15_unet()
-    assert pipe.unet is not old and attachments(pipe) == []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipe.unet = old
-        pipe.unet = pipe.unet
-        pipe.unet = torch.compile(pipe.unet, backend="eager")
-        pipe.vae = pipe.vae
-    pipe.reset_attn_processor()
-    pipe.unet = sd15_unet()
-
-
 @pytest.mark.parametrize("family", ["internvl", "idefics3", "llava_next", "smolvlm"])
 def test_what_a_method_cannot_do_is_refused_by_attach(family):
     """Catches an error in the first call about attention that no tower can give."""
@@ -94,10 +76,13 @@ def test_features_in_embeddings_are_told():
             model.generate(input_ids=torch.tensor([[1, 5, 7]]), max_new_tokens=3)
 
 
-def test_a_swapped_model_that_runs_is_stock():
-    """Catches a new model that is half attached."""
+def test_a_replaced_model_is_stock_and_the_report_says_so():
+    """Catches a report about a model that the pipeline no longer has, and a new one that is half attached."""
     pipe, other = sd_pipeline(), sd15_unet()
     stock = picture(pipe)
-    with attach(pipe, TurboProcessor(0.5)), pytest.warns(NoEffectWarning, match="was replaced"):
-        pipe.unet = other
-    assert torch.equal(picture(pipe), stock)
+    attach(pipe, TurboProcessor(0.5))
+    pipe.unet = other
+    assert torch.equal(picture(pipe), stock) and attachments(pipe) == [] and report(pipe).sites == []
+    assert "no gen_turbo processor is attached" in str(report(pipe))
+    pipe.set_attn_processor(TurboProcessor(0.5))
+    assert not torch.equal(picture(pipe), stock)

@@ -49,11 +49,13 @@ class Layout(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    is_inference: bool
+    """Whether it is under inference mode, in which what is made cannot be written to outside."""
 
     @classmethod
     def of(cls, latents: Tensor) -> Layout:
         """Reads it from the latents of a call."""
-        return cls(latents.shape, latents.dtype, latents.device)
+        return cls(latents.shape, latents.dtype, latents.device, torch.is_inference_mode_enabled())
 
 
 @dataclass(eq=False)

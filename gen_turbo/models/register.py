@@ -1,15 +1,10 @@
-"""The two methods that gen_turbo adds to diffusers' pipelines, and a word where an attached model is replaced.
-
-Nothing else of diffusers is altered.
-"""
+"""The two methods that gen_turbo adds to diffusers' pipelines; nothing else of diffusers is altered."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from gen_turbo.method import TokenReducer
 
@@ -42,30 +37,8 @@ def reset_attn_processor(self: DiffusionPipeline) -> None:
     api.detach(self)
 
 
-def set_component(self: DiffusionPipeline, name: str, value: Any) -> None:
-    """Sets an attribute as the pipeline does, and warns of a new denoiser in the place of an attached one."""
-    from gen_turbo import api
-
-    if isinstance(value, nn.Module):
-        before = vars(self).get(name)
-        parts = api.attachments(before) if isinstance(before, nn.Module) else []
-        if parts and api.denoiser(before) is not api.denoiser(value):
-            kind = type(parts[0].reducer).__name__
-            warnings.warn(
-                f"`{name}` was replaced while a {kind} was attached to the old one, and the new one is stock; "
-                f"call `pipe.set_attn_processor({kind}(...))` again",
-                api.NoEffectWarning,
-                stacklevel=2,
-            )
-    _SET(self, name, value)
-
-
-_SET = DiffusionPipeline.__setattr__
-
-
 def add_pipeline_methods() -> None:
     """Adds both methods to `DiffusionPipeline` where it has none of that name."""
-    setattr(DiffusionPipeline, "__setattr__", set_component)  # noqa: B010  mypy knows the class's own
     for method in (set_attn_processor, reset_attn_processor):
         if method.__name__ not in vars(DiffusionPipeline):
             setattr(DiffusionPipeline, method.__name__, method)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gen_turbo.tokens.partition import grid_destinations
+from gen_turbo.tokens.select import pool_cells
 
 
 def test_hashed_destinations_are_the_same_everywhere() -> None:
@@ -23,6 +24,12 @@ def test_hashed_members_are_even_over_cells_and_over_seeds() -> None:
         assert shares.min() > 0.2 and shares.max() < 0.3
     over_seeds = torch.cat([grid_destinations((2, 2), (2, 2), seed) for seed in range(400)]).bincount(minlength=4)
     assert over_seeds.min() > 70 and over_seeds.max() < 130
+
+
+def test_no_band_has_more_cells_than_tokens() -> None:
+    """Catches 31 cells in one band of 30 columns: as many bands as a nearly square cell wants are too few here."""
+    plan = pool_cells((2, 30), 31)
+    assert torch.equal(plan.slot_BN.gather(1, plan.anchor_BM)[0], torch.arange(31))
 
 
 def test_wrong_arguments_raise() -> None:
