@@ -6,7 +6,6 @@ Shape names: B rows, L columns of the call, M of them that stay, C channels.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.method import Grid, TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import ShortenedCache, shortened
@@ -23,15 +21,9 @@ from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.family import Family, image_token_mask
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.layers import real_columns
-from gen_turbo.vlm.origin import Seen
+from gen_turbo.vlm.origin import Seen, tell_of_features
 from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
 from gen_turbo.vlm.words import Words
-
-_EMBEDDED = (
-    "a prompt came as inputs_embeds alone: images that are in it already are read in full; pass pixel_values, or "
-    "image features as mm_encoder_outputs, to have their tokens reduced"
-)
-
 
 class _Sight:
     """What was seen last; pictures may be encoded before the call that reads them."""
@@ -152,10 +144,10 @@ class Gate:
             self._features = self._pictures_of(encoded.pooler_output)
         if encoded is not None or given.get("pixel_values") is not None:
             self._given = {**given, "is_image": image_token_mask(base, given)}
-        elif given.get("input_ids") is None and given["inputs_embeds"].shape[1] > 1:
-            warnings.warn(_EMBEDDED, NoEffectWarning, stacklevel=2)
-        elif given.get("input_ids") is None and given["inputs_embeds"].shape[1] > 1:
-            warnings.warn(_EMBEDDED, NoEffectWarning, stacklevel=2)
+        else:
+            tell_of_features(given)
+        else:
+            tell_of_features(given)
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         if not self._family.masks_in_base or not isinstance(cache, ShortenedCache) or cache.columns is None:
             return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.method import Grid
 from gen_turbo.tokens.token_map import TokenMap
 
@@ -54,3 +57,15 @@ class Seen:
                     "prefill_chunk_size)"
                 )
         return None
+
+
+def tell_of_features(given: dict[str, Any]) -> None:
+    """Warns where a call without pictures brings a prompt as embeddings, in which there may be image features."""
+    embeds = given.get("inputs_embeds")
+    if given.get("input_ids") is None and embeds is not None and embeds.shape[1] > 1:
+        warnings.warn(
+            "a prompt came as inputs_embeds alone: images that are in it already are read in full; pass pixel_values, "
+            "or image features as mm_encoder_outputs, to have their tokens reduced",
+            NoEffectWarning,
+            stacklevel=3,
+        )
