@@ -25,6 +25,7 @@ from gen_turbo.vlm.origin import Seen, tell_of_features
 from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
 from gen_turbo.vlm.words import Words
 
+
 class _Sight:
     """What was seen last; pictures may be encoded before the call that reads them."""
 
@@ -144,8 +145,6 @@ class Gate:
             self._features = self._pictures_of(encoded.pooler_output)
         if encoded is not None or given.get("pixel_values") is not None:
             self._given = {**given, "is_image": image_token_mask(base, given)}
-        else:
-            tell_of_features(given)
         else:
             tell_of_features(given)
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
