@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+from PIL import Image
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
 from tests.engine.families import relative
@@ -112,13 +118,13 @@ def test_every_region_has_a_grid_and_a_map_of_its_own(name, scope):
 def test_references_are_planned_for_once_a_run():
     """Catches a map of what does not change that is made anew in every step, and one that outlives its run."""
     model, inputs = model_of("flux2"), inputs_of("flux2")
-    processor = Planned(0.4, restore="copy", match_every=1)
+    processor = Planned(0.4, restore="copy", match_every=1, scope="attention")
     with attach(model, processor):
         run(model, inputs)
         assert [grid for grid, _ in processor.seen] == [TARGET, *REFERENCES, TARGET, TARGET]
         other = inputs | {"hidden_states": random(2, NUM_TARGET + sum(NUM_REFERENCES), 8, seed=9)}
         again = run(model, other)
-    with attach(model, TurboProcessor(0.4, restore="copy", match_every=1)):
+    with attach(model, TurboProcessor(0.4, restore="copy", match_every=1, scope="attention")):
         assert torch.equal(run(model, other), again)
 
 
@@ -179,3 +185,36 @@ def _denoised(model: Flux2Transformer2DModel) -> tuple[torch.Tensor, list[torch.
         outputs.append(output)
     layers = [*cache.double_block_caches, *cache.single_block_caches]
     return torch.stack(outputs), [x for layer in layers for x in (layer.k_ref, layer.v_ref)]
+
+
+def test_the_pipeline_of_klein_with_a_reference():
+    """Catches regions that the positions of a real pipeline do not show, and a run whose steps are not found."""
+    pipe = _klein()
+    image = Image.fromarray(random(64, 96, 3).mul(50).add(128).clamp(0, 255).byte().numpy())
+    stock = _drawn(pipe, image)
+    with attach(pipe, TurboProcessor(0.4, scope="block", warmup_steps=1, reference_ratio=0.6)):
+        reduced = _drawn(pipe, image)
+        rows = report(pipe).sites
+    num_reference = rows[0].num_tokens - 256
+    assert num_reference > 256 and {row.grid for row in rows} == {(16, 16)}
+    assert {row.num_kept for row in rows} == {256 - int(256 * 0.4) + num_reference - int(num_reference * 0.6)}
+    assert {(row.num_reduced, row.num_full) for row in rows} == {(2, 2)}
+    assert 0 < relative(reduced, stock) < 0.5 and torch.equal(_drawn(pipe, image), stock)
+
+
+def _klein() -> Flux2KleinPipeline:
+    model = build("flux2")
+    model.register_to_config(in_channels=8)
+    shape = {"block_out_channels": (8,), "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 4}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    parts = {"vae": AutoencoderKLFlux2(**shape, **kinds, sample_size=32), "text_encoder": None, "tokenizer": None}
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = Flux2KleinPipeline(scheduler=scheduler, **parts, transformer=model, is_distilled=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _drawn(pipe: Flux2KleinPipeline, image: Image.Image) -> torch.Tensor:
+    size = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(0)
+    return pipe(image=image, prompt_embeds=random(1, 5, 32), generator=generator, **size).images
