@@ -28,6 +28,7 @@ BUDGETS: dict[int, dict[str | None, tuple[float, ...]]] = {
     25: {"turbo": (0.61, 0.54, 0.5, 0.41, 0.35, 0.32), None: (0.76, 0.59, 0.48, 0.39)},
     50: {"turbo": (0.6, 0.53, 0.49, 0.43, 0.36, 0.3), None: (0.83, 0.7, 0.59, 0.48, 0.41)},
     8: {None: (0.75, 0.5, 0.38)},
+    14: {None: (0.65, 0.5, 0.33, 0.25)},
     28: {None: (0.65, 0.5, 0.33, 0.25)},
 }
 """Steps -> what merges tokens meanwhile -> some of the schedules that ship for the embedded models."""

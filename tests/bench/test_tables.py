@@ -46,6 +46,16 @@ def test_a_row_shows_medians_with_their_spread(tmp_path: Path) -> None:
     assert row == ("| turbo-copy-r0.5 | 2.00 (1.50 to 2.50) | 0.34 | 41.0 (40.5 to 45.5) | 0.900 | 2 of 3 |")
 
 
+def test_what_was_counted_and_not_timed_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """Catches untimed records among timed ones, which have no median, and a cost of another run's stock."""
+    counts = {"flops": 30, "stock_flops": 60}
+    params = {"pipeline": "tiny-dit", "steps": 28, "captions": 3}
+    records.append(tmp_path, _record("par-b0.5", params=params, cpu_s=[], baseline_cpu_s=[], counts=counts))
+    row = TABLES["skipping"](tmp_path).splitlines()[2]
+    assert row == "| 28 steps: par-b0.5 | 0.50 | 41.0 (40.5 to 45.5) | 2 of 3 |"
+    assert quality(tmp_path, 28, "tiny-dit") == NO_RECORDS
+
+
 def test_curves_of_this_package_are_told_apart() -> None:
     """Catches a family in capitals that is drawn as a rival, and a control that is drawn as a method."""
     own = ("PAR", "turbo + PAR", "turbo, copied", "vistog_vit, trained", "par, budget")
