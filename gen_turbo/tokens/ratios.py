@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 
-def max_ratio(stride: tuple[int, ...] = (2, 2)) -> float:
+def max_ratio(stride: tuple[int, ...]) -> float:
     """Gives the largest fraction of tokens that can leave when each cell of `stride` tokens keeps one destination."""
     return 1 - 1 / prod(stride)
 

@@ -32,12 +32,6 @@ class _Sight:
     seen: CallState[Seen] = CallState(Seen)
 
 
-_EMBEDDED = (
-    "a prompt came as inputs_embeds alone: images that are in it already are read in full; pass pixel_values, or "
-    "image features as mm_encoder_outputs, to have their tokens reduced"
-)
-
-
 class Gate:
     """The hooks on the base model and the language model, and what they know of the call that is running.
 

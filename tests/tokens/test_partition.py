@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gen_turbo.tokens.partition import grid_destinations
-from gen_turbo.tokens.select import pool_cells
+from gen_turbo.tokens.select import keep_diverse, keep_highest, keep_spaced, pool_cells, shrunk_grid
 
 
 def test_hashed_destinations_are_the_same_everywhere() -> None:
@@ -39,3 +39,17 @@ def test_wrong_arguments_raise() -> None:
             grid_destinations(grid, stride)
     with pytest.raises(ValueError, match="unknown variant 'random'"):
         grid_destinations((4, 4), variant="random")
+
+
+@pytest.mark.parametrize("num_kept", [0, -1, 13])
+def test_impossible_numbers_of_kept_tokens_are_named(num_kept: int) -> None:
+    """Catches an empty plan, and one of more tokens than there are."""
+    for choose in (
+        lambda: keep_highest(torch.zeros(1, 12), num_kept),
+        lambda: keep_spaced(12, num_kept),
+        lambda: keep_diverse(torch.zeros(1, 12, 2), num_kept),
+        lambda: pool_cells((3, 4), num_kept),
+        lambda: shrunk_grid((3, 4), num_kept),
+    ):
+        with pytest.raises(ValueError, match=f"cannot keep {num_kept} of 12 tokens"):
+            choose()
