@@ -2,7 +2,7 @@
 
 A pipeline shows the beginning, the length and the times of a run on the host: by its scheduler's timesteps, another
 object in every run. Without one, a time that does not fall begins a new run. From the third step on nothing is read,
-unless the caller makes its conditioning anew in every step: then branches are told apart by its values alone.
+unless a caller of several branches makes their conditioning anew in every step: values alone tell these apart.
 """
 
 from __future__ import annotations
@@ -190,8 +190,12 @@ class Runs:
     def _same_branch(self, alike: list[Context], call: ModelCall, run: Run) -> tuple[Context | None, float | None]:
         """The branch of a conditioning tensor that was not seen before; waits for the device where it asks."""
         is_bare = run.marker is None or run.is_over
-        if not (is_bare or run.recreates) and min(context.step for context in alike) + 1 >= _SETTLED:
-            return None, None
+        if not is_bare and min(context.step for context in alike) + 1 >= _SETTLED:
+            if not run.recreates:
+                return None, None
+            if len(alike) == 1:
+                # No other branch that it could be.
+                return alike[0], None
         time = self._time(call.timestep)
         for context in alike:
             moved = context.time is None or time != context.time or _is_repeated(context, run)

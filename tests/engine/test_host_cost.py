@@ -82,7 +82,9 @@ def test_frames_of_a_reduced_attention_call(name, kind):
 @pytest.mark.parametrize("name", MODELS)
 def test_frames_of_a_reduced_block_call(name, kind):
     """Catches blocks that do more than attention does."""
-    assert max(map(len, reduced_calls(name, BLOCKS[kind]))) <= 4
+    first, *others = map(len, reduced_calls(name, BLOCKS[kind]))
+    # Wan's blocks may be given a time per token as well.
+    assert max(others) <= 3 and first <= 3 + {"flux": 1, "wan": 2}.get(name, 0)
 
 
 def test_a_layer_at_rest_adds_one_frame():
