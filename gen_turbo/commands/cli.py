@@ -91,8 +91,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_learning(commands: Any) -> None:
     from gen_turbo.commands.calibration import add_calibrate_arguments
     from gen_turbo.commands.explain import add_explain_arguments
+    from gen_turbo.commands.tune import add_tune_arguments
 
     add_explain_arguments(commands.add_parser("explain", help="draw what a method does to a picture's tokens"))
+    tune = "search the settings that reach a target on your pipeline and device"
+    add_tune_arguments(commands.add_parser("tune", help=tune, description=tune, allow_abbrev=False))
     add_calibrate_arguments(commands.add_parser("calibrate", help="learn or measure what a method needs"))
 
 
