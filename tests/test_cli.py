@@ -104,7 +104,16 @@ def test_report_shows_what_was_reduced(tiny_checkpoint, capsys):
     """Catches a report on a pipeline that has not run."""
     assert (
         cli.main(
-            ["report", "--steps", "3", f"checkpoint={tiny_checkpoint}", "height=32", "width=32", "processor.ratio=0.5"]
+            [
+                "report",
+                "--steps",
+                "3",
+                f"checkpoint={tiny_checkpoint}",
+                "height=32",
+                "width=32",
+                "processor.ratio=0.5",
+                "processor.scope=attention",
+            ]
         )
         == 0
     )
