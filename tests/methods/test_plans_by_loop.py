@@ -33,7 +33,7 @@ def planned(processor, grid, x, value=None, num_plans=0) -> list[list[int]]:
 
 
 WHOLE = {"tile": 0}
-OTHERS = [{}, {"tile": 5, "value_weight": 0.1}, {"semantic": "none"}]
+OTHERS = [{}, {"value_weight": 1.0}, {"tile": 5, "value_weight": 0.1}, {"semantic": "none"}]
 
 
 @pytest.mark.parametrize("number", range(2))

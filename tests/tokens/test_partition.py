@@ -26,6 +26,13 @@ def test_hashed_members_are_even_over_cells_and_over_seeds() -> None:
     assert over_seeds.min() > 70 and over_seeds.max() < 130
 
 
+def test_cells_are_nearly_square() -> None:
+    """Catches a number of bands that does not follow the shape of the grid."""
+    for grid, num_cells, size in (((8, 8), 16, [2, 2]), ((4, 16), 16, [2, 2]), ((12, 6), 8, [3, 3])):
+        first = (pool_cells(grid, num_cells).slot_BN[0] == 0).view(grid)
+        assert [int(first.any(1).sum()), int(first.any(0).sum())] == size
+
+
 def test_no_band_has_more_cells_than_tokens() -> None:
     """Catches 31 cells in one band of 30 columns: as many bands as a nearly square cell wants are too few here."""
     plan = pool_cells((2, 30), 31)

@@ -15,6 +15,7 @@ def test_max_ratio_leaves_one_token_per_cell() -> None:
 def test_count_is_rounded_down() -> None:
     """Catches rounding to nearest, which removes one token too many, and a last token that leaves."""
     assert num_removed(4096, 0.4) == 1638 and num_removed(9, 0.75) == 6 and num_removed(9, 0) == 0
+    assert num_removed(9, 0, (2, 2)) == 0 and num_removed(8, 0.75, (2, 2)) == 6
     assert num_removed(5, 1) == num_removed(5, 1 - 1e-16) == 4 and num_removed(0, 0.5) == num_removed(1, 0.99) == 0
 
 
