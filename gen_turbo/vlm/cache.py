@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.routes import Route
+from gen_turbo.vlm.static import ShortenedStaticCache, check_followed, shortened_static
 
 
 class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no types here
@@ -26,11 +27,17 @@ class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no
 
     columns: Columns | None = None
     route: Route | None = None
+    is_followed: bool = False
     cuts: dict[int, Columns]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cuts = {}
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keeps keys and values; raises ValueError in calls that know nothing of the dropped tokens."""
+        check_followed(self)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def num_dropped(self) -> int:
@@ -100,12 +107,18 @@ class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no
         self.cuts = {number: cut.rows(index) for number, cut in self.cuts.items()}
 
 
-def shortened(cache: Any) -> ShortenedCache:
-    """Makes a default dynamic cache one that may hold fewer columns than tokens were seen, in place.
+SHORTENED = (ShortenedCache, ShortenedStaticCache)
+"""Caches that may hold fewer columns than tokens were seen."""
+
+
+def shortened(cache: Any) -> Any:
+    """Makes a default dynamic cache, or a static one, one that may hold fewer columns than tokens were seen, in place.
 
     Raises:
         ValueError: If the cache is of another kind, whose lengths are fixed or kept elsewhere.
     """
+    if isinstance(cache, StaticCache):
+        return shortened_static(cache)
     if type(cache) is DynamicCache:
         cache.__class__ = ShortenedCache
         cache.cuts = {}

@@ -17,6 +17,7 @@ from gen_turbo.vlm.cache import ShortenedCache
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.gate import Gate
+from gen_turbo.vlm.masks import check_mask
 from gen_turbo.vlm.run import Pictures, Planner, Reduction, reduce
 
 Attention = Callable[[], Tensor]
@@ -84,6 +85,7 @@ class Cut:
     def _cut(self, hidden_BLC: Tensor, cache: Any, mask: Tensor | None, pictures: Pictures) -> None:
         reduction = reduce(pictures, hidden_BLC, self._planner, self._gate.shared)
         self.attention = _no_attention
+        check_mask(mask)
         batch, length = hidden_BLC.shape[:2]
         reduction.num_columns = batch * length
         if reduction.is_identity:
@@ -197,9 +199,9 @@ def _heads(attn: Any, kind: str, normed: Tensor) -> Tensor:
 
 def _real(gate: Gate, mask: Tensor | None) -> Tensor | None:
     """Which columns of this call are no padding, from the 2D mask or from what the last query may see."""
-    if gate.real_BM is not None and gate.real_BM.ndim == 2:
+    if isinstance(gate.real_BM, Tensor) and gate.real_BM.ndim == 2:
         return gate.real_BM[:, -gate.length :].bool()
-    if mask is None or mask.ndim != 4:
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
         return None
     seen = mask[:, 0, -1, -gate.length :]
     return seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2

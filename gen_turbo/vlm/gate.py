@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from gen_turbo.method import Grid, TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
-from gen_turbo.vlm.cache import ShortenedCache, shortened
+from gen_turbo.vlm.cache import SHORTENED, ShortenedCache, shortened
 from gen_turbo.vlm.call import CallState, begin, begin_anew, end
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.family import Family, image_token_mask
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.layers import real_columns
+from gen_turbo.vlm.masks import check_mask, deepstack, held, mask_2d, uses_cache
 from gen_turbo.vlm.origin import Seen, tell_of_features
+from gen_turbo.vlm.recorded import whole
 from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
+from gen_turbo.vlm.static import refuse_static
 from gen_turbo.vlm.words import Words
 
 
@@ -46,6 +49,7 @@ class Gate:
         cuts: Columns that decoder layers of this call keep, by first layer, to be noted in the cache at the end.
         dropped: What spreads the output of the last decoder layer back; set by the decoder.
         words: Chooses words that leave with the image tokens of a prompt; None lets all of them pass.
+        has_cut: Whether some of so many image tokens leave inside the language model.
         on_prompt: Is told the pictures, embeddings and mask of a call that brings pictures, before they are planned.
         joined: Stages whose state begins and ends with a call of the base model.
     """
@@ -70,6 +74,7 @@ class Gate:
         self.words: Words | None = None
         self.shared: TokenReducer | None = None
         self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
+        self.has_cut: Callable[[int], bool] = lambda num_tokens: False
         self.on_prompt: Callable[[Pictures, Tensor, Any], None] = lambda pictures, embeds, mask: None
         self._base, self._text, self._family = base, text, family
         self._arguments = list(inspect.signature(base.forward).parameters)
@@ -90,7 +95,8 @@ class Gate:
         signature = inspect.signature(self._base.get_image_features)  # type: ignore[arg-type]
 
         def watched(get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            output = get_image_features(*args, **kwargs)
+            is_tuple = kwargs.get("return_dict") is False
+            output = get_image_features(*args, **(kwargs | {"return_dict": True} if is_tuple else kwargs))
             pooled = output.pooler_output if hasattr(output, "pooler_output") else output
             pictures = self._pictures_of(pooled)
             lengths = [len(features) for features in pictures]
@@ -100,9 +106,10 @@ class Gate:
             note(self.seen)
             if self._is_running:
                 self._features = pictures
-            return output
+            return output.to_tuple() if is_tuple else output
 
-        return InstanceMethod(self._base, "get_image_features", watched)
+        # A compiled model leaves the tower to eager code: what its blocks show must be that of this call.
+        return InstanceMethod(self._base, "get_image_features", torch.compiler.disable(watched))
 
     def _pictures_of(self, pooled: Any) -> list[Tensor]:
         """Features of each picture on its own."""
@@ -146,7 +153,7 @@ class Gate:
             return None
         length = next(given[name].shape[1] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         columns = cache.columns.grown(cache.get_seq_length() + length)
-        return args, {**kwargs, "attention_mask": _mask_2d(columns, mask, True)}
+        return args, {**kwargs, "attention_mask": mask_2d(columns, mask, True)}
 
     def _pictures(self, embeds_BLC: Tensor) -> Pictures | None:
         is_image = self._given.get("is_image")
@@ -167,36 +174,47 @@ class Gate:
         if embeds is None:
             return None
         cache = kwargs.get("past_key_values")
-        if cache is None and _uses_cache(text, kwargs):
+        if cache is None and uses_cache(text, kwargs):
             cache = DynamicCache(config=text.config)
-        self.held = _held(cache)
+        if isinstance(cache, SHORTENED):
+            cache.is_followed = True
+        if self._given or not isinstance(cache, StaticCache):
+            self.held = held(cache)
         self.length = embeds.shape[1]
         self._seen_here = self._sight.seen
         self.pictures = self._pictures(embeds)
-        reduction = None
-        if self.pictures is not None:
-            self.on_prompt(self.pictures, embeds, kwargs.get("attention_mask"))
-        if self.pictures is not None and self.planner is not None:
-            reduction = reduce(self.pictures, embeds, self.planner, self.shared)
-        if self.pictures is not None and self.words is not None:
-            reduction = reduction or reduce(self.pictures, embeds, _pass_all)
-            real = real_columns(kwargs.get("attention_mask"), embeds)
-            reduction = self.words.added(reduction, self._given.get("input_ids"), real, embeds)
-        is_shortened = isinstance(cache, ShortenedCache) and cache.columns is not None
+        is_shortened, mask = isinstance(cache, SHORTENED) and cache.columns is not None, kwargs.get("attention_mask")
+        if self.pictures is not None and any(map(self.has_cut, self.pictures.lengths)):
+            refuse_static(cache)
+        reduction = self._reduction(self.pictures, embeds, mask) if self.pictures is not None else None
+        if reduction is not None or is_shortened:
+            check_mask(mask)
         if reduction is not None:
-            self._make_columns(reduction, kwargs.get("attention_mask"), embeds)
+            self._make_columns(reduction, mask, embeds, cache)
         if self._here is None and not is_shortened:
             self.real_BM = kwargs.get("attention_mask")
             return (args, {**kwargs, "past_key_values": cache}) if cache is not None else None
         changed = self._shortened(embeds, cache, kwargs, reduction)
         return args, {**kwargs, **changed}
 
-    def _make_columns(self, reduction: Reduction, mask: Any, embeds: Tensor) -> None:
+    def _reduction(self, pictures: Pictures, embeds: Tensor, mask: Any) -> Reduction | None:
+        """What leaves of a prompt; None where nothing can."""
+        self.on_prompt(pictures, embeds, mask)
+        reduction = None if self.planner is None else reduce(pictures, embeds, self.planner, self.shared)
+        if self.words is None:
+            return reduction
+        reduction = reduction or reduce(pictures, embeds, _pass_all)
+        return self.words.added(reduction, self._given.get("input_ids"), real_columns(mask, embeds), embeds)
+
+    def _make_columns(self, reduction: Reduction, mask: Any, embeds: Tensor, cache: Any) -> None:
         """Makes the rows of what stays; padding leaves too, but for what makes them of one length."""
         reduction.num_columns = embeds.shape[0] * embeds.shape[1]
         if not reduction.is_identity:
             if isinstance(mask, dict):
                 mask = mask.get("full_attention")
+            if isinstance(cache, StaticCache) and mask is not None and mask.ndim == 4:
+                seen = int(cache.get_seq_length())
+                mask = mask[..., seen : seen + embeds.shape[1]]
             keep = reduction.keep_BL if mask is None else reduction.keep_BL & real_columns(mask, embeds)
             self._here = Columns.of_kept(keep)
             reduction.num_columns = embeds.shape[0] * self._here.num_kept
@@ -206,28 +224,42 @@ class Gate:
     def _shortened(self, embeds: Tensor, cache: Any, kwargs: dict[str, Any], reduction: Reduction | None) -> Any:
         """The changed arguments of a call that brings fewer columns than tokens, or follows one that did."""
         cache = shortened(cache) if cache is not None else None
+        if cache is not None:
+            cache.is_followed = True
         batch, length = embeds.shape[:2]
-        seen = cache.get_seq_length() if cache is not None else 0
+        here, is_static = self._here, isinstance(cache, StaticCache)
         known = cache.columns if cache is not None else None
-        before = known.grown(seen) if known is not None else Columns.all_of(batch, seen, embeds.device)
-        here = self._here
-        self._total = before.beside(here) if here is not None else before.grown(seen + length)
         changed: dict[str, Any] = {"past_key_values": cache}
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, dict):
+        if is_static and here is None:
+            # What follows stands behind what is held; nothing is asked of the device.
+            seen, self._total = 0, known
+        else:
+            seen = int(cache.get_seq_length()) if cache is not None else 0
+            before = known.grown(seen) if known is not None else Columns.all_of(batch, seen, embeds.device)
+            self._total = before.beside(here) if here is not None else before.grown(seen + length)
+        if here is not None and reduction is not None:
+            changed["inputs_embeds"] = here.take(reduction.apply(embeds, self.is_merged), 1)
+        if is_static:
+            is_added = self._text.config._attn_implementation == "eager"  # type: ignore[union-attr]
+            masks = mask if isinstance(mask, dict) else {"": mask}
+            assert self._total is not None
+            entering = changed.get("inputs_embeds", embeds)
+            made = {kind: cache.mask(one, self._total, here, entering, is_added) for kind, one in masks.items()}
+            changed["attention_mask"] = made if isinstance(mask, dict) else made[""]
+        elif isinstance(mask, dict):
             changed["attention_mask"] = {kind: self._mask(one, cache) for kind, one in mask.items()}
         else:
             changed["attention_mask"] = self._mask(mask, cache)
             self.real_BM = changed["attention_mask"]
         if here is None or reduction is None or self.pictures is None:
             return changed
-        changed["inputs_embeds"] = here.take(reduction.apply(embeds, self.is_merged), 1)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(seen, seen + length, device=embeds.device)[None]
         changed["position_ids"] = here.take(positions, -1, batch_dim=-2)
         if kwargs.get("visual_pos_masks") is not None:
-            changed.update(_deepstack(kwargs, reduction, here, self.is_merged))
+            changed.update(deepstack(kwargs, reduction, here, self.is_merged))
         self.length = here.num_kept
         is_image = here.mask(self.pictures.is_image_BL)
         before, lengths = self.pictures, reduction.lengths()
@@ -238,7 +270,7 @@ class Gate:
     def _mask(self, mask: Tensor | None, cache: Any) -> Tensor | None:
         assert self._total is not None
         if mask is None or mask.ndim == 2:
-            return _mask_2d(self._total, mask, cache is not None)
+            return mask_2d(self._total, mask, cache is not None)
         if self._here is None:
             return mask
         keys = Columns.all_of(len(self._here.index_BM), self.held, mask.device).beside(self._here)
@@ -249,44 +281,16 @@ class Gate:
         if cache is not None and (self._total is not None or self.cuts):
             cache = shortened(cache)
             cache.columns = self._total if self._total is not None else cache.columns
-            cache.cuts = {**cache.cuts, **self.cuts}
-        for columns in (self.dropped, self._here):
-            if columns is not None:
-                output.last_hidden_state = columns.spread(output.last_hidden_state)
+            if self.cuts:
+                cache.cuts = {**cache.cuts, **self.cuts}
+        if isinstance(cache, SHORTENED):
+            cache.is_followed = False
+        steps = [columns for columns in (self.dropped, self._here) if columns is not None]
+        if steps:
+            whole(output, steps, self.held)
         self.dropped = self._here = None
         return output
 
 
 def _pass_all(tokens: Tensor, group: Group) -> TokenMap:
     return TokenMap.identity(1, group.length, tokens.device)
-
-
-def _uses_cache(text: nn.Module, kwargs: dict[str, Any]) -> bool:
-    asked = kwargs.get("use_cache")
-    return bool(text.config.use_cache if asked is None else asked)  # type: ignore[union-attr]
-
-
-def _held(cache: Any) -> int:
-    if isinstance(cache, ShortenedCache):
-        return cache.num_held()
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def _mask_2d(columns: Columns, mask: Tensor | None, has_cache: bool) -> Tensor | None:
-    """The mask of the columns that stay. Without a cache, gaps in the positions need one: they mean packing."""
-    if mask is not None:
-        if mask.shape[1] != columns.num_columns:
-            raise ValueError(f"an attention mask of {mask.shape[1]} columns for {columns.num_columns} tokens; pad both")
-        return columns.mask(mask)
-    return columns.valid_BM.long() if columns.is_ragged or not has_cache else None
-
-
-def _deepstack(kwargs: dict[str, Any], reduction: Reduction, here: Columns, is_merged: bool) -> dict[str, Any]:
-    """Reduces features that later layers add to the image tokens as the tokens themselves were reduced."""
-    marks = kwargs["visual_pos_masks"]
-    kept = here.mask(marks)
-    reduced = []
-    for features in kwargs["deepstack_visual_embeds"]:
-        full = features.new_zeros(*marks.shape, features.shape[-1]).masked_scatter(marks[..., None], features)
-        reduced.append(here.take(reduction.apply(full, is_merged), 1)[kept])
-    return {"visual_pos_masks": kept, "deepstack_visual_embeds": reduced}

@@ -19,6 +19,7 @@ from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.routes import Prompt, Route, Routing, Scores
 from gen_turbo.vlm.run import Group, Pictures
+from gen_turbo.vlm.static import refuse_static
 
 
 class Choice:
@@ -100,6 +101,8 @@ class Skipping:
             route = self._choice.route()
             self._route = None if route.is_whole else route
             if cache is not None and (self._route is not None or self._choice.routing.ratio):
+                if self._route is not None or self._choice.routing.first:
+                    refuse_static(cache)
                 shortened(cache)
         if self._choice.scores is not None:
             self.on_route(self._route)

@@ -130,6 +130,9 @@ class VlmPart(OnModel):
         if place == "decoder":
             first = self._placement.layer
             self._cut = Cut(text, self._gate, first, self._plan_at_cut)
+            self._gate.has_cut = lambda length: (
+                not self.reducer.keeps_all and num_removed(length, self.reducer.ratio_of(length)) > 0
+            )
             self._cut.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
             name = f"{family.text}.layers.{first}"
         else:

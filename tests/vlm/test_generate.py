@@ -227,12 +227,12 @@ def test_a_picture_in_the_second_turn_is_reduced_too(cut):
     assert (logits - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("place", ["pre_llm", "decoder"])
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("place", "settings", "words"),
     [
-        ({"cache_implementation": "static"}, "a StaticCache cannot hold a prompt with dropped image tokens"),
-        ({"prefill_chunk_size": 8}, "prefill in one piece"),
+        ("decoder", {"cache_implementation": "static"}, "a StaticCache cannot hold a prompt with dropped image tokens"),
+        ("decoder", {"prefill_chunk_size": 8}, "prefill in one piece"),
+        ("pre_llm", {"prefill_chunk_size": 8}, "prefill in one piece"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(place, settings, words):
