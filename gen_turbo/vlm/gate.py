@@ -109,7 +109,8 @@ class Gate:
             return output.to_tuple() if is_tuple else output
 
         # A compiled model leaves the tower to eager code: what its blocks show must be that of this call.
-        return InstanceMethod(self._base, "get_image_features", torch.compiler.disable(watched))
+        eager = torch.compiler.disable(watched)  # type: ignore[no-untyped-call]
+        return InstanceMethod(self._base, "get_image_features", eager)
 
     def _pictures_of(self, pooled: Any) -> list[Tensor]:
         """Features of each picture on its own."""
