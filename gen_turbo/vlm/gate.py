@@ -233,7 +233,6 @@ class Gate:
         changed: dict[str, Any] = {"past_key_values": cache}
         mask = kwargs.get("attention_mask")
         if is_static and here is None:
-            # What follows stands behind what is held; nothing is asked of the device.
             seen, self._total = 0, known
         else:
             seen = int(cache.get_seq_length()) if cache is not None else 0
@@ -286,9 +285,7 @@ class Gate:
                 cache.cuts = {**cache.cuts, **self.cuts}
         if isinstance(cache, SHORTENED):
             cache.is_followed = False
-        steps = [columns for columns in (self.dropped, self._here) if columns is not None]
-        if steps:
-            whole(output, steps, self.held)
+        whole(output, [columns for columns in (self.dropped, self._here) if columns is not None], self.held)
         self.dropped = self._here = None
         return output
 

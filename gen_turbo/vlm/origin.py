@@ -60,7 +60,10 @@ class Seen:
 
 
 def tell_of_features(given: dict[str, Any]) -> None:
-    """Warns where a call without pictures brings a prompt as embeddings, in which there may be image features."""
+    """Warns where a call without pictures brings a video, or embeddings in which there may be image features."""
+    if given.get("pixel_values_videos") is not None or "video" in (given.get("mm_encoder_outputs") or {}):
+        words = "video tokens are not reduced, the video is read in full; pass its frames as images to reduce them"
+        warnings.warn(words, NoEffectWarning, stacklevel=3)
     embeds = given.get("inputs_embeds")
     if given.get("input_ids") is None and embeds is not None and embeds.shape[1] > 1:
         warnings.warn(

@@ -23,6 +23,8 @@ def whole(output: Any, steps: list[Columns], held: int) -> None:
         steps: What left, last first: in the decoder, before its first layer.
         held: Columns that the cache held before; attentions to those stay as they are, in the columns that it holds.
     """
+    if not steps:
+        return
     output.last_hidden_state = _rows(output.last_hidden_state, steps)
     for name in ("hidden_states", "attentions"):
         recorded = getattr(output, name, None)

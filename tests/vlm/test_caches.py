@@ -173,6 +173,19 @@ def test_flex_attention_runs_or_is_refused_in_words(family, place):
             assert (plain(**inputs).logits - found).abs().max() < TOLERANCE
 
 
+def test_videos_are_told():
+    """Catches a video that runs in full in silence."""
+    model, ids = VLMS["qwen2_5"].make(), torch.tensor([[5, 6, 97] + [98] * 16 + [96, 7, 8]])
+    video = {
+        "input_ids": ids,
+        "pixel_values_videos": torch.randn(64, 384),
+        "video_grid_thw": torch.tensor([[1, 8, 8]]),
+        "mm_token_type_ids": (ids == 98).int() * 2,
+    }
+    with attach(model, TurboProcessor(0.6)), pytest.warns(NoEffectWarning, match="video"):
+        model(**video)
+
+
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm", "llava"])
 def test_features_come_as_tuples_where_asked(family):
     """Catches a wrapper of `get_image_features` that knows one form of its output."""
