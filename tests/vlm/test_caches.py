@@ -11,6 +11,7 @@ from PIL import Image
 
 import gen_turbo
 from gen_turbo import PARProcessor, TurboProcessor, attach
+from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_generate import TOLERANCE, generate
