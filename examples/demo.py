@@ -23,6 +23,11 @@ SCALE = 2
 MARGIN_PX = 12
 LINE_PX = 18
 GUIDANCE = 3.0
+NEXT = """
+try next:
+  gen-turbo generate --prompt "a small blue cross on the left of a white background" --compare
+  gen-turbo ui
+  gen-turbo generate --config sdxl --prompt "a red fox in the snow" --compare"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ def main() -> None:
         try:
             show_workflow(options, gen_turbo.load_pipeline(options.workflow, processor=None))
         except ConfigError as error:
-            print(f"\npicture -> caption -> new picture is left out: {error}")
+            print(f"\nimage -> caption -> new image was skipped: {error}")
+    print(NEXT)
 
 
 def draw_pairs(

@@ -29,7 +29,8 @@ class Loading:
         checkpoint: `embedded:NAME` for a model inside the package, a folder in the layout of its library (relative to
             the current folder), or a repository on the hub, such as `owner/name`.
         pipeline: Name of the builder that makes a pipeline of the checkpoint.
-        dtype: auto, float32, float16 or bfloat16; auto is float16 on cuda and float32 elsewhere.
+        dtype: auto, float32, float16 or bfloat16; auto is float32 where there is no cuda; on cuda
+            float16, or bfloat16 for models that were trained in it, such as Flux.
         device: auto, cpu, mps, cuda or cuda:N; auto takes cuda, then mps, then cpu.
         variant: Which files of the checkpoint to take, such as fp16; None takes those without a variant.
         local_files_only: Whether the hub may be asked for nothing, so that only what was fetched before is used.

@@ -12,6 +12,10 @@ import torch
 from gen_turbo.config import ConfigError
 
 _EMBEDDED = "embedded:"
+_TRAINED_IN_BFLOAT16 = (
+    *("Flux", "Chroma", "Qwen", "Wan", "ZImage", "Lumina2", "CogView4", "CogVideoX", "LTX", "HunyuanVideo", "Mochi"),
+    *("LongCat", "Ovis", "Kandinsky5"),
+)
 _NETWORK = ("httpx", "httpx2", "requests.exceptions", "socket", "ssl")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -28,10 +32,17 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a configuration on a device."""
+def dtype_of(name: str, device: torch.device, pipeline: str = "") -> torch.dtype:
+    """The dtype of a configuration on a device.
+
+    Args:
+        name: As in a configuration.
+        device: Where the model goes.
+        pipeline: The class of its pipeline; float16 overflows in some, which were trained in bfloat16.
+    """
     if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        half = torch.bfloat16 if pipeline.startswith(_TRAINED_IN_BFLOAT16) else torch.float16
+        return half if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 

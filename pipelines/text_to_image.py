@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 from gen_turbo.config import ConfigError, PipelineConfig
 from gen_turbo.registry import PIPELINES
@@ -35,7 +36,7 @@ def text_to_image(config: PipelineConfig) -> Any:
     try:
         pipe = DiffusionPipeline.from_pretrained(
             checkpoint,
-            dtype=dtype_of(config.dtype, device),
+            dtype=_dtype(config, device, checkpoint),
             variant=config.variant,
             use_safetensors=True,
             trust_remote_code=False,
@@ -51,6 +52,16 @@ def text_to_image(config: PipelineConfig) -> Any:
     if prompt is None:
         raise ConfigError(f"{config.checkpoint} is a {type(pipe).__name__}, which takes no prompt; choose another")
     return pipe.to(device)
+
+
+def _dtype(config: PipelineConfig, device: torch.device, checkpoint: str) -> torch.dtype:
+    """The dtype of the weights; the pipeline's class, where it matters, is read from the checkpoint's index."""
+    if config.dtype != "auto" or device.type != "cuda":
+        return dtype_of(config.dtype, device)
+    index = Path(checkpoint) / _INDEX
+    if not index.is_file():
+        index = Path(hf_hub_download(checkpoint, _INDEX, local_files_only=config.local_files_only))
+    return dtype_of(config.dtype, device, str(json.loads(index.read_text()).get("_class_name", "")))
 
 
 def _absent(checkpoint: str) -> dict[str, None]:

@@ -47,7 +47,9 @@ def test_the_demo_draws_pairs_and_says_where(
     assert f"256 -> {256 - int(256 * TurboProcessor().ratio)}" in printed
     assert "inf dB" not in printed
     assert str(output) in printed
-    assert str(anew) in printed and "left out" not in printed
+    assert str(anew) in printed and "skipped" not in printed
+    _, _, following = printed.partition("try next:\n")
+    assert [line.split()[0] for line in following.splitlines()] == ["gen-turbo"] * 3
     assert "(256 -> 88 image tokens)" in printed
     with Image.open(anew) as image:
         assert image.width > 3 * 64

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     children = {name: subparsers.add_parser(name, help=text, description=text) for name, text in BENCHES.items()}
     for child in children.values():
         child.add_argument("--records", type=Path, default=Path("runs/bench/records"), help="folder of the records")
-        child.add_argument("--seed", type=int, default=0)
+        child.add_argument("--seed", type=int, default=0, help="of weights and noise")
         child.add_argument("--threads", type=_positive, default=1, help="threads that torch may use")
     for name in ("primitives", "layer"):
         children[name].add_argument("--side", type=_positive, default=64, help="tokens along each side of the grid")
@@ -71,7 +71,7 @@ def run(namespace: argparse.Namespace) -> None:
 
 
 def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=("sd15", "sdxl", "flux"), default="sd15")
+    parser.add_argument("--model", choices=("sd15", "sdxl", "flux"), default="sd15", help="the published configuration")
     parser.add_argument("--blocks", type=_positive, help="the most equal blocks of each kind; all by default")
     parser.add_argument("--latents", type=_positive, default=64, help="side of the latent image")
     parser.add_argument("--width-scale", type=float, default=1.0, help="factor on all widths of the model")
@@ -108,7 +108,7 @@ def _add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_picture_arguments(parser: argparse.ArgumentParser, captions: int) -> None:
     parser.add_argument("--pipeline", default="tiny", help="name, YAML or folder of a text-to-image pipeline")
-    parser.add_argument("--captions", type=_positive, default=captions)
+    parser.add_argument("--captions", type=_positive, default=captions, help="images to generate")
     parser.add_argument("--steps", type=_positive, default=25, help="denoising steps of stock")
     parser.add_argument("--guidance", type=float, default=3.0, help="scale of classifier-free guidance")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th setting, from the I-th")

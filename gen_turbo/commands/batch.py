@@ -18,6 +18,7 @@ from gen_turbo.commands.batch_rows import Row, read_rows
 from gen_turbo.commands.batch_work import Engine, Job, Outcome, engine_of
 from gen_turbo.commands.caption import MANIFEST, SOME_FAILED, settings_digest
 from gen_turbo.commands.failures import shown
+from gen_turbo.commands.parsing import add_model_arguments, model_overrides
 from gen_turbo.config import ConfigError, PipelineConfig, load_config
 from gen_turbo.lines import Item, Line
 from gen_turbo.manifest import Manifest
@@ -40,9 +41,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder; a run with the same one continues"
     )
-    parser.add_argument(
-        "--config", default="tiny", help="a name that `gen-turbo list` shows, or a YAML file (default: tiny)"
-    )
+    add_model_arguments(parser, "tiny")
     parser.add_argument("--engine", choices=ENGINES, default="local", help="where the work is done (default: local)")
     parser.add_argument("--seed", type=int, default=0, help="an item's seed follows from this and its id (default: 0)")
     parser.add_argument("--tries", type=int, default=3, help="tries of an item before it is quarantined (default: 3)")
@@ -66,9 +65,10 @@ def run(namespace: argparse.Namespace) -> int:
     Raises:
         ConfigError: If the input, the configuration, an option or the model does not fit.
     """
-    config = load_config(namespace.config, namespace.overrides)
-    for name in ("tries", "threads", "workers"):
-        check_count(name, getattr(namespace, name))
+    name, given = model_overrides(namespace)
+    config = load_config(name, [*given, *namespace.overrides])
+    for option in ("tries", "threads", "workers"):
+        check_count(option, getattr(namespace, option))
     if namespace.engine == "local" and (namespace.workers > 1 or namespace.address or namespace.gpus_per_worker):
         raise ConfigError("--workers, --address and --gpus-per-worker are of the engine ray; add --engine ray")
     rows = read_rows(namespace.input, wants_image=not isinstance(config, PipelineConfig))

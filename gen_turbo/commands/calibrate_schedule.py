@@ -35,12 +35,14 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that concern diffusion pipelines."""
     group = parser.add_argument_group("diffusion pipelines")
     group.add_argument(
-        "--prompt", action="append", default=[], help="what to draw meanwhile; may be given several times"
+        "--prompt", action="append", default=[], help="what to generate meanwhile; may be given several times"
     )
     group.add_argument("--prompts", type=int, default=2, help="how many prompts are recorded and compared (2)")
     group.add_argument("--steps", type=int, help="the same as steps=...")
     group.add_argument("--budgets", type=float, nargs="+", default=_COSTS, help="shares of the stock cost to fill")
-    group.add_argument("--like", type=Path, metavar="FILE", help="search nothing; carry over schedules of other steps")
+    group.add_argument(
+        "--init-schedule", type=Path, metavar="FILE", help="carry over its schedules of other steps without a search"
+    )
     group.add_argument("--inner", nargs="+", default=["turbo", "none"], help="merging methods meanwhile (turbo none)")
     group.add_argument(
         "--parts",
@@ -66,7 +68,7 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     model = denoiser(pipe)
     title = f"{config.checkpoint}, {config.steps} steps, guidance {config.guidance_scale:g}: gen-turbo calibrate par"
     title += "" if namespace.parts else " --no-parts"
-    title += f" --like {namespace.like.name}" if namespace.like is not None else ""
+    title += f" --init-schedule {namespace.init_schedule.name}" if namespace.init_schedule is not None else ""
     made = partial(ScheduleFile, type(model).__name__, tuple(probe_of(model).tolist()), type(pipe.scheduler).__name__)
     done: list[Schedule] = []
 
@@ -74,11 +76,15 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
         done.append(schedule)
         write(output, made(undominated(done)), title)
 
-    if namespace.like is None:
+    if namespace.init_schedule is None:
         _add_routes(pipe, namespace, draw, made, add)
-    if namespace.like is not None or namespace.parts:
+    if namespace.init_schedule is not None or namespace.parts:
         pipe.scheduler.set_timesteps(config.steps)
-        found = _searched(pipe, namespace, draw) if namespace.like is None else _taken_over(pipe, namespace.like)
+        found = (
+            _searched(pipe, namespace, draw)
+            if namespace.init_schedule is None
+            else _taken_over(pipe, namespace.init_schedule)
+        )
         for schedule in found:
             add(_tried(pipe, made((schedule,)), draw, namespace.prompts))
     print(output)

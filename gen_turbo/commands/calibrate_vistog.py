@@ -33,16 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-tokens", type=int, required=True, help="image tokens that the language model will read")
     parser.add_argument("--images", nargs="+", metavar="PATH", help="files, folders or patterns; drawn scenes without")
     parser.add_argument("--questions", type=Path, help="a text file with one question a line; the prompt without")
-    parser.add_argument("--output", type=Path, help="folder; a run with the same one goes on (runs/vistog-NUM_TOKENS)")
-    parser.add_argument("--steps", type=int, nargs=2, default=(600, 200), metavar=("ALIGN", "TUNE"))
-    parser.add_argument("--rates", type=float, nargs=2, default=(1e-3, 2e-4), metavar=("ALIGN", "TUNE"))
+    parser.add_argument(
+        "--output", type=Path, help="folder; a run with the same one continues (runs/vistog-NUM_TOKENS)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        default=(600, 200),
+        metavar=("ALIGN", "TUNE"),
+        help="steps that align with stock, and steps that tune on answers",
+    )
+    parser.add_argument(
+        "--lr", type=float, nargs=2, default=(1e-3, 2e-4), metavar=("ALIGN", "TUNE"), help="learning rates of both"
+    )
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
-    parser.add_argument("--drawn", type=int, default=1, help="questions drawn for each, the hardest, learned from (1)")
+    parser.add_argument(
+        "--hard-negatives", type=int, default=1, help="questions drawn for each hardest one that is learned from (1)"
+    )
     parser.add_argument("--first-block", type=int, default=0, help="where the semantic tokens enter the tower (0)")
     parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on the language model (0: none)")
-    parser.add_argument("--no-connector", action="store_true", help="leave the projector as it is")
+    parser.add_argument("--no-connector", action="store_true", help="do not train the projector")
     parser.add_argument("--start", help="weights to begin from, of as many tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and questions (0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the pipeline")
     parser.set_defaults(run=run)
 
@@ -53,8 +66,10 @@ def run(namespace: argparse.Namespace) -> None:
     Raises:
         ValueError: If a picture, a question or a setting does not fit; nothing was changed then.
     """
-    if min(namespace.batch, namespace.drawn) < 1:
-        raise ConfigError(f"--batch and --drawn count from 1; got {namespace.batch} and {namespace.drawn}")
+    if min(namespace.batch, namespace.hard_negatives) < 1:
+        raise ConfigError(
+            f"--batch and --hard-negatives count from 1; got {namespace.batch} and {namespace.hard_negatives}"
+        )
     overrides = [*namespace.overrides, ("dtype", "float32"), ("processor", None)]
     config = load_config_of(CaptionConfig, "gen-turbo calibrate vistog", namespace.config, overrides)
     examples, held_out, data = _data(namespace)
@@ -64,17 +79,17 @@ def run(namespace: argparse.Namespace) -> None:
     settings = VisToGTraining(
         align_steps=namespace.steps[0],
         tune_steps=namespace.steps[1],
-        align_rate=namespace.rates[0],
-        tune_rate=namespace.rates[1],
+        align_rate=namespace.lr[0],
+        tune_rate=namespace.lr[1],
         has_connector=not namespace.no_connector,
         lora_rank=namespace.lora_rank,
         max_new_tokens=config.max_new_tokens,
-        num_drawn=namespace.drawn,
+        num_drawn=namespace.hard_negatives,
         seed=namespace.seed,
     )
     folder = namespace.output or Path(f"runs/vistog-{namespace.num_tokens}")
     pipe = build_pipeline(config, None)
-    drawn = _batches(pipe, examples, namespace.batch * namespace.drawn, namespace.seed)
+    drawn = _batches(pipe, examples, namespace.batch * namespace.hard_negatives, namespace.seed)
     trainer = _trainer(pipe, namespace, settings, drawn, folder)
     judged = _batches(pipe, held_out, namespace.batch, namespace.seed + 1)
     before = _first_divergence(trainer, judged, folder)

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from gen_turbo.commands.failures import is_about_name, is_out_of_memory, sentence, shown
+from gen_turbo.commands.parsing import add_model_arguments, model_overrides
 from gen_turbo.config import HALVES, CaptionConfig, CaptionGenerateConfig, ConfigError, load_config_of
 from gen_turbo.factory import build_pipeline, processors_of, quiet_loading
 from gen_turbo.inputs import find_pictures, open_picture
@@ -57,16 +58,19 @@ def add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gen-turbo caption-generate`."""
     _add_inputs(parser, "caption-generate")
     parser.add_argument("--output", default="outputs", help="a folder; a run with the same one goes on (outputs)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise of every picture (0)")
-    parser.add_argument("--strength", help="how far to leave the old picture, 0 to 1; draws from the caption without")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise of every image (0)")
+    parser.add_argument(
+        "--strength", help="how far to go from the old image, 0 to 1 (default: generate from the caption)"
+    )
     parser.set_defaults(run=run_caption_generate)
 
 
 def run_caption(namespace: argparse.Namespace) -> int:
     """Prints a caption of every picture; returns the exit code."""
     sources, overrides = split_inputs([*namespace.inputs, *namespace.overrides])
+    name, given = model_overrides(namespace)
     asked = [] if namespace.prompt is None else [("prompt", namespace.prompt)]
-    config = load_config_of(CaptionConfig, "gen-turbo caption", namespace.config, [*overrides, *asked])
+    config = load_config_of(CaptionConfig, "gen-turbo caption", name, [*given, *overrides, *asked])
     processor = processors_of(config)
     with Manifest(_manifest_path(namespace.output)) as manifest:
         run = _Run(find_pictures(sources), settings_digest(asdict(config), processor), manifest)
@@ -252,11 +256,12 @@ def _shared(count: int, **figures: float) -> dict[str, float]:
 
 
 def _add_inputs(parser: argparse.ArgumentParser, config: str) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="IN", help="pictures, folders and patterns, and key=value")
-    parser.add_argument(
-        "--config", default=config, help=f"a name that `gen-turbo list` shows, or a YAML file ({config})"
-    )
-    parser.add_argument("--prompt", help="what to ask about every picture")
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="images, folders and patterns, and key=value")
+    if config == "caption":
+        add_model_arguments(parser, config)
+    else:
+        parser.add_argument("--config", default=config, help="a name that `gen-turbo list` shows, or a YAML file")
+    parser.add_argument("--prompt", help="a question about every image (default: as configured)")
     parser.set_defaults(overrides=[])
 
 

@@ -11,9 +11,10 @@ from dataclasses import asdict
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from gen_turbo.commands.failures import is_out_of_memory, shown
+from gen_turbo.commands.parsing import Parser, add_completion_arguments, add_model_arguments, model_overrides
 from gen_turbo.config import ConfigError, PipelineConfig, load_config_of
 
 if TYPE_CHECKING:
@@ -49,14 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises what `main` prints."""
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
     namespace, rest = parser.parse_known_args(arguments)
@@ -72,10 +65,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     from gen_turbo.bench.commands import add_arguments
 
-    parser = _Parser(prog="gen-turbo", description="Diffusion and vision-language models, faster without retraining.")
+    parser = Parser(prog="gen-turbo", description="Diffusion and vision-language models, faster without retraining.")
     parser.add_argument("--version", action="version", version=f"gen-turbo {version('gen_turbo')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(commands.add_parser("generate", help="make pictures from text", allow_abbrev=False))
+    _add_generate(commands.add_parser("generate", help="make images from text", allow_abbrev=False))
     _add_captioning(commands)
     _add_batch_and_page(commands)
     listing = commands.add_parser("list", help="show methods and pipelines", allow_abbrev=False)
@@ -85,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(bench)
     bench.set_defaults(run=_bench)
     _add_learning(commands)
+    completion = commands.add_parser("completion", help="print a script that completes commands in a shell")
+    add_completion_arguments(completion, parser)
     return parser
 
 
@@ -93,7 +88,7 @@ def _add_learning(commands: Any) -> None:
     from gen_turbo.commands.explain import add_explain_arguments
     from gen_turbo.commands.tune import add_tune_arguments
 
-    add_explain_arguments(commands.add_parser("explain", help="draw what a method does to a picture's tokens"))
+    add_explain_arguments(commands.add_parser("explain", help="draw what a method does to an image's tokens"))
     tune = "search the settings that reach a target on your pipeline and device"
     add_tune_arguments(commands.add_parser("tune", help=tune, description=tune, allow_abbrev=False))
     add_calibrate_arguments(commands.add_parser("calibrate", help="learn or measure what a method needs"))
@@ -102,8 +97,8 @@ def _add_learning(commands: Any) -> None:
 def _add_captioning(commands: Any) -> None:
     from gen_turbo.commands.caption import add_caption_arguments, add_caption_generate_arguments
 
-    add_caption_arguments(commands.add_parser("caption", help="say what pictures show", allow_abbrev=False))
-    text = "make new pictures of what pictures show"
+    add_caption_arguments(commands.add_parser("caption", help="caption images", allow_abbrev=False))
+    text = "caption images and generate new ones"
     add_caption_generate_arguments(commands.add_parser("caption-generate", help=text, allow_abbrev=False))
 
 
@@ -118,11 +113,11 @@ def _add_batch_and_page(commands: Any) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be given several times")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt (0)")
-    parser.add_argument("--num-images", type=int, default=1, help="pictures of each prompt (1)")
-    parser.add_argument("--output", default="outputs", help="a folder, or a .png file for one picture (outputs)")
-    parser.add_argument("--compare", action="store_true", help="also draw without the processor, side by side")
+    parser.add_argument("--prompt", action="append", required=True, help="what to generate; may be given several times")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image of each prompt (0)")
+    parser.add_argument("--num-images", type=int, default=1, help="images of each prompt (1)")
+    parser.add_argument("--output", default="outputs", help="a folder, or a .png file for one image (outputs)")
+    parser.add_argument("--compare", action="store_true", help="also generate without the processor, side by side")
     for name, kind in (("steps", int), ("height", int), ("width", int)):
         parser.add_argument(f"--{name}", type=kind, help=f"the same as {name}=...")
     _add_config(parser)
@@ -130,7 +125,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", default=_REPORT_PROMPT)
+    parser.add_argument("--prompt", default=_REPORT_PROMPT, help="what the image shows")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of the short run (4)")
     _add_config(parser)
     parser.set_defaults(run=_report, height=None, width=None)
@@ -138,7 +133,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help="the same as processor.preset=...: fidelity, balanced or fast")
-    parser.add_argument("--config", default="tiny", help="a name that `gen-turbo list` shows, or a YAML file (tiny)")
+    add_model_arguments(parser, "tiny")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as processor=tome or processor.ratio=0.3"
     )
@@ -149,7 +144,9 @@ def _config(namespace: argparse.Namespace) -> PipelineConfig:
     flags = [(name, value) for name, value in given.items() if value is not None]
     preset = [("processor", {"preset": namespace.preset})] if namespace.preset is not None else []
     command = f"gen-turbo {namespace.command}"
-    return load_config_of(PipelineConfig, command, namespace.config, [*preset, *namespace.overrides, *flags])
+    name, given_model = model_overrides(namespace)
+    overrides = [*given_model, *preset, *namespace.overrides, *flags]
+    return load_config_of(PipelineConfig, command, name, overrides)
 
 
 def _generate(namespace: argparse.Namespace) -> None:

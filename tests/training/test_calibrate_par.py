@@ -46,7 +46,7 @@ def test_the_command_makes_a_router_that_the_pipeline_takes(checkpoint, tmp_path
         "2",
         "--width",
         "32",
-        "--judged",
+        "--eval-batches",
         "1",
         "--folder",
         str(folder),

@@ -63,11 +63,11 @@ def test_a_schedule_is_carried_over_by_its_times(checkpoint, tmp_path, capsys):
     command += ["--prompts", "1", "--prompt", "a circle", "--no-parts"]
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     assert main([*command, "--steps", "5", "--budgets", "0.5", "--output", str(first)]) == 0
-    assert main([*command, "--steps", "10", "--like", str(first), "--output", str(second)]) == 0
+    assert main([*command, "--steps", "10", "--init-schedule", str(first), "--output", str(second)]) == 0
     (short,), (long,) = read(first).schedules, read(second).schedules
     assert len(long.times) == 10 and long.skips == carried_over(short, long.times).skips and long.skips
     capsys.readouterr()
-    assert main(["calibrate", "par", "--config", "tiny", "--like", str(first), "--output", str(second)]) == 2
+    assert main(["calibrate", "par", "--config", "tiny", "--init-schedule", str(first), "--output", str(second)]) == 2
     assert "was made for another UNet2DConditionModel" in capsys.readouterr().err
 
 

@@ -35,7 +35,16 @@ def pictures(tmp_path_factory):
 
 def test_scenes_become_weights(checkpoint, tmp_path, capsys):
     """Catches a command that trains another model than the one it loads, or writes what cannot be attached."""
-    given = ["calibrate", "vistog", *SMALL, "--drawn", "2", "--output", str(tmp_path), f"checkpoint={checkpoint}"]
+    given = [
+        "calibrate",
+        "vistog",
+        *SMALL,
+        "--hard-negatives",
+        "2",
+        "--output",
+        str(tmp_path),
+        f"checkpoint={checkpoint}",
+    ]
     assert main(given) == 0
     told = capsys.readouterr().out
     path = tmp_path / "vistog.safetensors"
@@ -57,7 +66,7 @@ def test_pictures_of_ones_own_become_weights(checkpoint, pictures, tmp_path, cap
     [
         (["--num-tokens", "64"], "num_tokens must be below the 64 patches"),
         (["--num-tokens", "4", "--questions", "x"], "name pictures too"),
-        (["--num-tokens", "4", "--drawn", "0"], "--batch and --drawn count from 1; got 16 and 0"),
+        (["--num-tokens", "4", "--hard-negatives", "0"], "--batch and --hard-negatives count from 1; got 16 and 0"),
         (["--num-tokens", "4", "--images", "few"], "1 pictures are too few to train on; give at least 20"),
         (["--num-tokens", "4", "--images", "many", "--questions", "empty"], "holds no question"),
     ],
