@@ -153,7 +153,7 @@ def _taken_over(pipe: Any, path: Path) -> list[Any]:
     if not file.is_for(model) or file.scheduler != scheduler:
         raise ConfigError(
             f"{path} was made for another {file.model} or scheduler ({file.scheduler}), not this "
-            f"{type(model).__name__} and {scheduler}; search without --like"
+            f"{type(model).__name__} and {scheduler}; search without --init-schedule"
         )
     return [carried_over(schedule, [float(time) for time in pipe.scheduler.timesteps]) for schedule in file.schedules]
 
