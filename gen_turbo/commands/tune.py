@@ -69,7 +69,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="own prompts; captions of scenes without")
     parser.add_argument("--images", type=int, default=2, help="images of each trial without --prompt (2)")
     parser.add_argument("--trials", type=int, default=12, help="settings to try, with those of an earlier call (12)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--counted", action="store_true", help="count FLOPs instead of timing, for busy machines")
     parser.add_argument("--output", type=Path, default=Path("runs/tune/tuned.yaml"), help="(runs/tune/tuned.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the pipeline")
