@@ -53,7 +53,9 @@ class Choice:
     def __str__(self) -> str:
         where = f"in {self.rhythm.steps} steps on a {self.device}"
         if not self.layers:
-            return f"nothing is merged {where}, for that would gain nothing; expected {self.gain:.2f} times faster"
+            return (
+                f"no image token is merged {where}, for that would gain nothing; expected {self.gain:.2f} times faster"
+            )
         return (
             f"scope={self.scope!r} in {len(self.layers)} layers, {self.rhythm}; expected {self.gain:.2f} times faster "
             f"{where}, {self.merging_gain:.2f} by merging, with {self.flops:.0%} of the FLOPs"
@@ -80,15 +82,15 @@ def choose(costs: Costs, reducer: TokenReducer, run: RunFacts) -> Choice:
 
 
 def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
-    """Why nothing is merged and what would gain."""
+    """Why no image token is merged and what would gain."""
     scope = "block" if run.has_blocks and costs.specs("block") else "attention"
     copied = copy.copy(reducer)
     copied.match_every = 0
     found = expected(costs, copied, run, scope, Rhythm(run.steps, "copy", run.steps, 1))
     height, width = run.load.grid
     why = (
-        f"scope='auto' merges nothing in this run of {run.steps} steps on a {run.device.name}: at {height} x {width} "
-        f"tokens a full step in every few costs more than the merged ones save"
+        f"scope='auto' merges no image tokens in this run of {run.steps} steps on a {run.device.name}: "
+        f"at {height} x {width} tokens a full step in every few costs more than the merged ones save"
     )
     if found.layers:
         gain = f"expected {found.gain:.2f} times faster, but further from stock"

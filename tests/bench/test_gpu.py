@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.bench.commands import add_arguments, run
 from gen_turbo.bench.gpu import command, meter, variants
 from gen_turbo.bench.gpu.apart import apart
@@ -22,6 +22,7 @@ from gen_turbo.bench.gpu.variants import Mode, prepared, repeated_blocks, twin
 from gen_turbo.bench.markdown import NO_RECORDS
 from gen_turbo.bench.records import BenchRecord, append, load
 from gen_turbo.bench.tables import TABLES
+from tests.stated import TurboProcessor
 from tests.tiny_hosts import sd_pipeline
 from tests.tiny_pipelines import sd3_with_text
 
@@ -54,17 +55,17 @@ def _variant(name: str, is_unet: bool = False) -> variants.Variant:
 
 def test_a_run_without_a_gpu_says_so_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches tiny widths that pass for a GPU's figures, a setting without its baseline, and work done twice."""
-    arguments = ("--models", "pixart-sigma-1024", "--settings", "turbo-0.4", "block-copy-r0.5")
+    arguments = ("--models", "pixart-sigma-1024", "--settings", "attention-0.4", "block-copy-r0.5")
     found = _run(tmp_path, *arguments, "--modes", "eager", "captured")
     assert "no GPU" in capsys.readouterr().out
     assert {(r.setting, r.params["mode"]) for r in found} == {
-        (name, mode) for name in ("stock", "turbo-0.4", "block-copy-r0.5") for mode in ("eager", "captured")
+        (name, mode) for name in ("stock", "attention-0.4", "block-copy-r0.5") for mode in ("eager", "captured")
     }
     assert all(r.origin.hardware.startswith("no GPU, tiny widths") and r.params["device"] == "cpu" for r in found)
     assert all(len(r.wall_s) == len(r.baseline_wall_s) == len(r.values["eager_s"]) == 1 for r in found)
     assert all(len(r.values["step_ms"]) == 10 and r.counts["finite"] == 1 for r in found)
     counts = {r.setting: r.counts["operators"] for r in found if r.params["mode"] == "eager"}
-    assert counts["stock"] < counts["turbo-0.4"] < 2 * counts["stock"]
+    assert counts["stock"] < counts["attention-0.4"] < 2 * counts["stock"]
     before = (tmp_path / "gpu.jsonl").read_text()
     _run(tmp_path, *arguments, "--modes", "eager", "captured")
     assert (tmp_path / "gpu.jsonl").read_text() == before

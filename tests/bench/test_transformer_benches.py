@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gen_turbo import TurboProcessor, attach, load_pipeline, report
+from gen_turbo import attach, load_pipeline, report
 from gen_turbo.bench.catalogue import quality_catalogue
 from gen_turbo.bench.records import load
 from gen_turbo.bench.settings import Method, OutputCache, Setting, fitting
@@ -17,6 +17,7 @@ from gen_turbo.metrics.cost import count_cost
 from gen_turbo.pipelines import tiny
 from gen_turbo.training.schedule import read
 from tests.engine.families import relative
+from tests.stated import TurboProcessor
 from tests.tiny_hosts import sd15_unet
 from tests.tiny_pipelines import sd3_with_text
 from tests.tiny_transformers import build, run
@@ -77,7 +78,7 @@ def test_what_only_fits_unets_is_left_out_of_a_transformer() -> None:
     [
         ("tomesd-r0.5", "works on UNets alone"),
         ("deepcache-*", "works on UNets alone"),
-        ("turbo-par-b0.5", "no schedule ships for this SD3Transformer2DModel"),
+        ("turbo-par-b0.5", "no schedule of 25 steps ships for it"),
         ("block-copy-r0.5-2levels", "it merges to downsample 2, and the model has"),
     ],
 )
@@ -127,7 +128,7 @@ def test_either_text_encoder_changes_the_fingerprint() -> None:
 
 def test_the_configuration_loads_such_a_checkpoint_and_reduces_it(folder: Path) -> None:
     """Catches a checkpoint without a third text encoder that cannot be loaded, and padding that stays in the text."""
-    pipe = load_pipeline("tiny-dit", checkpoint=str(folder), device="cpu")
+    pipe = load_pipeline("tiny-dit", checkpoint=str(folder), device="cpu", processor=TurboProcessor(0.4))
     pipe.set_progress_bar_config(disable=True)
     _latents(pipe)
     told = report(pipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from gen_turbo.bench.markdown import NO_RECORDS, table
@@ -23,9 +24,10 @@ _WHAT_GAINS = "Stock: milliseconds of a step. Others: times faster over a whole 
 _SHOWN = (
     ("stock, compiled and captured", "stock", "compiled + captured"),
     ("`TurboProcessor(0.4)`", "turbo-0.4-auto", "eager"),
+    ('`TurboProcessor(0.4, scope="attention")`', "attention-0.4-auto", "eager"),
     ("blocks copied, compiled and captured", "spans-copy-r0.5", "compiled + captured"),
 )
-"""Columns of `gains`: a title, a setting and the mode that it was measured in."""
+"""Columns of `gains`: a title, a setting and the mode that it was measured in; one without a figure is left out."""
 _WHAT_READING = "Medians of CUDA events (lower to upper quartile)"
 
 
@@ -37,18 +39,21 @@ def denoisers(folder: Path) -> str:
 
 def gains(folder: Path) -> str:
     """What a user gets: each denoiser in the modes that matter, whole runs against eager stock, a table per GPU."""
-    head = ("", "stock", *(title for title, _, _ in _SHOWN))
-    return _by_device([r for r in _on_gpus(folder) if "phase" not in r.params], head, _WHAT_GAINS, _gain_rows)
+    found = [r for r in _on_gpus(folder) if "phase" not in r.params]
+    measured = {(r.setting, r.params["mode"]) for r in found if not r.failure}
+    shown = [column for column in _SHOWN if column[1:] in measured]
+    head = ("", "stock", *(title for title, _, _ in shown))
+    return _by_device(found, head, _WHAT_GAINS, partial(_gain_rows, [column[1:] for column in shown]))
 
 
-def _gain_rows(records: list[BenchRecord]) -> list[Sequence[str]]:
+def _gain_rows(shown: Sequence[tuple[str, str]], records: list[BenchRecord]) -> list[Sequence[str]]:
     found = {(r.params["model"], r.params["pixels"], r.setting, r.params["mode"]): r for r in records if not r.failure}
     rows: list[Sequence[str]] = []
     for size in dict.fromkeys(key[:2] for key in found):
         stock = found.get((*size, _STOCK, _MODES[0]))
         if stock is None:
             continue
-        cells = [_against_eager(found.get((*size, setting, mode))) for _, setting, mode in _SHOWN]
+        cells = [_against_eager(found.get((*size, setting, mode))) for setting, mode in shown]
         rows.append((" ".join(size), f"{1000 * statistics.median(stock.wall_s):.0f} ms", *cells))
     return rows
 

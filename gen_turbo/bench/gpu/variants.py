@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.api import adapter_of, attach
+from gen_turbo.api import NoEffectWarning, adapter_of, attach
 from gen_turbo.bench.gpu.pipeline import BarePipeline
 from gen_turbo.bench.settings import Method, Setting, Stock, Tomesd
 from gen_turbo.factory import build_processor
@@ -69,10 +70,12 @@ def variants(model: str, is_unet: bool) -> list[Variant]:
     found = [Variant(Stock(), tuple(Mode))]
     if is_unet:
         found.append(Variant(Tomesd("tomesd-r0.5", "tomesd", 0.5, _FINEST.get(model, 1)), (eager,)))
-    users = Method("turbo-0.4", "the user's line", "turbo", {"ratio": 0.4})
-    found.append(Variant(users, (eager,), (captured, compiled, both)))
-    automatic = Method("turbo-0.4-auto", "the user's line", "turbo", {"ratio": 0.4})
-    found.append(Variant(automatic, (eager,), is_automatic=True))
+    users: dict[str, dict[str, Any]] = {"turbo-0.4": {}, "attention-0.4": {"scope": "attention"}}
+    for name, options in users.items():
+        setting = Method(name, "the user's line", "turbo", {"ratio": 0.4} | options)
+        found.append(Variant(setting, (eager,), (captured, compiled, both)))
+        automatic = Method(f"{name}-auto", setting.family, setting.method, setting.options)
+        found.append(Variant(automatic, (eager,), is_automatic=True))
     levels: dict[str, Any] = {"max_downsample": _LEVELS[model]} if model in _LEVELS else {}
     copied = {"restore": "copy", "match_every": 5}
     scopes: dict[str, dict[str, Any]] = {
@@ -129,6 +132,9 @@ def prepared(pipeline: BarePipeline, variant: Variant, mode: Mode) -> Iterator[B
         if mode.is_compiled:
             for block in repeated_blocks(changed.model):
                 block.compile(backend=COMPILER, dynamic=False)
+        # That nothing is merged where it would gain nothing is a result like others.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", NoEffectWarning)
         stack.enter_context(_applied(changed, variant, mode))
         yield changed
 
