@@ -78,7 +78,7 @@ def test_better_than_random_on_smooth_tokens(name):
         ({"step_scale": {0: -1.0}}, "step_scale must give factors >= 0 by step >= 0; got 0: -1.0"),
         ({"merge_span": 0}, "merge_span=0 is of whole blocks; use scope='block'"),
         ({"scope": "block", "merge_span": -1}, "merge_span must be at least 0; got -1"),
-        ({"restore": "magic"}, "restore must be 'residual' or 'copy'; got 'magic'"),
+        ({"restore": "magic"}, "restore must be 'residual', 'copy' or 'auto'; got 'magic'"),
         ({"full_every": 1}, "full_every must be at least 2; got 1"),
         ({"extrapolation_order": 2}, "order must be 0"),
         ({"memory_limit_mb": -1.0}, "memory_limit_mb must not be negative"),

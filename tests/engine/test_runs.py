@@ -8,7 +8,7 @@ from stated import TurboProcessor
 
 from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine import layer
-from gen_turbo.kernels import unmerge
+from gen_turbo.kernels import restore
 from tests.engine.families import family, relative
 from tests.snapshots import differences, model_state
 from tests.tiny_transformers import FAMILIES, random
@@ -50,7 +50,7 @@ def test_a_corrected_step_between_equal_full_steps_is_exact(name):
 def test_tokens_are_merged_and_remembered_once(monkeypatch):
     """Catches restoring and remembering after every block."""
     made = []
-    monkeypatch.setattr(layer, "unmerge", lambda *args: made.append(1) or unmerge(*args))
+    monkeypatch.setattr(layer, "restore", lambda *args: made.append(1) or restore(*args))
     seen = {}
     for length in (1, 2, 0):
         model, run = family("sd3")

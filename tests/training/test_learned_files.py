@@ -177,7 +177,7 @@ def test_the_command_says_it_in_a_sentence(tmp_path, capsys):
     from tests.stub_pipelines import picture
 
     picture(0).save(tmp_path / "0.png")
-    arguments = ["processor=par", f"processor.router={tmp_path / 'x.safetensors'}", "processor.ratio=0.5"]
+    arguments = ["processor=par", f"processor.router={tmp_path / 'x.safetensors'}"]
     assert cli.main(["caption", str(tmp_path / "0.png"), *arguments]) == 2
     error = capsys.readouterr().err
     assert "is not finite" in error and error.count("gen-turbo: error") == 1

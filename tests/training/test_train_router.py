@@ -199,7 +199,7 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="was trained for another model"):
         attach(other, PARProcessor(router=str(path)))
     with pytest.raises(ValueError, match="no router ships for this LlavaForConditionalGeneration"):
-        attach(other, PARProcessor(0.5))
+        attach(other, PARProcessor())
     with pytest.raises(ValueError, match="there is no file"):
         attach(other, PARProcessor(router="nowhere.safetensors"))
 
@@ -224,7 +224,7 @@ def test_controls_keep_what_they_are_told(name):
     ran = [row.num_kept / (length if index < 2 else length - 8) for index, row in enumerate(layers)]
     assert ran[0] == 2 and sum(ran) == 2 * 3
     with pytest.raises(ValueError, match="give tokens and layers"):
-        attach(model, PARProcessor(0.5, router=name))
+        attach(model, PARProcessor(router=name))
 
 
 def test_what_cannot_be_trained_is_refused():
