@@ -57,7 +57,7 @@ class PromptCost:
     def of(cls, text: Any, length: int, image_tokens: int, router: int = 0) -> PromptCost:
         """The cost in a transformers language model, whose layers are `text.layers`."""
         count = text.config.num_hidden_layers
-        linear = sum(weight.numel() for layer in text.layers for weight in layer.parameters() if weight.ndim == 2)
+        linear = sum(layer_multiplications(layer, text.config) for layer in text.layers)
         return cls(count, linear // count, text.config.hidden_size, length, image_tokens, router)
 
     def share(self, layout: Layout) -> float:
@@ -91,3 +91,13 @@ def candidates(cost: PromptCost, budget: float, firsts: Sequence[int]) -> list[L
             if layout is not None and layout.tokens == 1:
                 break
     return found
+
+
+def layer_multiplications(layer: Any, config: Any) -> int:
+    """Multiplications of one token in the linear layers of one decoder layer.
+
+    Of experts, whose weights are stacked as (experts, rows, columns), those count that a token is sent to.
+    """
+    dense = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2)
+    experts = sum(weight[0].numel() for weight in layer.parameters() if weight.ndim == 3)
+    return int(dense + experts * getattr(config, "num_experts_per_tok", 1))

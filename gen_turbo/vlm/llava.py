@@ -1,12 +1,17 @@
-"""LLaVA-1.5 and LLaVA-NeXT: a CLIP or SigLIP tower, a projector, a causal language model."""
+"""Models built as LLaVA is: a vision tower, a projector, a causal language model.
+
+LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and Mistral 3 with towers of CLIP, SigLIP or Pixtral.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from gen_turbo.method import Grid
 from gen_turbo.vlm.family import Family, TowerFacts, square_grids
 from gen_turbo.vlm.host import VlmHost
 
@@ -26,9 +31,27 @@ def num_class_tokens(model: nn.Module) -> int:
     return 1 if hasattr(model.get_submodule("model.vision_tower.embeddings"), "class_embedding") else 0
 
 
+def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
+    """Square, but for Pixtral's towers, whose pictures have the sizes of the call. Beams repeat them: sizes decide."""
+    sizes = kwargs.get("image_sizes")
+    if sizes is None:
+        return square_grids(base, kwargs, lengths)
+    config: Any = base.config
+    side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+    found: dict[int, set[Grid]] = {}
+    for height, width in torch.as_tensor(sizes).tolist():
+        grid = (height // side, width // side)
+        found.setdefault(grid[0] * grid[1], set()).add(grid)
+    # Of pictures with as many tokens in other shapes, none is known to have which.
+    return [next(iter(found[length])) if len(found.get(length, ())) == 1 else None for length in lengths]
+
+
 _TOWER = TowerFacts("model.vision_tower", KINDS, num_leading=num_class_tokens, last_block=feature_block)
 _PROJECTED = replace(_TOWER, projector="model.multi_modal_projector")
 
-LLAVA = VlmHost(("LlavaForConditionalGeneration",), Family(tower=_PROJECTED, grids=square_grids))
 # The features of a picture are a thumbnail and tiles with newlines between, which make no grid.
-LLAVA_NEXT = VlmHost(("LlavaNextForConditionalGeneration",), Family(tower=_TOWER))
+_TILED = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
+
+LLAVA = VlmHost(("LlavaForConditionalGeneration",), Family(tower=_PROJECTED, grids=_grids))
+LLAVA_TILED = VlmHost(_TILED, Family(tower=_TOWER))
+MISTRAL = VlmHost(("Mistral3ForConditionalGeneration",), Family(grids=_grids))

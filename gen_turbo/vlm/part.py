@@ -14,6 +14,7 @@ from gen_turbo.engine.base import LayerReport, NoEffectWarning, OnModel
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.training.layouts import layer_multiplications
 from gen_turbo.vlm.cross import CrossGate
 from gen_turbo.vlm.decoder import Cut
 from gen_turbo.vlm.family import Family, tower_facts
@@ -266,5 +267,4 @@ class VlmPart(OnModel):
 def token_flops(text: nn.Module, first: int = 0) -> int:
     """Operations of one token in the decoder layers from the first on, without attention between tokens."""
     layers: Any = text.layers
-    total: int = sum(weight.numel() for layer in layers[first:] for weight in layer.parameters() if weight.ndim == 2)
-    return 2 * total
+    return 2 * sum(layer_multiplications(layer, text.config) for layer in layers[first:])

@@ -24,7 +24,7 @@ def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[
 
 _TOWER = TowerFacts(
     "model.visual",
-    ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision"),
+    ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision"),
     encoder="",
     blocks="blocks",
     attention="attn",
@@ -35,6 +35,11 @@ _TOWER = TowerFacts(
 _FAMILY = Family(grids=_grids, tower=_TOWER)
 
 QWEN = VlmHost(
-    ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
+    (
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+    ),
     _FAMILY,
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gen_turbo.engine.base import LayerReport, OnModel
 from gen_turbo.method import TokenReducer
+from gen_turbo.training.layouts import layer_multiplications
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.decoder import Cut, check_cut
 from gen_turbo.vlm.family import Family
@@ -104,7 +105,7 @@ class RoutedPart(OnModel):
     def _listen(self, text: Any) -> None:
         layers = list(text.layers)[: text.config.num_hidden_layers]
         # Operations of one token in a layer, without attention between tokens.
-        self._costs = [2 * sum(weight.numel() for weight in one.parameters() if weight.ndim == 2) for one in layers]
+        self._costs = [2 * layer_multiplications(one, text.config) for one in layers]
         self._names = [f"{self._family.text}.layers.{index}" for index in range(len(layers))]
         self._rows = {_ROUTER: LayerReport("router", 1, _ROUTER)}
         self._rows |= {name: LayerReport(name, 1, "reduced") for name in self._names}

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from gen_turbo import PARProcessor, TurboProcessor, attach, report
 from gen_turbo.registry import METHODS
 from gen_turbo.training.choosers import RandomChooser
+from gen_turbo.vlm.part import token_flops
 from gen_turbo.vlm.routes import Prompt as Read
 from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_generate import TOLERANCE
@@ -171,6 +172,13 @@ def test_adaptive_budgets_share_what_there_is(place):
         model(**inputs)
     assert len(set(kept[0])) > 1 and sum(kept[0]) == 4 * 6
     assert kept[0][0] == min(kept[0])
+
+
+def test_of_experts_those_are_counted_that_a_token_is_sent_to():
+    """Catches experts left out of the cost of a layer, and all of them counted."""
+    text = VLMS["qwen3_moe"].make().model.language_model
+    attention, experts = 2 * 32 * 32 + 2 * 32 * 16, 2 * 3 * 32 * 16
+    assert token_flops(text, first=2) == 2 * 2 * (attention + 4 * 32 + experts)
 
 
 @pytest.mark.parametrize("family", VLMS)

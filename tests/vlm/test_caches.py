@@ -187,6 +187,20 @@ def test_videos_are_told():
         model(**video)
 
 
+def test_frames_of_llava_onevision_are_told_and_run_in_full():
+    """Catches a video that runs in full in silence, and frames taken for the pictures seen last."""
+    vlm, frames = VLMS["llava_onevision"], 2
+    model = vlm.make()
+    # Frames of 4 x 4 tokens are halved, and a newline follows the last.
+    ids = torch.tensor([[5, 6] + [98] * (frames * 4 + 1) + [7, 8]])
+    video = {"input_ids": ids, "pixel_values_videos": torch.randn(1, frames, 3, 32, 32)}
+    stock = model(**video).logits
+    with attach(model, TurboProcessor(0.6)):
+        model(**PROMPTS["one"].inputs(vlm))
+        with pytest.warns(NoEffectWarning, match="video"):
+            assert torch.equal(model(**video).logits, stock)
+
+
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm", "llava"])
 def test_features_come_as_tuples_where_asked(family):
     """Catches a wrapper of `get_image_features` that knows one form of its output."""

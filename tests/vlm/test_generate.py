@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach
+from gen_turbo.vlm.llava import MISTRAL
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
@@ -252,3 +253,14 @@ def test_inputs_embeds_are_recognised():
         by_ids = model(**inputs).logits
         by_embeds = model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"]).logits
     assert torch.equal(by_ids, by_embeds)
+
+
+def test_pictures_of_one_length_and_other_shapes_have_no_grid():
+    """Catches a picture of 2 x 8 tokens planned as 4 x 4, and one of 4 x 4 planned as 2 x 8."""
+    base = VLMS["mistral3"].make().model
+    for sizes, grids in (
+        ([[32, 128], [64, 64]], [None, None]),
+        ([[32, 128], [96, 64], [32, 128]], [(2, 8), (6, 4), (2, 8)]),
+    ):
+        lengths = [height * width // 256 for height, width in sizes]
+        assert MISTRAL.family.grids(base, {"image_sizes": torch.tensor(sizes)}, lengths) == grids

@@ -94,7 +94,9 @@ def test_ratio_0_is_bit_identical_and_detach_exact():
     assert differences(before, model_state(model)) == []
 
 
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5", "internvl", "idefics3"])
+@pytest.mark.parametrize(
+    "family", ["llava_next", "llava_onevision", "mistral3", "llava_pixtral", "qwen2_5", "internvl", "idefics3"]
+)
 def test_towers_that_cannot_are_refused(family):
     """Catches a picture that the model reads at full size in silence."""
     with pytest.raises(ValueError, match="reads no smaller pictures; use the method pool instead"):

@@ -18,7 +18,7 @@ from tests.vlm.test_generate import STEPS, TOLERANCE, generate
 from tests.vlm.tiny_vlms import PROMPTS, VLMS, pixels
 
 TOWERS = ["llava", "llava_siglip"]
-PACKED = ["qwen2", "qwen2_5", "qwen3"]
+PACKED = ["qwen2", "qwen2_5", "qwen3", "qwen3_moe"]
 PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5, scale=30.0)
 
 

@@ -187,7 +187,8 @@ def test_detach_restores_and_nothing_removed_is_bit_identical(family):
     vlm = VLMS[family]
     model, inputs = vlm.make(), prompt(vlm)
     stock, before = generate(model, inputs)[1], model_state(model)
-    for processor in (TurboProcessor(0.5, text_ratio=0.4), TurboVisionProcessor(0.5, text_ratio=0.4)):
+    towers = [TurboVisionProcessor(0.5, text_ratio=0.4)] * vlm.has_tower
+    for processor in (TurboProcessor(0.5, text_ratio=0.4), *towers):
         with attach(model, processor):
             assert torch.isfinite(generate(model, inputs)[1]).all()
     assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}

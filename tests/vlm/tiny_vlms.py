@@ -20,8 +20,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -29,6 +35,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -68,7 +76,7 @@ class TinyVlm:
         num_tokens: Image tokens of one picture.
         text: Path of the language model.
         grid: (height, width) of a picture in tokens, where the family knows it.
-        cuts: Decoder layers to cut at.
+        has_tower: Whether tokens can merge inside the vision tower.
         pictures: Makes the arguments that bring pictures, from the number in each row.
         extra: Makes further arguments from the token ids and the mask.
     """
@@ -77,7 +85,7 @@ class TinyVlm:
     num_tokens: int = 16
     text: str = "model.language_model"
     grid: tuple[int, int] | None = (4, 4)
-    cuts: tuple[int, ...] = (1, 2)
+    has_tower: bool = True
     pictures: Callable[[list[int]], dict[str, Tensor]] = lambda counts: {"pixel_values": pixels(sum(counts))}
     extra: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda ids, mask: {}
 
@@ -152,6 +160,17 @@ def _next_pictures(counts: list[int]) -> dict[str, Tensor]:
     return {"pixel_values": tiles, "image_sizes": torch.tensor([[32, 32]] * sum(counts))}
 
 
+def _sized_pictures(side: int) -> Callable[[list[int]], dict[str, Tensor]]:
+    """Pictures of 2 x 8 tokens, with their sizes, for towers that read any size."""
+
+    def pictures(counts: list[int]) -> dict[str, Tensor]:
+        count, generator = sum(counts), torch.Generator().manual_seed(0)
+        sizes = torch.tensor([[2 * side, 8 * side]] * count)
+        return {"pixel_values": torch.randn(count, 3, 2 * side, 8 * side, generator=generator), "image_sizes": sizes}
+
+    return pictures
+
+
 _CLIP = {"vision_config": lambda: CLIPVisionConfig(**VISION), "text_config": _llama, "image_token_index": IMAGE}
 _TILES = {
     "vision_config": lambda: {**VISION, "image_size": 64},
@@ -177,6 +196,44 @@ VLMS = {
         grid=None,
         pictures=_next_pictures,
     ),
+    "llava_pixtral": TinyVlm(
+        _maker(
+            LlavaForConditionalGeneration,
+            LlavaConfig,
+            **_CLIP | {"vision_config": lambda: PixtralVisionConfig(**VISION | {"image_size": 64})},
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+        ),
+        grid=(2, 8),
+        has_tower=False,
+        pictures=_sized_pictures(8),
+    ),
+    "llava_onevision": TinyVlm(
+        _maker(
+            LlavaOnevisionForConditionalGeneration,
+            LlavaOnevisionConfig,
+            vision_config=lambda: SiglipVisionConfig(**VISION, vision_use_head=False),
+            text_config=lambda: Qwen2Config(**TEXT),
+            image_token_index=IMAGE,
+            video_token_index=98,
+            image_grid_pinpoints=[[32, 32]],
+        ),
+        num_tokens=16 + 4 * 5,
+        grid=None,
+        pictures=_next_pictures,
+    ),
+    "mistral3": TinyVlm(
+        _maker(
+            Mistral3ForConditionalGeneration,
+            Mistral3Config,
+            vision_config=lambda: PixtralVisionConfig(**VISION | {"image_size": 128}),
+            text_config=lambda: MistralConfig(**TEXT, head_dim=8, sliding_window=None),
+            image_token_index=IMAGE,
+        ),
+        grid=(2, 8),
+        has_tower=False,
+        pictures=_sized_pictures(16),
+    ),
     "qwen2": TinyVlm(
         _qwen(Qwen2VLForConditionalGeneration, Qwen2VLConfig, {"embed_dim": 32, "hidden_size": 32, "num_heads": 4}),
         **_QWEN,
@@ -197,6 +254,16 @@ VLMS = {
             {"hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
              "num_position_embeddings": 64, "deepstack_visual_indexes": _DEEP},
             head_dim=8,
+        ),
+        **_QWEN,
+    ),
+    "qwen3_moe": TinyVlm(
+        _qwen(
+            Qwen3VLMoeForConditionalGeneration,
+            Qwen3VLMoeConfig,
+            {"hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
+             "num_position_embeddings": 64, "deepstack_visual_indexes": _DEEP},
+            head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
         ),
         **_QWEN,
     ),
