@@ -4,8 +4,8 @@ from gen_turbo.vlm.blip import BLIP
 from gen_turbo.vlm.host import VlmHost
 from gen_turbo.vlm.idefics import IDEFICS
 from gen_turbo.vlm.internvl import INTERNVL
-from gen_turbo.vlm.llava import LLAVA, LLAVA_TILED, MISTRAL
+from gen_turbo.vlm.llava import AYA, LLAVA, LLAVA_TILED, MISTRAL
 from gen_turbo.vlm.paligemma import PALIGEMMA
 from gen_turbo.vlm.qwen import QWEN
 
-ADAPTERS: tuple[VlmHost, ...] = (LLAVA, LLAVA_TILED, MISTRAL, QWEN, INTERNVL, IDEFICS, PALIGEMMA, BLIP)
+ADAPTERS: tuple[VlmHost, ...] = (LLAVA, LLAVA_TILED, AYA, MISTRAL, QWEN, INTERNVL, IDEFICS, PALIGEMMA, BLIP)

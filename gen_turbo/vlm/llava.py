@@ -1,6 +1,6 @@
 """Models built as LLaVA is: a vision tower, a projector, a causal language model.
 
-LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and Mistral 3 with towers of CLIP, SigLIP or Pixtral.
+LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Aya Vision and Mistral 3 with towers of CLIP, SigLIP or Pixtral.
 """
 
 from __future__ import annotations
@@ -54,4 +54,5 @@ _TILED = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGene
 
 LLAVA = VlmHost(("LlavaForConditionalGeneration",), Family(tower=_PROJECTED, grids=_grids))
 LLAVA_TILED = VlmHost(_TILED, Family(tower=_TOWER))
+AYA = VlmHost(("AyaVisionForConditionalGeneration",), Family(tower=_TOWER, grids=square_grids))
 MISTRAL = VlmHost(("Mistral3ForConditionalGeneration",), Family(grids=_grids))

@@ -52,14 +52,22 @@ def reduce_pictures(hidden_LC: Tensor, others: list[Tensor], ids: Tensor, size: 
 def run_layers(
     text: nn.Module, hidden: Tensor, positions: Tensor, first: int, last: int, prefix: int, deep: Any, skip: Any = ()
 ) -> Any:
-    """Decoder layers `first` to `last`, but those to skip, on one row (1, n, C), causal behind `prefix` columns."""
+    """Decoder layers `first` to `last`, but those to skip, on one row (1, n, C), causal behind `prefix` columns.
+
+    Windows slide over the columns that are there.
+    """
     length = hidden.shape[1]
     mask = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
     mask[..., :prefix, :prefix] = 0
     rotary = text.rotary_emb(hidden, position_ids=positions)
+    column = torch.arange(length)
+    is_past = column[:, None] - column[None] >= (getattr(text.config, "sliding_window", None) or length)
+    kinds = getattr(text.config, "layer_types", None) or []
     for index in range(first, last):
         if index not in skip:
-            hidden = text.layers[index](hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
+            slides = "sliding_attention" in kinds[index : index + 1]
+            seen = mask.masked_fill(is_past, torch.finfo(hidden.dtype).min) if slides else mask
+            hidden = text.layers[index](hidden, attention_mask=seen, position_embeddings=rotary, position_ids=None)
         if index < len(deep):
             hidden = hidden + deep[index][None]
     return hidden

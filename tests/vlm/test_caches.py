@@ -14,10 +14,24 @@ from gen_turbo import PARProcessor, TurboProcessor, attach
 from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.vlm.settings import Placed
+from tests.snapshots import differences, model_state
 from tests.vlm.test_generate import TOLERANCE, generate
 from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS
 
 SHORT = {"pre_llm": TurboProcessor(0.6), "decoder": Placed(TurboProcessor(0.6), place="decoder")}
+
+SLIDING = [family for family, vlm in VLMS.items() if not vlm.cuts]
+
+
+@pytest.mark.parametrize("family", SLIDING)
+@pytest.mark.parametrize("method", [SHORT["decoder"], PARProcessor(router="uniform", tokens=0.5, layers=3)])
+def test_what_sliding_windows_cannot_is_refused_by_attach(family, method):
+    """Catches a cut that leaves the masks of windows as long as the prompt."""
+    model = VLMS[family].make()
+    before = model_state(model)
+    with pytest.raises(ValueError, match="has layers with sliding windows, whose masks cannot follow a cut"):
+        attach(model, method)
+    assert differences(before, model_state(model)) == []
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -31,6 +45,10 @@ def test_a_static_cache_gives_what_the_dynamic_one_gives(family, prompt, attenti
     model, inputs = vlm.make(attention), PROMPTS[prompt].inputs(vlm)
     with attach(model, TurboProcessor(0.6, semantic="none")):
         new, expected, _ = generate(model, inputs)
+        if family in SLIDING:
+            with pytest.raises(ValueError, match="StaticCache with sliding windows"):
+                generate(model, inputs, cache_implementation="static")
+            return
         again, logits, out = generate(model, inputs, cache_implementation="static")
     assert torch.equal(new, again) and (logits - expected).abs().max() < TOLERANCE
     layer = out.past_key_values.layers[0]

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPVisionConfig,
+    Cohere2Config,
     GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -76,6 +79,7 @@ class TinyVlm:
         num_tokens: Image tokens of one picture.
         text: Path of the language model.
         grid: (height, width) of a picture in tokens, where the family knows it.
+        cuts: Decoder layers to cut at; none where windows slide.
         has_tower: Whether tokens can merge inside the vision tower.
         pictures: Makes the arguments that bring pictures, from the number in each row.
         extra: Makes further arguments from the token ids and the mask.
@@ -85,6 +89,7 @@ class TinyVlm:
     num_tokens: int = 16
     text: str = "model.language_model"
     grid: tuple[int, int] | None = (4, 4)
+    cuts: tuple[int, ...] = (1, 2)
     has_tower: bool = True
     pictures: Callable[[list[int]], dict[str, Tensor]] = lambda counts: {"pixel_values": pixels(sum(counts))}
     extra: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda ids, mask: {}
@@ -152,6 +157,11 @@ def _rows_of_pictures(counts: list[int]) -> dict[str, Tensor]:
     for row, count in enumerate(counts):
         rows[row, :count] = torch.randn(count, 3, 64, 64, generator=generator)
     return {"pixel_values": rows}
+
+
+def _wide_pictures(counts: list[int]) -> dict[str, Tensor]:
+    """Pictures of 64 x 64 pixels."""
+    return {"pixel_values": torch.randn(sum(counts), 3, 64, 64, generator=torch.Generator().manual_seed(0))}
 
 
 def _next_pictures(counts: list[int]) -> dict[str, Tensor]:
@@ -234,6 +244,17 @@ VLMS = {
         has_tower=False,
         pictures=_sized_pictures(16),
     ),
+    "aya": TinyVlm(
+        _maker(
+            AyaVisionForConditionalGeneration,
+            AyaVisionConfig,
+            vision_config=lambda: SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
+            text_config=lambda: Cohere2Config(**TEXT, sliding_window=9, sliding_window_pattern=2),
+            image_token_index=IMAGE,
+        ),
+        cuts=(),
+        pictures=_wide_pictures,
+    ),
     "qwen2": TinyVlm(
         _qwen(Qwen2VLForConditionalGeneration, Qwen2VLConfig, {"embed_dim": 32, "hidden_size": 32, "num_heads": 4}),
         **_QWEN,
@@ -276,9 +297,7 @@ VLMS = {
             image_token_id=IMAGE,
             downsample_ratio=0.5,
         ),
-        pictures=lambda counts: {
-            "pixel_values": torch.randn(sum(counts), 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        },
+        pictures=_wide_pictures,
     ),
     "idefics3": TinyVlm(
         _maker(Idefics3ForConditionalGeneration, Idefics3Config, **_TILES),
