@@ -117,9 +117,9 @@ def _add_routes(
 def _searched(pipe: Any, namespace: argparse.Namespace, draw: _Draw) -> list[Any]:
     """Schedules for all budgets, with and without merging, by what every unit costs and what is lost without it."""
     from gen_turbo.api import adapter_of, denoiser
-    from gen_turbo.engine.groups import groups_of, insides
     from gen_turbo.engine.probing import Probe
     from gen_turbo.training.calibrate_denoiser import measure
+    from gen_turbo.training.groups import groups_of, insides
     from gen_turbo.training.schedule import WHOLE, Schedule
 
     model = denoiser(pipe)
@@ -163,8 +163,8 @@ def _seconds(
 ) -> dict[str, list[float]]:
     """The seconds of every unit in every call of some pictures, with a merging method alone or of stock."""
     from gen_turbo.api import attach
-    from gen_turbo.engine.stopwatch import timed
     from gen_turbo.methods.par import PARProcessor
+    from gen_turbo.training.stopwatch import timed
 
     merging = None if inner is None else PARProcessor(inner=inner).reducer()
     with attach(pipe, merging) if merging else nullcontext(), timed(model, units) as seconds:
@@ -217,7 +217,7 @@ def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) ->
 
 def _drawn(draw: _Draw, index: int) -> tuple[Any, float]:
     """A picture and the seconds that it took."""
-    from gen_turbo.engine.stopwatch import seconds_now
+    from gen_turbo.training.stopwatch import seconds_now
 
     start = seconds_now()
     picture = draw(index, "pil").images[0]

@@ -6,10 +6,10 @@ import torch
 from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline
 from gen_turbo.api import adapter_of, attachments
 from gen_turbo.engine.gates import UnitMemory
-from gen_turbo.engine.stopwatch import timed
 from gen_turbo.training.calibrate_denoiser import best_slope
 from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, read, write
 from gen_turbo.training.search import Search
+from gen_turbo.training.stopwatch import timed
 from tests.schedules import TIMES, by_hand
 from tests.tiny_hosts import run_unet, sd15_unet, sdxl_unet, unet_inputs
 
