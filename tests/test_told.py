@@ -49,7 +49,8 @@ def test_a_vision_language_model_with_adapters_is_attached_to():
 
 
 @pytest.mark.parametrize(
-    "family", ["internvl", "idefics3", "llava_next", "smolvlm", "llava_onevision", "mistral3", "llava_pixtral"]
+    "family",
+    ["internvl", "idefics3", "llava_next", "smolvlm", "llava_onevision", "mistral3", "llava_pixtral", "aya", "gemma3"],
 )
 def test_what_a_method_cannot_do_is_refused_by_attach(family):
     """Catches an error in the first call about attention that no tower can give."""

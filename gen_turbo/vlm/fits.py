@@ -24,8 +24,9 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
         check_words(model, reducer, placement.place)
     facts = tower_facts(model, family)
     if placement.place == "input":
-        if facts is None or not can_shrink(model, facts) or (family.grids is None and not family.is_cross):
-            raise ValueError(f"the vision tower of this {name} reads no smaller pictures; use the method pool instead")
+        # Behind pooling or tiles, the copies of a patch are no image tokens that could leave.
+        if facts is None or not can_shrink(model, facts) or not (facts.projector or family.is_cross):
+            raise ValueError(f"this {name} reads no smaller pictures; use the method pool instead")
         return
     reads_patches = facts is not None and bool(facts.projector or facts.is_packed or family.is_cross)
     wanted = {"class", "self"} & set(getattr(inner_of(reducer), "needs", ()))

@@ -21,7 +21,7 @@ from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.family import Family, image_token_mask
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.layers import real_columns
-from gen_turbo.vlm.masks import check_mask, deepstack, held, mask_2d, uses_cache
+from gen_turbo.vlm.masks import check_mask, deepstack, held, mask_2d, masks_by_kind, short_mask, uses_cache
 from gen_turbo.vlm.origin import Seen, tell_of_features
 from gen_turbo.vlm.recorded import whole
 from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
@@ -154,7 +154,12 @@ class Gate:
             return None
         length = next(given[name].shape[1] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         columns = cache.columns.grown(cache.get_seq_length() + length)
-        return args, {**kwargs, "attention_mask": mask_2d(columns, mask, True)}
+        changed = {"attention_mask": mask_2d(columns, mask, True)}
+        types = given.get("token_type_ids")
+        if types is not None and types.shape[1] == columns.num_columns:
+            # Types of the whole conversation, by which a mask looks up the columns that are held.
+            changed["token_type_ids"] = columns.mask(types)
+        return args, {**kwargs, **changed}
 
     def _pictures(self, embeds_BLC: Tensor) -> Pictures | None:
         is_image = self._given.get("is_image")
@@ -238,19 +243,19 @@ class Gate:
             seen = int(cache.get_seq_length()) if cache is not None else 0
             before = known.grown(seen) if known is not None else Columns.all_of(batch, seen, embeds.device)
             self._total = before.beside(here) if here is not None else before.grown(seen + length)
+        assert self._total is not None
         if here is not None and reduction is not None:
             changed["inputs_embeds"] = here.take(reduction.apply(embeds, self.is_merged), 1)
         if is_static:
             is_added = self._text.config._attn_implementation == "eager"  # type: ignore[union-attr]
             masks = mask if isinstance(mask, dict) else {"": mask}
-            assert self._total is not None
             entering = changed.get("inputs_embeds", embeds)
             made = {kind: cache.mask(one, self._total, here, entering, is_added) for kind, one in masks.items()}
             changed["attention_mask"] = made if isinstance(mask, dict) else made[""]
         elif isinstance(mask, dict):
-            changed["attention_mask"] = {kind: self._mask(one, cache) for kind, one in mask.items()}
+            changed["attention_mask"] = masks_by_kind(mask, here, self._total, self.held, embeds, self._text.config)
         else:
-            changed["attention_mask"] = self._mask(mask, cache)
+            changed["attention_mask"] = short_mask(mask, here, self._total, self.held, cache is not None)
             self.real_BM = changed["attention_mask"]
         if here is None or reduction is None or self.pictures is None:
             return changed
@@ -266,15 +271,6 @@ class Gate:
         grids: list[Grid | None] = before.grids if lengths == before.lengths else [None] * len(lengths)
         self.pictures = Pictures(is_image, lengths, grids, before.origins)
         return changed
-
-    def _mask(self, mask: Tensor | None, cache: Any) -> Tensor | None:
-        assert self._total is not None
-        if mask is None or mask.ndim == 2:
-            return mask_2d(self._total, mask, cache is not None)
-        if self._here is None:
-            return mask
-        keys = Columns.all_of(len(self._here.index_BM), self.held, mask.device).beside(self._here)
-        return self._here.queries(keys.keys(mask))
 
     def _after_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         cache = kwargs.get("past_key_values")

@@ -130,8 +130,9 @@ class Skipping:
 def real_columns(mask: Any, embeds_BLC: Tensor) -> Tensor:
     """Which columns of a call are no padding, (B, L), from its 2D mask or from what the last query may see."""
     batch, length = embeds_BLC.shape[:2]
-    while isinstance(mask, dict):
-        mask = next(iter(mask.values()))
+    if isinstance(mask, dict):
+        # A sliding window hides columns that are no padding.
+        mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=embeds_BLC.device)
     seen: Tensor = mask[..., -length:] if mask.ndim == 2 else mask[:, 0, -1, -length:]

@@ -1,12 +1,13 @@
 """What a shortened call does to masks, caches and added features.
 
-Shape names: B rows, L columns of the call, M of them that stay, C channels.
+Shape names: B rows, L columns of the call, M of them that stay, H columns held before, C channels.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_turbo.vlm.cache import SHORTENED
@@ -43,6 +44,71 @@ def mask_2d(columns: Columns, mask: Tensor | None, has_cache: bool) -> Tensor | 
             raise ValueError(f"an attention mask of {mask.shape[1]} columns for {columns.num_columns} tokens; pad both")
         return columns.mask(mask)
     return columns.valid_BM.long() if columns.is_ragged or not has_cache else None
+
+
+def short_mask(
+    mask: Tensor | None, here: Columns | None, total: Columns, num_held: int, has_cache: bool
+) -> Tensor | None:
+    """What stays of the mask of a call.
+
+    Args:
+        mask: (B, H + L), (B, 1, L, H + L), or None for a causal one.
+        here: The columns of the call that stay; None if all do, and the mask is one of columns already.
+        total: The columns held, and those that stay.
+        num_held: H.
+        has_cache: Whether there is a cache.
+    """
+    if mask is None or mask.ndim == 2:
+        return mask_2d(total, mask, has_cache)
+    if here is None:
+        return mask
+    keys = Columns.all_of(len(here.index_BM), num_held, mask.device).beside(here)
+    return here.queries(keys.keys(mask))
+
+
+def masks_by_kind(
+    masks: dict[str, Any], here: Columns | None, total: Columns, num_held: int, embeds: Tensor, config: Any
+) -> dict[str, Any]:
+    """What stays of the masks of a call whose layers are of several kinds; windows slide over the columns that stay.
+
+    Args:
+        masks: By kind of layer, as `short_mask` takes them.
+        here: The columns of the call that stay; None if all do, and the masks are those of columns already.
+        total: The columns held, and those that stay.
+        num_held: H.
+        embeds: The call's embeddings, (B, L, C).
+        config: The language model's configuration.
+    """
+    if here is None:
+        return masks
+    attention = config._attn_implementation or ""
+    if "flash" in attention:
+        # Such kernels slide the windows themselves.
+        return {kind: mask_2d(total, mask, False) for kind, mask in masks.items()}
+    full = masks["full_attention"]
+    full = _causal(num_held, embeds, attention == "eager") if full is None else full
+    shorter = short_mask(full, here, total, num_held, True)
+    assert shorter is not None
+    made = {"full_attention": shorter, "sliding_attention": _windowed(shorter, config.sliding_window)}
+    return {kind: made[kind] for kind in masks}
+
+
+def _hidden(mask: Tensor) -> float:
+    return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+
+
+def _causal(num_held: int, embeds: Tensor, is_added: bool) -> Tensor:
+    length = embeds.shape[1]
+    later = torch.ones(length, num_held + length, dtype=torch.bool, device=embeds.device).triu(num_held + 1)[None, None]
+    return torch.zeros_like(later, dtype=embeds.dtype).masked_fill(later, _hidden(embeds)) if is_added else ~later
+
+
+def _windowed(mask: Tensor, window: int) -> Tensor:
+    """A mask (B, 1, M, H + M) for layers that see, and whose cache holds, only the last columns."""
+    length, num_keys = mask.shape[2:]
+    column = torch.arange(num_keys, device=mask.device)
+    is_past = column[num_keys - length :, None] - column >= window
+    return mask.masked_fill(is_past, _hidden(mask))[..., max(num_keys - length - window + 1, 0) :]
 
 
 def deepstack(kwargs: dict[str, Any], reduction: Reduction, here: Columns, is_merged: bool) -> dict[str, Any]:

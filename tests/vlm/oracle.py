@@ -50,22 +50,33 @@ def reduce_pictures(hidden_LC: Tensor, others: list[Tensor], ids: Tensor, size: 
 
 
 def run_layers(
-    text: nn.Module, hidden: Tensor, positions: Tensor, first: int, last: int, prefix: int, deep: Any, skip: Any = ()
+    text: nn.Module,
+    hidden: Tensor,
+    positions: Tensor,
+    first: int,
+    last: int,
+    prefix: int,
+    deep: Any,
+    skip: Any = (),
+    blocks: Tensor | None = None,
 ) -> Any:
     """Decoder layers `first` to `last`, but those to skip, on one row (1, n, C), causal behind `prefix` columns.
 
-    Windows slide over the columns that are there.
+    Windows slide over the columns that are there. Columns of one of the `blocks` (n,), but -1, see each other.
     """
     length = hidden.shape[1]
     mask = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
     mask[..., :prefix, :prefix] = 0
-    rotary = text.rotary_emb(hidden, position_ids=positions)
+    if blocks is not None:
+        mask[0, 0][(blocks[:, None] == blocks) & (blocks >= 0)] = 0
     column = torch.arange(length)
     is_past = column[:, None] - column[None] >= (getattr(text.config, "sliding_window", None) or length)
     kinds = getattr(text.config, "layer_types", None) or []
+    has_kinds = hasattr(text.rotary_emb, "layer_types")
     for index in range(first, last):
         if index not in skip:
             slides = "sliding_attention" in kinds[index : index + 1]
+            rotary = text.rotary_emb(hidden, positions, *kinds[index : index + 1 if has_kinds else index])
             seen = mask.masked_fill(is_past, torch.finfo(hidden.dtype).min) if slides else mask
             hidden = text.layers[index](hidden, attention_mask=seen, position_embeddings=rotary, position_ids=None)
         if index < len(deep):
@@ -84,6 +95,15 @@ def positions_of(model: nn.Module, ids: Tensor, count: int) -> Tensor:
         return positions
     one_based = int("PaliGemma" in type(model).__name__)
     return torch.arange(len(ids))[None] + one_based
+
+
+def blocks_of(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """The picture of each column of one row, -1 for words, where tokens of one picture see each other."""
+    if "Gemma3" not in type(model).__name__:
+        return None
+    is_image = ids == IMAGE
+    starts = is_image & ~torch.cat([torch.tensor([False]), is_image[:-1]])
+    return torch.where(is_image, starts.cumsum(0), -1)
 
 
 @torch.no_grad()
@@ -114,11 +134,14 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
     hidden, added = embedded(model, ids, own, deep)
     positions = positions_of(model, ids, len(own))
     is_prefix = "PaliGemma" in type(model).__name__
-    hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added)[0]
+    blocks = blocks_of(model, ids)
+    hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added, blocks=blocks)[0]
     hidden, added, columns = reduce_pictures(hidden, added, ids, vlm.num_tokens, method)
     kept = sum(column < prompt for column in columns) * is_prefix
     depth = text.config.num_hidden_layers
-    out = text.norm(run_layers(text, hidden[None], positions[..., columns], method.cut, depth, kept, added))
+    blocks = None if blocks is None else blocks[columns]
+    positions = positions[..., columns]
+    out = text.norm(run_layers(text, hidden[None], positions, method.cut, depth, kept, added, blocks=blocks))
     return model.lm_head(out[0, -1])
 
 

@@ -133,6 +133,25 @@ def test_sampling_with_a_seed_repeats(family):
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompt", ["one", "even", "ragged"])
+def test_a_causal_mask_that_is_left_out_is_made_for_what_stays(prompt, attention):
+    """Catches layers of two kinds that are given a mask of the prompt, or none where rows keep different numbers."""
+    vlm = VLMS["gemma3"]
+    model, inputs = vlm.make(attention), PROMPTS[prompt].inputs(vlm)
+    assert inputs["attention_mask"].all()
+    del inputs["token_type_ids"]
+    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    # One column of padding in another row, so that the model makes every mask.
+    padded = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    padded["attention_mask"][0, 0] = 0
+    rows = len(inputs["input_ids"])
+    with attach(model, TurboProcessor(0.6, semantic="none")):
+        expected = model(**padded).logits[rows:]
+        for used in (True, False):
+            assert (model(**bare, use_cache=used).logits - expected).abs().max() < TOLERANCE
+
+
 def test_assisted_generation_equals_greedy():
     """Catches a cache that is cropped, or a mask of several new tokens, in columns of the full prompt."""
     vlm = VLMS["llava"]
@@ -173,12 +192,16 @@ def test_right_padding_gives_the_same_logits(cut):
     assert (everywhere[torch.arange(len(last)), last] - at_end).abs().max() < TOLERANCE
 
 
+# With causal attention, sliding windows, and pictures whose tokens see each other.
+TURNS = [("llava", 0), ("llava", 2), ("aya", 0), ("gemma3", 0)]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize(("family", "cut"), TURNS)
 @pytest.mark.parametrize("prompt", ["one", "padded", "ragged", "ragged_padded"])
-def test_a_second_turn_goes_on_with_the_cache(prompt, cut, attention):
+def test_a_second_turn_goes_on_with_the_cache(prompt, family, cut, attention):
     """Catches a cache whose length is that of its columns: the second turn would be fed again from a wrong place."""
-    vlm = VLMS["llava"]
+    vlm = VLMS[family]
     model, inputs = vlm.make(attention), PROMPTS[prompt].inputs(vlm)
     method = TurboProcessor(0.6, semantic="none")
     extra = torch.arange(10, 16).repeat(len(inputs["input_ids"]), 1)
@@ -202,10 +225,10 @@ def test_a_second_turn_goes_on_with_the_cache(prompt, cut, attention):
     assert (logits - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("cut", [0, 2])
-def test_a_picture_in_the_second_turn_is_reduced_too(cut):
+@pytest.mark.parametrize(("family", "cut"), TURNS)
+def test_a_picture_in_the_second_turn_is_reduced_too(family, cut):
     """Catches a second prefill whose columns are counted from the start of the conversation."""
-    vlm = VLMS["llava"]
+    vlm = VLMS[family]
     model = vlm.make("sdpa")
     method = TurboProcessor(0.6, semantic="none")
     inputs = PROMPTS["ragged_padded"].inputs(vlm)
@@ -215,8 +238,8 @@ def test_a_picture_in_the_second_turn_is_reduced_too(cut):
         ids = torch.cat([first.sequences, turn], 1)
         grown = torch.ones(3, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
         mask = torch.cat([inputs["attention_mask"], grown], 1)
-        more = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
-        new = {"input_ids": ids, "attention_mask": mask, "pixel_values": more}
+        more = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(9))
+        new = {"input_ids": ids, "attention_mask": mask, "pixel_values": more, **vlm.extra(ids, mask)}
         # The ids of the whole conversation are sliced by generate; the pictures are those of this turn.
         again, logits, _ = generate(model, new, past_key_values=first.past_key_values)
     old = inputs["pixel_values"]

@@ -95,7 +95,8 @@ def test_ratio_0_is_bit_identical_and_detach_exact():
 
 
 @pytest.mark.parametrize(
-    "family", ["llava_next", "llava_onevision", "mistral3", "llava_pixtral", "qwen2_5", "internvl", "idefics3"]
+    "family",
+    ["llava_next", "llava_onevision", "mistral3", "llava_pixtral", "aya", "gemma3", "qwen2_5", "internvl", "idefics3"],
 )
 def test_towers_that_cannot_are_refused(family):
     """Catches a picture that the model reads at full size in silence."""

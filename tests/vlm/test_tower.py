@@ -180,6 +180,9 @@ def test_blip_settings_leave_the_published_number_of_tokens():
     ("family", "path", "used"),
     [
         ("llava_next", "model.vision_tower", 2),
+        ("llava_onevision", "model.vision_tower", 3),
+        ("aya", "model.vision_tower", 3),
+        ("gemma3", "model.vision_tower", 3),
         ("internvl", "model.vision_tower", 3),
         ("idefics3", "model.vision_model", 3),
         ("smolvlm", "model.vision_model", 3),

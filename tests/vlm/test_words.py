@@ -67,11 +67,14 @@ def next_logits(model, vlm, ids, own, deep, count, method):
     is_prefix, positions = "PaliGemma" in type(model).__name__, oracle.positions_of(model, ids, len(own))
     prefix = sum(column < count for column in columns) * is_prefix
     hidden, added, kept_ids = hidden[columns], [one[columns] for one in added], ids[columns]
-    hidden = oracle.run_layers(text, hidden[None], positions[..., columns], 0, method.cut, prefix, added)[0]
+    blocks = oracle.blocks_of(model, kept_ids)
+    run = oracle.run_layers
+    hidden = run(text, hidden[None], positions[..., columns], 0, method.cut, prefix, added, blocks=blocks)[0]
     hidden, added, kept = oracle.reduce_pictures(hidden, added, kept_ids, vlm.num_tokens, method)
     columns = [columns[index] for index in kept]
     prefix, depth = sum(column < count for column in columns) * is_prefix, text.config.num_hidden_layers
-    out = text.norm(oracle.run_layers(text, hidden[None], positions[..., columns], method.cut, depth, prefix, added))
+    blocks, positions = None if blocks is None else blocks[kept], positions[..., columns]
+    out = text.norm(run(text, hidden[None], positions, method.cut, depth, prefix, added, blocks=blocks))
     return model.lm_head(out[0, -1])
 
 

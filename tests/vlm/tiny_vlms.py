@@ -13,6 +13,9 @@ from transformers import (
     AyaVisionForConditionalGeneration,
     CLIPVisionConfig,
     Cohere2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -308,6 +311,21 @@ VLMS = {
         _maker(SmolVLMForConditionalGeneration, SmolVLMConfig, **_TILES),
         text="model.text_model",
         pictures=_rows_of_pictures,
+    ),
+    "gemma3": TinyVlm(
+        _maker(
+            Gemma3ForConditionalGeneration,
+            Gemma3Config,
+            vision_config=lambda: SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
+            text_config=lambda: Gemma3TextConfig(
+                **TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=9, sliding_window_pattern=2
+            ),
+            image_token_index=IMAGE,
+            mm_tokens_per_image=16,
+        ),
+        cuts=(),
+        pictures=_wide_pictures,
+        extra=lambda ids, mask: {"token_type_ids": (ids == IMAGE).int()},
     ),
     "paligemma": TinyVlm(
         _maker(
