@@ -75,8 +75,8 @@ class TokenReducer(ABC):
         match_every: How many steps a plan serves; 0 means the whole run. With "residual" a new plan waits for the
             layer's next full step. None takes 1 with "copy", for a plan made in the noise of the first step serves
             the later ones badly, and 0 with "residual", which repairs what such a plan misses.
-        memory_limit_mb: With "residual", the most that may be remembered, in megabytes; layers beyond it run as in
-            the stock model. None sets no limit.
+        memory_limit_mb: With "residual", the most that residuals and maps of a run may take, in megabytes; layers
+            beyond it run as in the stock model. None sets no limit.
         scope: "attention" shortens the attention layers; "block" whole transformer blocks, with cross-attention and
             feed-forward, restoring each token by adding its merged token's change; "model" a transformer from its first
             block to its last, with one residual for all. Each saves more, further from stock. "auto" lets a model of

@@ -14,6 +14,7 @@ from torch import Tensor
 from gen_turbo.engine.layer import ReducedLayer
 from gen_turbo.engine.run_map import RunMap
 from gen_turbo.engine.state import LayerState, Phase, SequenceShape
+from gen_turbo.engine.values import num_bytes
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.models.adapter import Adapter, coarsened
 from gen_turbo.tokens.frames import one_sequence, side_by_side
@@ -90,13 +91,13 @@ class Beginning:
         state, context, reducer = layer.state, self.context, self.reducer
         assert context is not None
         terms = 1 + reducer.extrapolation_order
-        num_bytes = terms * sum(miss.numel() * miss.element_size() for miss in misses if miss is not None)
+        more = terms * num_bytes(*misses)
         limit = reducer.memory_limit_mb
-        if limit is not None and context.run.num_bytes + num_bytes > limit * 1e6:
+        if limit is not None and context.run.num_bytes + more > limit * 1e6:
             self._leave(layer, "memory_limit_mb leaves no room")
+            context.drop_unused()
             return
-        context.run.num_bytes += num_bytes
-        context.num_bytes += num_bytes
+        context.residual_bytes += more
         state.details = [None if m is None else torch.stack([m, torch.zeros_like(m)][:terms]) for m in misses]
 
     def _leave(self, layer: ReducedLayer, why: str) -> None:

@@ -13,6 +13,7 @@ from gen_turbo.engine.layer import ReducedLayer
 from gen_turbo.engine.run_map import RunMap
 from gen_turbo.engine.state import LayerState
 from gen_turbo.engine.text import MergedText
+from gen_turbo.engine.values import num_bytes
 from gen_turbo.models.adapter import Geometry
 
 
@@ -28,7 +29,7 @@ class Run:
         recreates: Whether the caller makes its conditioning tensors anew in every step.
         num_reduced: Layers, and skipped units, that were reduced in its calls so far.
         num_steps: Calls so far of the branch that was called most.
-        num_bytes: Bytes remembered now.
+        contexts: What it holds now, for as long as they are held elsewhere.
         is_over: Whether its last call was made.
     """
 
@@ -39,8 +40,13 @@ class Run:
     recreates: bool = False
     num_reduced: int = 0
     num_steps: int = 0
-    num_bytes: int = 0
+    contexts: weakref.WeakSet[Context] = field(default_factory=weakref.WeakSet)
     is_over: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now, without forecasts."""
+        return sum(context.num_bytes for context in self.contexts)
 
 
 class Layout(NamedTuple):
@@ -74,7 +80,7 @@ class Context:
         states: What its layers hold.
         groups: What the program knows of each group of layers.
         text: The text merged for its prompt; None before that was tried.
-        num_bytes: Bytes of residuals.
+        residual_bytes: Bytes of residuals.
         extras: What other parts of an attachment remember for it.
         captured: Its CUDA graphs, by what they are of.
         is_revived: Whether it runs on the buffers of an earlier context.
@@ -91,7 +97,7 @@ class Context:
     states: dict[ReducedLayer, LayerState] = field(default_factory=dict)
     groups: list[Any] = field(default_factory=list)
     text: MergedText | None = None
-    num_bytes: int = 0
+    residual_bytes: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
     captured: dict[Any, Any] = field(default_factory=dict)
     is_revived: bool = False
@@ -113,9 +119,20 @@ class Context:
 
     def release(self, state: LayerState) -> None:
         """Forgets what one layer holds."""
-        self.num_bytes -= state.num_bytes
-        self.run.num_bytes -= state.num_bytes
+        self.residual_bytes -= state.num_bytes
         state.forget()
+
+    def drop_unused(self) -> None:
+        """Forgets the maps that no layer goes by."""
+        used = {id(state.base) for state in self.states.values()}
+        self.maps = {key: known for key, known in self.maps.items() if id(known) in used}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of residuals, maps, merged text and of the weights of details; forecasts are counted apart."""
+        maps = sum(known.num_bytes for known in self.maps.values())
+        weights = sum(num_bytes(group.weights) for group in self.groups)
+        return self.residual_bytes + maps + weights + (self.text.num_bytes if self.text else 0)
 
     @property
     def is_last(self) -> bool:

@@ -188,7 +188,7 @@ class DenoiserPart(OnModel):
 
     @property
     def remembered_bytes(self) -> int:
-        """Bytes held now for residuals and forecasts."""
+        """Bytes held now for residuals, forecasts, token maps and merged text."""
         return self.root.num_bytes
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
-from gen_turbo.engine.values import mapped, refilled, tensors
+from gen_turbo.engine.values import mapped, num_bytes, refilled, tensors
 from gen_turbo.models.adapter import LayerSignature, Unit
 
 NUM_USED = 2
@@ -87,7 +87,7 @@ class UnitMemory:
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.numel() * tensor.element_size() for result in self.results for tensor in result)
+        return num_bytes(*(tensor for result in self.results for tensor in result), *self.weights)
 
 
 def combined(parts: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:

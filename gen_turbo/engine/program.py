@@ -86,9 +86,7 @@ class Program:
                 for detail in held.details:
                     if detail is not None:
                         detail[1:] = 0
-            num_bytes = sum({id(held): held.num_bytes for held in context.states.values()}.values())
-            context.run.num_bytes += num_bytes - context.num_bytes
-            context.num_bytes = num_bytes
+            context.residual_bytes = sum({id(held): held.num_bytes for held in context.states.values()}.values())
             return
         device = context.layout.device
         for group in self.groups:

@@ -17,7 +17,8 @@ class Report:
 
     Attributes:
         sites: One row per attention layer.
-        remembered_bytes: Bytes held now for corrected reduction; 0 between the runs of a pipeline.
+        remembered_bytes: Bytes held now for residuals, forecasts, token maps and merged text; 0 between the runs of a
+            pipeline.
         most_remembered_bytes: The most held at once so far.
         text_tokens: Text tokens of the last prompt whose text was merged, and what was left of them; else 0.
         skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.

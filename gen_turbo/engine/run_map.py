@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_turbo.engine.values import num_bytes
 from gen_turbo.models.adapter import TokenArg
 from gen_turbo.tokens.token_map import TokenMap
 
@@ -30,6 +31,7 @@ class RunMap:
         made_at: The step that made it.
         num_maps: How many were made before it.
         owner: Name of the layer that made the first.
+        num_bytes: Bytes of all index tensors, those of wider sequences and of positions included.
         seen: In the running step, arguments of positions as they were given, and the rows of the merged tokens.
     """
 
@@ -50,6 +52,7 @@ class RunMap:
         self.seen: dict[str, tuple[Any, Any]] = {}
         for name, tensor in zip(_INDEX, self._laid_out(value), strict=True):
             setattr(self, name, tensor)
+        self.num_bytes = num_bytes(self.slot_BN, self.anchor_BM, *(getattr(self, name) for name in _INDEX))
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +90,8 @@ class RunMap:
             return self
         place = leading, trailing, batch
         if place not in self.wide:
-            self.wide[place] = RunMap(self._value, batch, self.dtype, leading, trailing)
+            wide = self.wide[place] = RunMap(self._value, batch, self.dtype, leading, trailing)
+            self.num_bytes += wide.num_bytes
         return self.wide[place]
 
     def rows_of(self, value: Tensor, arg: TokenArg, num_text: int) -> Tensor:
@@ -96,7 +100,8 @@ class RunMap:
         after = value.shape[arg.axis] - before - self.num_tokens
         place = before, after, value.shape[0] if arg.has_batch else 0
         if place not in self.taken:
-            self.taken[place] = _rows(self._value, *place)
+            rows = self.taken[place] = _rows(self._value, *place)
+            self.num_bytes += num_bytes(rows)
         return self.taken[place]
 
     @property

@@ -117,6 +117,7 @@ class Runs:
         for old in here.contexts[: -_MAX_CONTEXTS + 1]:
             self.end(old)
         here.contexts.append(context)
+        run.contexts.add(context)
         return context
 
     def end(self, context: Context) -> None:
@@ -156,7 +157,7 @@ class Runs:
 
     def _end(self, context: Context, contexts: list[Context]) -> None:
         contexts[:] = [other for other in contexts if other is not context]
-        context.run.num_bytes -= context.num_bytes
+        context.run.contexts.discard(context)
         self._ended(context)
 
     def _bury(self) -> None:

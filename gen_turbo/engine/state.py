@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gen_turbo.engine.run_map import RunMap
+from gen_turbo.engine.values import num_bytes
 
 
 class Phase(Enum):
@@ -79,7 +80,7 @@ class LayerState:
     @property
     def num_bytes(self) -> int:
         """Bytes of what is remembered."""
-        return sum(t.numel() * t.element_size() for t in self.details if t is not None)
+        return num_bytes(*self.details)
 
     def forget(self) -> None:
         """Drops map and memory; the next step that is not a full one begins anew."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_turbo.engine.values import num_bytes
 from gen_turbo.models.adapter import TextSignature
 from gen_turbo.tokens.farthest import farthest_point_plan
 from gen_turbo.tokens.ratios import num_removed
@@ -36,6 +37,11 @@ class MergedText:
     num_merged: int = 0
     num_text: int = 0
     sizes: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the merged text, its positions, mask and sizes."""
+        return num_bytes(*self.arguments.values(), self.sizes)
 
 
 def merge_text(arguments: Mapping[str, Any], signature: TextSignature, ratio: float | None) -> MergedText:

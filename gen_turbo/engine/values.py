@@ -45,3 +45,8 @@ def refilled(value: Any, new: list[Tensor]) -> Any:
     """The same result with other tensors in the places of its own."""
     left = iter(new)
     return mapped(value, lambda tensor: next(left))
+
+
+def num_bytes(*values: Any) -> int:
+    """Bytes of the tensors among values."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
