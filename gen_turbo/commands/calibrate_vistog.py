@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
     parser.add_argument(
-        "--hard-negatives", type=int, default=1, help="questions drawn for each hardest one that is learned from (1)"
+        "--hard-negatives",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N questions are drawn for each one that is learned from, which is the hardest of them (1)",
     )
     parser.add_argument("--first-block", type=int, default=0, help="where the semantic tokens enter the tower (0)")
     parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on the language model (0: none)")

@@ -78,3 +78,12 @@ def test_what_does_not_fit_is_said_first(checkpoint, pictures, tmp_path, capsys,
     arguments = [places.get(text, text) for text in given]
     assert main(["calibrate", "vistog", *arguments, "--output", str(tmp_path), f"checkpoint={checkpoint}"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_help_says_what_is_drawn(capsys):
+    """Catches a sentence from which nobody can tell whether N questions are drawn, or N are learned from."""
+    with pytest.raises(SystemExit) as left:
+        main(["calibrate", "vistog", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0
+    assert "--hard-negatives N N questions are drawn for each one that is learned from" in words
