@@ -31,6 +31,7 @@ class Run:
         num_steps: Calls so far of the branch that was called most.
         contexts: What it holds now, for as long as they are held elsewhere.
         is_over: Whether its last call was made.
+        num_rises: Of a bare model, the runs before it of one full step, each at an earlier time than the next.
     """
 
     marker: object = None
@@ -42,6 +43,7 @@ class Run:
     num_steps: int = 0
     contexts: weakref.WeakSet[Context] = field(default_factory=weakref.WeakSet)
     is_over: bool = False
+    num_rises: int = 0
 
     @property
     def num_bytes(self) -> int:

@@ -16,7 +16,7 @@ from gen_turbo.engine.context import Context, Run
 from gen_turbo.engine.graphs import Graphs
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
-from gen_turbo.engine.runs import Runs
+from gen_turbo.engine.runs import NUM_RISES, RISING, Runs
 from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
 from gen_turbo.engine.span import check_between
@@ -137,6 +137,8 @@ class Root(Placed):
         is_new = context is None
         if context is None:
             context = self.runs.open(call, self.adapter.geometry(self.module, arguments))
+            if context.run.num_rises == NUM_RISES and self._expects_effect():
+                warnings.warn(RISING, NoEffectWarning, stacklevel=4)
         if self.settling is not None:
             self.settling.settle(self, context, call)
         self.beginning.context = context

@@ -21,6 +21,12 @@ from gen_turbo.engine.context import Context, Layout, Run
 from gen_turbo.models.adapter import Geometry, ModelCall
 from gen_turbo.models.inputs import place_of
 
+NUM_RISES = 2
+"""After so many runs of one step at rising times nobody takes them for runs of their own."""
+RISING = (
+    "calls at rising times, as in DDIM inversion, are taken for runs of one step where no pipeline shows their times, "
+    "and one step runs in full; attach to a pipeline that holds the scheduler of these times, or use restore='copy'"
+)
 _MAX_CONTEXTS = 4
 _MAX_FRAMES = 60
 _SETTLED = 2
@@ -87,8 +93,10 @@ class Runs:
         if found is not None and is_bare:
             time = self._time(call.timestep) if time is None else time
             if found.time is not None and time >= found.time:
+                is_lost = time > found.time and run.num_steps == 1 and run.num_reduced == 0
+                rises = run.num_rises + 1 if is_lost else 0
                 self.forget()
-                here.run, found = Run(run.marker, is_over=run.is_over), None
+                here.run, found = Run(run.marker, is_over=run.is_over, num_rises=rises), None
         if found is not None:
             found.step += 1
             self._hold(found, call.condition)
