@@ -59,7 +59,9 @@ class Beginning:
             return
         trailing = rest - num_image
         state.sides = f"{grid[0]} {grid[1]}" if grid and num_image == num_grid else ""
-        state.shape = SequenceShape(len(x), num_image, leading, trailing, context.num_text, context.num_merged_text)
+        num_text, num_merged = context.num_text, context.num_merged_text
+        is_cached = geometry.caches_text
+        state.shape = SequenceShape(len(x), num_image, leading, trailing, num_text, num_merged, is_cached)
         base = self._map(layer, x[:, leading : leading + num_image], state)
         state.num_kept = base.num_slots
         if base.num_slots == base.num_tokens:

@@ -8,9 +8,11 @@ from torch import nn
 
 from gen_turbo.engine.base import LayerReport
 from gen_turbo.engine.state import Phase, SequenceShape, Totals
+from gen_turbo.engine.work import rows_of, shares_of
 from gen_turbo.models.adapter import LayerSpec
 
-_NOT_PER_TOKEN = ("add_", "norm", "context", "modulation", "attn2.to_k", "attn2.to_v", "adaLN", "fuser")
+_OFF = "fuser"
+"""Attention to boxes, which runs where they are given."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class Cost:
         """Counts the linear weights that image tokens go through: not those of text, time or cross-attention's keys."""
         linears = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
         # By its sides, for quantised weights are stored as fewer numbers.
-        sizes = ((name, m.in_features * m.out_features) for name, m in linears)
-        weights = sum(size for name, size in sizes if not any(part in name for part in _NOT_PER_TOKEN))
+        shares = shares_of(module)
+        sizes = ((name, round(m.in_features * m.out_features * shares.get(name, 1))) for name, m in linears)
+        weights = sum(size for name, size in sizes if rows_of(name) == "image" and _OFF not in name)
         width = next((m.out_features for name, m in linears if name.endswith(("to_q", "to_query"))), 0)
         # Of a projection that is fused with others, the attention says its share.
         width = width or next((int(m.inner_dim) for m in module.modules() if hasattr(m, "inner_dim")), 0)  # type: ignore[arg-type]
@@ -44,7 +47,8 @@ class Cost:
         num_queries = shape.image if self.kv_only else num_kept
         inside = shape.leading + shape.trailing + (more_text if shape.leading else 0)
         num_text = max(shape.text + more_text, inside)
-        softmax = 2 * (num_queries + num_text) * (num_kept + num_text) * self.width
+        asking = 0 if shape.caches_text else num_text
+        softmax = 2 * (num_queries + asking) * (num_kept + num_text) * self.width
         return 2 * shape.batch * ((num_queries + inside) * self.linear_weights + softmax)
 
     def report(self, spec: LayerSpec, totals: Totals) -> LayerReport:

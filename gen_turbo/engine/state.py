@@ -33,6 +33,8 @@ class SequenceShape(NamedTuple):
     trailing: int
     text: int
     merged_text: int
+    caches_text: bool = False
+    """Whether the text is keys and values alone, which the model keeps."""
 
 
 @dataclass

@@ -12,10 +12,39 @@ from torch import Tensor, nn
 from gen_turbo.models.adapter import Adapter, Geometry, ModelCall, coarsened
 from gen_turbo.models.unet import level_of
 
-_ONE_ROW = ("time_", "timestep", "norm", "adaln", "guidance", "add_embedding", "class_", "pooled", "_mod", "embedding_")
+_ONE_ROW = (
+    "time_",
+    "timestep",
+    "norm",
+    "adaln",
+    "guidance",
+    "add_embedding",
+    "class_",
+    "pooled",
+    "_mod",
+    "embedding_",
+    "modulation",
+    "av_cross_attn",
+)
 """Parts of names of layers that read one row per image: modulations, embeddings of the time."""
-_TEXT_ROWS = ("add_", "context", "caption", "text_", "attn2.to_k", "attn2.to_v", "txt")
+_TEXT_ROWS = (
+    "add_",
+    "context",
+    "caption",
+    "text_",
+    "attn2.to_k",
+    "attn2.to_v",
+    "txt",
+    "to_q_t",
+    "to_k_t",
+    "to_v_t",
+    "to_out_t",
+    "ff_t",
+)
 """Parts of names of layers that read the text tokens."""
+_SOUND_KEYS, _SOUND_QUERIES = "audio_to_video", "video_to_audio"
+"""Attention of a video to its sound and of the sound to the video, by name."""
+_KEYS = ("to_k", "to_v")
 _CROSS = ("attn2", "cross_attn", "cross_attention")
 _QUERIES = ("to_q", "to_query", "to_qkv_mlp_proj")
 """What makes queries, by name."""
@@ -70,6 +99,8 @@ class Workload:
         joins_text: Whether they share attention with the image tokens.
         itemsize: Bytes of a number.
         references: Tokens of images beside the target.
+        caches_text: Whether the joined text is keys and values alone, which the model keeps.
+        sound: Tokens of sound beside a video.
     """
 
     batch: int
@@ -79,6 +110,8 @@ class Workload:
     joins_text: bool
     itemsize: int
     references: int = 0
+    caches_text: bool = False
+    sound: int = 0
 
     @classmethod
     def of(cls, call: ModelCall, geometry: Geometry) -> Workload:
@@ -89,7 +122,8 @@ class Workload:
         joins = geometry.num_text > 0
         num_text = geometry.num_text if joins else num_text
         references = sum(region.num_tokens for region in geometry.references)
-        return cls(len(sample), geometry.num_frames, grid, num_text, joins, sample.element_size(), references)
+        size, is_cached, sound = sample.element_size(), geometry.caches_text, geometry.num_sound
+        return cls(len(sample), geometry.num_frames, grid, num_text, joins, size, references, is_cached, sound)
 
     def tokens(self, downsample: int) -> int:
         """Image tokens of a row at a level."""
@@ -121,54 +155,84 @@ class LayerWork:
     """What one layer or block is made of, from which its cost follows for any number of image tokens.
 
     Attributes:
-        products: For each matrix product what it reads ("image", "text" or "one" row), weights, inputs plus outputs.
+        products: For each matrix product what it reads ("image", "text", "sound" or "one" row), which share of that,
+            weights, inputs plus outputs.
         width: Channels of its tokens.
-        heads: Channels of all heads together, for each self-attention.
-        cross: The same for each cross-attention.
+        attentions: For each attention what asks and what is asked ("joined" is image and text), and channels of all
+            heads together.
     """
 
-    products: tuple[tuple[str, int, int], ...]
+    products: tuple[tuple[str, float, int, int], ...]
     width: int
-    heads: tuple[int, ...]
-    cross: tuple[int, ...]
+    attentions: tuple[tuple[str, str, int], ...]
 
     @classmethod
     def of(cls, module: nn.Module) -> LayerWork:
         """Counts the matrix products of a layer, whatever device its weights are on."""
-        products, heads, cross, width = [], list[int](), list[int](), 0
+        products, attentions, width, shares = [], [], 0, shares_of(module)
         for name, part in module.named_modules():
             if is_product(part):
-                products.append((rows_of(name), *sizes_of(part)))
+                products.append((rows_of(name), shares.get(name, 1.0), *sizes_of(part)))
             query: Any = next((getattr(part, projection) for projection in _QUERIES if hasattr(part, projection)), None)
             if is_product(query):
                 width = width or int(query.in_features)
                 # A projection that is fused with others is wider than all heads.
                 channels: Any = part.inner_dim if hasattr(part, _QUERIES[-1]) else query.out_features
-                (cross if name.endswith(_CROSS) else heads).append(int(channels))
-        return cls(tuple(products), width, tuple(heads), tuple(cross))
+                attentions.append((*_sides_of(name), int(channels)))
+        return cls(tuple(products), width, tuple(attentions))
 
     def work(self, load: Workload, tokens: float, num_queries: float | None = None) -> Work:
         """The cost of a call on so many image tokens; `num_queries` where keys and values alone are merged."""
         queries = tokens if num_queries is None else num_queries
         # Text that has no weights of its own goes through those of the image.
-        inside = 0 if any(kind == "text" for kind, _, _ in self.products) else load.joined
-        rows: Mapping[str, float] = {"image": queries + inside, "text": load.text, "one": 1}
+        asking = 0 if load.caches_text else load.joined
+        inside = 0 if any(kind == "text" for kind, *_ in self.products) else asking
+        rows: Mapping[str, float] = {"image": queries + inside, "text": load.text, "one": 1, "sound": load.sound}
         total = Work()
-        for kind, weights, features in self.products:
-            total += load.product(rows[kind], weights, features)
-        for width in self.heads:
-            total += load.attention(queries + load.joined, tokens + load.joined, width)
-        for width in self.cross:
-            total += load.attention(queries, load.text, width)
+        for kind, share, weights, features in self.products:
+            total += load.product(rows[kind] * share, weights, features)
+        beside = {"text": load.text, "sound": load.sound}
+        ask = {"joined": queries + asking, "image": queries, **beside}
+        asked = {"joined": tokens + load.joined, "image": tokens, **beside}
+        for query, key, width in self.attentions:
+            total += load.attention(ask[query], asked[key], width)
         return total
 
 
 def rows_of(name: str) -> str:
-    """What a matrix product reads, by its name: "image" tokens, "text" tokens or "one" row per image."""
+    """What a matrix product reads, by its name: tokens of "image", "text" or "sound", or "one" row per image."""
     lowered = name.lower()
     if any(part in lowered for part in _ONE_ROW):
         return "one"
-    return "text" if any(part in lowered for part in _TEXT_ROWS) else "image"
+    if any(part in lowered for part in _TEXT_ROWS):
+        return "text"
+    if _SOUND_KEYS in lowered or _SOUND_QUERIES in lowered:
+        return "sound" if (_SOUND_KEYS in lowered) == lowered.endswith(_KEYS) else "image"
+    return "sound" if "audio_" in lowered else "image"
+
+
+def _sides_of(name: str) -> tuple[str, str]:
+    """What asks and what is asked in an attention, by its name."""
+    if _SOUND_KEYS in name:
+        return "image", "sound"
+    if _SOUND_QUERIES in name:
+        return "sound", "image"
+    has_sound = "audio_" in name
+    if name.endswith(_CROSS):
+        return "sound" if has_sound else "image", "text"
+    return ("sound", "sound") if has_sound else ("joined", "joined")
+
+
+def shares_of(module: nn.Module) -> dict[str, float]:
+    """Of layers inside of routed experts, by name, the share of the tokens that each reads if all are asked alike."""
+    shares: dict[str, float] = {}
+    for name, part in module.named_modules():
+        experts: Any = getattr(part, "experts", None)
+        if isinstance(experts, nn.ModuleList) and hasattr(part, "num_activated_experts"):
+            inside = f"{name}.experts" if name else "experts"
+            share = int(part.num_activated_experts) / len(experts)
+            shares |= {f"{inside}.{inner}": share for inner, _ in experts.named_modules()}
+    return shares
 
 
 def is_product(part: object) -> bool:
@@ -195,7 +259,7 @@ def stock_work(model: nn.Module, adapter: Adapter, load: Workload) -> Work:
     for name, part in model.named_modules():
         if is_product(part) and not name.startswith(inside):
             kind, downsample = rows_of(name), 2 ** level_of(name, num_levels) if num_levels else 1
-            rows = {"image": load.tokens(downsample), "text": load.text, "one": 1}[kind]
+            rows = {"image": load.tokens(downsample), "text": load.text, "one": 1, "sound": load.sound}[kind]
             if "downsamplers" in name:
                 rows //= 4
             elif "upsamplers" in name:

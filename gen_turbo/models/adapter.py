@@ -184,6 +184,8 @@ class Geometry:
         left_alone: Why the call cannot run on merged tokens; empty if it can.
         num_text: Text tokens in every row, where they share a sequence with image tokens.
         num_images: Rows of the batch before it repeats itself, as it does under guidance; 0 where that is not known.
+        caches_text: Whether the text is in no sequence, for the model keeps its keys and values.
+        num_sound: Tokens of the sound beside a video, in a sequence of their own.
     """
 
     grid: Grid | None
@@ -192,6 +194,8 @@ class Geometry:
     num_images: int = 0
     references: tuple[Region, ...] = ()
     left_alone: str = ""
+    caches_text: bool = False
+    num_sound: int = 0
 
     @property
     def regions(self) -> tuple[Region, ...]:

@@ -84,6 +84,8 @@ class TransformerAdapter:
         has_references: Whether images may stand beside the target.
         left_alone: Why a call cannot run on merged tokens; empty if it can.
         num_text: Text tokens that share attention with the image tokens.
+        num_sound: Tokens of the sound beside a video.
+        caches_text: Whether the model keeps the keys and values of the text, so that no call runs it.
         text: Where the model is given text that can be merged, or why there is none.
         reading: Reads the arguments of a call.
         is_one_stack: Whether each block reads what the one before it gives, from the first stack to the last.
@@ -99,6 +101,8 @@ class TransformerAdapter:
     has_references: bool = False
     left_alone: Callable[[Mapping[str, Any]], str] = lambda arguments: ""
     num_text: Callable[[Any, Mapping[str, Any]], int] = no_text
+    num_sound: Callable[[Any, Mapping[str, Any]], int] = no_text
+    caches_text: bool = False
     text: TextSignature | str | Callable[[Any], TextSignature | str] = "its image tokens share no attention with text"
     reading: Callable[[Mapping[str, Any]], ModelCall] = latents
     is_one_stack: bool = False
@@ -143,10 +147,13 @@ class TransformerAdapter:
         """Frames, grid, text tokens, repeated images and references of a call."""
         num_text, repeated = self.num_text(model, arguments), num_images(self.reading(arguments).sample)
         regions, why = self.regions(model, arguments), self.left_alone(arguments)
+        num_sound = self.num_sound(model, arguments)
         if not regions:
-            return Geometry(None, 1, num_text, repeated, left_alone=why)
+            return Geometry(None, 1, num_text, repeated, (), why, self.caches_text, num_sound)
         target, *references = regions
-        return Geometry(target.grid, target.num_frames, num_text, repeated, tuple(references), why)
+        return Geometry(
+            target.grid, target.num_frames, num_text, repeated, tuple(references), why, self.caches_text, num_sound
+        )
 
     def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:
         """The attention column mean over strided queries for "self", before positions; nothing for other kinds."""

@@ -62,6 +62,7 @@ QWEN_IMAGE_21 = TransformerAdapter(
     # The call that fills the cache runs in full.
     left_alone=lambda arguments: "" if arguments.get("kv_cache") is not None else "it keeps no cache of its prefix",
     num_text=_prefix_length,
+    caches_text=True,
     text=_PREFIX,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gen_turbo.models.adapter import Adapter, LayerSignature, TextSignature, TokenArg
@@ -51,6 +52,12 @@ _LTX2_OF_TOKENS = tuple(
     TokenArg(name, axis=1, has_batch=True) for name in ("temb", "temb_ca_scale_shift", "temb_ca_gate")
 )
 """Modulations, one for each token where frames are given, else one for all."""
+
+
+def _ltx2_sound(model: Any, arguments: Mapping[str, Any]) -> int:
+    return int(arguments["audio_hidden_states"].shape[1])
+
+
 LTX2 = TransformerAdapter(
     ("LTX2VideoTransformer3DModel",),
     {"transformer_blocks.*.attn1": LayerSignature(none=SELF, token_args=_ltx2_rotary("query_rotary_emb"))},
@@ -63,6 +70,7 @@ LTX2 = TransformerAdapter(
         )
     },
     regions=sizes_given,
+    num_sound=_ltx2_sound,
 )
 # In blocks of 8 x 8 tokens, in which sparse attention wants them, they stay as they are.
 KANDINSKY5 = TransformerAdapter(
