@@ -8,7 +8,7 @@ from torch import nn
 
 from gen_turbo.engine.base import LayerReport
 from gen_turbo.engine.state import Phase, SequenceShape, Totals
-from gen_turbo.engine.work import rows_of, shares_of
+from gen_turbo.engine.work import rows_of, self_attentions, shares_of
 from gen_turbo.models.adapter import LayerSpec
 
 _OFF = "fuser"
@@ -34,9 +34,10 @@ class Cost:
         """Counts the linear weights that image tokens go through: not those of text, time or cross-attention's keys."""
         linears = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
         # By its sides, for quantised weights are stored as fewer numbers.
-        shares = shares_of(module)
+        shares, alone = shares_of(module), self_attentions(module)
         sizes = ((name, round(m.in_features * m.out_features * shares.get(name, 1))) for name, m in linears)
-        weights = sum(size for name, size in sizes if rows_of(name) == "image" and _OFF not in name)
+        read = ((name, size) for name, size in sizes if name.startswith(alone) or rows_of(name) == "image")
+        weights = sum(size for name, size in read if _OFF not in name)
         width = next((m.out_features for name, m in linears if name.endswith(("to_q", "to_query"))), 0)
         # Of a projection that is fused with others, the attention says its share.
         width = width or next((int(m.inner_dim) for m in module.modules() if hasattr(m, "inner_dim")), 0)  # type: ignore[arg-type]

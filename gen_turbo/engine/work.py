@@ -34,6 +34,8 @@ _TEXT_ROWS = (
     "text_",
     "attn2.to_k",
     "attn2.to_v",
+    "cross_attention.to_key",
+    "cross_attention.to_value",
     "txt",
     "to_q_t",
     "to_k_t",
@@ -170,15 +172,18 @@ class LayerWork:
     def of(cls, module: nn.Module) -> LayerWork:
         """Counts the matrix products of a layer, whatever device its weights are on."""
         products, attentions, width, shares = [], [], 0, shares_of(module)
+        alone = self_attentions(module)
         for name, part in module.named_modules():
             if is_product(part):
-                products.append((rows_of(name), shares.get(name, 1.0), *sizes_of(part)))
+                kind = "image" if name.startswith(alone) else rows_of(name)
+                products.append((kind, shares.get(name, 1.0), *sizes_of(part)))
             query: Any = next((getattr(part, projection) for projection in _QUERIES if hasattr(part, projection)), None)
             if is_product(query):
                 width = width or int(query.in_features)
                 # A projection that is fused with others is wider than all heads.
                 channels: Any = part.inner_dim if hasattr(part, _QUERIES[-1]) else query.out_features
-                attentions.append((*_sides_of(name), int(channels)))
+                sides = ("image", "image") if f"{name}." in alone else _sides_of(name)
+                attentions.append((*sides, int(channels)))
         return cls(tuple(products), width, tuple(attentions))
 
     def work(self, load: Workload, tokens: float, num_queries: float | None = None) -> Work:
@@ -221,6 +226,12 @@ def _sides_of(name: str) -> tuple[str, str]:
     if name.endswith(_CROSS):
         return "sound" if has_sound else "image", "text"
     return ("sound", "sound") if has_sound else ("joined", "joined")
+
+
+def self_attentions(module: nn.Module) -> tuple[str, ...]:
+    """Prefixes of second attentions that read image tokens alone, as in SD 3.5, where other families read the text."""
+    second = ((name, part) for name, part in module.named_modules() if name.endswith("attn2"))
+    return tuple(f"{name}." for name, part in second if getattr(part, "is_cross_attention", True) is False)
 
 
 def shares_of(module: nn.Module) -> dict[str, float]:

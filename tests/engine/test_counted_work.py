@@ -34,9 +34,12 @@ def counted(run, times: tuple[int, ...]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["qwen-image-2.1", "ltx2", "hidream", "qwen-image", "sd3", "flux", "cogvideox", "wan"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen-image-2.1", "ltx2", "hidream", "sd3.5-dual", "kandinsky5", "qwen-image", "sd3", "flux", "cogvideox", "wan"],
+)
 def test_work_is_what_torch_counts(name, monkeypatch):
-    """Catches a cached prefix that runs through the blocks, sound in rows of the video, and every expert at work."""
+    """Catches a prefix that runs through the blocks, sound in rows of the video, every expert, text for image."""
     model, run = family(name)
     opened, seen = Runs.open, []
 
