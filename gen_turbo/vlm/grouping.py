@@ -21,7 +21,7 @@ from gen_turbo.training.vistog import SemanticGrouping, VisToGArtefact, VisToGSh
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.family import Family, TowerFacts, square, tower_facts
 from gen_turbo.vlm.gate import Gate
-from gen_turbo.vlm.hooks import InstanceMethod, stock_in_copies
+from gen_turbo.vlm.hooks import InstanceMethod, settled
 from gen_turbo.vlm.part import VlmPart, token_flops
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.run import Group
@@ -86,7 +86,7 @@ class GroupingPart(VlmPart):
         else:
             projector = self.model.get_submodule(self._facts.projector)
             self._handles.append(InstanceMethod(projector, "forward", self._project))
-        stock_in_copies(self._handles)
+        self._handles = settled(self.model, self._handles)
 
     def slots(self) -> Tensor | None:
         """The group of each patch of the pictures seen last, (B, N); None before the first."""

@@ -8,19 +8,30 @@ from functools import update_wrapper
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.engine.placed import NotPickled
 
 
-def stock_in_copies(handles: list[Any]) -> list[Any]:
-    """Makes hooks do nothing in copies of their modules, and refuse to be pickled; gives the handles back."""
+def settled(model: nn.Module, handles: list[Any]) -> list[Any]:
+    """Makes hooks, just registered, known to copies of their modules and to compilers; gives back every handle.
+
+    Hooks do nothing in copies of their modules, and refuse to be pickled. Each module that carries one has a `forward`
+    of its own as long: compiled graphs are not checked for hooks that came or went since they were made
+    (`skip_nnmodule_hook_guards` of torch.compile), but they are for methods of an instance.
+    """
+    changed = set()
     for handle in handles:
         hooks: Any = handle.hooks_dict_ref() if isinstance(handle, RemovableHandle) else None
         if hooks is not None and not isinstance(hooks[handle.id], _Hook):
             hooks[handle.id] = _Hook(hooks[handle.id])
-    return handles
+            changed.add(id(hooks))
+    carriers = [
+        module for module in model.modules() if {id(module._forward_hooks), id(module._forward_pre_hooks)} & changed
+    ]
+    return handles + [InstanceMethod(module, "forward", _unchanged) for module in carriers]
 
 
 class InstanceMethod(NotPickled):
@@ -67,11 +78,17 @@ class _Hook(NotPickled):
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
+    # Compiled models run hooks as they are, between their graphs: what they keep belongs to the running call.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _nothing
+
+
+def _unchanged(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

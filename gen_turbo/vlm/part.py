@@ -20,7 +20,7 @@ from gen_turbo.vlm.decoder import Cut
 from gen_turbo.vlm.family import Family, tower_facts
 from gen_turbo.vlm.fits import check_place
 from gen_turbo.vlm.gate import Gate
-from gen_turbo.vlm.hooks import stock_in_copies
+from gen_turbo.vlm.hooks import settled
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.packed import PackedTower
 from gen_turbo.vlm.planning import plan_tokens
@@ -83,7 +83,7 @@ class VlmPart(OnModel):
         if self._gate is not None:
             self._handles += self._gate.words.install(self.model) if self._gate.words is not None else []
             self._handles.append(self._gate.watch(self._note))
-        stock_in_copies(self._handles)
+        self._handles = settled(self.model, self._handles)
 
     def remove(self) -> None:
         """Takes every hook off; doing it twice is harmless."""

@@ -15,7 +15,7 @@ from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.decoder import Cut, check_cut
 from gen_turbo.vlm.family import Family
 from gen_turbo.vlm.gate import Gate
-from gen_turbo.vlm.hooks import stock_in_copies
+from gen_turbo.vlm.hooks import settled
 from gen_turbo.vlm.layers import Choice, Skipping
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.routes import Route, Routed, Routing
@@ -86,7 +86,7 @@ class RoutedPart(OnModel):
                 self._handles += stage.install() if stage is not None else []
             text = self.model.get_submodule(self._family.text)
             self._handles.append(text.register_forward_hook(lambda module, args, output: self._after_text()))
-            stock_in_copies(self._handles)
+            self._handles = settled(self.model, self._handles)
 
     def remove(self) -> None:
         """Takes every hook off; doing it twice is harmless."""

@@ -1,0 +1,82 @@
+"""Compiled models: an attachment does what it does in eager mode, whatever was compiled before it came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gen_turbo import attach
+from gen_turbo.registry import METHODS
+from tests.vlm.test_generate import TOLERANCE
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
+
+TOWERS = {"llava": "model.vision_tower", "qwen2_5": "model.visual"}
+SETTINGS = {
+    "tower": ("turbo_vit", {}),
+    "pre_llm": ("turbo", {}),
+    "decoder": ("fastv", {}),
+    "layers": ("par", {"router": "uniform", "tokens": 0.5, "layers": 3}),
+}
+CASES = [
+    ("llava", "whole", "pre_llm"),
+    ("llava", "tower", "pre_llm"),
+    ("llava", "text", "decoder"),
+    ("llava", "text", "layers"),
+    ("qwen2_5", "tower", "tower"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "part", "place"), CASES)
+def test_a_compiled_model_is_reduced_like_an_eager_one(family, part, place):
+    """Catches graphs made before the attachment that go on without its hooks, or after it with them.
+
+    The graphs of one block serve its equals too, which carry no hooks or others.
+    """
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
+    name, settings = SETTINGS[place]
+    method = METHODS[name](**settings) if settings else METHODS[name](0.6)
+    stock = model(**inputs).logits
+    lengths = []
+    with attach(model, method):
+        last = model.get_submodule(vlm.text).layers[3]
+        handle = last.mlp.register_forward_hook(lambda module, args, output: lengths.append(output.shape[:2]))
+        eager = model(**inputs).logits
+        handle.remove()
+    assert (eager - stock).abs().max() > 100 * TOLERANCE
+    compiled = {"whole": model, "tower": model.get_submodule(TOWERS[family]), "text": model.get_submodule(vlm.text)}
+    compiled[part].compile(backend="eager")
+    model.get_submodule(vlm.text).layers[3].mlp.register_forward_hook(
+        torch.compiler.disable(lambda module, args, output: lengths.append(output.shape[:2]))
+    )
+    assert (model(**inputs).logits - stock).abs().max() < TOLERANCE
+    with attach(model, method):
+        for _ in range(2):
+            assert (model(**inputs).logits - eager).abs().max() < TOLERANCE
+    assert (model(**inputs).logits - stock).abs().max() < TOLERANCE
+    ran, before, *attached, after = lengths
+    assert before == after and attached == [ran, ran] and ran.numel() < before.numel()
+    assert compiled[part]._compiled_call_impl is not None
+
+
+@torch.no_grad()
+def test_a_stock_model_beside_an_attached_one_keeps_its_graphs():
+    """Catches graphs of an attached model that serve another one of its class, and the other way round."""
+    vlm = VLMS["llava"]
+    attached, stock, inputs = vlm.make("sdpa"), vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
+    expected = stock(**inputs).logits
+    models = [torch.compile(one, backend="eager") for one in (attached, stock)]
+    with attach(attached, METHODS["turbo"](0.6)):
+        reduced = attached(**inputs).logits
+        for _ in range(2):
+            assert (models[0](**inputs).logits - reduced).abs().max() < TOLERANCE
+            assert (models[1](**inputs).logits - expected).abs().max() < TOLERANCE
+    assert (reduced - expected).abs().max() > 100 * TOLERANCE
