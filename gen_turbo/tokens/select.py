@@ -5,6 +5,7 @@ Shape names: B batch, N tokens, C channels, K kept.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import isqrt
 
 import torch
@@ -93,14 +94,19 @@ def pool_cells(grid: tuple[int, int], num_kept: int, device: torch.device | str 
     _check(num_kept, height * width)
     wanted = round((num_kept * height / width) ** 0.5)
     num_bands = min(height, num_kept, max(1, -(-num_kept // width), wanted))
-    destination = torch.empty(height, width, dtype=torch.int64)
+    # In plain numbers, so that one operator makes the whole plan's tensor.
+    destinations: list[int] = []
     for band in range(num_bands):
         top, bottom = band * height // num_bands, (band + 1) * height // num_bands
         count = (band + 1) * num_kept // num_bands - band * num_kept // num_bands
-        for cell in range(count):
-            left, right = cell * width // count, (cell + 1) * width // count
-            destination[top:bottom, left:right] = (top + bottom - 1) // 2 * width + (left + right - 1) // 2
-    return TokenMap.from_destinations(destination.reshape(1, -1).to(device), num_kept)
+        edges = [cell * width // count for cell in range(count + 1)]
+        row = [
+            (top + bottom - 1) // 2 * width + (left + right - 1) // 2
+            for left, right in pairwise(edges)
+            for _ in range(left, right)
+        ]
+        destinations += row * (bottom - top)
+    return TokenMap.from_destinations(torch.tensor([destinations], device=device), num_kept)
 
 
 def shrunk_grid(grid: tuple[int, int], num_kept: int) -> tuple[int, int]:

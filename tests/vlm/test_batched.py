@@ -67,7 +67,7 @@ def operators(model, batch):
         ("fastv", {}, 1.1),
         ("visionzip", {}, 1.1),
         ("stride", {}, 1.1),
-        ("pool", {}, 1.15),
+        ("pool", {}, 1.1),
         ("resize", {}, 1.1),
     ],
 )
