@@ -25,7 +25,7 @@ from gen_turbo.vlm.masks import check_mask, deepstack, held, mask_2d, masks_by_k
 from gen_turbo.vlm.origin import Seen, tell_of_features
 from gen_turbo.vlm.recorded import whole
 from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
-from gen_turbo.vlm.static import refuse_static
+from gen_turbo.vlm.static import check_kernel, refuse_static
 from gen_turbo.vlm.words import Words
 
 
@@ -247,7 +247,9 @@ class Gate:
         if here is not None and reduction is not None:
             changed["inputs_embeds"] = here.take(reduction.apply(embeds, self.is_merged), 1)
         if is_static:
-            is_added = self._text.config._attn_implementation == "eager"  # type: ignore[union-attr]
+            kernel: Any = self._text.config._attn_implementation  # type: ignore[union-attr]
+            check_kernel(kernel)
+            is_added = kernel == "eager"
             masks = mask if isinstance(mask, dict) else {"": mask}
             entering = changed.get("inputs_embeds", embeds)
             made = {kind: cache.mask(one, self._total, here, entering, is_added) for kind, one in masks.items()}

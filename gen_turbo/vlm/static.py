@@ -117,6 +117,15 @@ def refuse_static(cache: Any) -> None:
         )
 
 
+def check_kernel(attention: str | None) -> None:
+    """Refuses attention kernels that take no mask of places in a static cache; raises ValueError."""
+    if "flash" in (attention or ""):
+        raise ValueError(
+            f"{attention} takes no mask of the places that dropped image tokens leave free in a StaticCache; load with "
+            "attn_implementation='sdpa', or use the default DynamicCache (leave out cache_implementation)"
+        )
+
+
 def check_followed(cache: Any) -> None:
     """Refuses calls that go on with a cache and know nothing of what it lacks; raises ValueError."""
     is_short = cache.num_dropped or getattr(cache, "cuts", None) or getattr(cache, "route", None) is not None

@@ -192,6 +192,16 @@ def test_flex_attention_runs_or_is_refused_in_words(family, place):
             assert (plain(**inputs).logits - found).abs().max() < TOLERANCE
 
 
+def test_flash_attention_with_a_static_cache_is_refused_in_words():
+    """Catches a mask of four axes given to a kernel that takes two."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
+    with attach(model, SHORT["pre_llm"]):
+        model.model.language_model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="flash_attention_2 takes no mask"):
+            generate(model, inputs, cache_implementation="static")
+
+
 def test_videos_are_told():
     """Catches a video that runs in full in silence."""
     model, ids = VLMS["qwen2_5"].make(), torch.tensor([[5, 6, 97] + [98] * 16 + [96, 7, 8]])
