@@ -35,6 +35,7 @@ class ReducedLayer(Placed):
         state: What it holds in the running run.
         starts: Whether the running step is its first one with the map and memory of `state`.
         writes_map: Whether it makes the map anew in the running step, for itself and the layers that share it.
+        is_first: Whether it merges; inside of a span its first block alone does.
         keeps_references: Whether references beside the target stay merged as they are then.
         step_info: What the method is told then.
         beginning: Makes maps and decides what a layer can take part in.
@@ -42,6 +43,7 @@ class ReducedLayer(Placed):
     """
 
     phase = Phase.FULL
+    is_first = True
     keeps_references = True
 
     def __init__(self, spec: LayerSpec, module: nn.Module, ratio: float, beginning: Beginning) -> None:

@@ -197,7 +197,7 @@ class Program:
     ) -> bool:
         """Whether a layer has to make its map anew for all that share it: the first to run of those does."""
         base, serve = held.base, self.reducer.map_life
-        if base is None or serve == 0 or id(base) in written or getattr(layer, "is_first", True) is False:
+        if base is None or serve == 0 or id(base) in written or not layer.is_first:
             return False
         if context.step - base.made_at < serve:
             return False

@@ -42,7 +42,6 @@ class SpanBlock(ReducedLayer):
 
     Attributes:
         span: What its blocks hand on.
-        is_first: Whether it merges.
     """
 
     span = Span()
