@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.bench.commands import add_arguments, run
 from gen_turbo.bench.gpu import command, meter, variants
 from gen_turbo.bench.gpu.apart import apart
-from gen_turbo.bench.gpu.cases import CASES, build, cases, pipeline
+from gen_turbo.bench.gpu.cases import CASES, Case, build, cases, pipeline
 from gen_turbo.bench.gpu.journal import Wishes
 from gen_turbo.bench.gpu.pipeline import BarePipeline
 from gen_turbo.bench.gpu.tables import denoisers, reading
@@ -77,14 +78,14 @@ def test_what_is_refused_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkey
     real = variants._applied
 
     def refusing(pipe: BarePipeline, variant: variants.Variant, mode: Mode) -> Any:
-        if variant.setting.name == "turbo-0.4":
+        if variant.setting.name == "attention-0.4":
             raise RuntimeError("not today")
         return real(pipe, variant, mode)
 
-    arguments = ("--models", "pixart-sigma-1024", "--modes", "eager", "--settings", "turbo-0.4*")
+    arguments = ("--models", "pixart-sigma-1024", "--modes", "eager", "--settings", "*-0.4")
     monkeypatch.setattr(variants, "_applied", refusing)
     failures = {r.setting: r.failure for r in _run(tmp_path, *arguments)}
-    assert failures == {"stock": "", "turbo-0.4": "RuntimeError: not today", "turbo-0.4-auto": ""}
+    assert failures == {"stock": "", "turbo-0.4": "", "attention-0.4": "RuntimeError: not today"}
     monkeypatch.undo()
     monkeypatch.setattr(command, "datetime", _InAMinute)
     assert not any(r.failure for r in _run(tmp_path, *arguments))
@@ -149,7 +150,7 @@ def test_captured_stock_goes_through_this_package(monkeypatch: pytest.MonkeyPatc
     """Catches a bare model under the name of captured stock, and graphs where none are asked for."""
     asked: list[tuple[str, object]] = []
     monkeypatch.setattr(variants, "_attached", lambda pipe, processor, graphs: _noted(asked, pipe, processor, graphs))
-    for name, mode in (("stock", Mode.CAPTURED), ("turbo-0.4", Mode.EAGER), ("turbo-0.4-auto", Mode.EAGER)):
+    for name, mode in (("stock", Mode.CAPTURED), ("attention-0.4", Mode.EAGER), ("turbo-0.4", Mode.EAGER)):
         with prepared(loop, _variant(name), mode):
             pass
     assert asked == [("IdentityProcessor", True), ("TurboProcessor", False), ("TurboProcessor", "auto")]
@@ -287,3 +288,13 @@ def test_two_cards_have_two_tables(tmp_path: Path) -> None:
     for device in ("NVIDIA H100", "NVIDIA H200"):
         append(tmp_path, _record("stock", device=device))
     assert denoisers(tmp_path).count("| sd15 512x512 stock |") == 2
+
+
+def test_the_users_line_is_measured_over_whole_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a short run in the place of the pipeline's own, for which other layers and rhythms are chosen."""
+    case = replace(cases(["pixart-sigma-1024"])[0].shrunk(), run_steps=12)
+    monkeypatch.setattr(Case, "shrunk", lambda self: case)
+    arguments = ("--models", "pixart-sigma-1024", "--modes", "eager", "--settings", "*-0.4")
+    found = {r.setting: r for r in _run(tmp_path, *arguments)}
+    assert {name: r.params["steps"] for name, r in found.items()} == {"stock": 10, "turbo-0.4": 12, "attention-0.4": 10}
+    assert len(found["turbo-0.4"].values["step_ms"]) == 12

@@ -73,10 +73,7 @@ def measured():
     rows = load(RECORDS, "gpu")
     stock = {(r.params["model"], r.params["pixels"], r.params["mode"]): r for r in rows if r.setting == "stock"}
     for row in rows:
-        if (
-            not row.setting.startswith(("attention-0.4", "attention-residual", "block-residual"))
-            or "auto" in row.setting
-        ):
+        if not row.setting.startswith(("attention-0.4", "attention-residual", "block-residual")):
             continue
         base = stock.get((row.params["model"], row.params.get("pixels"), row.params["mode"]))
         if base is None or "step_ms" not in row.values:

@@ -37,7 +37,7 @@ from gen_turbo.bench.gpu.variants import (
     num_graphs,
     prepared,
 )
-from gen_turbo.bench.settings import Setting, Stock
+from gen_turbo.bench.settings import Stock
 
 _BASELINE_STEPS = 4
 """Of bare stock, whose steps are all alike."""
@@ -59,6 +59,7 @@ class Cells:
         make: Makes the stock pipeline once something is to be measured.
         params: What defines model and size, for the records.
         rounds: Alternating rounds.
+        run_steps: Steps of a run of what the package decides about.
         wishes: What is asked for.
         announce: Called with the record of a failure before a cell is measured, should the process die there, and
             with nothing behind it.
@@ -69,12 +70,13 @@ class Cells:
         make: Callable[[], BarePipeline],
         params: Mapping[str, Any],
         rounds: int,
+        run_steps: int,
         wishes: Wishes,
         announce: Callable[[str], object],
     ) -> None:
         self._make = make
-        self._params = dict(params) | {"steps": wishes.steps, "rounds": rounds, "device": device_name() or "cpu"}
-        self._rounds = rounds
+        self._params = dict(params) | {"rounds": rounds, "device": device_name() or "cpu"}
+        self._rounds, self._run_steps = rounds, run_steps
         self._wishes = wishes
         self._announce = announce
         self._is_slow = False
@@ -90,13 +92,13 @@ class Cells:
         for mode, members in groups(found, is_first):
             if self._wishes.modes and mode not in self._wishes.modes:
                 continue
-            pending = [v for v in members if v.setting.name in wished and not self._is_finished(v.setting, mode)]
-            if pending or not self._is_finished(_STOCK.setting, mode):
+            pending = [v for v in members if v.setting.name in wished and not self._is_finished(v, mode)]
+            if pending or not self._is_finished(_STOCK, mode):
                 left += self._group(mode, pending, deadline)
         return left
 
     def _group(self, mode: Mode, pending: list[Variant], deadline: float) -> int:
-        is_stock_due = not self._is_finished(_STOCK.setting, mode)
+        is_stock_due = not self._is_finished(_STOCK, mode)
         if time.monotonic() > deadline:
             return len(pending) + is_stock_due
         if mode.is_compiled:
@@ -132,11 +134,13 @@ class Cells:
     @contextlib.contextmanager
     def _ready(self, variant: Variant, mode: Mode) -> Iterator[_Ready]:
         graphs, breaks = num_graphs()
+        # What is decided for a run depends on its length.
+        warm_steps = self._run_steps if variant.is_automatic else _WARM_STEPS
         with prepared(self._eager, variant, mode) as pipeline:
             with warnings.catch_warnings():
                 # Where capture is refused, figures of eager steps would stand under its name.
                 warnings.filterwarnings("error", message="CUDA graphs were asked for")
-                first = meter.first_run(pipeline, _WARM_STEPS, _more_runs(variant, mode))
+                first = meter.first_run(pipeline, warm_steps, _more_runs(variant, mode))
             now = num_graphs()
             yield _Ready(pipeline, first, (now[0] - graphs, now[1] - breaks))
 
@@ -144,7 +148,7 @@ class Cells:
     def _guarded(self, variant: Variant, mode: Mode) -> Iterator[_Guarded]:
         """Turns an error into a record, and stops what takes too long."""
         guarded = _Guarded()
-        failure = self._record(variant.setting, mode, failure="the process ended while this was measured")
+        failure = self._record(variant, mode, failure="the process ended while this was measured")
         self._announce(failure.to_line())
         try:
             with meter.limited(_MOST_COMPILING if mode.is_compiled else _MOST_SECONDS):
@@ -162,7 +166,7 @@ class Cells:
         if stock is not None:
             is_short = mode is Mode.EAGER or self._is_slow
             loops["stock"] = (stock.pipeline, _BASELINE_STEPS if is_short else self._wishes.steps)
-        loops["own"] = (own.pipeline, self._wishes.steps)
+        loops["own"] = (own.pipeline, self._steps(variant))
         if mode is not Mode.EAGER:
             loops["eager"] = (self._eager, _BASELINE_STEPS)
         traces = meter.alternated(loops, self._rounds)
@@ -177,11 +181,12 @@ class Cells:
             "first_run_s": [own.first.seconds],
             "peak_mib": [own.first.peak_mib],
         }
-        counts = {"host_waits": meter.host_waits(own.pipeline, _WATCHED_STEPS), "finite": int(own.first.is_finite)}
+        watched = self._run_steps if variant.is_automatic else _WATCHED_STEPS
+        counts = {"host_waits": meter.host_waits(own.pipeline, watched), "finite": int(own.first.is_finite)}
         if mode.is_compiled:
             counts |= {"graphs": own.graphs[0], "graph_breaks": own.graphs[1]}
         record = self._record(
-            variant.setting,
+            variant,
             mode,
             cpu_s=[trace.cpu_s / len(trace.steps_s) for trace in mine],
             baseline_cpu_s=[trace.cpu_s / len(trace.steps_s) for trace in base],
@@ -191,7 +196,7 @@ class Cells:
             counts=counts,
         )
         self._keep(record)
-        if not mode.is_compiled:
+        if not mode.is_compiled and not variant.is_automatic:
             self._uncounted.append((variant, mode, record))
 
     def count(self, deadline: float) -> None:
@@ -210,23 +215,26 @@ class Cells:
         records.append(self._wishes.records, record)
         print(described(record), flush=True)
 
-    def _record(self, setting: Setting, mode: Mode, **measured: Any) -> records.BenchRecord:
+    def _record(self, variant: Variant, mode: Mode, **measured: Any) -> records.BenchRecord:
         nothing: dict[str, Any] = {"cpu_s": [], "baseline_cpu_s": [], "wall_s": [], "baseline_wall_s": []}
         return records.BenchRecord(
             bench=BENCH,
-            setting=setting.name,
-            family=setting.family,
-            params=self._full(setting, mode),
+            setting=variant.setting.name,
+            family=variant.setting.family,
+            params=self._full(variant, mode),
             seed=self._wishes.seed,
             origin=origin(),
             **nothing | measured,
         )
 
-    def _full(self, setting: Setting, mode: Mode) -> dict[str, Any]:
-        return self._params | {"mode": mode.value} | setting.params()
+    def _full(self, variant: Variant, mode: Mode) -> dict[str, Any]:
+        return self._params | {"steps": self._steps(variant), "mode": mode.value} | variant.setting.params()
 
-    def _is_finished(self, setting: Setting, mode: Mode) -> bool:
-        return is_finished(self._wishes, setting.name, self._full(setting, mode))
+    def _is_finished(self, variant: Variant, mode: Mode) -> bool:
+        return is_finished(self._wishes, variant.setting.name, self._full(variant, mode))
+
+    def _steps(self, variant: Variant) -> int:
+        return self._run_steps if variant.is_automatic else self._wishes.steps
 
     def _clean(self) -> None:
         gc.collect()
@@ -236,7 +244,7 @@ class Cells:
 
 def _more_runs(variant: Variant, mode: Mode) -> int:
     """Runs until every kind of step is captured, and where that is to be decided, timed as well."""
-    return 3 if variant.is_automatic else 2 * mode.is_captured
+    return 1 if variant.is_automatic else 2 * mode.is_captured
 
 
 @dataclass

@@ -93,7 +93,9 @@ def _measure(found: list[Case], wishes: Wishes, is_first: bool, announce: Announ
         rest = sum(other.share for other in found[index:])
         ends = time.monotonic() + max(0.0, deadline - time.monotonic()) * case.share / rest
         params = {"model": case.model, "pixels": case.pixels, "batch": case.batch, "dtype": case.dtype}
-        cells = Cells(partial(make, case), params, wishes.rounds or case.rounds, wishes, announce)
+        cells = Cells(
+            partial(make, case), params, wishes.rounds or case.rounds, case.run_steps or wishes.steps, wishes, announce
+        )
         is_unet = PUBLISHED[case.model].model.startswith("UNet")
         left += cells.measure(variants(case.model, is_unet), is_first, ends)
         measured.append(cells)
@@ -106,7 +108,7 @@ def _measure_own(name: str, pixels: int | None, wishes: Wishes, announce: Announ
     """Measures the user's own denoiser and returns how many cells are left."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loop, params = own.load(name, pixels, device)
-    cells = Cells(lambda: loop, params, wishes.rounds or CASES[0].rounds, wishes, announce)
+    cells = Cells(lambda: loop, params, wishes.rounds or CASES[0].rounds, wishes.steps, wishes, announce)
     found = variants(name, hasattr(loop.model, "down_blocks"))
     left = sum(cells.measure(found, is_first, deadline) for is_first in (True, False))
     cells.count(deadline)

@@ -23,8 +23,8 @@ _WHAT = (
 _WHAT_GAINS = "Stock: milliseconds of a step. Others: times faster over a whole run; medians of CUDA events"
 _SHOWN = (
     ("stock, compiled and captured", "stock", "compiled + captured"),
-    ("`TurboProcessor(0.4)`", "turbo-0.4-auto", "eager"),
-    ('`TurboProcessor(0.4, scope="attention")`', "attention-0.4-auto", "eager"),
+    ("`TurboProcessor(0.4)`", "turbo-0.4", "eager"),
+    ("`TurboProcessor(0.4)`, compiled blocks", "turbo-0.4", "compiled"),
     ("blocks copied, compiled and captured", "spans-copy-r0.5", "compiled + captured"),
 )
 """Columns of `gains`: a title, a setting and the mode that it was measured in; one without a figure is left out."""

@@ -55,7 +55,8 @@ class Variant:
         setting: What is applied.
         first: Modes that are measured before the rest of all settings.
         later: Other modes.
-        is_automatic: Whether the package decides about capture, as it does for who only attaches.
+        is_automatic: Whether the package decides about layers and capture, as it does for who only attaches; it is
+            then measured over runs as long as those of the model's pipeline.
     """
 
     setting: Setting
@@ -70,12 +71,10 @@ def variants(model: str, is_unet: bool) -> list[Variant]:
     found = [Variant(Stock(), tuple(Mode))]
     if is_unet:
         found.append(Variant(Tomesd("tomesd-r0.5", "tomesd", 0.5, _FINEST.get(model, 1)), (eager,)))
-    users: dict[str, dict[str, Any]] = {"turbo-0.4": {}, "attention-0.4": {"scope": "attention"}}
-    for name, options in users.items():
-        setting = Method(name, "the user's line", "turbo", {"ratio": 0.4} | options)
-        found.append(Variant(setting, (eager,), (captured, compiled, both)))
-        automatic = Method(f"{name}-auto", setting.family, setting.method, setting.options)
-        found.append(Variant(automatic, (eager,), is_automatic=True))
+    line = Method("turbo-0.4", "the user's line", "turbo", {"ratio": 0.4})
+    found.append(Variant(line, (eager,), (compiled,), is_automatic=True))
+    layers = Method("attention-0.4", line.family, line.method, line.options | {"scope": "attention"})
+    found.append(Variant(layers, (eager,), (captured, compiled, both)))
     levels: dict[str, Any] = {"max_downsample": _LEVELS[model]} if model in _LEVELS else {}
     copied = {"restore": "copy", "match_every": 5}
     scopes: dict[str, dict[str, Any]] = {
