@@ -24,6 +24,7 @@ class Family:
         num_frames: Frames of the latents in tokens.
         first: Arguments of a call before the others, which fills a cache that they read; none where there is none.
         then: Arguments of the others.
+        num_hidden: Condition tokens that no row of a batch shows.
     """
 
     build: Callable[[], nn.Module]
@@ -33,6 +34,7 @@ class Family:
     num_frames: int = 1
     first: dict[str, object] = field(default_factory=dict)
     then: dict[str, object] = field(default_factory=dict)
+    num_hidden: int = 0
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:

@@ -207,11 +207,11 @@ def qwen_21_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
     }
 
 
-def hunyuan_image() -> nn.Module:
-    """HunyuanImage 2.1 without glyphs."""
+def hunyuan_image(**settings: object) -> nn.Module:
+    """HunyuanImage 2.1, without glyphs unless told their width."""
     widths = {"text_embed_dim": 32, "rope_axes_dim": (8, 8), "patch_size": (2, 2)}
     shape = {"in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
-    return HunyuanImageTransformer2DModel(**HEADS, **shape, **widths)
+    return HunyuanImageTransformer2DModel(**HEADS, **shape, **widths, **settings)
 
 
 def hunyuan_image_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:

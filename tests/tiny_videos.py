@@ -196,7 +196,7 @@ VIDEOS: dict[str, Family] = {
         num_frames=3,
     ),
     "hunyuan-video": Family(hunyuan_video, hunyuan_video_inputs, frames(3), num_frames=3),
-    "hunyuan-video-1.5": Family(hunyuan_video_15, hunyuan_video_15_inputs, frames(3), num_frames=3),
+    "hunyuan-video-1.5": Family(hunyuan_video_15, hunyuan_video_15_inputs, frames(3), num_frames=3, num_hidden=4),
     "kandinsky5": Family(kandinsky5, kandinsky5_inputs, lambda g: (3, 2 * g[0], 2 * g[1], 4), num_frames=3),
     "ltx2": Family(ltx2, ltx2_inputs, lambda g: (3 * g[0] * g[1], 8), num_frames=3),
     "ltx2-split": Family(

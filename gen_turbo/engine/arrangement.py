@@ -15,7 +15,7 @@ from gen_turbo.engine.layer import FeatureMapKeysLayer, FeatureMapLayer, MergedK
 from gen_turbo.engine.program import Program
 from gen_turbo.engine.span import joined, spans_of
 from gen_turbo.method import TokenReducer
-from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, TextSignature, Unit
+from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, MaskedText, TextSignature, Unit
 from gen_turbo.training.schedule import MERGING
 
 _INSIDE_ATTENTION = ("kv_only", "proportional_attention", "text_ratio", "attention_backend")
@@ -69,13 +69,13 @@ class Arranger:
     Attributes:
         model: Gives the model.
         adapter: Its family.
-        text: Where text is merged; None where it is not.
+        text: Where text is merged or cut; None where it is not.
         units: What may be skipped, by name.
     """
 
     model: Callable[[], nn.Module]
     adapter: Adapter
-    text: TextSignature | None
+    text: TextSignature | MaskedText | None
     units: Mapping[str, Unit]
 
     def arranged(self, reducer: TokenReducer, names: tuple[str, ...] | None = None) -> Arrangement:

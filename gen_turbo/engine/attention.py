@@ -35,6 +35,7 @@ class AttentionMode(TorchFunctionMode):
         text_sizes: The same for text keys, (b, T).
         keys_before: Whether text keys come before those of the image.
         backend: The kernel of diffusers' dispatch that computes what has no mask; None for PyTorch's own.
+        hides: Whether a mask of keys hides any; None for whatever mask the processor makes.
     """
 
     def __init__(
@@ -44,21 +45,27 @@ class AttentionMode(TorchFunctionMode):
         text_sizes: Tensor | None = None,
         keys_before: bool = False,
         backend: str | None = None,
+        hides: bool | None = None,
     ) -> None:
         super().__init__()
         self.keys, self.sizes, self.text_sizes = keys, sizes, text_sizes
-        self.keys_before, self.backend = keys_before, backend
+        self.keys_before, self.backend, self.hides = keys_before, backend, hides
         self.num_calls = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Lets every call through but those of attention."""
+        if self.hides is not None and (func is Tensor.repeat or func is Tensor.__and__):
+            # Processors make a mask of all pairs of tokens from one of keys; kernels spread that themselves.
+            return args[0] if args[0].dtype == torch.bool else func(*args, **(kwargs or {}))
         if func is not F.scaled_dot_product_attention:
             # torch.compile cannot follow the method, which calls another one of its base class.
             func = torch.unflatten if func is Tensor.unflatten else func
             return func(*args, **(kwargs or {}))
         given: dict[str, Any] = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
+        if self.hides is False:
+            given["attn_mask"] = None
         if given["query"].shape[-2] <= given["key"].shape[-2]:
             self.num_calls += 1
             num_channels = given["value"].shape[-1]
@@ -119,6 +126,7 @@ class InsideAttention(Placed):
         map: How the keys are merged that a reduced layer runs on; None in a full call. Sizes count by it.
         keys: The same where this attention has to merge its keys itself.
         text_sizes: How many text tokens each text key stands for; None for one each.
+        hides: Whether a row hides text keys; None for whatever mask the processor makes.
         is_lazy: Whether it is put in place no sooner than text has been merged.
     """
 
@@ -127,6 +135,7 @@ class InsideAttention(Placed):
     map: RunMap | None = None
     keys: RunMap | None = None
     text_sizes: Tensor | None = None
+    hides: bool | None = None
 
     def __init__(self, spec: LayerSpec, module: nn.Module, is_weighted: bool, backend: str | None) -> None:
         super().__init__(spec.name, module)
@@ -143,9 +152,10 @@ class InsideAttention(Placed):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the layer with its attention computed as asked for."""
         sizes = self.map.size if self.is_weighted and self.map is not None else None
-        if sizes is None and self.keys is None and self.text_sizes is None and self.backend is None:
+        asked_for = (sizes, self.keys, self.text_sizes, self.backend, self.hides)
+        if all(value is None for value in asked_for):
             return self.inner(*args, **kwargs)
-        mode = AttentionMode(self.keys, sizes, self.text_sizes, self.keys_before, self.backend)
+        mode = AttentionMode(self.keys, sizes, self.text_sizes, self.keys_before, self.backend, self.hides)
         with mode:
             output = self.inner(*args, **kwargs)
         if mode.num_calls == 0 and (self.keys is not None or sizes is not None):

@@ -22,7 +22,7 @@ from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping, UnitStats
 from gen_turbo.engine.state import Totals
 from gen_turbo.method import TokenReducer
-from gen_turbo.models.adapter import Adapter, LayerSpec, TextSignature
+from gen_turbo.models.adapter import Adapter, LayerSpec, MaskedText, TextSignature
 from gen_turbo.training.generic import Generic
 from gen_turbo.training.schedule import Schedule
 
@@ -137,14 +137,15 @@ class DenoiserPart(OnModel):
         if ratio and not self._tokens.removes_any:
             raise ValueError(f"reference_ratio={ratio} reduces nothing beside ratio=0; set a ratio above 0")
 
-    def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | None:
-        """Where text is merged; None where it is not, which is an error if it was asked for."""
+    def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | MaskedText | None:
+        """Where text is merged or cut; None where it is not, which is an error if it was asked for."""
         ratio, name = self._tokens.text_ratio, type(model).__name__
         if ratio == 0 or (ratio is None and not self._tokens.removes_any):
             return None
         signature = adapter.text_signature(model)
-        if isinstance(signature, str):
-            why = f"text_ratio={ratio} has no text tokens to merge in {name}: {signature}; leave it out"
+        if isinstance(signature, str) or (isinstance(signature, MaskedText) and ratio is not None):
+            reason = signature if isinstance(signature, str) else signature.why
+            why = f"text_ratio={ratio} has no text tokens to merge in {name}: {reason}; leave it out"
         else:
             attentions = [spec for spec in adapter.layers(model) if spec.signature.has_text_keys]
             candidates = (InsideAttention(s, model.get_submodule(s.name), False, None) for s in attentions)

@@ -22,7 +22,7 @@ from gen_turbo.engine.skip import Skipping
 from gen_turbo.engine.span import check_between
 from gen_turbo.engine.text import MergedText, merge_text
 from gen_turbo.engine.values import kept_out
-from gen_turbo.models.adapter import Adapter, TextSignature
+from gen_turbo.models.adapter import Adapter, MaskedText, TextSignature
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NOTHING: frozenset[str] = frozenset()
@@ -47,7 +47,7 @@ class Root(Placed):
         adapter: Its family.
         arrangement: What stands in front of its layers.
         settling: Chooses another one for a run; None where the settings leave nothing open.
-        text: Where text is merged; None where it is not.
+        text: Where text is merged or cut; None where it is not.
         skipping: What leaves units out; None where nothing does.
         graphs: Captures whole calls; None where nothing is captured.
         pipeline: The pipeline attached through.
@@ -61,7 +61,7 @@ class Root(Placed):
         adapter: Adapter,
         arrangement: Arrangement,
         settling: Settling | None,
-        text: TextSignature | None,
+        text: TextSignature | MaskedText | None,
         skipping: Skipping | None,
         graphs: Graphs | None,
         pipeline: Any | None,
@@ -151,8 +151,6 @@ class Root(Placed):
             step.skipped, starts = self.skipping.begin(context, kwargs.get("return_dict", True))
         kind = self.program.begin(context, step.skipped)
         starts = starts or "starts" in kind
-        for inside in self.insides.values():
-            inside.text_sizes = context.text.sizes if context.text is not None and inside.has_text_keys else None
         self._choose(context, step, starts, kind)
         return step
 
@@ -177,7 +175,7 @@ class Root(Placed):
         if self.skipping is not None:
             self.skipping.rest()
         for inside in self.insides.values():
-            inside.text_sizes = inside.map = inside.keys = None
+            inside.text_sizes = inside.hides = inside.map = inside.keys = None
         self.beginning.context = None
 
     def _enter(self, context: Context) -> None:
@@ -252,8 +250,10 @@ class Root(Placed):
                 "whole sequences; use scope='attention' or call disable_cache"
             )
 
-    def _with_short_text(self, context: Context, step: _Step, arguments: dict[str, Any], form: TextSignature) -> None:
-        """Gives the model merged text, which is made once per prompt."""
+    def _with_short_text(
+        self, context: Context, step: _Step, arguments: dict[str, Any], form: TextSignature | MaskedText
+    ) -> None:
+        """Gives the model merged or cut text, which is made once per prompt."""
         reducer = self.beginning.reducer
         if context.text is None:
             lost = [name for name, inside in self.insides.items() if inside.has_text_keys and not inside.reaches]
@@ -262,11 +262,14 @@ class Root(Placed):
             context.text = MergedText({}) if lost else merge_text(arguments, form, reducer.text_ratio)
         text = context.text
         if text.num_merged:
-            num_own = text.num_text - form.num_before
+            num_own = text.num_text - getattr(form, "num_before", 0)
             self.text_tokens = num_own + text.num_merged, num_own
             step.args, step.kwargs = (), {**arguments, **text.arguments}
+        if text.num_merged or text.hides is not None:
             for inside in self.insides.values():
                 inside.install()
+                if inside.has_text_keys:
+                    inside.text_sizes, inside.hides = text.sizes, text.hides
 
 
 class _Step:

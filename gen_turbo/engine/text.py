@@ -1,4 +1,4 @@
-"""Text tokens merged once per prompt at the model's entrance; attention weighs them by their sizes afterwards."""
+"""Text tokens merged, or cut, once per prompt at the model's entrance; attention weighs what was merged by sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_turbo.engine.values import num_bytes
-from gen_turbo.models.adapter import TextSignature
+from gen_turbo.models.adapter import MaskedText, TextSignature
 from gen_turbo.tokens.farthest import farthest_point_plan
 from gen_turbo.tokens.ratios import num_removed
 
@@ -27,16 +27,18 @@ class MergedText:
     """The text of one prompt on fewer tokens.
 
     Attributes:
-        arguments: What the model is given in place of its own arguments; empty where nothing was merged.
+        arguments: What the model is given in place of its own arguments; empty where nothing was merged or cut.
         num_merged: Text tokens that are gone.
         num_text: Tokens that are left, with those that the model puts before the text; 0 where nothing was merged.
-        sizes: How many tokens each of them stands for, (b, num_text).
+        sizes: How many tokens each of them stands for, (b, num_text); None where none stands for others.
+        hides: Whether a row hides tokens that another one shows; None where a layer's mask is what the model makes.
     """
 
     arguments: dict[str, Any]
     num_merged: int = 0
     num_text: int = 0
     sizes: Tensor | None = None
+    hides: bool | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -44,8 +46,8 @@ class MergedText:
         return num_bytes(*self.arguments.values(), self.sizes)
 
 
-def merge_text(arguments: Mapping[str, Any], signature: TextSignature, ratio: float | None) -> MergedText:
-    """Merges the text tokens that are most alike; equal ones, such as padding, first.
+def merge_text(arguments: Mapping[str, Any], signature: TextSignature | MaskedText, ratio: float | None) -> MergedText:
+    """Merges the text tokens that are most alike, equal ones such as padding first; cuts what cannot be merged.
 
     Args:
         arguments: Those of the model, by name.
@@ -55,6 +57,8 @@ def merge_text(arguments: Mapping[str, Any], signature: TextSignature, ratio: fl
     Returns:
         The merged text; where there are positions, one map serves the whole batch.
     """
+    if isinstance(signature, MaskedText):
+        return _cut(arguments, signature)
     text: Tensor = arguments[signature.embedding]
     num_tokens = text.shape[1]
     positions, mask = arguments.get(signature.positions), arguments.get(signature.mask)
@@ -70,6 +74,26 @@ def merge_text(arguments: Mapping[str, Any], signature: TextSignature, ratio: fl
         merged[signature.mask] = plan.between(0, mask.shape[1] - num_tokens).select(mask)
     sizes = F.pad(plan.sizes(), (signature.num_before, 0), value=1)
     return MergedText(merged, num_tokens - num_slots, sizes.shape[1], sizes)
+
+
+def _cut(arguments: Mapping[str, Any], signature: MaskedText) -> MergedText:
+    """Leaves out the tokens that every row hides; what is left has the order that it had."""
+    short: dict[str, Any] = {}
+    num_before = num_left = 0
+    hides = False
+    for name, mask_name in signature.masks.items():
+        tokens, mask = arguments.get(name), arguments.get(mask_name)
+        if tokens is None:
+            continue
+        shown = tokens.ne(0).any().expand(tokens.shape[:2]) if mask is None else mask.ne(0)
+        places = shown.any(0).nonzero()[:, 0]
+        num_before, num_left = num_before + shown.shape[1], num_left + len(places)
+        hides = hides or not bool(shown[:, places].all())
+        if len(places) < shown.shape[1]:
+            short[name] = tokens[:, places]
+            if mask is not None:
+                short[mask_name] = mask[:, places]
+    return MergedText(short, num_before - num_left, num_left, hides=hides)
 
 
 def _rows(text: Tensor, positions: Tensor | None, mask: Tensor | None, hides: bool) -> Tensor:

@@ -103,6 +103,24 @@ class TextSignature:
 
 
 @dataclass(frozen=True)
+class MaskedText:
+    """Text and other conditions of which no layer reads what a mask hides: they cannot be merged, but cut.
+
+    Attributes:
+        masks: For each argument of such tokens, (B, T, C), the one of their mask, (B, T); empty where the model hides
+            all of them if all are zero, and else none.
+        why: Why they cannot be merged.
+    """
+
+    masks: Mapping[str, str]
+    why: str
+
+
+Text = TextSignature | MaskedText | str
+"""Where a model is given text that can be merged or cut, or why there is none."""
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One layer of a model.
 
@@ -238,8 +256,8 @@ class Adapter(Protocol):
         """Everything that can be skipped, by name."""
         ...
 
-    def text_signature(self, model: nn.Module) -> TextSignature | str:
-        """Where the model is given text that can be merged, or why there is none."""
+    def text_signature(self, model: nn.Module) -> Text:
+        """Where the model is given text that can be merged or cut, or why there is none."""
         ...
 
     def read(self, arguments: Mapping[str, Any]) -> ModelCall:

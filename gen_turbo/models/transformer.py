@@ -15,7 +15,7 @@ from gen_turbo.models.adapter import (
     LayerSpec,
     ModelCall,
     Region,
-    TextSignature,
+    Text,
     Unit,
     units_of,
 )
@@ -86,7 +86,7 @@ class TransformerAdapter:
         num_text: Text tokens that share attention with the image tokens.
         num_sound: Tokens of the sound beside a video.
         caches_text: Whether the model keeps the keys and values of the text, so that no call runs it.
-        text: Where the model is given text that can be merged, or why there is none.
+        text: Where the model is given text that can be merged or cut, or why there is none.
         reading: Reads the arguments of a call.
         is_one_stack: Whether each block reads what the one before it gives, from the first stack to the last.
         ends_span: Whether a model reads every token between a block, by name, and the next one.
@@ -103,7 +103,7 @@ class TransformerAdapter:
     num_text: Callable[[Any, Mapping[str, Any]], int] = no_text
     num_sound: Callable[[Any, Mapping[str, Any]], int] = no_text
     caches_text: bool = False
-    text: TextSignature | str | Callable[[Any], TextSignature | str] = "its image tokens share no attention with text"
+    text: Text | Callable[[Any], Text] = "its image tokens share no attention with text"
     reading: Callable[[Mapping[str, Any]], ModelCall] = latents
     is_one_stack: bool = False
     ends_span: Callable[[Any, str], bool] = nothing_between
@@ -131,8 +131,8 @@ class TransformerAdapter:
         """What can be skipped: the whole transformer and its blocks."""
         return units_of(model, self)
 
-    def text_signature(self, model: nn.Module) -> TextSignature | str:
-        """Where the model is given text that can be merged, or why there is none."""
+    def text_signature(self, model: nn.Module) -> Text:
+        """Where the model is given text that can be merged or cut, or why there is none."""
         return self.text(model) if callable(self.text) else self.text
 
     def read(self, arguments: Mapping[str, Any]) -> ModelCall:

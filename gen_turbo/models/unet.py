@@ -10,7 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from gen_turbo.models.adapter import Geometry, LayerSignature, LayerSpec, ModelCall, TextSignature, Unit, units_of
+from gen_turbo.models.adapter import Geometry, LayerSignature, LayerSpec, ModelCall, Text, Unit, units_of
 from gen_turbo.models.cuts import unet_cuts
 from gen_turbo.models.inputs import num_images, time_of
 from gen_turbo.tokens.score import attention_column_mean, text_attention
@@ -61,7 +61,7 @@ class UNetAdapter:
             if isinstance(block, BasicTransformerBlock)
         ]
 
-    def text_signature(self, model: nn.Module) -> TextSignature | str:
+    def text_signature(self, model: nn.Module) -> Text:
         """None."""
         return "its text is in cross-attention"
 

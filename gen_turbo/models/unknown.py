@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_turbo.models.adapter import Geometry, LayerSpec, ModelCall, TextSignature, Unit, units_of
+from gen_turbo.models.adapter import Geometry, LayerSpec, ModelCall, Text, Unit, units_of
 from gen_turbo.models.inputs import time_of
 
 _SAMPLES = ("hidden_states", "sample", "x", "latents", "latent_model_input")
@@ -39,7 +39,7 @@ class UnknownAdapter:
         """The whole model."""
         return units_of(model, self)
 
-    def text_signature(self, model: nn.Module) -> TextSignature | str:
+    def text_signature(self, model: nn.Module) -> Text:
         """None."""
         return "nothing is known of its text"
 

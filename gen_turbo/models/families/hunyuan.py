@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gen_turbo.models.adapter import Adapter, LayerSignature, TextSignature, TokenArg
+from gen_turbo.models.adapter import Adapter, LayerSignature, MaskedText, TextSignature, TokenArg
 from gen_turbo.models.families.common import ROTARY, block
 from gen_turbo.models.transformer import TransformerAdapter, text_length
 
+_TEXTS = {f"encoder_hidden_states{which}": f"encoder_attention_mask{which}" for which in ("", "_2")}
 _OTHER_TOKENS = "it puts other tokens among its text"
 
 
@@ -36,10 +37,11 @@ HUNYUAN_VIDEO = TransformerAdapter(
 HUNYUAN_VIDEO_15 = TransformerAdapter(
     ("HunyuanVideo15Transformer3DModel",),
     # Every layer makes its mask of pairs from one of the text, as long as the sequence that it gets.
-    {"transformer_blocks.*.attn": LayerSignature(none=(), token_args=ROTARY)},
+    {"transformer_blocks.*.attn": LayerSignature(none=(), has_text_keys=True, token_args=ROTARY)},
     {"transformer_blocks.*": block(none=(), token_args=(TokenArg("freqs_cis"),))},
     num_text=_all_conditions,
-    text=_OTHER_TOKENS,
+    # From text to video the image is zeros, which are hidden.
+    text=MaskedText(_TEXTS | {"image_embeds": ""}, _OTHER_TOKENS),
 )
 HUNYUAN_IMAGE = TransformerAdapter(
     ("HunyuanImageTransformer2DModel",),
@@ -51,7 +53,9 @@ HUNYUAN_IMAGE = TransformerAdapter(
     is_one_stack=True,
     num_text=_all_conditions,
     text=lambda model: (
-        TextSignature(mask="encoder_attention_mask", hides=True) if model.context_embedder_2 is None else _OTHER_TOKENS
+        TextSignature(mask="encoder_attention_mask", hides=True)
+        if model.context_embedder_2 is None
+        else MaskedText(_TEXTS, _OTHER_TOKENS)
     ),
 )
 
