@@ -2,7 +2,8 @@
 
 FirstBlockCache and TaylorSeer's lite mode do not run on Stable Diffusion 3's classes (diffusers 0.42): they count on
 text that the last block does not give. The lite mode forecasts the output, so it is what plain skipping is, on a line
-with order 1. TaylorSeer on attention and MagCache run where somebody sets the context that the pipeline does not.
+with order 1; FirstBlockCache's rule is written anew here. TaylorSeer on attention and MagCache run where somebody sets
+the context that the pipeline does not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +49,50 @@ def mag_cache(pipe: Any, model: nn.Module, steps: int, threshold: float) -> Iter
     with _undone(model):
         apply_mag_cache(model, config)
         yield
+
+
+@contextmanager
+def first_block_cache(model: nn.Module, threshold: float) -> Iterator[None]:
+    """FirstBlockCache's rule: where the first block changes its input as it did, the others' change is repeated.
+
+    Args:
+        model: A transformer whose blocks take everything by name and give text and image.
+        threshold: Largest relative change of what the first block adds, against the last step that ran in full.
+    """
+    blocks: Any = model.get_submodule("transformer_blocks")
+    last = len(blocks) - 1
+    known: dict[str, Tensor] = {}
+    is_repeated = False
+
+    def first(run: Any, **kwargs: Any) -> Any:
+        nonlocal is_repeated
+        text, image = run(**kwargs)
+        added = image - kwargs["hidden_states"]
+        is_repeated = "added" in known and bool(
+            (added - known["added"]).abs().mean() < threshold * known["added"].abs().mean()
+        )
+        if not is_repeated:
+            known.update(added=added, image=image)
+        return text, image
+
+    def other(run: Any, number: int, **kwargs: Any) -> Any:
+        if not is_repeated:
+            text, image = run(**kwargs)
+            if number == last:
+                known["rest"] = image - known["image"]
+            return text, image
+        text, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        return (None, image + known["rest"]) if number == last else (text, image)
+
+    runs = [block.forward for block in blocks]
+    try:
+        blocks[0].forward = partial(first, runs[0])
+        for number, block in enumerate(blocks[1:], 1):
+            block.forward = partial(other, runs[number], number)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def _measured(pipe: Any, model: nn.Module, steps: int) -> list[float]:

@@ -32,6 +32,8 @@ BUDGETS: dict[int, dict[str | None, tuple[float, ...]]] = {
     28: {None: (0.65, 0.5, 0.33, 0.25)},
 }
 """Steps -> what merges tokens meanwhile -> some of the schedules that ship for the embedded models."""
+RHYTHMS = [(every, warmup) for every in (3, 4, 5, 6, 8) for warmup in (2, 3, 4)]
+"""Every how many steps layers run in full, after how many such steps."""
 _STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.5, 0.4, 0.32, 0.25)
 
 
@@ -60,7 +62,7 @@ def quality_catalogue(steps: int) -> list[Setting]:
     routed += [_on_fewer_steps(budget, "turbo", steps // 2) for budget in halved[:2]]
     merged = [*corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
     plain = plain_settings(steps)
-    return [default, *preset_settings(), *routed, *plain, *rivals, *merged, *scope_settings()]
+    return [default, *preset_settings(), *routed, *plain, *rivals, *merged, *scope_settings(), *_rhythms(steps)]
 
 
 def step_catalogue(model: str = "sd15", steps: int = 6) -> list[Setting]:
@@ -99,6 +101,25 @@ def _corrected(method: str, ratio: float, refresh: int, order: int, levels: int 
     name = f"{method}-correct-r{ratio:g}-k{refresh}-o{order}" + _where(levels)
     family = f"{method}, corrected, " + ("two levels" if levels == 2 else f"r {ratio:g}, order {order}")
     return Method(name, family, method, options)
+
+
+def _rhythms(steps: int) -> list[Setting]:
+    """Default ratio, whole blocks or attention: how often in full, and how long at first; with a control.
+
+    The last is what the default does in short runs, for devices on which it would choose none.
+    """
+    late: dict[str, Any] = {"ratio": 0.4, "scope": "block", "restore": "copy", "match_every": 1}
+    late["step_scale"] = {0: 0.0, steps - max(1, steps // 4): 1.0}
+    made: list[Setting] = [Method("turbo-late", "turbo, copied in the last quarter", "turbo", late)]
+    for scope in ("block", "attention"):
+        for method, rhythms in (("turbo", RHYTHMS), ("random", [(4, 2)])):
+            for every, warmup in rhythms:
+                options: dict[str, Any] = {"ratio": 0.4, "scope": scope, "restore": "residual", "match_every": None}
+                options |= {"full_every": every, "warmup_steps": warmup}
+                made.append(
+                    Method(f"{method}-{scope}-k{every}-w{warmup}", f"{method}, {scope}, rhythms", method, options)
+                )
+    return made
 
 
 def _calibrated(budget: float, inner: str | None, steps: int) -> Setting:

@@ -111,7 +111,15 @@ def _add_picture_arguments(parser: argparse.ArgumentParser, captions: int) -> No
     parser.add_argument("--captions", type=_positive, default=captions, help="images to generate")
     parser.add_argument("--steps", type=_positive, default=25, help="denoising steps of stock")
     parser.add_argument("--guidance", type=float, default=3.0, help="scale of classifier-free guidance")
-    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th setting, from the I-th")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda or cuda:1, in float32 without TF32")
+    parser.add_argument("--pixels", type=_positive, help="side of the images; the pipeline's own by default")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="every N-th caption, from the I-th; the same command without it makes the records of all parts",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/bench/work"), help="folder of unfinished settings")
 
 

@@ -1,7 +1,8 @@
 """`gen-turbo bench quality`: distance to stock, check rate, measured and counted cost of many settings.
 
 Each caption of each setting leaves one line in the work folder, so a run that was interrupted goes on where it
-stopped; a setting whose captions are complete becomes one record.
+stopped, and processes may share the captions (`--part 1/12`). A setting whose captions are complete becomes one record,
+by a process that has no part: it draws what is missing and, where nothing is, only reads.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ Trial = dict[str, float]
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs every selected setting of this process's part that has no record yet."""
+    """Runs every selected setting that has no record yet, or the captions of this process's part."""
     torch.set_num_threads(options.threads)
     run_settings("quality", options.settings, options, num_timed=options.timed)
 
@@ -52,7 +54,14 @@ def run_settings(bench: str, patterns: Sequence[str], options: argparse.Namespac
     catalogue = [Stock(), *quality_catalogue(options.steps)]
     selected(catalogue, patterns)
     studio, weights = open_studio(
-        options.pipeline, options.work, options.captions, options.seed, options.steps, options.guidance
+        options.pipeline,
+        options.work,
+        options.captions,
+        options.seed,
+        options.steps,
+        options.guidance,
+        options.device,
+        options.pixels,
     )
     workload = {
         "pipeline": Path(options.pipeline).name,
@@ -61,33 +70,58 @@ def run_settings(bench: str, patterns: Sequence[str], options: argparse.Namespac
         "captions": options.captions,
         "guidance": options.guidance,
         "timed": num_timed,
+        **({} if options.device == "cpu" else {"device": options.device}),
+        **({"pixels": options.pixels} if options.pixels else {}),
     }
     part, parts = options.part
-    for setting in fitting(catalogue, patterns, studio.denoiser)[part - 1 :: parts]:
+    for number, setting in enumerate(fitting(catalogue, patterns, studio.denoiser)):
         params = workload | setting.params()
         if records.is_finished(options.records, bench, setting.name, params, options.seed):
             print(f"{setting.name}: finished before")
             continue
-        trials = _trials(studio, setting, num_timed)
-        counts = _counted(studio, setting) if num_timed else {k: int(trials[0][k]) for k in ("flops", "stock_flops")}
-        records.append(options.records, _record(bench, setting, params, trials, counts, options.seed))
+        trials = _trials(studio, setting, range(part - 1, options.captions, parts), num_timed, number)
+        if parts == 1:
+            counts = _counted(studio, setting) if num_timed else _mean_flops(trials)
+            records.append(
+                options.records, _record(bench, setting, params, trials, counts, options.seed, options.device)
+            )
 
 
-def _trials(studio: Studio, setting: Setting, num_timed: int) -> list[Trial]:
-    """Measures the captions that the work folder lacks and returns all, in caption order."""
+def _trials(studio: Studio, setting: Setting, part: range, num_timed: int, number: int) -> list[Trial]:
+    """Measures those captions of a part that the work folder lacks and returns all of it, in caption order.
+
+    Where nothing is timed, all arithmetic is counted: of one caption, another for each setting so that processes share
+    the work, or of all where it depends on them.
+    """
     kind = "timed" if num_timed else "untimed"
     path = studio.folder / f"trials-{studio.steps}-{kind}" / f"seed{studio.seed}-{setting.name}.jsonl"
-    done = _read_trials(path, json.dumps(setting.params(), sort_keys=True))
+    key = json.dumps(setting.params(), sort_keys=True)
+    done = _read_trials(path, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    missing = [i for i in range(len(studio.captions)) if i not in done or (i < num_timed and "cpu_s" not in done[i])]
+    is_counted = num_timed > 0 or any("flops" in trial for trial in done.values())
+    to_count = set(part) if setting.is_adaptive else set() if is_counted else {number % len(studio.captions)}
+
+    def lacks(index: int) -> bool:
+        wanted = "cpu_s" if index < num_timed else "flops" if not num_timed and index in to_count else "psnr_db"
+        return wanted not in done.get(index, {})
+
+    missing = [index for index in part if lacks(index)]
     if missing and num_timed:
         studio.draw(setting, 0)
     for index in tqdm(missing, desc=f"{setting.name}, {studio.steps} steps"):
-        done[index] = _measure(studio, setting, index, is_timed=index < num_timed)
-        with path.open("a", encoding="utf-8") as file:
-            line = {"index": index, "key": json.dumps(setting.params(), sort_keys=True), **done[index]}
-            file.write(json.dumps(line) + "\n")
-    return [done[i] for i in range(len(studio.captions))]
+        done[index] = _measure(studio, setting, index, index < num_timed, not num_timed and index in to_count)
+        with path.open("ab", buffering=0) as file:
+            # One write without a buffer, so that two processes never share a line.
+            file.write((json.dumps({"index": index, "key": key, **done[index]}) + "\n").encode())
+    return [done[index] for index in part]
+
+
+def _mean_flops(trials: Sequence[Trial]) -> dict[str, int]:
+    """All arithmetic of a picture and of stock's, the mean of those that were counted."""
+    return {
+        name: round(statistics.fmean(trial[name] for trial in trials if name in trial))
+        for name in ("flops", "stock_flops")
+    }
 
 
 def _read_trials(path: Path, key: str) -> dict[int, Trial]:
@@ -105,11 +139,8 @@ def _read_trials(path: Path, key: str) -> dict[int, Trial]:
     return done
 
 
-def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool) -> Trial:
-    """Draws one picture and, for its time, stock before it on even captions and after it on odd ones.
-
-    Of pictures that are not timed the first one's arithmetic is counted.
-    """
+def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool, is_counted: bool) -> Trial:
+    """Draws one picture and, for its time, stock before it on even captions and after it on odd ones."""
     times: Trial = {}
     if is_timed:
         order: list[Setting] = [studio.stock, setting] if index % 2 == 0 else [setting, studio.stock]
@@ -125,8 +156,8 @@ def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool) -> Tr
             "baseline_cpu_s": stock_time.cpu_s,
             "baseline_wall_s": stock_time.wall_s,
         }
-    elif index == 0:
-        image, flops = studio.counted(setting)
+    elif is_counted:
+        image, flops = studio.counted(setting, index)
         times = {"flops": flops, "stock_flops": studio.stock_flops}
         stock = studio.stock_picture(index)
     else:
@@ -163,7 +194,13 @@ def _least_tokens(cost: Cost, layers: list[str]) -> int:
 
 
 def _record(
-    bench: str, setting: Setting, params: dict[str, Any], trials: list[Trial], counts: dict[str, int], seed: int
+    bench: str,
+    setting: Setting,
+    params: dict[str, Any],
+    trials: list[Trial],
+    counts: dict[str, int],
+    seed: int,
+    device: str,
 ) -> records.BenchRecord:
     def column(name: str) -> list[float]:
         return [trial[name] for trial in trials if name in trial]
@@ -180,4 +217,5 @@ def _record(
         values={name: column(name) for name in ("psnr_db", "ssim", "passed", "stock_passed")},
         counts=counts,
         seed=seed,
+        origin=records.Origin.here(device),
     )

@@ -43,9 +43,11 @@ class Origin:
     date: str
 
     @classmethod
-    def here(cls) -> Origin:
-        """Describes this process, with its present number of threads."""
-        return cls(_hardware(), _versions(), _commit(), _command(), datetime.now(UTC).isoformat(timespec="seconds"))
+    def here(cls, device: str = "cpu") -> Origin:
+        """Describes this process, with its present number of threads, and the accelerator that it measures on."""
+        has_gpu = torch.device(device).type == "cuda"
+        hardware = f"{torch.cuda.get_device_name(device)}, {_hardware()}" if has_gpu else _hardware()
+        return cls(hardware, _versions(), _commit(), _command(), datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,11 @@ class Setting(ABC):
         """Why the setting means nothing on a denoiser; empty if it does."""
         return ""
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether what it leaves out depends on the picture."""
+        return False
+
     def num_steps(self, steps: int) -> int:
         """Denoising steps to run where stock runs `steps`."""
         return steps

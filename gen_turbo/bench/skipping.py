@@ -18,6 +18,7 @@ from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, probe_of
 
 _COST = 0.5
 _FIRST = 3
+_JOINT = "SD3Transformer2DModel"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,32 @@ class Calibrated(Method):
 
 
 @dataclass(frozen=True)
+class FirstBlock(Setting):
+    """The rule of diffusers' FirstBlockCache.
+
+    Attributes:
+        threshold: The change of what the first block adds up to which the others are left out.
+    """
+
+    threshold: float = 0.1
+
+    @property
+    def is_adaptive(self) -> bool:
+        """It decides by what it sees."""
+        return True
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Replaces the blocks' forward."""
+        from gen_turbo.bench.block_caches import first_block_cache
+
+        return first_block_cache(denoiser(target), self.threshold)
+
+    def misfit(self, model: nn.Module) -> str:
+        """Blocks must be joint ones, as those of Stable Diffusion 3."""
+        return "" if type(model).__name__ == _JOINT else f"it is written for a {_JOINT} alone"
+
+
+@dataclass(frozen=True)
 class BlockCache(Setting):
     """A cache of diffusers on a transformer.
 
@@ -145,7 +172,25 @@ def plain_settings(steps: int) -> list[Setting]:
     """What PAR has to beat on a transformer: its generic rule, plain skipping, deep blocks held, diffusers' caches."""
     settings: list[Setting] = [
         Method(f"generic-b{budget:g}", "PAR, generic", "par", {"budget": budget, "schedule": "generic"})
-        for budget in (0.5, 0.34)
+        for budget in (0.75, 0.65, 0.5, 0.34, 0.25)
+    ]
+    # Every third step that runs is in full.
+    settings += [
+        Method(
+            f"generic-merged-b{budget:g}",
+            "PAR, generic, with merging",
+            "par",
+            {
+                "budget": budget,
+                "schedule": "generic",
+                "inner": "turbo",
+                "ratio": 0.5,
+                "scope": "block",
+                "restore": "residual",
+                "full_every": round(3 / budget),
+            },
+        )
+        for budget in (0.75, 0.65, 0.5, 0.34)
     ]
     forecasts = {"held": 0, "linear": 1, "quadratic": 2}
     settings += [
@@ -157,7 +202,12 @@ def plain_settings(steps: int) -> list[Setting]:
     for every in (2, 3):
         calls = tuple(call for call in range(_FIRST, steps - 1) if (call - _FIRST) % every)
         settings.append(Skipping(f"deep-k{every}", "all blocks but the first held", deep, calls, steps, 0.0))
-    settings.append(BlockCache("taylorseer-k3", "diffusers taylorseer", "taylorseer", 3, num_calls=steps))
+    for threshold in (0.05, 0.1, 0.2):
+        settings.append(FirstBlock(f"firstblock-t{threshold:g}", "first block cache", threshold))
+    for every in (2, 3, 4):
+        settings.append(
+            BlockCache(f"taylorseer-k{every}", "diffusers taylorseer", "taylorseer", every, num_calls=steps)
+        )
     for threshold in (0.06, 0.24):
         name = f"magcache-t{threshold:g}"
         settings.append(BlockCache(name, "diffusers magcache", "magcache", threshold=threshold, num_calls=steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ class Studio:
         seed: Of the first picture; the i-th takes `seed + i`.
         steps: Denoising steps of stock.
         guidance: Scale of classifier-free guidance.
+        pixels: Side of the pictures; the pipeline's own where this is None.
     """
 
     pipe: Any
@@ -44,6 +46,7 @@ class Studio:
     seed: int
     steps: int
     guidance: float
+    pixels: int | None = None
     stock: Stock = field(default_factory=Stock)
 
     def draw(self, setting: Setting, index: int) -> tuple[Image.Image, Timing]:
@@ -57,6 +60,8 @@ class Studio:
                 num_inference_steps=setting.num_steps(self.steps),
                 guidance_scale=self.guidance,
                 generator=generator,
+                height=self.pixels,
+                width=self.pixels,
             )
             image: Image.Image = done.images[0]
             return image
@@ -80,13 +85,13 @@ class Studio:
             self.draw(setting, 0)
         return cost
 
-    def counted(self, setting: Setting) -> tuple[Image.Image, int]:
-        """The first picture under a setting, and all arithmetic of its denoiser."""
+    def counted(self, setting: Setting, index: int) -> tuple[Image.Image, int]:
+        """One picture under a setting, and all arithmetic of its denoiser."""
         kind = type(self.denoiser).__name__
-        (image, _), flops = counted(lambda: self.draw(setting, 0), kind)
+        (image, _), flops = counted(lambda: self.draw(setting, index), kind)
         if isinstance(setting, Stock):
-            self.keep_stock(0, image)
-            (self.folder / f"stock-{self.steps}" / _FLOPS).write_text(str(flops))
+            self.keep_stock(index, image)
+            _write(self.folder / f"stock-{self.steps}" / _FLOPS, lambda path: path.write_text(str(flops)))
         return image, flops
 
     @property
@@ -94,7 +99,7 @@ class Studio:
         """All arithmetic of the denoiser in one stock picture, counted once for all processes."""
         path = self.folder / f"stock-{self.steps}" / _FLOPS
         if not path.exists():
-            self.counted(self.stock)
+            self.counted(self.stock, 0)
         return int(path.read_text())
 
     def stock_picture(self, index: int) -> Image.Image:
@@ -108,16 +113,28 @@ class Studio:
     def keep_stock(self, index: int, image: Image.Image) -> None:
         """Keeps a stock picture; another process may do the same, for both write the same bytes."""
         path = self.folder / f"stock-{self.steps}" / f"{self.seed + index:05d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        image.save(partial, format="PNG")
-        partial.replace(path)
+        _write(path, lambda partial: image.save(partial, format="PNG"))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file beside its place and moves it there, so that other processes see all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    write(partial)
+    partial.replace(path)
 
 
 def open_studio(
-    pipeline: str, work: Path, num_captions: int, seed: int, steps: int, guidance: float
+    pipeline: str,
+    work: Path,
+    num_captions: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    device: str = "cpu",
+    pixels: int | None = None,
 ) -> tuple[Studio, str]:
-    """Loads a pipeline by name, YAML or folder.
+    """Loads a pipeline by name, YAML or folder, onto a device; on a GPU in float32 without TF32.
 
     Returns:
         The studio, and a fingerprint of the weights: records and pictures of other weights never mix.
@@ -126,13 +143,36 @@ def open_studio(
         ValueError: If the pipeline is not there; see `load_pipeline`.
     """
     is_folder = (Path(pipeline) / "model_index.json").is_file()
-    folder_config = PipelineConfig(checkpoint=pipeline, pipeline="text-to-image")
-    pipe = build_pipeline(folder_config) if is_folder else load_pipeline(pipeline, processor=None)
+    folder_config = PipelineConfig(checkpoint=pipeline, pipeline="text-to-image", device=device)
+    pipe = build_pipeline(folder_config) if is_folder else load_pipeline(pipeline, processor=None, device=device)
     pipe.set_progress_bar_config(disable=True)
     weights = fingerprint(pipe)
+    if device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if pixels is not None:
+        fit_positions(denoiser(pipe), pixels // pipe.vae_scale_factor)
     captions = scenes.captions(num_captions, seed)
-    folder = work / f"{weights}-g{guidance:g}"
-    return Studio(pipe, folder, captions, seed, steps, guidance), weights
+    where = "" if device == "cpu" else f"-{device.replace(':', '-')}"
+    folder = work / f"{weights}-g{guidance:g}{where}{f'-{pixels}px' if pixels else ''}"
+    return Studio(pipe, folder, captions, seed, steps, guidance, pixels), weights
+
+
+def fit_positions(model: nn.Module, latents: int) -> None:
+    """Gives a transformer with too small a table of positions one for larger images: the same places, more finely.
+
+    Args:
+        model: Any denoiser; one without such a table, or with enough positions, is left as it is.
+        latents: Side of the latent image.
+    """
+    table: Any = getattr(model, "pos_embed", None)
+    known = getattr(table, "pos_embed_max_size", None)
+    if known is None or latents // table.patch_size <= known:
+        return
+    side = latents // table.patch_size
+    grid = table.pos_embed.unflatten(1, (known, known)).permute(0, 3, 1, 2)
+    finer = torch.nn.functional.interpolate(grid, size=side, mode="bilinear")
+    table.pos_embed = finer.flatten(2).transpose(1, 2).contiguous()
+    table.pos_embed_max_size = side
 
 
 def fingerprint(pipe: Any) -> str:

@@ -1,6 +1,7 @@
 """Every benchmark runs at a toy size, writes its records and resumes."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -124,14 +125,45 @@ def test_stock_is_equal_to_itself(pipeline: str, tmp_path: Path) -> None:
     assert all(max(r.values["psnr_db"]) < quality.MOST_DB for r in found if r.setting != "stock")
 
 
-def test_parts_in_one_folder_are_the_whole(pipeline: str, tmp_path: Path) -> None:
-    """Catches parts that measure the same setting, leave one out, or differ from what one process measures."""
-    settings = ("--settings", "turbo-correct-r0.5-k2-o0", "tome-copy-r0.5", "random-copy-r0.5")
+@pytest.mark.parametrize("timed", ["0", "1"])
+def test_parts_in_one_folder_are_the_whole(
+    pipeline: str, tmp_path: Path, timed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches parts that draw the same caption, leave one out, write records of a part of the captions, or differ from
+    what one process measures; and a last step that draws what is there.
+    """
+    settings = ("--settings", "turbo-correct-r0.5-k2-o0", "tome-copy-r0.5", "random-copy-r0.5", "--timed", timed)
     whole = _quality(pipeline, tmp_path / "whole", *settings)
-    assert len(_quality(pipeline, tmp_path / "parts", "--part", "2/2", *settings)) == 1
-    merged = _quality(pipeline, tmp_path / "parts", "--part", "1/2", *settings)
+    drawn: list[int] = []
+    measure = quality._measure
+    monkeypatch.setattr(quality, "_measure", lambda *given: drawn.append(given[2]) or measure(*given))
+    for part, index in (("2/2", 1), ("1/2", 0)):
+        assert not _quality(pipeline, tmp_path / "parts", "--part", part, *settings)
+        assert drawn == 3 * [index]
+        drawn.clear()
+    merged = _quality(pipeline, tmp_path / "parts", *settings)
     shown = [{r.setting: (r.params, r.values, r.counts) for r in found} for found in (whole, merged)]
-    assert len(merged) == len(whole) == 3 and shown[0] == shown[1]
+    assert not drawn and len(merged) == len(whole) == 3 and shown[0] == shown[1]
+    assert all(r.counts["flops" if timed == "0" else "attention_flops"] for r in merged)
+
+
+def test_arithmetic_is_counted_by_different_parts(pipeline: str, tmp_path: Path) -> None:
+    """Catches one process that counts all settings while the others wait for it."""
+    settings = ("--settings", "turbo-copy-r0.5", "tome-copy-r0.5", "random-copy-r0.5", "--timed", "0")
+    _quality(pipeline, tmp_path, *settings)
+    texts = [path.read_text() for path in (tmp_path / "work").rglob("*.jsonl")]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    assert {line["index"] for line in lines if "flops" in line} == {0, 1}
+    assert sum("flops" in line for line in lines) == 3
+
+
+def test_larger_pictures_are_records_of_their_own(pipeline: str, tmp_path: Path) -> None:
+    """Catches pictures of two sizes that are compared with one stock picture."""
+    found = [_quality(pipeline, tmp_path, "--settings", "steps-2", "--timed", "0", *more)[-1]
+             for more in ((), ("--pixels", "64"))]  # fmt: skip
+    assert found[1].params["pixels"] == 64 and "pixels" not in found[0].params
+    assert len(list((tmp_path / "work").glob("*"))) == 2
+    assert found[0].counts["stock_flops"] != found[1].counts["stock_flops"]
 
 
 def test_check_needs_no_times(pipeline: str, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from gen_turbo import attach, load_pipeline, report
+from gen_turbo.bench.block_caches import first_block_cache
 from gen_turbo.bench.catalogue import quality_catalogue
 from gen_turbo.bench.records import load
 from gen_turbo.bench.settings import Method, OutputCache, Setting, fitting
-from gen_turbo.bench.studio import fingerprint
+from gen_turbo.bench.studio import fingerprint, fit_positions
 from gen_turbo.commands.cli import main
 from gen_turbo.metrics.cost import count_cost
-from gen_turbo.pipelines import tiny
+from gen_turbo.pipelines import tiny, tiny_dit
 from gen_turbo.training.schedule import read
 from tests.engine.families import relative
 from tests.stated import TurboProcessor
@@ -113,6 +114,40 @@ def test_quality_measures_a_transformer(folder: Path, tmp_path: Path) -> None:
     assert by_name["cache-k2"].counts["top_attention_flops"] * 2 == full["top_attention_flops"]
     assert by_name["block-copy-r0.5"].counts["top_tokens_least"] == IMAGE // 2 + WORDS + 1
     assert by_name["block-copy-r0.5"].values["psnr_db"][0] < by_name["stock"].values["psnr_db"][0]
+
+
+def test_the_first_block_decides_about_the_others() -> None:
+    """Catches a cache that never repeats, repeats at any change, or leaves its hooks behind."""
+    model = build("sd3")
+    calls: list[int] = []
+    inner = model.transformer_blocks[1].attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    stock = run("sd3", model)
+    num_calls = len(calls)
+    for threshold, times in ((0.0, num_calls), (1e6, 1)):
+        calls.clear()
+        with first_block_cache(model, threshold):
+            cached = run("sd3", model)
+        assert len(calls) == times
+        assert torch.equal(cached, stock) == (threshold == 0)
+    inner.remove()
+    assert not any("forward" in vars(block) for block in model.transformer_blocks)
+
+
+def test_positions_of_larger_images_lie_between_the_known_ones() -> None:
+    """Catches positions of a larger image that are those of its corner, and a smaller image that gets new ones."""
+    model = tiny_dit.make_transformer()
+    known = model.pos_embed.pos_embed.clone()
+    fit_positions(model, tiny.LATENT_SIZE)
+    assert torch.equal(model.pos_embed.pos_embed, known)
+    fit_positions(model, 2 * tiny.LATENT_SIZE)
+    side = 2 * tiny.LATENT_SIZE // tiny_dit.PATCH
+    table = model.pos_embed.pos_embed.reshape(side, side, -1)
+    pooled = table.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).mean((1, 3))
+    assert relative(pooled, known.reshape(pooled.shape)) < 0.05
+    assert model(
+        hidden_states=torch.zeros(1, 4, 2 * tiny.LATENT_SIZE, 2 * tiny.LATENT_SIZE),
+        encoder_hidden_states=torch.zeros(1, 3, 128), pooled_projections=torch.zeros(1, 128), timestep=torch.ones(1),
+    ).sample.shape[-1] == 2 * tiny.LATENT_SIZE  # fmt: skip
 
 
 def test_either_text_encoder_changes_the_fingerprint() -> None:
