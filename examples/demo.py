@@ -32,7 +32,7 @@ try next:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture and what it took."""
+    """One image and what it took."""
 
     image: Image.Image
     seconds: float
@@ -40,7 +40,7 @@ class Drawing:
 
 
 def main() -> None:
-    """Draws every prompt, and goes from pictures to captions to new pictures, with and without Turbo in turn."""
+    """Draws every prompt, and goes from images to captions to new images, with and without Turbo in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", default="tiny", help="name or YAML of a text-to-image pipeline")
     parser.add_argument("--prompts", type=int, default=3, help="how many captions to draw")
@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
     parser.add_argument("--workflow", default="caption-generate", help="name or YAML of a caption-generate pipeline")
-    parser.add_argument("--pictures", type=int, default=1, help="how many pictures go the whole way; 0 leaves it out")
+    parser.add_argument("--images", type=int, default=1, help="how many images go the whole way; 0 leaves it out")
     parser.add_argument("--workflow-output", type=Path, default=Path("outputs/demo-caption-generate.png"))
     options = parser.parse_args()
 
@@ -66,7 +66,7 @@ def main() -> None:
     captions = captions[: len(pairs)]
     print_table(captions, pairs, processor)
     save(options.output, [(caption, pair_row(pair)) for caption, pair in zip(captions, pairs, strict=True)])
-    if options.pictures:
+    if options.images:
         try:
             show_workflow(options, gen_turbo.load_pipeline(options.workflow, processor=None))
         except ConfigError as error:
@@ -81,7 +81,7 @@ def draw_pairs(
     draw(pipe, captions[0], options.seed, steps=2)
     pairs: list[tuple[Drawing, Drawing]] = []
     start = time.perf_counter()
-    with tqdm(total=2 * len(captions), desc="pictures") as bar:
+    with tqdm(total=2 * len(captions), desc="images") as bar:
         for number, caption in enumerate(captions):
             if pairs and (time.perf_counter() - start) * (number + 1) / number > options.limit:
                 bar.write(f"stopping after {number} of {len(captions)} captions: the next would pass --limit")
@@ -111,7 +111,7 @@ def draw(pipe: Any, caption: str, seed: int, steps: int, processor: Any | None =
 
 
 def print_table(captions: list[str], pairs: list[tuple[Drawing, Drawing]], processor: Any) -> None:
-    """Prints one line per picture and the medians."""
+    """Prints one line per image and the medians."""
     print(f"\n{processor}\n")
     print(f"{'caption':<58} {'stock':>7} {'Turbo':>7} {'PSNR':>8}  check stock / Turbo")
     for caption, (stock, turbo) in zip(captions, pairs, strict=True):
@@ -126,12 +126,12 @@ def print_table(captions: list[str], pairs: list[tuple[Drawing, Drawing]], proce
 
 
 def show_workflow(options: argparse.Namespace, pipe: Any) -> None:
-    """Reads rendered scenes, draws new pictures from what was said, and prints how both halves did."""
-    pipe.picture.set_progress_bar_config(disable=True)
-    processors = {"caption": gen_turbo.TurboProcessor(0.66), "picture": gen_turbo.TurboProcessor()}
-    captions = scenes.captions(options.pictures, options.seed + 1)
+    """Reads rendered scenes, draws new images from what was said, and prints how both halves did."""
+    pipe.generate.set_progress_bar_config(disable=True)
+    processors = {"caption": gen_turbo.TurboProcessor(0.66), "generate": gen_turbo.TurboProcessor()}
+    captions = scenes.captions(options.images, options.seed + 1)
     rows = []
-    print("\npicture -> caption -> new picture, Turbo in both halves")
+    print("\nimage -> caption -> new image, Turbo in both halves")
     for number, caption in enumerate(captions):
         source, made = scenes.render(caption, options.seed + number), {}
         for kind in (None, processors)[:: 1 if number % 2 == 0 else -1]:
@@ -140,7 +140,7 @@ def show_workflow(options: argparse.Namespace, pipe: Any) -> None:
         stock, turbo = made[True], made[False]
         passed = [("no", "yes")[scenes.check(one.images[0], caption).passed] for one in (stock, turbo)]
         print(f"source: {caption}\n  said: {turbo.captions[0]} ({turbo.num_tokens} -> {turbo.num_kept} image tokens)")
-        print(f"  stock {stock.seconds:.1f} s, Turbo {turbo.seconds:.1f} s; new picture shows it: {' / '.join(passed)}")
+        print(f"  stock {stock.seconds:.1f} s, Turbo {turbo.seconds:.1f} s; new image shows it: {' / '.join(passed)}")
         both = [(f"{name}, {one.seconds:.1f} s", one.images[0]) for name, one in (("stock", stock), ("Turbo", turbo))]
         rows.append((turbo.captions[0], [("source", source), *both]))
     save(options.workflow_output, rows)
@@ -153,23 +153,23 @@ def pair_row(pair: tuple[Drawing, Drawing]) -> list[tuple[str, Image.Image]]:
 
 
 def save(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> None:
-    """Writes a sheet of labelled pictures, one row per caption, with the caption above, and says where."""
+    """Writes a sheet of labelled images, one row per caption, with the caption above, and says where."""
     side = SCALE * rows[0][1][-1][1].width
     height = side + 2 * LINE_PX + MARGIN_PX
-    columns = max(len(pictures) for _, pictures in rows)
+    columns = max(len(images) for _, images in rows)
     size = (columns * (side + MARGIN_PX) + MARGIN_PX, MARGIN_PX + height * len(rows))
     canvas = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
-    for number, (caption, pictures) in enumerate(rows):
+    for number, (caption, images) in enumerate(rows):
         top = MARGIN_PX + number * height
         pen.text((MARGIN_PX, top), caption, "black", font)
-        for column, (label, image) in enumerate(pictures):
+        for column, (label, image) in enumerate(images):
             left = MARGIN_PX + column * (side + MARGIN_PX)
             pen.text((left, top + LINE_PX), label, "gray", font)
             canvas.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, top + 2 * LINE_PX))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
-    print(f"\npicture: {path.resolve()}")
+    print(f"\nimage: {path.resolve()}")
 
 
 if __name__ == "__main__":

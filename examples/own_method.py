@@ -28,7 +28,7 @@ class ColumnsProcessor(ReductionProcessor):
 
 
 def main() -> None:
-    """Draws one picture with it and says what it reached."""
+    """Draws one image with it and says what it reached."""
     pipe = load_pipeline("tiny", processor=None)
     with attach(pipe, ColumnsProcessor()):
         pipe("a large red circle on a gray background", num_inference_steps=4)

@@ -31,7 +31,7 @@ def drawn(count: int, seed: int) -> list[tuple[str, int, str]]:
     return rows
 
 
-def pictures(count: int, seed: int) -> Tensor:
+def images(count: int, seed: int) -> Tensor:
     """Training scenes as uint8 (count, 3, 128, 128)."""
     rows = [np.asarray(render(caption, look)).transpose(2, 0, 1) for caption, look, _ in drawn(count, seed)]
     return torch.from_numpy(np.stack(rows))
@@ -40,7 +40,7 @@ def pictures(count: int, seed: int) -> Tensor:
 def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
     """Trains on 64 x 64 pixel crops and saves the result."""
     torch.manual_seed(0)
-    images = pictures(3000, seed=1)
+    drawn_images = images(3000, seed=1)
     model = tiny.make_autoencoder()
     muon, adam = optimisers(model, keep_plain=("conv_in", "conv_out.", "quant"))
     start, step = time.process_time(), 0
@@ -48,7 +48,7 @@ def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
         factor = min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * spent / seconds)) + 0.005
         set_learning_rate(muon, adam, 4e-3 * factor)
         y, x = (int(v) for v in torch.randint(0, 65, (2,)))
-        batch = images[torch.randint(0, len(images), (4,)), :, y : y + 64, x : x + 64].float() / 127.5 - 1
+        batch = drawn_images[torch.randint(0, len(drawn_images), (4,)), :, y : y + 64, x : x + 64].float() / 127.5 - 1
         posterior = model.encode(batch.contiguous(memory_format=torch.channels_last)).latent_dist
         output = model.decode(posterior.sample()).sample
         error = F.mse_loss(output, batch)
@@ -64,7 +64,7 @@ def train_autoencoder(folder: Path, seconds: float) -> AutoencoderKL:
             print(f"autoencoder {step} {spent:.0f}s {10 * math.log10(4 / error.item()):.1f} dB", flush=True)
     model.eval()
     with torch.no_grad():
-        latents = model.encode(images[:64].float() / 127.5 - 1).latent_dist.mean
+        latents = model.encode(drawn_images[:64].float() / 127.5 - 1).latent_dist.mean
     model.register_to_config(scaling_factor=float(1 / latents.std()))
     model.save_pretrained(folder / "vae")
     return model
@@ -77,7 +77,7 @@ def training_set(folder: Path, autoencoder: AutoencoderKL, count: int, seed: int
     if not path.exists():
         latents = [
             autoencoder.encode(part.float() / 127.5 - 1).latent_dist.mean * autoencoder.config.scaling_factor
-            for part in pictures(count, seed).split(40)
+            for part in images(count, seed).split(40)
         ]
         save_file({"latents": torch.cat(latents).contiguous()}, path)
     return load_file(path)["latents"], [prompt for _, _, prompt in drawn(count, seed)]

@@ -4,11 +4,11 @@ Without a checkpoint in the output folder it begins from the weights inside the 
 
 python examples/train_tiny_vlm.py --seconds 480 3600 --output runs/tiny-vlm
 
-The two budgets are CPU seconds with patches of 16 pixels (64 image tokens) and of 8 (256). One sequence holds a
-picture, its caption and several questions, none of which sees another. While training, linear layers also say what
+The two budgets are CPU seconds with patches of 16 pixels (64 image tokens) and of 8 (256). One sequence holds an
+image, its caption and several questions, none of which sees another. While training, linear layers also say what
 each patch shows and, half-way through the tower, its outline and where in its object it lies; they teach the tower to
 see before the language model has learnt to ask (without them shapes stay guesses), and are thrown away. Small patches
-begin with steps in which the language model reads one picture in four, for it is the tower that has to learn.
+begin with steps in which the language model reads one image in four, for it is the tower that has to learn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import Stage, Trainer, parsed
 from transformers import LlavaForConditionalGeneration
-from vlm_data import OUTLINE, SHOWN, Packed, centres, drawn, outlines, pack, pictures, training_set, turns
+from vlm_data import OUTLINE, SHOWN, Packed, centres, drawn, images, outlines, pack, training_set, turns
 
 from gen_turbo.pipelines import tiny_vlm
 
@@ -32,13 +32,13 @@ STAGES = (
 )
 QUESTIONS = 6
 PAIRS = 2.5
-"""How much oftener a picture of two objects is taken than one of one; those are learnt first."""
+"""How much oftener an image of two objects is taken than one of one; those are learnt first."""
 SEEING_UNTIL = 0.45
 HELD_OUT = 96
 
 
 def see(model: LlavaForConditionalGeneration, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the tower makes of the patches of pictures (B, 3, 128, 128), half-way and at its end: (B, N, C) each."""
+    """What the tower makes of the patches of images (B, 3, 128, 128), half-way and at its end: (B, N, C) each."""
     states = model.model.vision_tower(images.float() / 127.5 - 1, output_hidden_states=True).hidden_states
     return states[len(states) // 2][:, 1:], states[-1][:, 1:]
 
@@ -60,7 +60,7 @@ def accuracy(model: LlavaForConditionalGeneration, patch: int, count: int) -> di
         part = rows[start : start + 16]
         asked = [turns(row, seed) for seed, row in enumerate(part, start)]
         packed = pack(asked, (tiny_vlm.SIZE_PX // patch) ** 2)
-        said = model.lm_head(read(model, see(model, pictures(part)[0])[1], packed)).argmax(-1)
+        said = model.lm_head(read(model, see(model, images(part)[0])[1], packed)).argmax(-1)
         is_wrong = (said != packed.target) & (packed.target >= 0)
         for kinds, wrong, turn in zip(asked, is_wrong, packed.turn, strict=True):
             for number, (_, _, kind) in enumerate(kinds, 1):
@@ -119,7 +119,7 @@ class VlmTraining:
         self.trainer.use(fine, patch)
 
     def loss(self, rows: Sequence, images: Tensor, shown: Tensor, batch: int, told: int) -> Tensor:
-        """How wrong the tower is about patches, and the language model about the first `told` pictures."""
+        """How wrong the tower is about patches, and the language model about the first `told` images."""
         model = self.trainer.models[0]
         weights = torch.tensor([1.0 if " on the " in row.caption else PAIRS for row in rows])
         chosen = weights.multinomial(batch, replacement=True)

@@ -41,7 +41,7 @@ _LEAST_COVERAGE, _LEAST_DOT_PX = 0.2, 3.0
 
 
 class Row(NamedTuple):
-    """One picture: its caption, the seed of its rendering and the colour of its dot."""
+    """One image: its caption, the seed of its rendering and the colour of its dot."""
 
     caption: str
     look: int
@@ -49,14 +49,14 @@ class Row(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Sequences of one picture and several independent turns each, (B, L) or (B, 1, L, L).
+    """Sequences of one image and several independent turns each, (B, L) or (B, 1, L, L).
 
     Attributes:
         ids: <bos>, the image tokens, then question and answer after question and answer, padded on the right.
-        positions: As if each turn came right after the picture.
-        mask: True where a token may look: back in its own turn, and at the picture.
+        positions: As if each turn came right after the image.
+        mask: True where a token may look: back in its own turn, and at the image.
         target: The next token where it belongs to an answer, else -100.
-        turn: The number of the turn that a token is of, from 1; 0 for the picture.
+        turn: The number of the turn that a token is of, from 1; 0 for the image.
     """
 
     ids: Tensor
@@ -78,12 +78,12 @@ def drawn(count: int, seed: int, held_out: bool = False) -> list[Row]:
     return rows
 
 
-def pictures(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Pictures as uint8 (B, 3, 128, 128), and as uint8 (B, 21, 16, 16) which of `SHOWN` each patch shows."""
+def images(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Images as uint8 (B, 3, 128, 128), and as uint8 (B, 21, 16, 16) which of `SHOWN` each patch shows."""
     drawings = [draw(*row) for row in rows]
-    images = np.stack([np.asarray(drawing.image).transpose(2, 0, 1) for drawing in drawings])
+    pixels = np.stack([np.asarray(drawing.image).transpose(2, 0, 1) for drawing in drawings])
     shown = torch.stack([_shown(row, drawing) for row, drawing in zip(rows, drawings, strict=True)])
-    return torch.from_numpy(images).contiguous(), shown
+    return torch.from_numpy(pixels).contiguous(), shown
 
 
 def _shown(row: Row, drawing: Drawing) -> Tensor:
@@ -118,7 +118,7 @@ def centres(shown: Tensor) -> tuple[Tensor, Tensor]:
     """Where each patch lies in its object, from what patches show, (B, 21, S, S).
 
     Returns:
-        Offset (x, y) from the object's centre and the object's half extent (x, y), as shares of the picture's half
+        Offset (x, y) from the object's centre and the object's half extent (x, y), as shares of the image's half
         side, (B, N, 4); and which patches show an object, (B, N).
     """
     first, side = len(COLORS), shown.shape[-1]
@@ -134,22 +134,22 @@ def centres(shown: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def training_set(folder: Path, count: int, seed: int) -> tuple[list[Row], Tensor, Tensor]:
-    """Training scenes with their pictures and what these show; drawn once and kept in the folder."""
+    """Training scenes with their images and what these show; drawn once and kept in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, rows = folder / f"pictures_{count}_{seed}.safetensors", drawn(count, seed)
+    path, rows = folder / f"images_{count}_{seed}.safetensors", drawn(count, seed)
     if not path.exists():
-        images, shown = pictures(rows)
-        save_file({"images": images, "shown": shown}, path.with_suffix(".tmp"))
+        pixels, shown = images(rows)
+        save_file({"images": pixels, "shown": shown}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
     tensors = load_file(path)
     return rows, tensors["images"], tensors["shown"]
 
 
 def turns(row: Row, seed: int, most: int | None = None) -> list[tuple[str, str, str]]:
-    """(question, answer, kind) of one picture: its caption first, then questions, the one for the dot first of all.
+    """(question, answer, kind) of one image: its caption first, then questions, the one for the dot first of all.
 
     With `most`, for training, at most so many questions, and then how many there are of each shape: one at a time they
-    teach too seldom that the answer depends on the picture.
+    teach too seldom that the answer depends on the image.
     """
     scene = parse(row.caption)
     caption = row.caption if isinstance(scene, Scene) else scene.canonical.caption
@@ -169,7 +169,7 @@ def encoded(text: str) -> list[int]:
 
 
 def pack(batch: Sequence[Sequence[tuple[str, str, str]]], num_image_tokens: int) -> Packed:
-    """Puts the turns of each picture into one sequence in which no turn sees another."""
+    """Puts the turns of each image into one sequence in which no turn sees another."""
     words, prefix = _words(), 1 + num_image_tokens
     sequences = []
     for asked in batch:

@@ -30,8 +30,8 @@ _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]
 """Numbers such as 1e-3, which YAML 1.1 takes for texts."""
 Override = str | tuple[str, Any]
 """`key=value`, where the value is YAML; or a key and a value, which is taken exactly as it is."""
-HALVES = ("caption", "picture")
-"""The parts of a configuration of picture to caption to new picture that are configurations of their own."""
+HALVES = ("caption", "generate")
+"""The parts of a configuration of image to caption to new image that are configurations of their own."""
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[Override] = ()) -> Settings:

@@ -36,7 +36,7 @@ def load_pipeline(name_or_yaml: str | Path, **overrides: Any) -> Any:
         name_or_yaml: A configuration inside the package, such as `"tiny"`, or the path of a YAML file.
         **overrides: Settings that replace those of the file. `processor` may be None for the stock pipeline, a
             processor object, a method's name or a mapping with `method` and its settings; for a pipeline of two
-            halves it goes to both, and `caption` and `picture` are mappings of the settings of one.
+            halves it goes to both, and `caption` and `generate` are mappings of the settings of one.
 
     Returns:
         A stock diffusers pipeline, or for a configuration of another kind what its builder makes. Steps, size and

@@ -1,4 +1,4 @@
-"""Pictures that a user names: files, folders and patterns, opened one by one."""
+"""Images that a user names: files, folders and patterns, opened one by one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from PIL import Image, ImageOps
 from gen_turbo.config import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""What counts as a picture in a folder; a file named outright may have any name."""
+"""What counts as an image in a folder; a file named outright may have any name."""
 _BITS, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1
 """Tags of TIFF."""
 _OF_16_BITS = ("PNG", "PPM")
 """Formats whose 16 bits may be read as whole numbers of 32."""
 
 
-def find_pictures(sources: Sequence[str | Path]) -> list[Path]:
+def find_images(sources: Sequence[str | Path]) -> list[Path]:
     """The files behind names, in the order of the names, and sorted within each; none occurs twice.
 
     Args:
-        sources: Files, folders (whose pictures are taken, not those of folders inside), and patterns such as
+        sources: Files, folders (whose images are taken, not those of folders inside), and patterns such as
             `photos/**/*.jpg`.
 
     Raises:
@@ -41,26 +41,26 @@ def find_pictures(sources: Sequence[str | Path]) -> list[Path]:
             matches = (Path(match) for match in glob.glob(str(path), recursive=True))
             files = sorted(match for match in matches if match.is_file())
         if not files:
-            what = "holds no pictures" if path.is_dir() else "does not exist"
-            raise ConfigError(f"{source} {what}; name pictures, folders of pictures or a pattern such as 'in/*.png'")
+            what = "holds no images" if path.is_dir() else "does not exist"
+            raise ConfigError(f"{source} {what}; name images, folders of images or a pattern such as 'in/*.png'")
         found.update(dict.fromkeys(files))
     return list(found)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Reads one picture as RGB, the way up that its camera noted; transparent parts become white.
+def open_image(path: Path) -> Image.Image:
+    """Reads one image as RGB, the way up that its camera noted; transparent parts become white.
 
     Raises:
-        ConfigError: If the file cannot be read or is no picture.
+        ConfigError: If the file cannot be read or is no image.
     """
     try:
         with Image.open(path) as file:
             _refuse_odd_tiff(file)
             file.load()
             return as_rgb(ImageOps.exif_transpose(file), file.format)
-    # What damaged pictures raise has no common class: their readers raise whatever comes.
+    # What damaged images raise has no common class: their readers raise whatever comes.
     except Exception as error:
-        raise ConfigError(f"cannot read the picture {path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"cannot read the image {path}: {' '.join(str(error).split())}") from error
 
 
 def _refuse_odd_tiff(file: Any) -> None:
@@ -71,44 +71,44 @@ def _refuse_odd_tiff(file: Any) -> None:
         raise ConfigError("white is zero in it, or it has 12 bits; save it with 8 or 16 bits")
 
 
-def as_rgb(picture: Image.Image, form: str | None = None) -> Image.Image:
-    """A picture of any mode as RGB of 8 bits; transparent parts become white.
+def as_rgb(image: Image.Image, form: str | None = None) -> Image.Image:
+    """An image of any mode as RGB of 8 bits; transparent parts become white.
 
     Args:
-        picture: 16 bits run from 0 to 65535, and floating numbers from 0 to 1.
-        form: The format of its file; None for a picture that was made in memory.
+        image: 16 bits run from 0 to 65535, and floating numbers from 0 to 1.
+        form: The format of its file; None for an image that was made in memory.
 
     Raises:
         ConfigError: If nothing says which number is white.
     """
-    mode = picture.mode
+    mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and form in _OF_16_BITS):
-        picture = _grey(picture, np.asarray(picture) / 257.0, picture.info.get("transparency"))
+        image = _grey(image, np.asarray(image) / 257.0, image.info.get("transparency"))
     elif mode == "F":
-        picture = _grey(picture, np.asarray(picture) * 255.0, None)
+        image = _grey(image, np.asarray(image) * 255.0, None)
     elif mode == "I":
         raise ConfigError("whole numbers of 32 bits have no known white; save it with 8 or 16 bits")
     elif mode == "La":
         # Premultiplied grey has no way to RGB but this one.
-        picture = picture.convert("LA")
-    if picture.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB")
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
-def _grey(picture: Image.Image, values: np.ndarray[Any, Any], clear: int | None) -> Image.Image:
+def _grey(image: Image.Image, values: np.ndarray[Any, Any], clear: int | None) -> Image.Image:
     """Grey values as 8 bits; `clear` is the value of the file that means transparent."""
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 255):
         raise ConfigError("its values do not lie between black and white: 0 and 1 for floating numbers")
     grey = Image.fromarray(values.round().astype(np.uint8))
     if clear is not None:
-        grey.putalpha(Image.fromarray(np.where(np.asarray(picture) == clear, 0, 255).astype(np.uint8)))
+        grey.putalpha(Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8)))
     return grey
 
 
-def pictures_of(source: Any) -> list[Image.Image]:
-    """Opens what a caller gave: a picture, a path, a folder, a pattern, or a list of any of these.
+def images_of(source: Any) -> list[Image.Image]:
+    """Opens what a caller gave: an image, a path, a folder, a pattern, or a list of any of these.
 
     Raises:
         ConfigError: If there is nothing, or something is none of these or cannot be read.
@@ -116,7 +116,7 @@ def pictures_of(source: Any) -> list[Image.Image]:
     if isinstance(source, Image.Image):
         return [as_rgb(source, source.format)]
     if isinstance(source, (str, Path)):
-        return [open_picture(path) for path in find_pictures([source])]
+        return [open_image(path) for path in find_images([source])]
     if not isinstance(source, (list, tuple)) or not source:
-        raise ConfigError(f"expected a picture, a path, a folder or a list of these; got {source!r:.80}")
-    return [picture for one in source for picture in pictures_of(one)]
+        raise ConfigError(f"expected an image, a path, a folder or a list of these; got {source!r:.80}")
+    return [image for one in source for image in images_of(one)]

@@ -1,4 +1,4 @@
-"""One picture's work as a line of JSON, and the names of what is made of it."""
+"""One image's work as a line of JSON, and the names of what is made of it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _START = b'{"input"'
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to work on under some settings.
+    """One image to work on under some settings.
 
     Attributes:
         path: The file, absolute.
         digest: Of its content; empty where it cannot be read.
-        settings: Digest of everything that the result depends on beside the picture.
+        settings: Digest of everything that the result depends on beside the image.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Export:
     """What a file of lines says.
 
     Attributes:
-        lines: The last line of each picture that something was made of.
+        lines: The last line of each image that something was made of.
         errors: The line behind it that says what went wrong.
         is_whole: Whether every line could be read; one that was cut off at the end of the file was never noted.
     """
@@ -102,7 +102,7 @@ def as_json(line: Line) -> str:
 
 
 def names_of(path: Path) -> Iterator[str]:
-    """Names for the picture that is made of one: its own first, then ever others, none longer than a name may be."""
+    """Names for the image that is made of one: its own first, then ever others, none longer than a name may be."""
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     for tail in chain(("", f"-{mark}"), (f"-{mark}-{number}" for number in count(2))):
         tail += ".png"
@@ -120,12 +120,12 @@ def sha256_of(path: Path) -> str:
         return ""
 
 
-def picture_digest(path: Path) -> str:
-    """The digest of a file that is a whole picture; empty if it is none."""
+def image_digest(path: Path) -> str:
+    """The digest of a file that is a whole image; empty if it is none."""
     try:
-        with Image.open(path) as picture:
-            picture.verify()
-    # What damaged pictures raise has no common class.
+        with Image.open(path) as image:
+            image.verify()
+    # What damaged images raise has no common class.
     except Exception:
         return ""
     return sha256_of(path)

@@ -1,4 +1,4 @@
-"""What was made of which picture: a database by which runs that were stopped go on and several share a folder.
+"""What was made of which image: a database by which runs that were stopped go on and several share a folder.
 
 Every item has a row. A run claims rows and holds a lock while it lives; claims of dead runs are free again. A result is
 written under a temporary name, planned in its row, renamed and committed: the row and the file always say what to do.
@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gen_turbo.database import open_database, transaction
-from gen_turbo.lines import Export, Item, Line, as_json, names_of, parsed, picture_digest, sha256_of
+from gen_turbo.lines import Export, Item, Line, as_json, image_digest, names_of, parsed, sha256_of
 from gen_turbo.output import add_name, replace, write_synced
 
 _CLAIM = "INSERT INTO item (input, owner) VALUES (?, ?) ON CONFLICT DO UPDATE SET owner = excluded.owner"
@@ -71,28 +71,28 @@ class Manifest:
                     taken.append(item)
         return taken
 
-    def keep(self, item: Item, values: Mapping[str, Any], picture: bytes | None = None) -> Line:
+    def keep(self, item: Item, values: Mapping[str, Any], image: bytes | None = None) -> Line:
         """Commits what was made of a claimed item, and gives its line.
 
         Args:
             item: What was claimed.
             values: What is noted.
-            picture: The content of a PNG file that is written beside the manifest.
+            image: The content of a PNG file that is written beside the manifest.
 
         Raises:
             ConfigError: If the database takes nothing more.
-            OSError: If the picture cannot be written.
+            OSError: If the image cannot be written.
             ValueError: If JSON has no such value.
         """
         line = item.line(values)
-        if picture is None:
+        if image is None:
             with self._change():
                 self._set(item.path, line=as_json(line), error=None, owner=None)
             return line
         partial = self._partial(self._owner)
         try:
-            write_synced(partial, picture)
-            return self._place(partial, item, {**line, "sha256": hashlib.sha256(picture).hexdigest()})
+            write_synced(partial, image)
+            return self._place(partial, item, {**line, "sha256": hashlib.sha256(image).hexdigest()})
         finally:
             partial.unlink(missing_ok=True)
 
@@ -188,7 +188,7 @@ class Manifest:
         return sha256_of(self.path.parent / line["output"]) == line.get("sha256") != ""
 
     def _place(self, partial: Path, item: Item, line: Line) -> Line:
-        """Gives a picture that is on the disk a name that is its item's already, or that nothing has."""
+        """Gives an image that is on the disk a name that is its item's already, or that nothing has."""
         assert self.path is not None
         before = self._row(item.path)["line"] or {}
         old = before.get("output")
@@ -278,7 +278,7 @@ class Manifest:
             output = None
             if line is not None and "output" in line:
                 output = os.fsencode(line["output"])
-                line.setdefault("sha256", picture_digest(path.parent / line["output"]))
+                line.setdefault("sha256", image_digest(path.parent / line["output"]))
             texts = [as_json(one) if one is not None else None for one in (line, error)]
             self._database.execute(_ADD, (os.fsencode(name), output, *texts))
         if not export.is_whole:

@@ -90,14 +90,14 @@ class TokenReducer(ABC):
             (SD3, Flux and its kin, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions); attention
             counts each by its size. None merges tokens equal to their neighbour where they are half of the text, as
             padding is: no loss beyond rounding, where a fixed fraction is free only up to the padding that there is. In
-            vision-language models: fraction of the words that leave a prompt with pictures, none by default.
+            vision-language models: fraction of the words that leave a prompt with images, none by default.
         reference_ratio: Fraction of the tokens removed of references beside the target (FLUX.1 Kontext, FLUX.2,
             LongCat-Image-Edit, Qwen-Image-Edit), once per run; None takes the layer's own ratio.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
             every attention layer; None leaves the model's own.
-        keep: In vision-language models, how many image tokens of a picture stay, instead of `ratio`.
-        adaptive: In vision-language models, shares the budget among the pictures of a call: busy ones keep more, plain
-            ones fewer, as many in all as `ratio` or `keep` say. A picture that comes alone keeps its own.
+        keep: In vision-language models, how many image tokens of an image stay, instead of `ratio`.
+        adaptive: In vision-language models, shares the budget among the images of a call: busy ones keep more, plain
+            ones fewer, as many in all as `ratio` or `keep` say. An image that comes alone keeps its own.
     """
 
     ratio: float = 0.5

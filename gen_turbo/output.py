@@ -16,34 +16,34 @@ from PIL import Image
 
 from gen_turbo.config import ConfigError
 
-_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SLUG_LENGTH = 40
 
 
-def picture_paths(output: str, names: list[str]) -> list[Path]:
-    """The PNG file of each picture: one named file, or numbered files in a folder.
+def image_paths(output: str, names: list[str]) -> list[Path]:
+    """The PNG file of each image: one named file, or numbered files in a folder.
 
     Args:
         output: A path that ends in .png, or a folder. Neither needs to exist.
-        names: What each picture shows, for the files' names.
+        names: What each image shows, for the files' names.
 
     Raises:
-        ConfigError: If several pictures would go into one file, or the output is of another format.
+        ConfigError: If several images would go into one file, or the output is of another format.
     """
     path = Path(output).expanduser()
-    if path.suffix.lower() in _OTHER_PICTURES:
-        raise ConfigError(f"pictures are written as PNG; got the output {output}, name a .png file or a folder")
+    if path.suffix.lower() in _OTHER_IMAGES:
+        raise ConfigError(f"images are written as PNG; got the output {output}, name a .png file or a folder")
     if path.suffix.lower() != ".png":
         return [path / f"{index:03d}-{_slug(name)}.png" for index, name in enumerate(names)]
     if path.is_dir():
         raise ConfigError(f"the output {output} is a folder; name a file or a folder without .png at its end")
     if len(names) > 1:
-        raise ConfigError(f"{len(names)} pictures do not fit into the one file {output}; give a folder as output")
+        raise ConfigError(f"{len(names)} images do not fit into the one file {output}; give a folder as output")
     return [path]
 
 
 def record_path(output: str) -> Path:
-    """The JSON file beside the pictures: the same name for one named file, comparison.json in a folder."""
+    """The JSON file beside the images: the same name for one named file, comparison.json in a folder."""
     path = Path(output).expanduser()
     return path.with_suffix(".json") if path.suffix.lower() == ".png" else path / "comparison.json"
 
@@ -70,7 +70,7 @@ def png_of(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_picture(path: Path, image: Image.Image) -> None:
+def write_image(path: Path, image: Image.Image) -> None:
     """Writes a PNG, whole or not at all; folders are made."""
     write_file(path, png_of(image))
 
@@ -138,4 +138,4 @@ def _sync_names(folder: Path) -> None:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:_SLUG_LENGTH].rstrip("-") or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:_SLUG_LENGTH].rstrip("-") or "image"

@@ -1,6 +1,6 @@
-"""Pictures of what a method did to the tokens of a picture: groups, arrows, kept tokens, heat, layers.
+"""Images of what a method did to the tokens of an image: groups, arrows, kept tokens, heat, layers.
 
-Grids are (h, w) arrays over the tokens of a picture, in raster order.
+Grids are (h, w) arrays over the tokens of an image, in raster order.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def groups_panel(image: Image.Image, slot_YX: Ints) -> Image.Image:
     sizes = np.bincount(slot_YX.ravel())
     tint = np.array([_color(slot) for slot in range(len(sizes))])[slot_YX]
     strength = np.where(sizes[slot_YX] > 1, _TINT, 0.0)
-    picture = _pixels(image)
+    tinted = _pixels(image)
     strength_px = _blown(strength)[..., None]
-    picture = picture * (1 - strength_px) + _blown(tint) * strength_px
+    tinted = tinted * (1 - strength_px) + _blown(tint) * strength_px
     has_room = SIDE_PX >= _LINES_FROM_PX * max(slot_YX.shape)
-    return _with_lines(picture, _blown(slot_YX)) if has_room else _image(picture)
+    return _with_lines(tinted, _blown(slot_YX)) if has_room else _image(tinted)
 
 
 def kept_panel(image: Image.Image, is_kept_YX: NDArray[np.bool_]) -> Image.Image:
-    """The picture with every token dark that did not stay."""
+    """The image with every token dark that did not stay."""
     return _image(_pixels(image) * np.where(_blown(is_kept_YX), 1.0, _DIM)[..., None])
 
 
@@ -66,7 +66,7 @@ def arrows_panel(image: Image.Image, slot_YX: Ints, anchors: Sequence[int]) -> I
 
 
 def heat_panel(image: Image.Image, value_YX: Floats) -> Image.Image:
-    """Values as colour over the picture in gray: blue for the lowest rank, over green, to red for the highest."""
+    """Values as colour over the image in gray: blue for the lowest rank, over green, to red for the highest."""
     rank = value_YX.ravel().argsort(kind="stable").argsort(kind="stable").reshape(value_YX.shape)
     share = rank / max(1, rank.size - 1)
     heat = np.array([colorsys.hsv_to_rgb(0.66 * (1 - one), 1.0, 1.0) for one in share.ravel()]) * 255
@@ -102,7 +102,7 @@ def sheet(panels: Sequence[tuple[str, Image.Image]], strip: Image.Image | None =
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """The picture at the size of a panel."""
+    """The image at the size of a panel."""
     return image.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
 
 

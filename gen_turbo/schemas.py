@@ -57,13 +57,13 @@ class Loading:
 
 @dataclass
 class PipelineConfig(Loading):
-    """A pipeline that makes pictures from text; the settings of `Loading`, and these.
+    """A pipeline that makes images from text; the settings of `Loading`, and these.
 
     Attributes:
         steps: Denoising steps of a run.
         guidance_scale: Scale of classifier-free guidance; raising it follows the prompt more closely.
-        height: Height of the pictures in pixels; None leaves it to the pipeline.
-        width: Width of the pictures in pixels; None leaves it to the pipeline.
+        height: Height of the images in pixels; None leaves it to the pipeline.
+        width: Width of the images in pixels; None leaves it to the pipeline.
         max_size: The most pixels that height and width may have, so that a slip of the keyboard fills no memory.
         max_steps: The most steps, for the same reason.
     """
@@ -92,14 +92,14 @@ class PipelineConfig(Loading):
 
 @dataclass
 class CaptionConfig(Loading):
-    """A pipeline that writes about pictures; the settings of `Loading`, and these.
+    """A pipeline that writes about images; the settings of `Loading`, and these.
 
     Attributes:
-        prompt: What the model is asked about each picture; None asks nothing, as captioning models want it.
-        template: How a prompt becomes the model's input, with `{prompt}` and the model's own mark of a picture in it,
+        prompt: What the model is asked about each image; None asks nothing, as captioning models want it.
+        template: How a prompt becomes the model's input, with `{prompt}` and the model's own mark of an image in it,
             such as "USER: <image> {prompt} ASSISTANT:"; None takes the checkpoint's chat template, if it has one.
-        max_new_tokens: The most tokens that are written about a picture.
-        batch_size: Pictures that the model reads at once.
+        max_new_tokens: The most tokens that are written about an image.
+        batch_size: Images that the model reads at once.
     """
 
     pipeline: str = "caption"
@@ -117,20 +117,20 @@ class CaptionConfig(Loading):
 
 @dataclass
 class CaptionGenerateConfig:
-    """Picture to caption to new picture.
+    """Image to caption to new image.
 
     Attributes:
         pipeline: Name of the builder.
-        caption: The half that reads pictures.
-        picture: The half that draws.
+        caption: The half that reads images.
+        generate: The half that draws.
         drawn: What is drawn, with `{caption}` in it, such as "{caption}, in oil".
-        strength: How far a new picture leaves the old one, in (0, 1]; None draws from the caption alone.
-        batch_size: Pictures that are drawn at once.
+        strength: How far a new image leaves the old one, in (0, 1]; None draws from the caption alone.
+        batch_size: Images that are drawn at once.
     """
 
     pipeline: str = "caption-generate"
     caption: CaptionConfig = field(default_factory=CaptionConfig)
-    picture: PipelineConfig = field(default_factory=PipelineConfig)
+    generate: PipelineConfig = field(default_factory=PipelineConfig)
     drawn: str = "{caption}"
     strength: float | None = None
     batch_size: int = 4

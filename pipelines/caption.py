@@ -1,4 +1,4 @@
-"""Any image-text-to-text model that transformers can load: pictures in, what is said about them out."""
+"""Any image-text-to-text model that transformers can load: images in, what is said about them out."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .loading import device_of, dtype_of, find_checkpoint, reason
 
 _INDEX = "config.json"
 _CROSS = ("Blip", "InstructBlip")
-"""Text of these models reads the picture on the side, so that no image token is in a prompt, or only queries are."""
+"""Text of these models reads the image on the side, so that no image token is in a prompt, or only queries are."""
 _OWN_MARKS = ("PaliGemma", *_CROSS)
-"""Preparers of these models place the picture themselves."""
+"""Preparers of these models place the image themselves."""
 _ANSWERS = ("BlipForQuestionAnswering",)
 
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """What was said about some pictures, and what it took.
+    """What was said about some images, and what it took.
 
     Attributes:
-        texts: One for each picture, in their order.
-        seconds: Passed from the first picture's preparation to the last text.
-        num_tokens: Image tokens of all pictures, as the stock model reads them.
+        texts: One for each image, in their order.
+        seconds: Passed from the first image's preparation to the last text.
+        num_tokens: Image tokens of all images, as the stock model reads them.
         num_kept: Those of them that the language model, or the layers behind a cut, still had.
     """
 
@@ -48,16 +48,16 @@ class CaptionResult:
 
     @property
     def text(self) -> str:
-        """The first picture's text."""
+        """The first image's text."""
         return self.texts[0]
 
 
 class CaptionPipeline:
-    """A vision-language model with its preparation of pictures and words, to be called on pictures.
+    """A vision-language model with its preparation of images and words, to be called on images.
 
     Attributes:
         vlm: The stock model.
-        preparer: The checkpoint's own processor: pictures and text to tensors, and back to text.
+        preparer: The checkpoint's own processor: images and text to tensors, and back to text.
         config: Its settings; the prompt, the length and the batch are defaults of the call.
     """
 
@@ -100,39 +100,39 @@ class CaptionPipeline:
         batch_size: int | None = None,
         **generate: Any,
     ) -> CaptionResult:
-        """Says something about every picture.
+        """Says something about every image.
 
         Args:
-            images: One picture or several, of any mode and size.
+            images: One image or several, of any mode and size.
             prompt: What is asked; None asks what the configuration says.
-            max_new_tokens: The most tokens that are written about a picture; None as configured.
-            batch_size: Pictures that are read at once; None as configured.
+            max_new_tokens: The most tokens that are written about an image; None as configured.
+            batch_size: Images that are read at once; None as configured.
             **generate: Goes to the model's `generate`; by default the likeliest token is taken each time.
 
         Raises:
-            ConfigError: If there is no picture, one has no known white, or the template does not fit.
+            ConfigError: If there is no image, one has no known white, or the template does not fit.
         """
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
-        if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
-            raise ConfigError(f"expected a PIL picture or a list of them; got {images!r:.80}")
+        each = [images] if isinstance(images, Image.Image) else list(images)
+        if not each or not all(isinstance(one, Image.Image) for one in each):
+            raise ConfigError(f"expected a PIL image or a list of them; got {images!r:.80}")
         length = positive("max_new_tokens", max_new_tokens, self.config.max_new_tokens)
         batch = positive("batch_size", batch_size, self.config.batch_size)
         settings = {"max_new_tokens": length, "do_sample": False, **generate}
         texts: list[str] = []
         num_tokens = num_kept = 0
         start_s = time.perf_counter()
-        for first in range(0, len(pictures), batch):
-            said, before, after = self._batch(pictures[first : first + batch], prompt, settings)
+        for first in range(0, len(each), batch):
+            said, before, after = self._batch(each[first : first + batch], prompt, settings)
             texts, num_tokens, num_kept = texts + said, num_tokens + before, num_kept + after
         return CaptionResult(texts, time.perf_counter() - start_s, num_tokens, num_kept)
 
     def _batch(
-        self, pictures: list[Image.Image], prompt: str | None, settings: dict[str, Any]
+        self, images: list[Image.Image], prompt: str | None, settings: dict[str, Any]
     ) -> tuple[list[str], int, int]:
         text = self.text_of(self.config.prompt if prompt is None else prompt)
         inputs = self.preparer(
-            images=[as_rgb(picture, picture.format) for picture in pictures],
-            text=None if text is None else [text] * len(pictures),
+            images=[as_rgb(one, one.format) for one in images],
+            text=None if text is None else [text] * len(images),
             return_tensors="pt",
             padding=True,
         ).to(self.device)
@@ -140,11 +140,11 @@ class CaptionPipeline:
         output = self.vlm.generate(**inputs, **settings)
         written = output[:, _prompt_length(inputs, output) :]
         said = self.preparer.batch_decode(written, skip_special_tokens=True)
-        num_tokens = self._num_tokens(inputs, len(pictures))
+        num_tokens = self._num_tokens(inputs, len(images))
         return [" ".join(one.split()) for one in said], num_tokens, self._num_kept(num_tokens)
 
     def text_of(self, prompt: str | None) -> str | None:
-        """What the preparer is given with a picture for a prompt; None where the model wants no text.
+        """What the preparer is given with an image for a prompt; None where the model wants no text.
 
         Raises:
             ConfigError: If the template has no place for a prompt.
@@ -168,7 +168,7 @@ class CaptionPipeline:
         return type(self.vlm).__name__.startswith(_CROSS)
 
     def _num_tokens(self, inputs: Any, count: int) -> int:
-        """Image tokens of a batch: marks in the prompt, or patches where text reads the picture on the side."""
+        """Image tokens of a batch: marks in the prompt, or patches where text reads the image on the side."""
         config = self.vlm.config
         if self._is_cross:
             vision = config.vision_config
@@ -193,7 +193,7 @@ def caption(config: CaptionConfig) -> CaptionPipeline:
     Only safetensors files are read and no code of a checkpoint is run.
 
     Raises:
-        ConfigError: If the device or the checkpoint is not there, cannot be read, or reads no pictures.
+        ConfigError: If the device or the checkpoint is not there, cannot be read, or reads no images.
     """
     device = device_of(config.device)
     checkpoint = find_checkpoint(config.checkpoint, _INDEX)
@@ -216,7 +216,7 @@ def caption(config: CaptionConfig) -> CaptionPipeline:
     except Exception as error:
         raise ConfigError(f"cannot load {config.checkpoint}: {reason(error, config.local_files_only)}") from error
     if not hasattr(preparer, "image_processor") or not hasattr(preparer, "tokenizer"):
-        raise ConfigError(f"{config.checkpoint} has no processor for pictures and text; add preprocessor_config.json")
+        raise ConfigError(f"{config.checkpoint} has no processor for images and text; add preprocessor_config.json")
     preparer.tokenizer.padding_side = "left"
     return CaptionPipeline(vlm.to(device).eval(), preparer, config)
 

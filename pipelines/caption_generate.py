@@ -1,4 +1,4 @@
-"""Picture to caption to new picture, in batches, both halves with a processor of their own."""
+"""Image to caption to new image, in batches, both halves with a processor of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from gen_turbo.api import attachments
 from gen_turbo.config import CALL_SETTINGS, HALVES, CaptionGenerateConfig, ConfigError
 from gen_turbo.engine.report import report
-from gen_turbo.inputs import pictures_of
+from gen_turbo.inputs import images_of
 from gen_turbo.method import TokenReducer
 from gen_turbo.registry import PIPELINES
 from gen_turbo.schemas import check_strength
@@ -27,15 +27,15 @@ from .text_to_image import text_to_image
 
 @dataclass(frozen=True)
 class CaptionGenerateResult:
-    """New pictures and how they came to be; every list has one entry a picture, in the order given.
+    """New images and how they came to be; every list has one entry an image, in the order given.
 
     Attributes:
-        captions: What was said about the old pictures.
+        captions: What was said about the old images.
         prompts: What was drawn.
-        images: The new pictures.
-        caption_seconds: Passed while the old pictures were read.
-        picture_seconds: Passed while the new ones were drawn.
-        num_tokens: Image tokens of all old pictures, as the stock model reads them.
+        images: The new images.
+        caption_seconds: Passed while the old images were read.
+        generate_seconds: Passed while the new ones were drawn.
+        num_tokens: Image tokens of all old images, as the stock model reads them.
         num_kept: Those of them that were kept.
         drawn_tokens: Tokens of the finest attention layer that is reduced while drawing; 0 without a processor.
         drawn_kept: Tokens that this layer runs on in a reduced step.
@@ -45,7 +45,7 @@ class CaptionGenerateResult:
     prompts: list[str]
     images: list[Image.Image]
     caption_seconds: float
-    picture_seconds: float
+    generate_seconds: float
     num_tokens: int
     num_kept: int
     drawn_tokens: int
@@ -54,23 +54,23 @@ class CaptionGenerateResult:
     @property
     def seconds(self) -> float:
         """Passed in both halves."""
-        return self.caption_seconds + self.picture_seconds
+        return self.caption_seconds + self.generate_seconds
 
 
 class CaptionGeneratePipeline:
     """Two pipelines in a row.
 
     Attributes:
-        caption: The half that reads pictures.
-        picture: The half that draws: a stock diffusers pipeline, of another class once it is given a strength.
+        caption: The half that reads images.
+        generate: The half that draws: a stock diffusers pipeline, of another class once it is given a strength.
         config: The settings of both; strength, batch and what is drawn are defaults of the call.
     """
 
-    def __init__(self, caption: CaptionPipeline, picture: Any, config: CaptionGenerateConfig) -> None:
-        self.caption, self.picture, self.config = caption, picture, config
+    def __init__(self, caption: CaptionPipeline, generate: Any, config: CaptionGenerateConfig) -> None:
+        self.caption, self.generate, self.config = caption, generate, config
 
     def set_attn_processor(self, processor: TokenReducer | Mapping[str, TokenReducer | None] | None) -> None:
-        """Attaches one processor to both halves, or to each its own from a mapping with `caption` and `picture`.
+        """Attaches one processor to both halves, or to each its own from a mapping with `caption` and `generate`.
 
         A half whose processor is None becomes stock; one that a mapping does not name stays as it is.
 
@@ -97,33 +97,33 @@ class CaptionGeneratePipeline:
         seeds: int | Sequence[int] = 0,
         **call: Any,
     ) -> CaptionGenerateResult:
-        """Reads every picture and draws a new one.
+        """Reads every image and draws a new one.
 
         Args:
-            images: A picture, a path, a folder, a pattern, or a list of any of these.
-            prompt: What is asked about the pictures; None asks as configured.
-            strength: How far new pictures leave the old ones, in (0, 1]; None as configured.
-            batch_size: Pictures that are drawn at once; None as configured.
-            seeds: Of the noise: one of each picture, or one for all.
+            images: An image, a path, a folder, a pattern, or a list of any of these.
+            prompt: What is asked about the images; None asks as configured.
+            strength: How far new images leave the old ones, in (0, 1]; None as configured.
+            batch_size: Images that are drawn at once; None as configured.
+            seeds: Of the noise: one of each image, or one for all.
             **call: Goes to the call of the half that draws, such as `num_inference_steps`.
 
         Raises:
-            ConfigError: If a picture cannot be read, or a setting does not fit.
+            ConfigError: If an image cannot be read, or a setting does not fit.
         """
         check_strength(strength)
-        pictures = pictures_of(images)
-        each = [seeds] * len(pictures) if isinstance(seeds, int) else list(seeds)
-        if len(each) != len(pictures):
-            raise ConfigError(f"{len(each)} seeds do not fit {len(pictures)} pictures; give one each, or one for all")
-        said = self.caption(pictures, prompt)
+        sources = images_of(images)
+        each = [seeds] * len(sources) if isinstance(seeds, int) else list(seeds)
+        if len(each) != len(sources):
+            raise ConfigError(f"{len(each)} seeds do not fit {len(sources)} images; give one each, or one for all")
+        said = self.caption(sources, prompt)
         prompts = [self.config.drawn.replace("{caption}", text) for text in said.texts]
         start_s = time.perf_counter()
         batch = positive("batch_size", batch_size, self.config.batch_size)
         strength = self.config.strength if strength is None else strength
         drawn: list[Image.Image] = []
-        for first in range(0, len(pictures), batch):
+        for first in range(0, len(sources), batch):
             part = slice(first, first + batch)
-            drawn += self._draw(prompts[part], pictures[part], each[part], strength, call)
+            drawn += self._draw(prompts[part], sources[part], each[part], strength, call)
         seconds = time.perf_counter() - start_s
         return CaptionGenerateResult(
             said.texts, prompts, drawn, said.seconds, seconds, said.num_tokens, said.num_kept, *self._drawn_tokens()
@@ -132,43 +132,43 @@ class CaptionGeneratePipeline:
     def _draw(
         self,
         prompts: list[str],
-        pictures: list[Image.Image],
+        sources: list[Image.Image],
         seeds: list[int],
         strength: float | None,
         call: dict[str, Any],
     ) -> list[Image.Image]:
-        config = self.config.picture
+        config = self.config.generate
         given = {name: getattr(config, setting) for setting, name in CALL_SETTINGS.items()}
-        self._prepare(takes_picture=strength is not None)
+        self._prepare(takes_image=strength is not None)
         if strength is not None:
-            side = _own_side(self.picture)
+            side = _own_side(self.generate)
             size = (given.pop("width") or side, given.pop("height") or side)
-            given["image"] = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
+            given["image"] = [one.resize(size, Image.Resampling.LANCZOS) for one in sources]
             given["strength"] = strength
         given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         settings = {name: value for name, value in given.items() if value is not None}
-        images: list[Image.Image] = self.picture(prompt=prompts, **{**settings, **call}).images
-        return images
+        drawn: list[Image.Image] = self.generate(prompt=prompts, **{**settings, **call}).images
+        return drawn
 
-    def _prepare(self, takes_picture: bool) -> None:
-        """Makes the half that draws one that takes a picture, or none, from the same parts; processors stay."""
-        before = self.picture
-        if takes_picture == ("strength" in inspect.signature(type(before).__call__).parameters):
+    def _prepare(self, takes_image: bool) -> None:
+        """Makes the half that draws one that takes an image, or none, from the same parts; processors stay."""
+        before = self.generate
+        if takes_image == ("strength" in inspect.signature(type(before).__call__).parameters):
             return
-        kind = AutoPipelineForImage2Image if takes_picture else AutoPipelineForText2Image
+        kind = AutoPipelineForImage2Image if takes_image else AutoPipelineForText2Image
         try:
             after = kind.from_pipe(before)
         except ValueError as error:
-            how = "from a picture; set strength=null" if takes_picture else "from text alone; give a strength"
+            how = "from an image; set strength=null" if takes_image else "from text alone; give a strength"
             raise ConfigError(f"{type(before).__name__} has no form that draws {how}") from error
         after.set_progress_bar_config(**getattr(before, "_progress_bar_config", {}))
         attached = [part.reducer for part in attachments(before)]
         if attached:
             after.set_attn_processor(attached[0])
-        self.picture = after
+        self.generate = after
 
     def _drawn_tokens(self) -> tuple[int, int]:
-        sites = [site for site in report(self.picture).sites if site.status == "reduced" and site.num_tokens]
+        sites = [site for site in report(self.generate).sites if site.status == "reduced" and site.num_tokens]
         finest = max(sites, key=lambda site: site.num_tokens, default=None)
         return (finest.num_tokens, finest.num_kept) if finest is not None else (0, 0)
 
@@ -186,4 +186,4 @@ def caption_generate(config: CaptionGenerateConfig) -> CaptionGeneratePipeline:
     Raises:
         ConfigError: If the device or a checkpoint is not there, cannot be read, or is of another kind.
     """
-    return CaptionGeneratePipeline(load_caption(config.caption), text_to_image(config.picture), config)
+    return CaptionGeneratePipeline(load_caption(config.caption), text_to_image(config.generate), config)

@@ -29,7 +29,7 @@ def text_to_image(config: PipelineConfig) -> Any:
         A stock diffusers pipeline without a gen_turbo processor.
 
     Raises:
-        ConfigError: If the device or the checkpoint is not there, cannot be read, or makes no pictures from text.
+        ConfigError: If the device or the checkpoint is not there, cannot be read, or makes no images from text.
     """
     device = device_of(config.device)
     checkpoint = find_checkpoint(config.checkpoint, _INDEX)

@@ -51,7 +51,7 @@ def make_transformer(pool: int = 1) -> SD3Transformer2DModel:
 
     Args:
         pool: Latents are pooled by this factor, 1, 2 or 4. The weights mean the same at every factor, and positions the
-            same place of the picture: `finer.load_state_dict(weights(coarser), strict=False)` goes on at the next.
+            same place of the image: `finer.load_state_dict(weights(coarser), strict=False)` goes on at the next.
     """
     side = tiny.LATENT_SIZE // (PATCH * pool)
     model = SD3Transformer2DModel(
@@ -86,7 +86,7 @@ def weights(model: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
 
 
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Straight paths from noise to picture, with more steps where there is much noise."""
+    """Straight paths from noise to image, with more steps where there is much noise."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
 
 

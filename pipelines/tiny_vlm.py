@@ -38,7 +38,7 @@ def weights_folder() -> Path:
 
 
 def prompt_of(question: str) -> str:
-    """What the processor is given as text for a question about one picture; `CAPTION_PROMPT` asks for a caption."""
+    """What the processor is given as text for a question about one image; `CAPTION_PROMPT` asks for a caption."""
     return f"{IMAGE}{question}"
 
 
@@ -62,8 +62,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor(patch_px: int = PATCH_PX) -> LlavaProcessor:
-    """Pictures of any size become 128 x 128; each <image> of a prompt becomes one token a patch."""
-    pictures = CLIPImageProcessorPil(
+    """Images of any size become 128 x 128; each <image> of a prompt becomes one token a patch."""
+    images = CLIPImageProcessorPil(
         size={"height": SIZE_PX, "width": SIZE_PX},
         do_center_crop=False,
         crop_size={"height": SIZE_PX, "width": SIZE_PX},
@@ -71,7 +71,7 @@ def make_processor(patch_px: int = PATCH_PX) -> LlavaProcessor:
         image_std=[0.5, 0.5, 0.5],
     )
     return LlavaProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=make_tokenizer(),
         patch_size=patch_px,
         vision_feature_select_strategy="default",

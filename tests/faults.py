@@ -26,7 +26,7 @@ from gen_turbo import database
 from gen_turbo.commands import caption as captioning
 from gen_turbo.commands import cli
 from gen_turbo.config import load_config
-from tests.stub_pipelines import GenerateStub, picture
+from tests.stub_pipelines import GenerateStub, image
 
 FOREIGN = {"1.png": b"mine", "notes.txt": b"mine too"}
 _CHANGES = ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "sqlite3.connect")
@@ -38,7 +38,7 @@ def main(kind: str, folder: Path, stride: int) -> None:
     """Goes through all points of one kind, and prints how many there were; raises where anything is wrong."""
     for number in range(3):
         (folder / "in").mkdir(exist_ok=True)
-        picture(number).save(folder / "in" / f"{number}.png")
+        image(number).save(folder / "in" / f"{number}.png")
     # What a run imports is imported once, not in every child.
     captioning.quiet_loading()
     captioning.processors_of(load_config("caption-generate"))
@@ -84,7 +84,7 @@ def _limits(folder: Path, stride: int) -> int:
 def _together(folder: Path, stride: int) -> int:
     """Several runs on one folder: none draws what another does; killed ones are taken up."""
     for number in range(3, 40):
-        picture(number).save(folder / "in" / f"{number}.png")
+        image(number).save(folder / "in" / f"{number}.png")
     rng = random.Random(0)
     for count in (2, 4) * stride:
         _fresh(folder)
@@ -99,12 +99,14 @@ def _together(folder: Path, stride: int) -> int:
             time.sleep(rng.random() * 0.1)
             os.kill(run, signal.SIGKILL)
         assert [_wait(run) for run in runs][-1] == 0
+        # Where a killed run died last, the next one puts its log into the database.
+        assert _wait(_start(folder, seed=1)) == 0
         check(folder)
     return 2 * stride
 
 
 def check(folder: Path) -> None:
-    """Whether every picture has one line and one file, and nothing else is there that was not."""
+    """Whether every image has one line and one file, and nothing else is there that was not."""
     out = folder / "out"
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert sorted(line["input"] for line in lines) == sorted(map(str, (folder / "in").iterdir())), lines
@@ -148,11 +150,11 @@ def _start(
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
 
-        def draws(pictures: list) -> None:
+        def draws(images: list) -> None:
             time.sleep(delay_s)
             if drawn is not None:
                 with drawn.open("a") as file:
-                    file.write("." * len(pictures))
+                    file.write("." * len(images))
 
         captioning.build_pipeline = lambda config, processor: GenerateStub(draws)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

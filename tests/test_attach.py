@@ -11,7 +11,7 @@ from gen_turbo.engine.root import Root
 from gen_turbo.vlm.gate import Gate
 from tests.engine.test_branches import two_models
 from tests.snapshots import differences, model_state
-from tests.tiny_hosts import picture, sd_pipeline
+from tests.tiny_hosts import image, sd_pipeline
 from tests.vlm.tiny_vlms import VLMS
 
 
@@ -23,7 +23,7 @@ def test_an_attach_that_fails_halfway_leaves_nothing(error, is_replaced, monkeyp
     stock = model_state(pipe.unet)
     if is_replaced:
         attach(pipe, ToMeProcessor(0.4))
-        expected = picture(pipe)
+        expected = image(pipe)
     install = Root.install
 
     def fails(root):
@@ -37,7 +37,7 @@ def test_an_attach_that_fails_halfway_leaves_nothing(error, is_replaced, monkeyp
     parts = attachments(pipe)
     assert [type(part.reducer) for part in parts] == [ToMeProcessor] * is_replaced
     if is_replaced:
-        assert torch.equal(picture(pipe), expected)
+        assert torch.equal(image(pipe), expected)
         parts[0].remove()
     assert differences(stock, model_state(pipe.unet)) == []
 

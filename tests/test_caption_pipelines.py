@@ -1,4 +1,4 @@
-"""Pictures to captions to new pictures, by pipelines that YAML names."""
+"""Images to captions to new images, by pipelines that YAML names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from gen_turbo import attach, load_pipeline, report, scenes
 from gen_turbo.config import ConfigError, load_config
-from gen_turbo.inputs import find_pictures, open_picture, pictures_of
+from gen_turbo.inputs import find_images, images_of, open_image
 from tests.snapshots import differences, model_state
 from tests.vlm.test_blip import _blip
 
@@ -22,7 +22,7 @@ SMALL = {"num_inference_steps": 3, "height": 32, "width": 32}
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Three scenes."""
     return [scenes.render(caption, 0) for caption in scenes.captions(3, 0)]
 
@@ -30,17 +30,17 @@ def pictures() -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def both(vlm, tiny_checkpoint):
     """The combined pipeline on small checkpoints, stock."""
-    halves = {"caption": {"checkpoint": str(vlm)}, "picture": {"checkpoint": str(tiny_checkpoint)}}
+    halves = {"caption": {"checkpoint": str(vlm)}, "generate": {"checkpoint": str(tiny_checkpoint)}}
     pipe = load_pipeline("caption-generate", processor=None, **halves)
-    pipe.picture.set_progress_bar_config(disable=True)
+    pipe.generate.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_a_caption_is_what_generate_writes(vlm, pictures):
+def test_a_caption_is_what_generate_writes(vlm, images):
     """Catches a prompt left in the text, another prompt than the model's own, and tokens counted elsewhere."""
     pipe = load_pipeline("caption", checkpoint=str(vlm), processor=TurboProcessor(0.5))
-    result = pipe(pictures, max_new_tokens=5)
-    inputs = pipe.preparer(images=pictures, text=["<image>describe the picture"] * 3, return_tensors="pt")
+    result = pipe(images, max_new_tokens=5)
+    inputs = pipe.preparer(images=images, text=["<image>describe the picture"] * 3, return_tensors="pt")
     with torch.no_grad():
         tokens = pipe.vlm.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert result.texts == pipe.preparer.batch_decode(tokens, skip_special_tokens=True)
@@ -49,28 +49,28 @@ def test_a_caption_is_what_generate_writes(vlm, pictures):
     assert result.seconds > 0
 
 
-def test_batches_change_nothing_and_reset_gives_stock(vlm, pictures):
-    """Catches pictures that swap their captions between batches, and a processor that stays."""
+def test_batches_change_nothing_and_reset_gives_stock(vlm, images):
+    """Catches images that swap their captions between batches, and a processor that stays."""
     pipe = load_pipeline("caption", checkpoint=str(vlm), processor=None)
-    stock, before = pipe(pictures), model_state(pipe.vlm)
+    stock, before = pipe(images), model_state(pipe.vlm)
     pipe.set_attn_processor(TurboProcessor(0.75))
-    together, apart = pipe(pictures), pipe(pictures, batch_size=1)
+    together, apart = pipe(images), pipe(images, batch_size=1)
     assert together.texts == apart.texts
     assert together.num_kept == apart.num_kept == 3 * 64
     assert [row.num_tokens for row in report(pipe).sites] == [256]
     pipe.reset_attn_processor()
     assert differences(before, model_state(pipe.vlm)) == []
-    assert pipe(pictures).texts == stock.texts
+    assert pipe(images).texts == stock.texts
 
 
-def test_a_question_reaches_the_model(vlm, pictures):
+def test_a_question_reaches_the_model(vlm, images):
     """Catches a prompt that is dropped on the way."""
     pipe = load_pipeline("caption", checkpoint=str(vlm), processor=None)
     assert pipe.text_of("what shape") == "<image>what shape"
     seen = []
     with torch.no_grad():
         handle = pipe.vlm.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
-        pipe(pictures[0], prompt="what shape", max_new_tokens=1)
+        pipe(images[0], prompt="what shape", max_new_tokens=1)
         handle.remove()
     asked = pipe.preparer.tokenizer("what shape")["input_ids"][1:]
     assert seen[0]["input_ids"][0, -len(asked) :].tolist() == asked
@@ -86,70 +86,72 @@ def test_a_question_reaches_the_model(vlm, pictures):
 
 
 @pytest.mark.parametrize("model", [BlipForConditionalGeneration, BlipForQuestionAnswering])
-def test_models_that_read_pictures_on_the_side(tmp_path, pictures, model):
-    """Catches a placeholder for models that want none, and tokens counted in a prompt that has no picture."""
+def test_models_that_read_images_on_the_side(tmp_path, images, model):
+    """Catches a placeholder for models that want none, and tokens counted in a prompt that has no image."""
     made = _blip(model)
     made.save_pretrained(tmp_path)
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{i}" for i in range(96))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    images = BlipImageProcessorPil(size={"height": 32, "width": 32})
-    BlipProcessor(images, BertTokenizer(str(tmp_path / "vocab.txt"))).save_pretrained(tmp_path)
+    preparer = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    BlipProcessor(preparer, BertTokenizer(str(tmp_path / "vocab.txt"))).save_pretrained(tmp_path)
     prompt = None if model is BlipForConditionalGeneration else "w5 w6"
     pipe = load_pipeline("caption", checkpoint=str(tmp_path), processor="turbo_vit")
     assert type(pipe.vlm) is model
     pipe.config.prompt = prompt
-    result = pipe(pictures, max_new_tokens=4)
+    result = pipe(images, max_new_tokens=4)
     assert len(result.texts) == 3
     assert (result.num_tokens, result.num_kept) == (3 * 16, 3 * 6)
 
 
-def test_the_whole_way(both, pictures):
+def test_the_whole_way(both, images):
     """Catches halves with one processor for both, captions that are not what is drawn, and seeds that do not count."""
-    both.set_attn_processor({"caption": TurboProcessor(0.5), "picture": TurboProcessor(0.25, restore="copy")})
+    both.set_attn_processor({"caption": TurboProcessor(0.5), "generate": TurboProcessor(0.25, restore="copy")})
     both.config.drawn = "a {caption}"
-    result = both(pictures, batch_size=2, seeds=[5, 6, 7], **SMALL)
+    result = both(images, batch_size=2, seeds=[5, 6, 7], **SMALL)
     both.config.drawn = "{caption}"
-    assert result.captions == both.caption(pictures).texts
+    assert result.captions == both.caption(images).texts
     assert result.prompts == [f"a {text}" for text in result.captions]
     assert (result.num_tokens, result.num_kept) == (3 * 256, 3 * 128)
     assert (result.drawn_tokens, result.drawn_kept) == (256, 192)
-    assert result.seconds == result.caption_seconds + result.picture_seconds
+    assert result.seconds == result.caption_seconds + result.generate_seconds
     generator = [torch.Generator().manual_seed(7)]
-    again = both.picture([result.prompts[2]], generator=generator, guidance_scale=3.0, **SMALL).images[0]
+    again = both.generate([result.prompts[2]], generator=generator, guidance_scale=3.0, **SMALL).images[0]
     assert np.array_equal(np.asarray(again), np.asarray(result.images[2]))
     both.reset_attn_processor()
-    assert not report(both.picture).sites
+    assert not report(both.generate).sites
     assert not report(both.caption).sites
 
 
-def test_a_strength_starts_from_the_picture(both, pictures):
+def test_a_strength_starts_from_the_image(both, images):
     """Catches a strength that is ignored, a processor lost with the change of class, and a way back that is not."""
-    both.picture.set_attn_processor(TurboProcessor(0.25, restore="copy"))
+    both.generate.set_attn_processor(TurboProcessor(0.25, restore="copy"))
     settings = {"num_inference_steps": 4, "height": 32, "width": 32}
-    free = both(pictures[0], **settings).images[0]
+    free = both(images[0], **settings).images[0]
     call = {"num_inference_steps": 4, "strength": 0.5}
-    both.config.picture.height = both.config.picture.width = 32
-    started = both(pictures[0], **call)
-    assert "Img2Img" in type(both.picture).__name__
+    both.config.generate.height = both.config.generate.width = 32
+    started = both(images[0], **call)
+    assert "Img2Img" in type(both.generate).__name__
     assert started.images[0].size == (32, 32)
     assert started.drawn_kept == 192
     assert not np.array_equal(np.asarray(started.images[0]), np.asarray(free))
-    assert not np.array_equal(*(np.asarray(both(one, **call).images[0]) for one in pictures[:2]))
-    assert np.array_equal(np.asarray(both(pictures[0], **settings).images[0]), np.asarray(free))
-    assert report(both.picture).sites
-    both.config.picture.height = both.config.picture.width = 128
+    assert not np.array_equal(*(np.asarray(both(one, **call).images[0]) for one in images[:2]))
+    assert np.array_equal(np.asarray(both(images[0], **settings).images[0]), np.asarray(free))
+    assert report(both.generate).sites
+    both.config.generate.height = both.config.generate.width = 128
     both.reset_attn_processor()
 
 
 def test_two_halves_in_one_file(tmp_path):
     """Catches overrides that reach the wrong half, and names that are not replaced by what they stand for."""
-    config = load_config("caption-generate", ["caption.processor=tome", "picture.processor.ratio=0.25", "strength=0.5"])
+    config = load_config(
+        "caption-generate", ["caption.processor=tome", "generate.processor.ratio=0.25", "strength=0.5"]
+    )
     assert config.caption.processor["method"] == "tome"
-    assert config.picture.processor == {"method": "turbo", "ratio": 0.25}
+    assert config.generate.processor == {"method": "turbo", "ratio": 0.25}
     assert config.strength == 0.5
-    (tmp_path / "own.yaml").write_text("pipeline: caption-generate\ncaption: caption\npicture: sd15\n")
+    (tmp_path / "own.yaml").write_text("pipeline: caption-generate\ncaption: caption\ngenerate: sd15\n")
     own = load_config(tmp_path / "own.yaml")
-    assert (own.picture.steps, own.caption.prompt) == (25, "describe the picture")
+    assert (own.generate.steps, own.caption.prompt) == (25, "describe the picture")
 
 
 WRONG = {
@@ -193,27 +195,27 @@ def test_wrong_checkpoints_say_what_is_wrong(tmp_path, tiny_checkpoint, vlm):
         load_pipeline("caption", checkpoint=str(tmp_path))
 
 
-def test_pictures_are_found_and_opened(tmp_path, pictures):
+def test_images_are_found_and_opened(tmp_path, images):
     """Catches other files of a folder, doubles, transparency that turns black, and sideways photographs."""
-    for index, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{index}.png")
-    (tmp_path / "notes.txt").write_text("no picture")
-    assert [path.name for path in find_pictures([tmp_path, tmp_path / "1.png"])] == ["0.png", "1.png", "2.png"]
-    assert [path.name for path in find_pictures([f"{tmp_path}/[12].*"])] == ["1.png", "2.png"]
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    assert [path.name for path in find_images([tmp_path, tmp_path / "1.png"])] == ["0.png", "1.png", "2.png"]
+    assert [path.name for path in find_images([f"{tmp_path}/[12].*"])] == ["1.png", "2.png"]
     with pytest.raises(ConfigError, match="does not exist"):
-        find_pictures([tmp_path / "no*.png"])
+        find_images([tmp_path / "no*.png"])
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     turned = Image.new("RGB", (8, 4))
     exif = turned.getexif()
     exif[274] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == (4, 8)
-    assert len(pictures_of([pictures[0], str(tmp_path / "1.png"), tmp_path])) == 7
-    with pytest.raises(ConfigError, match="cannot read the picture"):
-        open_picture(tmp_path / "notes.txt")
-    with pytest.raises(ConfigError, match="expected a picture"):
-        pictures_of(3)
+    assert open_image(tmp_path / "turned.jpg").size == (4, 8)
+    assert len(images_of([images[0], str(tmp_path / "1.png"), tmp_path])) == 7
+    with pytest.raises(ConfigError, match="cannot read the image"):
+        open_image(tmp_path / "notes.txt")
+    with pytest.raises(ConfigError, match="expected an image"):
+        images_of(3)
 
 
 def test_attach_takes_the_pipeline(vlm):

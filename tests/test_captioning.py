@@ -1,4 +1,4 @@
-"""The commands `caption` and `caption-generate`: runs that go on, bad pictures, exit codes."""
+"""The commands `caption` and `caption-generate`: runs that go on, bad images, exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gen_turbo.commands import cli
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A current folder with three pictures in `in`, one of them damaged."""
+    """A current folder with three images in `in`, one of them damaged."""
     (tmp_path / "in").mkdir()
     for index, caption in enumerate(scenes.captions(2, 0)):
         scenes.render(caption, index).save(tmp_path / "in" / f"{index}.png")
@@ -26,8 +26,8 @@ def here(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def generate(vlm, tiny_checkpoint):
     """Runs `caption-generate` at toy size."""
-    size = ["picture.height=32", "picture.width=32", "picture.steps=2", "picture.processor.restore=copy"]
-    small = [f"caption.checkpoint={vlm}", f"picture.checkpoint={tiny_checkpoint}", "caption.max_new_tokens=3", *size]
+    size = ["generate.height=32", "generate.width=32", "generate.steps=2", "generate.processor.restore=copy"]
+    small = [f"caption.checkpoint={vlm}", f"generate.checkpoint={tiny_checkpoint}", "caption.max_new_tokens=3", *size]
     return lambda *arguments: cli.main(["caption-generate", *arguments, "--output", "out", *small])
 
 
@@ -36,12 +36,12 @@ def _lines(path: Path | str) -> list[dict]:
 
 
 def test_captions_are_printed_and_kept(here, vlm, capsys):
-    """Catches one bad picture that ends the run, exit code 0 in spite of it, and captions of other pictures."""
+    """Catches one bad image that ends the run, exit code 0 in spite of it, and captions of other images."""
     arguments = ["caption", "in", f"checkpoint={vlm}", "--prompt", "it's: what", "max_new_tokens=3"]
     assert cli.main([*arguments, "--output", "said.jsonl"]) == captioning.SOME_FAILED
     out, err = capsys.readouterr()
     assert [line.partition(": ")[0] for line in out.splitlines()] == [str(here / "in" / f"{i}.png") for i in (0, 1)]
-    assert "bad.png: cannot read the picture" in err
+    assert "bad.png: cannot read the image" in err
     assert "2 done, 0 finished before, 1 failed" in err
     good = [line for line in _lines("said.jsonl") if "error" not in line]
     assert [f"{line['input']}: {line['caption']}" for line in good] == out.splitlines()
@@ -52,7 +52,7 @@ def test_captions_are_printed_and_kept(here, vlm, capsys):
 
 
 def test_a_run_goes_on(here, generate, capsys):
-    """Catches finished pictures drawn again, others skipped, and a half line that spoils the manifest."""
+    """Catches finished images drawn again, others skipped, and a half line that spoils the manifest."""
     (here / "in" / "bad.png").unlink()
 
     def one(*arguments):
@@ -70,7 +70,7 @@ def test_a_run_goes_on(here, generate, capsys):
     assert (here / "out" / "0.png").stat().st_mtime_ns == stamp
     lines = _lines("out/manifest.jsonl")
     assert [line["output"] for line in lines] == ["0.png", "1.png"]
-    assert set(lines[0]) >= {"caption", "prompt", "caption_s", "picture_s", "tokens", "kept", "drawn_kept", "seed"}
+    assert set(lines[0]) >= {"caption", "prompt", "caption_s", "generate_s", "tokens", "kept", "drawn_kept", "seed"}
     left = sorted(path.name for path in (here / "out").iterdir())
     assert left == ["0.png", "1.png", "manifest.jsonl", "manifest.sqlite"]
     assert one("in", "--seed", "1") == 0
@@ -82,7 +82,7 @@ def test_a_run_goes_on(here, generate, capsys):
 
 
 def test_finished_means_that_it_is_all_there(here, generate, capsys, monkeypatch):
-    """Catches a load of both models for nothing, a lost picture that counts as done, and a changed one that does."""
+    """Catches a load of both models for nothing, a lost image that counts as done, and a changed one that does."""
     (here / "in" / "bad.png").unlink()
     assert generate("in") == 0
     with monkeypatch.context() as patch:
@@ -96,7 +96,7 @@ def test_finished_means_that_it_is_all_there(here, generate, capsys, monkeypatch
 
 
 def test_no_file_is_overwritten_but_its_own(here, generate):
-    """Catches a new picture in the old one's place, two of one name that share a file, and outputs taken as inputs."""
+    """Catches a new image in the old one's place, two of one name that share a file, and outputs taken as inputs."""
     (here / "in" / "bad.png").unlink()
     (here / "out").mkdir()
     (here / "out" / "0.png").write_bytes((here / "in" / "1.png").read_bytes())
@@ -115,14 +115,14 @@ def test_no_file_is_overwritten_but_its_own(here, generate):
 WRONG = {
     "no input": (["caption"], "the following arguments are required: IN"),
     "missing": (["caption", "nope.png"], "nope.png does not exist"),
-    "empty folder": (["caption-generate", "empty"], "empty holds no pictures"),
+    "empty folder": (["caption-generate", "empty"], "empty holds no images"),
     "other kind": (["caption", "in", "--config", "tiny"], "cannot use the configuration tiny, which is of the kind"),
     "generate": (["generate", "--prompt", "x", "--config", "caption"], "cannot use the configuration caption"),
     "strength": (["caption-generate", "in", "--strength", "7"], "strength must be a number in (0, 1]"),
     "seed": (["caption-generate", "in", "--seed", "-1"], "the seed must be between 0"),
     "output": (["caption", "in", "--output", "said.txt"], "name a .jsonl file"),
     "method": (["caption", "in", "processor=nope"], "unknown method 'nope'"),
-    "key": (["caption-generate", "in", "pictures=2"], "no setting 'pictures'"),
+    "key": (["caption-generate", "in", "images=2"], "no setting 'images'"),
     "no manifest": (["caption", "in", "--output", "other.jsonl"], "is no manifest: it has the line"),
 }
 
@@ -140,8 +140,8 @@ def test_wrong_use_is_one_sentence(here, capsys, arguments, message):
     assert not (here / "outputs").exists()
 
 
-def test_a_name_with_an_equals_sign_is_a_picture(tmp_path, monkeypatch):
-    """Catches a picture taken for a setting."""
+def test_a_name_with_an_equals_sign_is_a_image(tmp_path, monkeypatch):
+    """Catches an image taken for a setting."""
     monkeypatch.chdir(tmp_path)
     Path("a=1.png").touch()
     assert captioning.split_inputs(["a=1.png", "b=1", "c.png"]) == (["a=1.png", "c.png"], ["b=1"])

@@ -41,7 +41,7 @@ def _left(folder: Path) -> list[str]:
 
 
 def test_generate_writes_one_file(here, tiny_checkpoint, capsys):
-    """Catches pictures of another size, and temporary files left behind."""
+    """Catches images of another size, and temporary files left behind."""
     assert _generate(tiny_checkpoint, "--output", "new/one.png") == 0
     assert _left(here) == ["new", "new/one.png"]
     assert _pixels("new/one.png").shape == (32, 32, 3)
@@ -49,7 +49,7 @@ def test_generate_writes_one_file(here, tiny_checkpoint, capsys):
 
 
 def test_generate_counts_seeds_up(here, tiny_checkpoint):
-    """Catches several pictures of one prompt that are all the same, and a seed that is not honoured."""
+    """Catches several images of one prompt that are all the same, and a seed that is not honoured."""
     assert _generate(tiny_checkpoint, "--num-images", "2", "--seed", "4", "--output", "a") == 0
     assert _left(here / "a") == ["000-a-large-red-circle-4.png", "001-a-large-red-circle-5.png"]
     assert _generate(tiny_checkpoint, "--seed", "5", "--output", "b.png") == 0
@@ -70,12 +70,12 @@ def test_compare_writes_both_and_the_figures(here, tiny_checkpoint, capsys):
     """Catches a comparison of the processor with itself, and counts that are not those of the run."""
     assert _generate(tiny_checkpoint, "--compare", "--output", "both.png", "processor=random") == 0
     assert _left(here) == ["both.json", "both.png"]
-    picture = _pixels("both.png")
-    assert picture.shape == (32, 68, 3)
+    image = _pixels("both.png")
+    assert image.shape == (32, 68, 3)
     record = json.loads(Path("both.json").read_text())
-    figures = record["pictures"][0]
+    figures = record["images"][0]
     assert (figures["num_tokens"], figures["num_kept"]) == (256, 128)
-    error = np.mean((picture[:, :32].astype(float) - picture[:, 36:]) ** 2)
+    error = np.mean((image[:, :32].astype(float) - image[:, 36:]) ** 2)
     assert error > 0
     assert figures["psnr_db"] == pytest.approx(10 * np.log10(255**2 / error), abs=0.01)
     assert record["config"]["processor"]["ratio"] == 0.5
@@ -85,11 +85,11 @@ def test_compare_writes_both_and_the_figures(here, tiny_checkpoint, capsys):
 
 
 def test_compare_with_identity_is_lossless(here, tiny_checkpoint):
-    """Catches another noise for the second picture, and infinity in a JSON file."""
+    """Catches another noise for the second image, and infinity in a JSON file."""
     assert _generate(tiny_checkpoint, "--compare", "--output", "many", "processor=identity") == 0
     assert _left(here / "many") == ["000-a-large-red-circle-0.png", "comparison.json"]
     record = json.loads(Path("many/comparison.json").read_text())
-    assert record["pictures"][0]["psnr_db"] is None
+    assert record["images"][0]["psnr_db"] is None
 
 
 def test_list_shows_every_name(capsys):
@@ -149,8 +149,8 @@ WRONG = {
     "no images": (["--num-images", "0"], "the number of images must be at least 1"),
     "negative seed": (["--seed", "-1"], "the seed must be between 0"),
     "file below a file": (["--output", "/dev/null/x.png"], "cannot write to /dev/null"),
-    "many in one": (["--num-images", "2", "--output", "x.png"], "2 pictures do not fit"),
-    "other format": (["--output", "x.jpg"], "pictures are written as PNG"),
+    "many in one": (["--num-images", "2", "--output", "x.png"], "2 images do not fit"),
+    "other format": (["--output", "x.jpg"], "images are written as PNG"),
     "nothing to compare": (["--compare", "processor=null"], "there is no processor to compare"),
 }
 
@@ -191,7 +191,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         output.write_json(path, {"a": float("inf")})
     with pytest.raises(OSError, match="cannot write mode"):
-        output.write_picture(path, Image.new("LAB", (2, 2)))
+        output.write_image(path, Image.new("LAB", (2, 2)))
     assert _left(tmp_path) == ["old.json"]
     assert json.loads(path.read_text()) == {"a": 1}
 
@@ -222,7 +222,7 @@ def test_prompts_and_seeds_make_jobs():
 
 
 def test_unknown_words_are_noted(tiny_checkpoint):
-    """Catches a picture of nothing for a word that the model never saw."""
+    """Catches an image of nothing for a word that the model never saw."""
     from gen_turbo.factory import load_pipeline
 
     pipe = load_pipeline("tiny", checkpoint=str(tiny_checkpoint), device="cpu")
@@ -232,7 +232,7 @@ def test_unknown_words_are_noted(tiny_checkpoint):
 
 
 def test_stock_is_on_the_left():
-    """Catches pictures that change places."""
+    """Catches images that change places."""
     black, white = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "white")
     both = Comparison(Job("x", 0), black, white, 2.0, 1.0, 4, 2, 0.5).side_by_side()
     assert (both.getpixel((0, 0)), both.getpixel((19, 0))) == ((0, 0, 0), (255, 255, 255))

@@ -181,18 +181,18 @@ def test_load_pipeline_refuses_what_has_no_effect(own_yaml):
         load_pipeline(own_yaml, steps=3)
 
 
-def test_the_same_settings_give_the_same_picture_as_code(own_yaml):
+def test_the_same_settings_give_the_same_image_as_code(own_yaml):
     """Catches a processor from YAML that differs from the one made in Python."""
     pipe = load_pipeline(own_yaml, processor={"method": "turbo", "ratio": 0.4, "restore": "copy", "scope": "block"})
     pipe.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     for processor in (None, TurboProcessor(0.4, restore="copy", scope="block")):
         if processor is not None:
             pipe.set_attn_processor(processor)
         generator = torch.Generator().manual_seed(1)
         out = pipe("a red circle", num_inference_steps=2, height=32, width=32, generator=generator, output_type="pt")
-        pictures.append(out.images)
-    assert torch.equal(*pictures)
+        images.append(out.images)
+    assert torch.equal(*images)
 
 
 def test_the_embedded_model_loads():

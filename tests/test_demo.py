@@ -23,14 +23,14 @@ device: cpu
 WORKFLOW = """
 pipeline: caption-generate
 caption: {{checkpoint: {folder}/vlm, max_new_tokens: 3, device: cpu}}
-picture: {{checkpoint: {folder}/pipeline, device: cpu, steps: 10}}
+generate: {{checkpoint: {folder}/pipeline, device: cpu, steps: 10}}
 """
 
 
 def test_the_demo_draws_pairs_and_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a demo whose Turbo column is stock again, that hides where the pictures are, or leaves out a half."""
+    """Catches a demo whose Turbo column is stock again, that hides where the images are, or leaves out a half."""
     monkeypatch.setattr(settling, "device_class", lambda device: FAST)
     sd_pipeline().save_pretrained(tmp_path / "pipeline")
     tiny_vlm.make_model().save_pretrained(tmp_path / "vlm")
@@ -40,7 +40,7 @@ def test_the_demo_draws_pairs_and_says_where(
     workflow, anew = tmp_path / "workflow.yaml", tmp_path / "anew.png"
     workflow.write_text(WORKFLOW.format(folder=tmp_path))
     arguments = ["--pipeline", str(settings), "--prompts", "2", "--steps", "10", "--output", str(output)]
-    arguments += ["--workflow", str(workflow), "--pictures", "1", "--workflow-output", str(anew)]
+    arguments += ["--workflow", str(workflow), "--images", "1", "--workflow-output", str(anew)]
     monkeypatch.setattr(sys, "argv", [str(DEMO), *arguments])
     runpy.run_path(str(DEMO), run_name="__main__")
     printed = capsys.readouterr().out

@@ -33,7 +33,7 @@ def pipe():
 
 
 @pytest.fixture
-def picture():
+def image():
     """A scene with two objects."""
     return scenes.render("a red circle left of a blue square on a white background", 3)
 
@@ -91,13 +91,13 @@ def test_a_sheet_holds_its_panels_and_layers():
 
 
 @pytest.mark.parametrize("method", ["turbo", "turbo_vit", "vistog", "vistog_vit", "random", "fastv", "pool", "par"])
-def test_every_method_leaves_a_trace_and_a_stock_model(pipe, picture, method):
+def test_every_method_leaves_a_trace_and_a_stock_model(pipe, image, method):
     """Catches a trace of another size than what was kept, and an attachment or a recorder that stays."""
     options = {"router": "random", "tokens": 0.5, "layers": 3} if method == "par" else {"ratio": 0.5}
     processor = build_processor({"method": method, **options})
-    pipe(picture)
+    pipe(image)
     before, own = model_state(pipe.vlm), dict(vars(processor))
-    trace = explain_reading(pipe, processor, picture)
+    trace = explain_reading(pipe, processor, image)
     assert differences(before, model_state(pipe.vlm)) == [] and vars(processor) == own
     assert trace.grid == (8, 8) and len(trace.slot) == 64 and len(trace.anchors) == 32
     assert trace.is_dropping == (method in ("fastv", "par"))
@@ -107,10 +107,10 @@ def test_every_method_leaves_a_trace_and_a_stock_model(pipe, picture, method):
         assert torch.equal(trace.slot, pool_cells((8, 8), 32).slot_BN[0])
 
 
-def test_the_information_degree_is_turbos(pipe, picture):
-    """Catches a heat map of something else than weight * N * A - R, or of another picture's tokens."""
+def test_the_information_degree_is_turbos(pipe, image):
+    """Catches a heat map of something else than weight * N * A - R, or of another image's tokens."""
     processor, seen = TurboProcessor(0.5, value_weight=0.5), {}
-    trace = explain_reading(pipe, processor, picture)
+    trace = explain_reading(pipe, processor, image)
 
     class Listening(TurboProcessor):
         def plan(self, tokens, site, frame):
@@ -118,7 +118,7 @@ def test_the_information_degree_is_turbos(pipe, picture):
             return super().plan(tokens, site, frame)
 
     with attach(pipe, Listening(0.5, value_weight=0.5)):
-        pipe(picture)
+        pipe(image)
     for token in (0, 17, 63):
         cosines = torch.cosine_similarity(seen["tokens"][token], seen["tokens"], dim=-1)
         cosines[token] = -1
@@ -126,11 +126,11 @@ def test_the_information_degree_is_turbos(pipe, picture):
         assert abs(trace.degree[token] - expected) < 1e-4
 
 
-def test_the_command_writes_a_picture(pipe, picture, tmp_path, capsys):
+def test_the_command_writes_a_image(pipe, image, tmp_path, capsys):
     """Catches a command that does not pass its settings on."""
     pipe.vlm.save_pretrained(tmp_path / "vlm")
     pipe.preparer.save_pretrained(tmp_path / "vlm")
-    picture.save(tmp_path / "in.png")
+    image.save(tmp_path / "in.png")
     given = ["explain", "--image", str(tmp_path / "in.png"), "--processor", "pool", "--output", str(tmp_path / "o.png")]
     assert main([*given, f"checkpoint={tmp_path / 'vlm'}", "processor.ratio=0.75"]) == 0
     assert "16 of 64 tokens stay" in capsys.readouterr().out
@@ -138,9 +138,9 @@ def test_the_command_writes_a_picture(pipe, picture, tmp_path, capsys):
         assert page.width == 2 * SIDE_PX + 8
 
 
-def test_a_denoiser_is_explained_at_its_finest_tokens(tiny_checkpoint, picture, tmp_path, capsys):
-    """Catches plans of a coarse layer, and pictures that are not encoded."""
-    picture.save(tmp_path / "in.png")
+def test_a_denoiser_is_explained_at_its_finest_tokens(tiny_checkpoint, image, tmp_path, capsys):
+    """Catches plans of a coarse layer, and images that are not encoded."""
+    image.save(tmp_path / "in.png")
     given = [
         "explain",
         "--image",
@@ -165,10 +165,10 @@ def test_a_denoiser_is_explained_at_its_finest_tokens(tiny_checkpoint, picture, 
         ({"--processor": "null"}, "give one with --processor"),
     ],
 )
-def test_what_does_not_fit_is_said_in_a_sentence(picture, tmp_path, monkeypatch, capsys, changed, words):
+def test_what_does_not_fit_is_said_in_a_sentence(image, tmp_path, monkeypatch, capsys, changed, words):
     """Catches a traceback, and minutes of loading before a wrong name is noticed."""
     monkeypatch.chdir(tmp_path)
-    picture.save("in.png")
+    image.save("in.png")
     given = {"--image": "in.png", "--processor": "pool", **changed}
     assert main(["explain", *(text for pair in given.items() for text in pair)]) == 2
     assert words in capsys.readouterr().err

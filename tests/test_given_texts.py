@@ -13,7 +13,7 @@ from gen_turbo.commands import cli
 from gen_turbo.commands.calibrate_vistog import _questions
 from gen_turbo.config import CaptionConfig, ConfigError, load_config, load_config_of
 from gen_turbo.pipelines.loading import find_checkpoint
-from tests.stub_pipelines import CaptionStub, picture
+from tests.stub_pipelines import CaptionStub, image
 
 TEXTS = (
     "a\nb",
@@ -50,7 +50,7 @@ def test_from_python(text, monkeypatch):
 @pytest.mark.parametrize("text", TEXTS)
 def test_from_the_command_line(text, tmp_path, monkeypatch, capsys):
     """Catches a prompt that takes the way through YAML, and one that the digest of the settings does not see."""
-    picture(0).save(tmp_path / "0.png")
+    image(0).save(tmp_path / "0.png")
     seen = []
     monkeypatch.setattr(captioning, "build_pipeline", lambda config, processor: seen.append(config) or CaptionStub())
     arguments = ["caption", str(tmp_path / "0.png"), "--output", str(tmp_path / "said.jsonl")]
@@ -74,7 +74,7 @@ def test_nothing_of_the_environment_is_read(tmp_path):
     """Catches a stranger's YAML that puts a secret into a prompt, a manifest or a message."""
     path = tmp_path / "own.yaml"
     path.write_text(
-        "pipeline: caption-generate\ncaption: caption\npicture: tiny\ndrawn: '{caption} ${oc.env:SECRET}'\n"
+        "pipeline: caption-generate\ncaption: caption\ngenerate: tiny\ndrawn: '{caption} ${oc.env:SECRET}'\n"
     )
     assert load_config(path).drawn == "{caption} ${oc.env:SECRET}"
     path.write_text("checkpoint: ${oc.env:SECRET}\nprocessor: {method: turbo, ratio: '${oc.env:SECRET}'}\n")

@@ -1,4 +1,4 @@
-"""Pictures of every mode and number of bits are read as their 8-bit forms, or refused."""
+"""Images of every mode and number of bits are read as their 8-bit forms, or refused."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from PIL import Image
 
 from gen_turbo import load_pipeline
 from gen_turbo.config import ConfigError
-from gen_turbo.inputs import as_rgb, open_picture, pictures_of
+from gen_turbo.inputs import as_rgb, images_of, open_image
 
 VALUES = np.array([[0, 40, 128, 255]], np.uint8).repeat(4, 0)
 GREY = Image.fromarray(VALUES)
 WIDE = Image.fromarray(VALUES.astype(np.uint16) * 257)
 
 
-def _levels(picture: Image.Image) -> list[int]:
-    assert picture.mode == "RGB"
-    levels = np.asarray(picture)
+def _levels(image: Image.Image) -> list[int]:
+    assert image.mode == "RGB"
+    levels = np.asarray(image)
     assert (levels == levels[..., :1]).all()
     return levels[0, :, 0].tolist()
 
@@ -45,11 +45,11 @@ MODES = {
 def test_every_mode_is_its_8_bit_form(mode):
     """Catches 16 bits that become white, floating numbers that become black, and no way out of La.
 
-    In memory, as `pictures_of` and a captioning pipeline are given them.
+    In memory, as `images_of` and a captioning pipeline are given them.
     """
     assert MODES[mode].mode == mode
     assert _levels(as_rgb(MODES[mode])) == VALUES[0].tolist()
-    assert _levels(pictures_of([MODES[mode]])[0]) == VALUES[0].tolist()
+    assert _levels(images_of([MODES[mode]])[0]) == VALUES[0].tolist()
 
 
 def test_two_levels_are_black_and_white():
@@ -57,13 +57,11 @@ def test_two_levels_are_black_and_white():
     assert set(_levels(as_rgb(GREY.convert("1")))) <= {0, 255}
 
 
-@pytest.mark.parametrize(
-    ("picture", "name"), [(WIDE, "a.png"), (WIDE, "a.tif"), (WIDE, "a.pgm"), (MODES["F"], "a.tif")]
-)
-def test_files_of_more_bits_are_their_8_bit_forms(tmp_path, picture, name):
+@pytest.mark.parametrize(("image", "name"), [(WIDE, "a.png"), (WIDE, "a.tif"), (WIDE, "a.pgm"), (MODES["F"], "a.tif")])
+def test_files_of_more_bits_are_their_8_bit_forms(tmp_path, image, name):
     """Catches a format whose 16 bits are read as 32, and known white that is refused with them."""
-    picture.save(tmp_path / name)
-    assert _levels(open_picture(tmp_path / name)) == VALUES[0].tolist()
+    image.save(tmp_path / name)
+    assert _levels(open_image(tmp_path / name)) == VALUES[0].tolist()
 
 
 def test_a_colour_that_means_transparent_is_white(tmp_path):
@@ -71,7 +69,7 @@ def test_a_colour_that_means_transparent_is_white(tmp_path):
     WIDE.save(tmp_path / "wide.png", transparency=40 * 257)
     GREY.save(tmp_path / "grey.png", transparency=40)
     for name in ("wide.png", "grey.png"):
-        assert _levels(open_picture(tmp_path / name)) == [0, 255, 128, 255]
+        assert _levels(open_image(tmp_path / name)) == [0, 255, 128, 255]
 
 
 UNKNOWN = {
@@ -83,18 +81,18 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("picture", UNKNOWN.values(), ids=UNKNOWN)
-def test_numbers_without_a_known_white_are_refused(tmp_path, picture):
+@pytest.mark.parametrize("image", UNKNOWN.values(), ids=UNKNOWN)
+def test_numbers_without_a_known_white_are_refused(tmp_path, image):
     """Catches a guess, which makes a caption of something else in silence."""
     with pytest.raises(ConfigError):
-        as_rgb(picture)
-    picture.save(tmp_path / "a.tif")
-    with pytest.raises(ConfigError, match="cannot read the picture"):
-        open_picture(tmp_path / "a.tif")
+        as_rgb(image)
+    image.save(tmp_path / "a.tif")
+    with pytest.raises(ConfigError, match="cannot read the image"):
+        open_image(tmp_path / "a.tif")
 
 
 def test_white_as_zero_is_refused(tmp_path):
-    """Catches a negative that passes for a picture, where the reader does not look at the tag."""
+    """Catches a negative that passes for an image, where the reader does not look at the tag."""
     WIDE.save(tmp_path / "a.tif", tiffinfo={262: 0})
     with Image.open(tmp_path / "a.tif") as file:
         is_set = file.tag_v2[262] == 0
@@ -104,7 +102,7 @@ def test_white_as_zero_is_refused(tmp_path):
         content[place + 8] = 0
         (tmp_path / "a.tif").write_bytes(content)
     with pytest.raises(ConfigError, match="white is zero"):
-        open_picture(tmp_path / "a.tif")
+        open_image(tmp_path / "a.tif")
 
 
 def test_a_pipeline_reads_what_it_is_given_in_memory(vlm):
@@ -112,7 +110,7 @@ def test_a_pipeline_reads_what_it_is_given_in_memory(vlm):
     pipe = load_pipeline("caption", checkpoint=str(vlm), processor=None)
     seen, tower = [], pipe.vlm.model.vision_tower
     handle = tower.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    for picture in (GREY, WIDE, MODES["F"]):
-        pipe(picture.resize((16, 16), Image.Resampling.NEAREST), max_new_tokens=1)
+    for image in (GREY, WIDE, MODES["F"]):
+        pipe(image.resize((16, 16), Image.Resampling.NEAREST), max_new_tokens=1)
     handle.remove()
     assert len(seen) == 3 and all((values == seen[0]).all() for values in seen)

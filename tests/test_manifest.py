@@ -16,18 +16,18 @@ from gen_turbo.config import ConfigError
 from gen_turbo.database import open_database
 from gen_turbo.lines import Item, names_of
 from gen_turbo.manifest import Manifest
-from tests.stub_pipelines import GenerateStub, picture
+from tests.stub_pipelines import GenerateStub, image
 
 ROOT = Path(__file__).parents[1]
-PNG = b"\x89PNG a picture"
+PNG = b"\x89PNG an image"
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A current folder with three pictures in `in`, and a model that draws them."""
+    """A current folder with three images in `in`, and a model that draws them."""
     (tmp_path / "in").mkdir()
     for number in range(3):
-        picture(number).save(tmp_path / "in" / f"{number}.png")
+        image(number).save(tmp_path / "in" / f"{number}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(captioning, "build_pipeline", lambda config, processor: GenerateStub())
     return tmp_path
@@ -49,7 +49,7 @@ def _content(folder: Path) -> dict[str, bytes]:
 def test_nothing_is_lost_doubled_or_left_over(tmp_path, kind, stride):
     """Catches each of these, for kills, full disks and growing files at any point, and for two and four runs at once.
 
-    The points are those of `tests/faults.py`: a fresh folder, and one whose pictures are all made again.
+    The points are those of `tests/faults.py`: a fresh folder, and one whose images are all made again.
     """
     command = [sys.executable, "-W", "ignore", "-m", "tests.faults", kind, str(tmp_path), str(stride)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -149,7 +149,7 @@ def test_a_foreign_database_is_refused(folder, capsys):
         path.unlink()
 
 
-def test_no_foreign_picture_is_written_over(folder):
+def test_no_foreign_image_is_written_over(folder):
     """Catches a name that is free of other items but not of other files, also behind a hash."""
     out = folder / "out"
     out.mkdir()
@@ -166,7 +166,7 @@ def test_no_foreign_picture_is_written_over(folder):
 
 
 def test_a_result_that_was_changed_is_kept_and_made_again(folder, capsys):
-    """Catches an edited picture that is written over, and a lost, cut or empty one that counts as done."""
+    """Catches an edited image that is written over, and a lost, cut or empty one that counts as done."""
     assert _generate() == 0
     out, whole = folder / "out", (folder / "out" / "1.png").read_bytes()
     (out / "0.png").write_bytes(b"edited")
@@ -181,7 +181,7 @@ def test_a_result_that_was_changed_is_kept_and_made_again(folder, capsys):
 
 
 def test_lines_without_their_database_are_imported(folder, capsys):
-    """Catches results that are made again because the database was not copied, and own pictures taken for foreign."""
+    """Catches results that are made again because the database was not copied, and own images taken for foreign."""
     assert _generate() == 0
     before = _content(folder / "out")
     (folder / "out" / "manifest.sqlite").unlink()
@@ -196,7 +196,7 @@ def test_lines_without_their_database_are_imported(folder, capsys):
 
 
 def test_lines_of_older_versions_are_imported(folder, capsys):
-    """Catches a manifest without digests of pictures that is lost, and an empty file that counts as done in it."""
+    """Catches a manifest without digests of images that is lost, and an empty file that counts as done in it."""
     assert _generate() == 0
     old = [{key: value for key, value in line.items() if key != "sha256"} for line in _lines()]
     failed = {**old[0], "error": "no"}
@@ -230,11 +230,11 @@ def test_a_line_that_cannot_be_read_loses_nothing(folder, capsys):
 
 
 def test_a_failure_takes_nothing_away(folder, monkeypatch):
-    """Catches a result that is forgotten, or its file, because the same picture failed under other settings."""
+    """Catches a result that is forgotten, or its file, because the same image failed under other settings."""
     assert _generate() == 0
     before = _content(folder / "out")
 
-    def refuse(pictures):
+    def refuse(images):
         raise ValueError("no")
 
     monkeypatch.setattr(captioning, "build_pipeline", lambda config, processor: GenerateStub(refuse))
@@ -250,7 +250,7 @@ def test_a_failure_takes_nothing_away(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["replace", "add_name"])
 def test_a_name_that_was_planned_and_not_given_is_free_again(folder, monkeypatch, name):
-    """Catches a plan that counts as done, whose old picture is then left over, and a name that stays taken by it."""
+    """Catches a plan that counts as done, whose old image is then left over, and a name that stays taken by it."""
     assert _generate() == 0
     if name == "add_name":
         (folder / "out" / "0.png").write_bytes(b"edited")
@@ -272,10 +272,10 @@ def test_a_name_that_was_planned_and_not_given_is_free_again(folder, monkeypatch
     assert left == ({"0.png"} if name == "add_name" else set())
 
 
-def test_a_name_stays_with_its_picture(folder, monkeypatch):
-    """Catches another picture of the same name that takes the place of a result while that is away."""
+def test_a_name_stays_with_its_image(folder, monkeypatch):
+    """Catches another image of the same name that takes the place of a result while that is away."""
     (folder / "other").mkdir()
-    picture(9).save(folder / "other" / "0.png")
+    image(9).save(folder / "other" / "0.png")
     assert _generate() == 0
     (folder / "out" / "0.png").unlink()
     assert cli.main(["caption-generate", "other", "--output", "out"]) == 0
@@ -289,7 +289,7 @@ def test_what_another_run_holds_is_left_to_it(folder, capsys):
     """Catches an item that two runs make, and one that stays claimed when its run ends by an exception."""
     settings = {}
 
-    def claimed_elsewhere(pictures):
+    def claimed_elsewhere(images):
         with Manifest(Path("out/manifest.jsonl")) as other:
             settings["taken"] = [item.path.name for item in other.claim(iter(items), 9)]
             raise KeyboardInterrupt

@@ -13,8 +13,8 @@ from gen_turbo.scenes import Pair, Scene
 PAIR = "a red circle left of a blue square on a white background"
 
 
-def test_pictures_and_captions_are_those_of_the_records():
-    """Catches a change of the draw or of the grammar, after which committed records are of other pictures."""
+def test_images_and_captions_are_those_of_the_records():
+    """Catches a change of the draw or of the grammar, after which committed records are of other images."""
     digest = hashlib.sha256("".join(scenes.captions(200, 0)).encode())
     for seed, caption in enumerate(scenes.captions(12, 0)):
         digest.update(scenes.render(caption, seed).tobytes())
@@ -23,14 +23,14 @@ def test_pictures_and_captions_are_those_of_the_records():
 
 @pytest.mark.parametrize("num_objects", [1, 2])
 def test_true_renders_pass_and_others_fail(num_objects):
-    """Catches a checker that passes anything, and objects of a pair that touch or leave the picture."""
+    """Catches a checker that passes anything, and objects of a pair that touch or leave the image."""
     captions = scenes.captions(24, 3, num_objects)
-    pictures = [scenes.render(caption, seed) for seed, caption in enumerate(captions)]
+    images = [scenes.render(caption, seed) for seed, caption in enumerate(captions)]
     told = [scenes.parse(caption) for caption in captions]
     told = [scene.canonical.caption if isinstance(scene, Pair) else scene.caption for scene in told]
-    for picture, true in zip(pictures, told, strict=True):
-        assert scenes.check(picture, true).passed
-        assert not any(scenes.check(picture, other).passed for other in told[:6] if other != true)
+    for image, true in zip(images, told, strict=True):
+        assert scenes.check(image, true).passed
+        assert not any(scenes.check(image, other).passed for other in told[:6] if other != true)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_each_claim_of_a_pair_fails_alone(told, wrong):
 
 def test_a_third_object_is_counted():
     """Catches a checker that looks at the two largest parts alone."""
-    picture = scenes.render(PAIR, 5)
-    picture.paste((45, 165, 65), (56, 10, 72, 26))
-    assert {name for name, holds in vars(scenes.check(picture, PAIR)).items() if not holds} == {"count"}
+    image = scenes.render(PAIR, 5)
+    image.paste((45, 165, 65), (56, 10, 72, 26))
+    assert {name for name, holds in vars(scenes.check(image, PAIR)).items() if not holds} == {"count"}
 
 
 def test_one_object_is_no_pair():
@@ -82,7 +82,7 @@ def test_other_sentences_are_refused(sentence):
 
 
 def test_a_pair_and_its_mirror_are_held_out_together():
-    """Catches a held-out picture that training saw under its other caption."""
+    """Catches a held-out image that training saw under its other caption."""
     pairs = scenes.all_pairs()
     assert all(scenes.is_held_out(pair) == scenes.is_held_out(pair.mirrored) for pair in pairs)
     assert all(pair.canonical.relation in ("left", "above") for pair in pairs)

@@ -33,7 +33,7 @@ def test_one_counted_padding_token_stands_for_all(monkeypatch):
 
 @torch.no_grad()
 def test_weights_mean_the_same_at_a_finer_resolution():
-    """Catches positions that mean another place of the picture, and a position table carried over with the weights."""
+    """Catches positions that mean another place of the image, and a position table carried over with the weights."""
     torch.manual_seed(0)
     coarse, fine, other = tiny_dit.make_transformer(2).eval(), *(tiny_dit.make_transformer(1).eval() for _ in range(2))
     fine.load_state_dict(tiny_dit.weights(coarse), strict=False)

@@ -34,7 +34,7 @@ def data(monkeypatch):
 
 
 def prompts(questions: list[str], patch: int = 16) -> dict[str, torch.Tensor]:
-    """A batch of prompts about one picture."""
+    """A batch of prompts about one image."""
     image = scenes.render("a small red cross on the top of a gray background", 0)
     texts = [tiny_vlm.prompt_of(question) for question in questions]
     return tiny_vlm.make_processor(patch)(images=[image] * len(texts), text=texts, padding=True, return_tensors="pt")
@@ -54,7 +54,7 @@ def test_every_word_has_a_number():
 
 
 def test_model_and_processor_survive_saving(tmp_path):
-    """Catches a picture that is prepared otherwise after loading, and weights beyond 20 MB."""
+    """Catches an image that is prepared otherwise after loading, and weights beyond 20 MB."""
     tiny_vlm.make_model().half().save_pretrained(tmp_path)
     tiny_vlm.make_processor().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 20e6
@@ -103,7 +103,7 @@ def test_packed_turns_are_those_of_single_prompts(model, data):
     row = data.Row("a small red cross on the top of a gray background", 0, None)
     asked = data.turns(row, 0)
     packed = data.pack([asked, asked[:2]], 64)
-    images = data.pictures([row, row])[0]
+    images = data.images([row, row])[0]
     logits = model.lm_head(train.read(model, train.see(model, images)[1], packed))
     for number, (question, answer, _) in enumerate(asked, 1):
         inputs = prompts([question])
@@ -117,9 +117,9 @@ def test_packed_turns_are_those_of_single_prompts(model, data):
 
 
 def test_what_patches_show_is_what_is_drawn(data):
-    """Catches labels of another picture, transposed, or of a dot that is left out."""
+    """Catches labels of another image, transposed, or of a dot that is left out."""
     row = data.Row("a large blue square on the left of a white background", 1, "red")
-    shown = data.pictures([row])[1][0].bool()
+    shown = data.images([row])[1][0].bool()
     by_name = dict(zip(data.SHOWN, shown, strict=True))
     assert torch.equal(by_name["blue"], by_name["square"]) and torch.equal(by_name["blue"], by_name["large"])
     assert by_name["blue"][:, :8].sum() > 3 * by_name["blue"][:, 8:].sum()

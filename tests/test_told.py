@@ -14,7 +14,7 @@ from gen_turbo import attach, report
 from gen_turbo.api import NoEffectWarning, attachments
 from gen_turbo.methods.visionzip import VisionZipProcessor
 from tests.snapshots import differences, model_state
-from tests.tiny_hosts import picture, run_unet, sd15_unet, sd_pipeline, unet_inputs
+from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
 from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS
 
 
@@ -62,7 +62,7 @@ def test_what_a_method_cannot_do_is_refused_by_attach(family):
 
 
 def test_features_in_embeddings_are_told():
-    """Catches pictures that are already in `inputs_embeds`, and so reach the language model in full, in silence."""
+    """Catches images that are already in `inputs_embeds`, and so reach the language model in full, in silence."""
     vlm = VLMS["llava"]
     model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
     with torch.no_grad():
@@ -82,10 +82,10 @@ def test_features_in_embeddings_are_told():
 def test_a_replaced_model_is_stock_and_the_report_says_so():
     """Catches a report about a model that the pipeline no longer has, and a new one that is half attached."""
     pipe, other = sd_pipeline(), sd15_unet()
-    stock = picture(pipe)
+    stock = image(pipe)
     attach(pipe, TurboProcessor(0.5))
     pipe.unet = other
-    assert torch.equal(picture(pipe), stock) and attachments(pipe) == [] and report(pipe).sites == []
+    assert torch.equal(image(pipe), stock) and attachments(pipe) == [] and report(pipe).sites == []
     assert "no gen_turbo processor is attached" in str(report(pipe))
     pipe.set_attn_processor(TurboProcessor(0.5))
-    assert not torch.equal(picture(pipe), stock)
+    assert not torch.equal(image(pipe), stock)

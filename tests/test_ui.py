@@ -26,7 +26,7 @@ TINY = "pipeline: text-to-image\ncheckpoint: {checkpoint}\ndevice: cpu\nsteps: 4
 BOTH = """
 pipeline: caption-generate
 caption: {{pipeline: caption, checkpoint: {vlm}, device: cpu, max_new_tokens: 3, processor: {{method: turbo}}}}
-picture: {{pipeline: text-to-image, checkpoint: {checkpoint}, device: cpu, steps: 4, height: 64, width: 64}}
+generate: {{pipeline: text-to-image, checkpoint: {checkpoint}, device: cpu, steps: 4, height: 64, width: 64}}
 """
 DONE = "() => document.querySelector('#status textarea, #status input').value === 'done'"
 WIDTHS = "() => [document.documentElement.scrollWidth, document.documentElement.clientWidth]"

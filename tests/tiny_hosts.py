@@ -150,7 +150,7 @@ def sd_pipeline() -> StableDiffusionPipeline:
     return pipe
 
 
-def picture(pipe: StableDiffusionPipeline, seed: int = 0, steps: int = 4, **kwargs: object) -> Tensor:
+def image(pipe: StableDiffusionPipeline, seed: int = 0, steps: int = 4, **kwargs: object) -> Tensor:
     """One run of the pipeline as (batch, height, width, 3) in [0, 1]."""
     call = {"prompt": "a large red circle on a gray background", "num_inference_steps": steps} | kwargs
     generator = torch.Generator().manual_seed(seed)

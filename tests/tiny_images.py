@@ -322,4 +322,4 @@ IMAGES: dict[str, Family] = {
         thousandth,
     ),
 }
-"""Transformers that make pictures, and the UNet that they share their checks with, by name."""
+"""Transformers that make images, and the UNet that they share their checks with, by name."""

@@ -34,7 +34,7 @@ IMAGE_WIDTH, IMAGE_TOKENS = 16, 4
 
 
 def prompt_image() -> Image.Image:
-    """A picture of noise."""
+    """An image of noise."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 

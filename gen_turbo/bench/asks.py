@@ -17,7 +17,7 @@ from gen_turbo.vlm.settings import Placed
 
 
 class Ask(NamedTuple):
-    """A picture, what is asked of it, the one right answer and the kind of the question."""
+    """An image, what is asked of it, the one right answer and the kind of the question."""
 
     image: Image.Image
     question: str
@@ -36,12 +36,12 @@ class Selecting(Method):
 
 
 def asked(count: int, seed: int, prompt: str = "describe the picture") -> list[Ask]:
-    """One question of each kind about every held-out picture, half of them with one object, half with two.
+    """One question of each kind about every held-out image, half of them with one object, half with two.
 
-    Every picture has a dot, so each is asked for its caption, for five or six plain things and for a fine detail.
+    Every image has a dot, so each is asked for its caption, for five or six plain things and for a fine detail.
 
     Args:
-        count: Pictures.
+        count: Images.
         seed: Of the scenes, their rendering and the choice of questions.
         prompt: What asks for a caption.
 

@@ -1,6 +1,6 @@
-"""`gen-turbo bench caption-generate`: pictures drawn anew from their captions, stock and accelerated in turn.
+"""`gen-turbo bench caption-generate`: images drawn anew from their captions, stock and accelerated in turn.
 
-Each picture leaves one line in the work folder, so a run that was interrupted goes on with the picture it was at.
+Each image leaves one line in the work folder, so a run that was interrupted goes on with the image it was at.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from gen_turbo.lines import digest_of
 BENCH = "caption-generate"
 SETTINGS = ("stock", "accelerated")
 Trial = dict[str, dict[str, float]]
-"""What one picture gave, by setting."""
+"""What one image gave, by setting."""
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures the pictures of this process's part that the work folder lacks; records where all are there.
+    """Measures the images of this process's part that the work folder lacks; records where all are there.
 
     Raises:
         ValueError: If the pipeline is of another kind, or neither half has a processor.
@@ -41,22 +41,22 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.pipeline} has no processor in either half; there is nothing to compare with stock")
     params = {
         "pipeline": Path(options.pipeline).name,
-        "pictures": options.pictures,
+        "images": options.images,
         "objects": options.objects,
         "processors": {half: repr(processor) for half, processor in processors.items()},
-        "steps": config.picture.steps,
+        "steps": config.generate.steps,
     }
     if all(records.is_finished(options.records, BENCH, setting, params, options.seed) for setting in SETTINGS):
         print(f"{BENCH}: finished before")
         return
     path = options.work / BENCH / f"{digest_of([params, options.seed])}.jsonl"
-    captions = scenes.captions(options.pictures, options.seed, options.objects)
+    captions = scenes.captions(options.images, options.seed, options.objects)
     trials = _read(path)
     part, parts = options.part
     missing = [i for i in range(part - 1, len(captions), parts) if i not in trials]
     if missing:
         pipe = build_pipeline(config)
-        pipe.picture.set_progress_bar_config(disable=True)
+        pipe.generate.set_progress_bar_config(disable=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         pipe(_source(captions, 0, options.seed), num_inference_steps=2)
     for index in tqdm(missing, desc=BENCH):
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
             file.write((json.dumps({"index": index, **trial}) + "\n").encode())
     trials = _read(path)
     if len(trials) < len(captions):
-        print(f"{BENCH}: {len(trials)} of {len(captions)} pictures done; another part has the rest")
+        print(f"{BENCH}: {len(trials)} of {len(captions)} images done; another part has the rest")
         return
     for setting in SETTINGS:
         records.append(
@@ -78,11 +78,11 @@ def _source(captions: Sequence[str], index: int, seed: int) -> Image.Image:
 
 
 def _measure(pipe: Any, processors: dict[str, Any], captions: Sequence[str], index: int, seed: int) -> Trial:
-    """Goes the whole way from one picture under both settings, first one, then the other; the order alternates."""
-    picture, trial = _source(captions, index, seed), {}
+    """Goes the whole way from one image under both settings, first one, then the other; the order alternates."""
+    image, trial = _source(captions, index, seed), {}
     for setting in SETTINGS[:: 1 if index % 2 == 0 else -1]:
         pipe.set_attn_processor(None if setting == "stock" else processors)
-        made, time = clocked(lambda: pipe(picture, seeds=seed + index))
+        made, time = clocked(lambda: pipe(image, seeds=seed + index))
         trial[setting] = {
             "cpu_s": time.cpu_s,
             "wall_s": time.wall_s,

@@ -1,4 +1,4 @@
-"""The settings that each picture benchmark measures, by name."""
+"""The settings that each image benchmark measures, by name."""
 
 from __future__ import annotations
 

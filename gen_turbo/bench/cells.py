@@ -38,7 +38,7 @@ def by_workload(records: Sequence[BenchRecord]) -> list[list[BenchRecord]]:
     """The records by what they draw: rows of other weights, captions or seeds are no comparison."""
     groups: dict[tuple[object, ...], list[BenchRecord]] = {}
     for record in records:
-        drawn = (record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance", "pictures"))
+        drawn = (record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance", "images"))
         groups.setdefault((record.seed, *drawn), []).append(record)
     return list(groups.values())
 

@@ -1,4 +1,4 @@
-"""`gen-turbo bench check`: how many pictures show what their caption says, stock against settings, without times."""
+"""`gen-turbo bench check`: how many images show what their caption says, stock against settings, without times."""
 
 from __future__ import annotations
 

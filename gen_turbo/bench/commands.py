@@ -13,11 +13,11 @@ BENCHES = {
     "quality": "distance to stock against measured and counted cost, on the embedded model",
     "flops": "counted arithmetic of whole denoisers of real size against the least that merging leaves",
     "choices": "what the user's one line chooses on published configurations, and the gain that it expects",
-    "check": "how many pictures show what their caption says",
+    "check": "how many images show what their caption says",
     "understanding": "answers of the embedded vision-language model, by kind, with ever fewer tokens",
     "gpu": "whole denoisers and LLaVA-1.5 on a GPU, eager, captured and compiled, beside stock",
-    "vlm-step": "reading a picture with a LLaVA-1.5 of real widths, few layers and random weights",
-    "caption-generate": "pictures drawn anew from their captions: how many still show the scene, and times",
+    "vlm-step": "reading an image with a LLaVA-1.5 of real widths, few layers and random weights",
+    "caption-generate": "images drawn anew from their captions: how many still show the scene, and times",
 }
 
 
@@ -39,22 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns; all by default"
         )
     children["flops"].add_argument("--models", nargs="*", default=[], help="denoisers by name; all by default")
-    children["flops"].add_argument("--pixels", nargs="*", type=_positive, default=[], help="sides of the pictures")
+    children["flops"].add_argument("--pixels", nargs="*", type=_positive, default=[], help="sides of the images")
     _add_step_arguments(children["step"])
     _add_vlm_step_arguments(children["vlm-step"])
     _add_gpu_arguments(children["gpu"])
     _add_caption_generate_arguments(children["caption-generate"])
     for name, captions in (("quality", 50), ("check", 200)):
-        _add_picture_arguments(children[name], captions)
+        _add_image_arguments(children[name], captions)
     children["quality"].add_argument(
         "--timed", type=_whole, default=10, help="captions, from the first, timed against stock; 0 counts FLOPs instead"
     )
     understanding = children["understanding"]
     understanding.add_argument(
-        "--pictures", type=_positive, default=100, help="held-out scenes, six or so questions each"
+        "--images", type=_positive, default=100, help="held-out scenes, six or so questions each"
     )
     understanding.add_argument("--rounds", type=_positive, default=0, help="rounds timed beside stock; none without")
-    understanding.add_argument("--picture", type=Path, help="picture to draw of the tokens that the settings keep")
+    understanding.add_argument("--image", type=Path, help="image to draw of the tokens that the settings keep")
     understanding.add_argument("--model", type=Path, help="folder of a trained model; the embedded one by default")
     text = "rewrite the tables of Markdown pages from the records"
     _add_readme_arguments(subparsers.add_parser("readme", help=text, description=text))
@@ -100,13 +100,13 @@ def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", default="caption-generate", help="name or YAML of such a pipeline")
-    parser.add_argument("--pictures", type=_positive, default=50, help="held-out scenes")
+    parser.add_argument("--images", type=_positive, default=50, help="held-out scenes")
     parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="objects in every scene")
-    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th picture, from the I-th")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th image, from the I-th")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/work"), help="folder of unfinished runs")
 
 
-def _add_picture_arguments(parser: argparse.ArgumentParser, captions: int) -> None:
+def _add_image_arguments(parser: argparse.ArgumentParser, captions: int) -> None:
     parser.add_argument("--pipeline", default="tiny", help="name, YAML or folder of a text-to-image pipeline")
     parser.add_argument("--captions", type=_positive, default=captions, help="images to generate")
     parser.add_argument("--steps", type=_positive, default=25, help="denoising steps of stock")

@@ -1,4 +1,4 @@
-"""A picture of the image tokens that each method keeps."""
+"""An image of the image tokens that each method keeps."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def draw_kept(pipe: Any, asks: list[Ask], settings: list[Method], path: Path) ->
 
     Args:
         pipe: The caption pipeline.
-        asks: One column each, about one picture each.
+        asks: One column each, about one image each.
         settings: Methods that work before or inside the language model.
-        path: The picture, by its ending.
+        path: The image, by its ending.
     """
     side = asks[0].image.width
     sheet = Image.new("RGB", (side * len(asks), (side + _LABEL_PX) * (1 + len(settings))), "white")

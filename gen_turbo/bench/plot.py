@@ -1,4 +1,4 @@
-"""Plots of what a setting keeps against its measured speed and its counted cost: pictures drawn, and pictures read."""
+"""Plots of what a setting keeps against its measured speed and its counted cost: images drawn, and images read."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _COLORS = [*color_sequences["tab20"], *color_sequences["tab20b"]]
 
 
 def plot_quality(folder: Path, path: Path) -> None:
-    """Draws the quality records into a picture file, one row for each number of steps of stock.
+    """Draws the quality records into an image file, one row for each number of steps of stock.
 
     Stock itself is left out, for its distance is no number that a plot can show.
 
     Args:
         folder: Where the records are.
-        path: The picture, PNG or SVG by its ending.
+        path: The image, PNG or SVG by its ending.
 
     Raises:
         ValueError: If there are no records.
@@ -56,7 +56,7 @@ def plot_quality(folder: Path, path: Path) -> None:
 
 
 def plot_understanding(folder: Path, path: Path) -> None:
-    """Draws the records of the vision-language model into a picture file; the left panel has those that were timed.
+    """Draws the records of the vision-language model into an image file; the left panel has those that were timed.
 
     Raises:
         ValueError: If there are no records.
@@ -72,7 +72,7 @@ def plot_understanding(folder: Path, path: Path) -> None:
     ):
         _draw(panel, own, cost, lambda record: 100 * right_answers(record), curve_of, families)
     left.set(xlabel="times faster than stock, measured", ylabel="right answers, %")
-    left.set_title(f"{records[0].params['pictures']} scenes, the same questions for all")
+    left.set_title(f"{records[0].params['images']} scenes, the same questions for all")
     _finish(right, "cost of the language model's layers, counted (stock: 1)")
     _save(figure, path)
 

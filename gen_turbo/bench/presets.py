@@ -38,7 +38,7 @@ def measured(folder: Path) -> dict[str, dict[str, BenchRecord]]:
 
 
 def gain(record: BenchRecord) -> str:
-    """Speed, distance to stock and pictures that show their caption, in a line."""
+    """Speed, distance to stock and images that show their caption, in a line."""
     distance = statistics.median(record.values["psnr_db"])
     return f"{median_speedup(record):.2f} x, {distance:.1f} dB, {passed(record.values['passed'])}"
 
@@ -66,5 +66,5 @@ def presets(folder: Path) -> str:
         for name, by_run in rows.items()
     ]
     records = [record for by_run in rows.values() for record in by_run.values()]
-    what = "Medians: times faster than stock by CPU seconds; PSNR to stock; pictures that show what their caption says"
+    what = "Medians: times faster than stock by CPU seconds; PSNR to stock; images that show what their caption says"
     return table(("", "for", *runs), lines, records, what)

@@ -27,7 +27,7 @@ from gen_turbo.metrics.cost import Cost
 from gen_turbo.metrics.image import psnr, ssim
 
 MOST_DB = 100.0
-"""PSNR of equal pictures in a record; the finest difference that bytes can show lies below it."""
+"""PSNR of equal images in a record; the finest difference that bytes can show lies below it."""
 
 Trial = dict[str, float]
 
@@ -117,7 +117,7 @@ def _trials(studio: Studio, setting: Setting, part: range, num_timed: int, numbe
 
 
 def _mean_flops(trials: Sequence[Trial]) -> dict[str, int]:
-    """All arithmetic of a picture and of stock's, the mean of those that were counted."""
+    """All arithmetic of an image and of stock's, the mean of those that were counted."""
     return {
         name: round(statistics.fmean(trial[name] for trial in trials if name in trial))
         for name in ("flops", "stock_flops")
@@ -140,7 +140,7 @@ def _read_trials(path: Path, key: str) -> dict[int, Trial]:
 
 
 def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool, is_counted: bool) -> Trial:
-    """Draws one picture and, for its time, stock before it on even captions and after it on odd ones."""
+    """Draws one image and, for its time, stock before it on even captions and after it on odd ones."""
     times: Trial = {}
     if is_timed:
         order: list[Setting] = [studio.stock, setting] if index % 2 == 0 else [setting, studio.stock]
@@ -159,9 +159,9 @@ def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool, is_co
     elif is_counted:
         image, flops = studio.counted(setting, index)
         times = {"flops": flops, "stock_flops": studio.stock_flops}
-        stock = studio.stock_picture(index)
+        stock = studio.stock_image(index)
     else:
-        stock = studio.stock_picture(index)
+        stock = studio.stock_image(index)
         image = stock if isinstance(setting, Stock) else studio.draw(setting, index)[0]
     distance = psnr(stock, image)
     return {
@@ -174,7 +174,7 @@ def _measure(studio: Studio, setting: Setting, index: int, is_timed: bool, is_co
 
 
 def _counted(studio: Studio, setting: Setting) -> dict[str, int]:
-    """Counts one picture of the setting beside one of stock."""
+    """Counts one image of the setting beside one of stock."""
     stock, own = studio.stock_cost, studio.count(setting)
     top = stock.top_self_attention()
     return _sums(own, top, "") | _sums(stock, top, "stock_") | {"top_tokens_least": _least_tokens(own, top)}

@@ -1,4 +1,4 @@
-"""Tables of the benchmarks that read pictures: vision-language models, and captions that are drawn again."""
+"""Tables of the benchmarks that read images: vision-language models, and captions that are drawn again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gen_turbo.bench.timing import Spread
 CONTROLS = ("uniform", "random")
 _TRAINED = "trained"
 
-_WHAT = "Share of right answers, in per cent; medians of CPU seconds (lower to upper quartile), picture and answer"
+_WHAT = "Share of right answers, in per cent; medians of CPU seconds (lower to upper quartile), image and answer"
 
 
 def understanding(folder: Path) -> str:
@@ -143,7 +143,7 @@ def _all(record: BenchRecord) -> str:
 
 
 def vlm_step(folder: Path) -> str:
-    """Times and counted arithmetic of seeing a picture, reading it, and reading it and writing, against stock."""
+    """Times and counted arithmetic of seeing an image, reading it, and reading it and writing, against stock."""
     records = load(folder, "vlm-step")
     phases = {(r.setting, r.params["phase"]): r for r in records}
     rows = []
@@ -165,7 +165,7 @@ def _fewer(record: BenchRecord | None) -> tuple[str, str]:
 
 
 def caption_generate(folder: Path) -> str:
-    """Regenerated pictures that still show their source scene, and how much faster the whole way is."""
+    """Regenerated images that still show their source scene, and how much faster the whole way is."""
     rows = []
     records = load(folder, "caption-generate")
     for record in records:
@@ -173,7 +173,7 @@ def caption_generate(folder: Path) -> str:
         rows.append(
             (record.setting, faster, passed(values["captioned"]), passed(values["passed"]), _tokens(record.counts))
         )
-    head = ("", "times faster, end to end", "caption is the scene's", "new picture shows the scene", "tokens kept")
+    head = ("", "times faster, end to end", "caption is the scene's", "new image shows the scene", "tokens kept")
     return table(head, rows, records)
 
 

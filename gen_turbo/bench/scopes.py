@@ -25,7 +25,7 @@ FAMILIES = tuple(family + where for _, where, _ in _LEVELS for family, _ in _SCO
 def scope_settings() -> list[Setting]:
     """Every scope at every ratio, at the finest level and at two; the ratio in the middle comes first.
 
-    The finest level of the embedded UNet matters so little that what is rounded off in pictures hides differences.
+    The finest level of the embedded UNet matters so little that what is rounded off in images hides differences.
     """
     ratios = sorted(RATIOS, key=lambda ratio: abs(ratio - 0.5))
     return [

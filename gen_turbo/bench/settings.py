@@ -19,7 +19,7 @@ from gen_turbo.methods.par import PARProcessor
 
 @dataclass(frozen=True)
 class Setting(ABC):
-    """One way to make the same picture in less time.
+    """One way to make the same image in less time.
 
     Attributes:
         name: Unique in a catalogue; --settings selects by it.
@@ -39,7 +39,7 @@ class Setting(ABC):
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether what it leaves out depends on the picture."""
+        """Whether what it leaves out depends on the image."""
         return False
 
     def num_steps(self, steps: int) -> int:

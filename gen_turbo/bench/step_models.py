@@ -101,7 +101,7 @@ def _filled(value: Any, generator: torch.Generator) -> Any:
 
 
 def _twice(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The picture twice, as guidance calls a model, with another text for each half."""
+    """The image twice, as guidance calls a model, with another text for each half."""
     made: dict[str, Any] = {}
     for key, value in inputs.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Pictures for the quality benchmarks: one pipeline, captions and seeds, and stock pictures kept on disk."""
+"""Images for the quality benchmarks: one pipeline, captions and seeds, and stock images kept on disk."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _FLOPS = "flops.txt"
 
 @dataclass
 class Studio:
-    """Makes the picture of the i-th caption, always from the same noise.
+    """Makes the image of the i-th caption, always from the same noise.
 
     Attributes:
         pipe: A text-to-image pipeline without any processor attached.
-        folder: Where the stock pictures of these weights and this guidance are kept.
+        folder: Where the stock images of these weights and this guidance are kept.
         captions: What to draw.
-        seed: Of the first picture; the i-th takes `seed + i`.
+        seed: Of the first image; the i-th takes `seed + i`.
         steps: Denoising steps of stock.
         guidance: Scale of classifier-free guidance.
-        pixels: Side of the pictures; the pipeline's own where this is None.
+        pixels: Side of the images; the pipeline's own where this is None.
     """
 
     pipe: Any
@@ -50,7 +50,7 @@ class Studio:
     stock: Stock = field(default_factory=Stock)
 
     def draw(self, setting: Setting, index: int) -> tuple[Image.Image, Timing]:
-        """Draws one picture under a setting, applied afresh, and times the whole pipeline call."""
+        """Draws one image under a setting, applied afresh, and times the whole pipeline call."""
         generator = torch.Generator().manual_seed(self.seed + index)
         torch.manual_seed(self.seed + index)
 
@@ -76,17 +76,17 @@ class Studio:
 
     @cached_property
     def stock_cost(self) -> Cost:
-        """What one stock picture costs, counted once; it does not depend on the caption."""
+        """What one stock image costs, counted once; it does not depend on the caption."""
         return self.count(self.stock)
 
     def count(self, setting: Setting) -> Cost:
-        """Counts the attention arithmetic of one picture, decoder and text encoder left out."""
+        """Counts the attention arithmetic of one image, decoder and text encoder left out."""
         with count_cost(self.denoiser) as cost:
             self.draw(setting, 0)
         return cost
 
     def counted(self, setting: Setting, index: int) -> tuple[Image.Image, int]:
-        """One picture under a setting, and all arithmetic of its denoiser."""
+        """One image under a setting, and all arithmetic of its denoiser."""
         kind = type(self.denoiser).__name__
         (image, _), flops = counted(lambda: self.draw(setting, index), kind)
         if isinstance(setting, Stock):
@@ -96,14 +96,14 @@ class Studio:
 
     @property
     def stock_flops(self) -> int:
-        """All arithmetic of the denoiser in one stock picture, counted once for all processes."""
+        """All arithmetic of the denoiser in one stock image, counted once for all processes."""
         path = self.folder / f"stock-{self.steps}" / _FLOPS
         if not path.exists():
             self.counted(self.stock, 0)
         return int(path.read_text())
 
-    def stock_picture(self, index: int) -> Image.Image:
-        """The stock picture from disk, drawn and kept where it is missing."""
+    def stock_image(self, index: int) -> Image.Image:
+        """The stock image from disk, drawn and kept where it is missing."""
         path = self.folder / f"stock-{self.steps}" / f"{self.seed + index:05d}.png"
         if not path.exists():
             self.keep_stock(index, self.draw(self.stock, index)[0])
@@ -111,7 +111,7 @@ class Studio:
             return image.convert("RGB")
 
     def keep_stock(self, index: int, image: Image.Image) -> None:
-        """Keeps a stock picture; another process may do the same, for both write the same bytes."""
+        """Keeps a stock image; another process may do the same, for both write the same bytes."""
         path = self.folder / f"stock-{self.steps}" / f"{self.seed + index:05d}.png"
         _write(path, lambda partial: image.save(partial, format="PNG"))
 
@@ -137,7 +137,7 @@ def open_studio(
     """Loads a pipeline by name, YAML or folder, onto a device; on a GPU in float32 without TF32.
 
     Returns:
-        The studio, and a fingerprint of the weights: records and pictures of other weights never mix.
+        The studio, and a fingerprint of the weights: records and images of other weights never mix.
 
     Raises:
         ValueError: If the pipeline is not there; see `load_pipeline`.

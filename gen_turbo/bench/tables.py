@@ -115,12 +115,12 @@ def scopes(folder: Path) -> str:
         for family in scope_catalogue.FAMILIES
         if any(key[:2] == (run, family) for key in cells)
     ]
-    what = "Medians: times faster than stock by CPU seconds; PSNR to stock; pictures that show what their caption says"
+    what = "Medians: times faster than stock by CPU seconds; PSNR to stock; images that show what their caption says"
     return table(("", *(f"{ratio:g} removed" for ratio in ratios)), rows, records, what)
 
 
 def check(folder: Path) -> str:
-    """How many pictures show what their caption says, of every pipeline and at every number of steps."""
+    """How many images show what their caption says, of every pipeline and at every number of steps."""
     groups = _by_pipeline(load(folder, "check"))
     records = [record for group in groups for record in sorted(group, key=lambda r: -r.params["steps"])]
     rows = [

@@ -100,7 +100,7 @@ def answers(pipe: Any, asks: Sequence[Ask]) -> Iterator[str]:
 
 
 def num_image_tokens(pipe: Any) -> int:
-    """Patches of a picture."""
+    """Patches of an image."""
     vision = pipe.vlm.config.vision_config
     return int(vision.image_size // vision.patch_size) ** 2
 
@@ -109,7 +109,7 @@ def accuracy(pipe: Any, asks: Sequence[Ask], setting: Setting) -> tuple[dict[str
     """Asks everything under one setting.
 
     Returns:
-        For each kind, 1 or 0 for every question in order; the image tokens of a picture, and how many of them the
+        For each kind, 1 or 0 for every question in order; the image tokens of an image, and how many of them the
         language model saw (FastV: from its layer on; PAR: mean over layers, words included), and what its layers
         cost, in thousandths of stock.
     """
@@ -179,8 +179,8 @@ def run(options: argparse.Namespace) -> None:
     settings = selected(catalogue(), options.settings)
     checkpoint = {"checkpoint": str(options.model)} if options.model else {}
     pipe = load_pipeline("caption", processor=None, device="cpu", dtype="float32", **checkpoint)
-    asks = asked(options.pictures, options.seed, pipe.config.prompt)
-    workload = {"weights": fingerprint(pipe.vlm), "pictures": options.pictures}
+    asks = asked(options.images, options.seed, pipe.config.prompt)
+    workload = {"weights": fingerprint(pipe.vlm), "images": options.images}
     for setting in settings:
         params = workload | setting.params()
         record = records.found(options.records, BENCH, setting.name, params, options.seed)
@@ -195,13 +195,13 @@ def run(options: argparse.Namespace) -> None:
             )
             print(f"{setting.name}: {counts['kept']} tokens, " + ", ".join(_shares(values)), flush=True)
         records.append(options.records, timed(pipe, asks, setting, record, rounds) if rounds else record)
-    if options.picture is not None:
+    if options.image is not None:
         from gen_turbo.bench.kept import draw_kept
 
         methods = [setting for setting in settings if isinstance(setting, Method) and setting.method != "par"]
         drawn = [setting for setting in methods if "tower" not in setting.name]
-        draw_kept(pipe, [ask for ask in asks if ask.kind == "detail"][:_DRAWN], drawn, options.picture)
-        print(f"{options.picture}: drawn")
+        draw_kept(pipe, [ask for ask in asks if ask.kind == "detail"][:_DRAWN], drawn, options.image)
+        print(f"{options.image}: drawn")
 
 
 def _shares(values: dict[str, list[float]]) -> list[str]:

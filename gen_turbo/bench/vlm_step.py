@@ -1,4 +1,4 @@
-"""`gen-turbo bench vlm-step`: reading one picture with a LLaVA-1.5 of real widths, few layers and random weights."""
+"""`gen-turbo bench vlm-step`: reading one image with a LLaVA-1.5 of real widths, few layers and random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that learned parts are trained on: any pictures with any questions, or rendered scenes with theirs.
+"""Prompts that learned parts are trained on: any images with any questions, or rendered scenes with theirs.
 
 Scenes held out for evaluation are never among them.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from gen_turbo import scenes
 from gen_turbo.commands.failures import shown
 from gen_turbo.config import ConfigError
-from gen_turbo.inputs import find_pictures, open_picture
+from gen_turbo.inputs import find_images, open_image
 
 Batches = Callable[[int], Mapping[str, Tensor]]
 """Gives the inputs of a batch by its number; the same number gives the same batch."""
@@ -36,19 +36,19 @@ def scene_prompts(pipe: Any, batch: int, seed: int) -> Batches:
 
     def give(number: int) -> Mapping[str, Tensor]:
         rng = random.Random(f"asking {seed} {number}")
-        pictures, texts = [], []
+        images, texts = [], []
         for _ in range(batch):
             caption, look, dot = rng.choice(rng.choice(pools)), rng.randrange(2**31), rng.choice(list(scenes.COLORS))
-            pictures.append(scenes.render(caption, look, dot))
+            images.append(scenes.render(caption, look, dot))
             asked = rng.choice(scenes.questions(caption, look, dot)).question
             texts.append(pipe.config.prompt if rng.random() < 1 / 3 else asked)
-        return prepared(pipe, pictures, texts)
+        return prepared(pipe, images, texts)
 
     return give
 
 
-def picture_prompts(pipe: Any, sources: Sequence[str | Path], prompts: Sequence[str], batch: int, seed: int) -> Batches:
-    """Random pictures of one's own with random prompts.
+def image_prompts(pipe: Any, sources: Sequence[str | Path], prompts: Sequence[str], batch: int, seed: int) -> Batches:
+    """Random images of one's own with random prompts.
 
     Args:
         pipe: A captioning pipeline, which prepares them.
@@ -60,7 +60,7 @@ def picture_prompts(pipe: Any, sources: Sequence[str | Path], prompts: Sequence[
     Raises:
         ConfigError: If a source stands for nothing.
     """
-    draw = any_picture(find_pictures(sources))
+    draw = any_image(find_images(sources))
     asked = list(prompts) or [pipe.config.prompt]
 
     def give(number: int) -> Mapping[str, Tensor]:
@@ -71,8 +71,8 @@ def picture_prompts(pipe: Any, sources: Sequence[str | Path], prompts: Sequence[
     return give
 
 
-def any_picture(files: Sequence[Path]) -> Callable[[random.Random], Image.Image]:
-    """Draws pictures; one that cannot be read is reported once, and another always takes its place."""
+def any_image(files: Sequence[Path]) -> Callable[[random.Random], Image.Image]:
+    """Draws images; one that cannot be read is reported once, and another always takes its place."""
     bad: set[Path] = set()
 
     def draw(rng: random.Random) -> Image.Image:
@@ -80,25 +80,25 @@ def any_picture(files: Sequence[Path]) -> Callable[[random.Random], Image.Image]
             path = rng.choice(files)
             try:
                 if path not in bad:
-                    return open_picture(path)
+                    return open_image(path)
             except ConfigError as error:
                 bad.add(path)
                 print(f"gen-turbo: {shown(error)}; another takes its place", file=sys.stderr)
-        raise ConfigError(f"of {len(files)} pictures hardly one can be read; the last was {path}")
+        raise ConfigError(f"of {len(files)} images hardly one can be read; the last was {path}")
 
     return draw
 
 
-def prepared(pipe: Any, pictures: list[Image.Image], prompts: Sequence[str | None]) -> Mapping[str, Tensor]:
-    """The model's inputs for pictures with a prompt each.
+def prepared(pipe: Any, images: list[Image.Image], prompts: Sequence[str | None]) -> Mapping[str, Tensor]:
+    """The model's inputs for images with a prompt each.
 
     Raises:
-        ConfigError: If the model reads no text with a picture.
+        ConfigError: If the model reads no text with an image.
     """
     texts = [pipe.text_of(prompt) for prompt in prompts]
     if any(text is None for text in texts):
-        raise ConfigError("this model reads no prompt with a picture; there is nothing to train on")
-    inputs = pipe.preparer(images=pictures, text=texts, return_tensors="pt", padding=True).to(pipe.device)
+        raise ConfigError("this model reads no prompt with an image; there is nothing to train on")
+    inputs = pipe.preparer(images=images, text=texts, return_tensors="pt", padding=True).to(pipe.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(pipe.vlm.dtype)
     given: Mapping[str, Tensor] = inputs
     return given

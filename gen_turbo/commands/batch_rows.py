@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gen_turbo.config import ConfigError
-from gen_turbo.inputs import find_pictures
+from gen_turbo.inputs import find_images
 from gen_turbo.lines import Item, as_json
 
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -70,7 +70,7 @@ def read_rows(source: Path, wants_image: bool) -> list[Row]:
         ConfigError: If the input cannot be read, a column is missing or of another type, or an id occurs twice.
     """
     if source.is_dir():
-        rows = [Row(file.name, image=file) for file in find_pictures([source])]
+        rows = [Row(file.name, image=file) for file in find_images([source])]
     elif source.suffix.lower() not in FORMATS:
         raise ConfigError(f"{source} is neither a folder nor a file of {', '.join(FORMATS)}")
     elif not source.is_file():

@@ -95,7 +95,7 @@ class Worker:
         if isinstance(config, CaptionConfig):
             said = self._pipe([image], row.prompt)
             return {"caption": said.text, "tokens": said.num_tokens, "kept": said.num_kept}, None
-        self._pipe.picture.set_progress_bar_config(disable=True)
+        self._pipe.generate.set_progress_bar_config(disable=True)
         both = self._pipe([image], row.prompt, seeds=seed)
         return {"caption": both.captions[0], "prompt": both.prompts[0], "seed": seed}, both.images[0]
 

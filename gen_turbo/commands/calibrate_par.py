@@ -75,7 +75,7 @@ def _calibrate_router(namespace: argparse.Namespace, config: CaptionConfig) -> N
         pipe.vlm, prompts, training, sizes, namespace.folder, config.max_new_tokens, namespace.eval_batches
     )
     artefact = _run(calibration, training.steps)
-    artefact.notes["pictures"] = "own" if namespace.images else "rendered scenes"
+    artefact.notes["images"] = "own" if namespace.images else "rendered scenes"
     artefact.save(output)
     print(output)
 
@@ -84,13 +84,13 @@ def _asked(namespace: argparse.Namespace, config: CaptionConfig) -> tuple[Any, A
     """The pipeline and its prompts by number."""
     if namespace.ask and not namespace.images:
         raise ConfigError("--ask gives prompts for --images; rendered scenes have their own")
-    from gen_turbo.commands.asking import picture_prompts, scene_prompts
+    from gen_turbo.commands.asking import image_prompts, scene_prompts
     from gen_turbo.factory import build_pipeline, quiet_loading
 
     quiet_loading()
     pipe = build_pipeline(config)
     if namespace.images:
-        return pipe, picture_prompts(pipe, namespace.images, namespace.ask, namespace.batch, namespace.seed)
+        return pipe, image_prompts(pipe, namespace.images, namespace.ask, namespace.batch, namespace.seed)
     return pipe, scene_prompts(pipe, namespace.batch, namespace.seed)
 
 

@@ -108,7 +108,7 @@ def _add_routes(
         distances = []
         for index in range(count):
             with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=made((schedule,)), inner=None)):
-                distances.append(_distance(recorded.pictures[index], _pixels(draw, index)))
+                distances.append(_distance(recorded.images[index], _pixels(draw, index)))
         distance = sum(distances) / count
         _note(f"{schedule.cost:.3f} of the calls of stock, {distance:.1f} dB")
         add(replace(schedule, psnr_db=round(distance, 2)))
@@ -161,7 +161,7 @@ def _taken_over(pipe: Any, path: Path) -> list[Any]:
 def _seconds(
     pipe: Any, model: Any, units: dict[str, Any], draw: _Draw, count: int, inner: str | None
 ) -> dict[str, list[float]]:
-    """The seconds of every unit in every call of some pictures, with a merging method alone or of stock."""
+    """The seconds of every unit in every call of some images, with a merging method alone or of stock."""
     from gen_turbo.api import attach
     from gen_turbo.methods.par import PARProcessor
     from gen_turbo.training.stopwatch import timed
@@ -182,18 +182,18 @@ def _tried(pipe: Any, file: Any, draw: _Draw, count: int) -> Any:
     schedule = file.schedules[0]
     shares, distances = [], []
     for index in range(count):
-        picture, seconds = _drawn(draw, index)
+        image, seconds = _drawn(draw, index)
         with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=file, inner=schedule.inner)):
             own, own_seconds = _drawn(draw, index)
         shares.append(own_seconds / seconds)
-        distances.append(min(_MOST_DB, psnr(picture, own)))
+        distances.append(min(_MOST_DB, psnr(image, own)))
     cost, distance = sum(shares) / len(shares), sum(distances) / len(distances)
     _note(f"inner {schedule.inner}: {cost:.3f} of the time of stock, {distance:.1f} dB")
     return replace(schedule, cost=round(cost, 4), psnr_db=round(distance, 2))
 
 
 def _pixels(draw: _Draw, index: int) -> Any:
-    """The i-th picture, or the frames of the i-th video, as numbers from 0 to 1."""
+    """The i-th image, or the frames of the i-th video, as numbers from 0 to 1."""
     result = draw(index, "np")
     return np.asarray(result.images if hasattr(result, "images") else result.frames)[0]
 
@@ -205,7 +205,7 @@ def _distance(stock: Any, own: Any) -> float:
 
 
 def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) -> Callable[[int, str], Any]:
-    """A function that makes the i-th picture, always from the same noise."""
+    """A function that makes the i-th image, always from the same noise."""
     given = {call: getattr(config, name) for name, call in CALL_SETTINGS.items() if getattr(config, name) is not None}
 
     def draw(index: int, output_type: str) -> Any:
@@ -216,12 +216,12 @@ def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) ->
 
 
 def _drawn(draw: _Draw, index: int) -> tuple[Any, float]:
-    """A picture and the seconds that it took."""
+    """An image and the seconds that it took."""
     from gen_turbo.training.stopwatch import seconds_now
 
     start = seconds_now()
-    picture = draw(index, "pil").images[0]
-    return picture, seconds_now() - start
+    image = draw(index, "pil").images[0]
+    return image, seconds_now() - start
 
 
 def _prompts(namespace: argparse.Namespace, config: PipelineConfig) -> list[str]:

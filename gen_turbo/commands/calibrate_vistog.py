@@ -1,4 +1,4 @@
-"""`gen-turbo calibrate vistog`: pictures and questions in, learned weights of VisToG out."""
+"""`gen-turbo calibrate vistog`: images and questions in, learned weights of VisToG out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gen_turbo.training.vistog_training import VisToGTraining
 
 Examples = Callable[[random.Random, int], "list[tuple[Image.Image, str | None]]"]
-"""Draws that many pictures with something to ask about each; None asks what the configuration says."""
+"""Draws that many images with something to ask about each; None asks what the configuration says."""
 _LEAST_HELD_OUT, _HELD_OUT_SHARE = 20, 10
 _JUDGED = 6
 _CAPTION_SHARE, _PAIR_SHARE = 0.2, 0.5
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr", type=float, nargs=2, default=(1e-3, 2e-4), metavar=("ALIGN", "TUNE"), help="learning rates of both"
     )
-    parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
+    parser.add_argument("--batch", type=int, default=16, help="images a step (16)")
     parser.add_argument(
         "--hard-negatives",
         type=int,
@@ -68,7 +68,7 @@ def run(namespace: argparse.Namespace) -> None:
     """Trains, or goes on training, and prints the file of weights.
 
     Raises:
-        ValueError: If a picture, a question or a setting does not fit; nothing was changed then.
+        ValueError: If an image, a question or a setting does not fit; nothing was changed then.
     """
     if min(namespace.batch, namespace.hard_negatives) < 1:
         raise ConfigError(
@@ -148,13 +148,13 @@ def _data(namespace: argparse.Namespace) -> tuple[Examples, Examples, str]:
     """Examples to train on, examples to judge by, and a hash of what they are drawn from."""
     if namespace.images is None:
         if namespace.questions is not None:
-            raise ConfigError("--questions are about --images; name pictures too")
+            raise ConfigError("--questions are about --images; name images too")
         return _scenes(False), _scenes(True), "scenes"
-    from gen_turbo.inputs import find_pictures
+    from gen_turbo.inputs import find_images
 
-    paths = find_pictures(namespace.images)
+    paths = find_images(namespace.images)
     if len(paths) < _LEAST_HELD_OUT:
-        raise ConfigError(f"{len(paths)} pictures are too few to train on; give at least {_LEAST_HELD_OUT}")
+        raise ConfigError(f"{len(paths)} images are too few to train on; give at least {_LEAST_HELD_OUT}")
     questions = _questions(namespace.questions)
     digest = hashlib.sha256(json.dumps([[str(path) for path in paths], questions]).encode()).hexdigest()[:12]
     held_out = paths[::_HELD_OUT_SHARE]
@@ -173,9 +173,9 @@ def _questions(path: Path | None) -> list[str | None]:
 
 
 def _files(paths: Sequence[Path], questions: Sequence[str | None]) -> Examples:
-    from gen_turbo.commands.asking import any_picture
+    from gen_turbo.commands.asking import any_image
 
-    draw = any_picture(paths)
+    draw = any_image(paths)
     return lambda rng, count: [(draw(rng), rng.choice(questions)) for _ in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""`gen-turbo caption` and `gen-turbo caption-generate`: many pictures, of which some may be bad, in runs that go on."""
+"""`gen-turbo caption` and `gen-turbo caption-generate`: many images, of which some may be bad, in runs that go on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gen_turbo.commands.failures import is_about_name, is_out_of_memory, sentenc
 from gen_turbo.commands.parsing import add_model_arguments, model_overrides
 from gen_turbo.config import HALVES, CaptionConfig, CaptionGenerateConfig, ConfigError, load_config_of
 from gen_turbo.factory import build_pipeline, processors_of, quiet_loading
-from gen_turbo.inputs import find_pictures, open_picture
+from gen_turbo.inputs import find_images, open_image
 from gen_turbo.lines import Item, Line, as_json, digest_of
 from gen_turbo.manifest import Manifest
 from gen_turbo.output import check_writable, png_of
@@ -29,13 +29,13 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 _NO_MATTER = ("batch_size", "device", "local_files_only", "max_size", "max_steps")
 
 Made = tuple[Line, Image.Image | None]
-"""What is noted of a picture, and the new one that was made of it."""
+"""What is noted of an image, and the new one that was made of it."""
 Work = Callable[[list[Image.Image]], list[Made]]
 
 
 @dataclass
 class Tally:
-    """What became of the pictures: done in this run, before or by others, failed, and in the hands of other runs."""
+    """What became of the images: done in this run, before or by others, failed, and in the hands of other runs."""
 
     done: int = 0
     before: int = 0
@@ -66,14 +66,14 @@ def add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_caption(namespace: argparse.Namespace) -> int:
-    """Prints a caption of every picture; returns the exit code."""
+    """Prints a caption of every image; returns the exit code."""
     sources, overrides = split_inputs([*namespace.inputs, *namespace.overrides])
     name, given = model_overrides(namespace)
     asked = [] if namespace.prompt is None else [("prompt", namespace.prompt)]
     config = load_config_of(CaptionConfig, "gen-turbo caption", name, [*given, *overrides, *asked])
     processor = processors_of(config)
     with Manifest(_manifest_path(namespace.output)) as manifest:
-        run = _Run(find_pictures(sources), settings_digest(asdict(config), processor), manifest)
+        run = _Run(find_images(sources), settings_digest(asdict(config), processor), manifest)
         run.on_entry = lambda path, line: print(f"{shown(path)}: {line['caption']}", flush=True)
         if run.pending:
             quiet_loading()
@@ -82,7 +82,7 @@ def run_caption(namespace: argparse.Namespace) -> int:
 
 
 def run_caption_generate(namespace: argparse.Namespace) -> int:
-    """Draws a new picture of every picture; returns the exit code."""
+    """Draws a new image of every image; returns the exit code."""
     sources, overrides = split_inputs([*namespace.inputs, *namespace.overrides])
     given = {"caption.prompt": namespace.prompt, "strength": namespace.strength}
     flags = [(key, value) for key, value in given.items() if value is not None]
@@ -91,16 +91,16 @@ def run_caption_generate(namespace: argparse.Namespace) -> int:
     if not 0 <= namespace.seed < 2**63:
         raise ConfigError(f"the seed must be between 0 and {2**63 - 1}; got {namespace.seed}")
     folder = Path(namespace.output).expanduser()
-    pictures = find_pictures(sources)
+    images = find_images(sources)
     check_writable(folder)
     with Manifest(folder / MANIFEST) as manifest:
-        run = _Run(pictures, settings_digest(asdict(config), processors, namespace.seed), manifest)
+        run = _Run(images, settings_digest(asdict(config), processors, namespace.seed), manifest)
         run.on_entry = lambda path, line: print(shown(folder / line["output"]), flush=True)
         if run.pending:
             quiet_loading()
             pipe = build_pipeline(config, processors)
-            pipe.picture.set_progress_bar_config(disable=True)
-            run.go(_new_pictures(pipe, namespace.seed), config.batch_size)
+            pipe.generate.set_progress_bar_config(disable=True)
+            run.go(_new_images(pipe, namespace.seed), config.batch_size)
     return run.finish()
 
 
@@ -112,17 +112,17 @@ def settings_digest(config: dict[str, Any], *rest: Any) -> str:
 
 
 def split_inputs(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tells pictures from `key=value`; a file whose name has an equals sign is a picture."""
+    """Tells images from `key=value`; a file whose name has an equals sign is an image."""
     overrides = [text for text in texts if _OVERRIDE.fullmatch(text) and not Path(text).exists()]
     return [text for text in texts if text not in overrides], overrides
 
 
 class _Run:
-    """Pictures that are worked through in batches, each finished one noted at once."""
+    """Images that are worked through in batches, each finished one noted at once."""
 
-    def __init__(self, pictures: Sequence[Path], settings: str, manifest: Manifest) -> None:
+    def __init__(self, images: Sequence[Path], settings: str, manifest: Manifest) -> None:
         own = manifest.outputs()
-        found = [Item.of(path, settings) for path in pictures if path.resolve() not in own]
+        found = [Item.of(path, settings) for path in images if path.resolve() not in own]
         self.items = list({item.path: item for item in found}.values())
         self.manifest = manifest
         self.pending = [item for item in self.items if not manifest.finished(item)]
@@ -133,7 +133,7 @@ class _Run:
     def go(self, work: Work, batch_size: int) -> None:
         """Works on everything that no other run works on."""
         self._batch_size = batch_size
-        with tqdm(total=len(self.items), initial=self.tally.before, unit="picture", disable=None, leave=False) as bar:
+        with tqdm(total=len(self.items), initial=self.tally.before, unit="image", disable=None, leave=False) as bar:
             # Once more at the end, for another run may have died meanwhile.
             while taken := self._round(work, bar):
                 self.pending = [item for item in self.pending if item not in taken]
@@ -157,24 +157,24 @@ class _Run:
 
     def _opened(self, item: Item) -> tuple[Item, Image.Image] | None:
         try:
-            return item, open_picture(item.path)
+            return item, open_image(item.path)
         except ConfigError as error:
             self._fail(item, error)
             return None
 
     def _batch(self, work: Work, pairs: list[tuple[Item, Image.Image]]) -> None:
-        """Works on a batch, and where that fails on its halves, down to the picture that makes it fail."""
+        """Works on a batch, and where that fails on its halves, down to the image that makes it fail."""
         if not pairs:
             return
         try:
-            results = list(zip(pairs, work([picture for _, picture in pairs]), strict=True))
+            results = list(zip(pairs, work([read for _, read in pairs]), strict=True))
         # Models and preparers are other people's: what they raise has no common class.
         except Exception as error:
             # Without the traceback, whose frames hold the memory of the batch.
             failure = error.with_traceback(None)
         else:
-            for (item, _), (values, image) in results:
-                self._keep(item, values, image)
+            for (item, _), (values, made) in results:
+                self._keep(item, values, made)
             return
         half = (len(pairs) + 1) // 2
         if is_out_of_memory(failure):
@@ -190,12 +190,12 @@ class _Run:
         """Commits a result; only what is wrong with this one is its failure, a full disk ends the run."""
         try:
             as_json(values)
-            picture = None if image is None else png_of(image)
+            encoded = None if image is None else png_of(image)
         except Exception as error:
             self._fail(item, error)
             return
         try:
-            line = self.manifest.keep(item, values, picture)
+            line = self.manifest.keep(item, values, encoded)
         except OSError as error:
             if not is_about_name(error):
                 raise
@@ -223,21 +223,21 @@ def _free_memory() -> None:
 
 
 def _captions(pipe: Any) -> Work:
-    def work(pictures: list[Image.Image]) -> list[Made]:
-        said = pipe(pictures)
-        figures = _shared(len(pictures), caption_s=said.seconds, tokens=said.num_tokens, kept=said.num_kept)
+    def work(images: list[Image.Image]) -> list[Made]:
+        said = pipe(images)
+        figures = _shared(len(images), caption_s=said.seconds, tokens=said.num_tokens, kept=said.num_kept)
         return [({"caption": text, **figures}, None) for text in said.texts]
 
     return work
 
 
-def _new_pictures(pipe: Any, seed: int) -> Work:
-    def work(pictures: list[Image.Image]) -> list[Made]:
-        made = pipe(pictures, seeds=seed)
+def _new_images(pipe: Any, seed: int) -> Work:
+    def work(images: list[Image.Image]) -> list[Made]:
+        made = pipe(images, seeds=seed)
         figures = _shared(
-            len(pictures),
+            len(images),
             caption_s=made.caption_seconds,
-            picture_s=made.picture_seconds,
+            generate_s=made.generate_seconds,
             tokens=made.num_tokens,
             kept=made.num_kept,
         )
@@ -251,7 +251,7 @@ def _new_pictures(pipe: Any, seed: int) -> Work:
 
 
 def _shared(count: int, **figures: float) -> dict[str, float]:
-    """Figures of a batch as a picture's share of them."""
+    """Figures of a batch as an image's share of them."""
     return {name: round(value / count, 4) for name, value in figures.items()}
 
 

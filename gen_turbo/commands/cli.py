@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 1 where some of many pictures failed; 2 after one sentence on standard error about what was wrong.
+        0; 1 where some of many images failed; 2 after one sentence on standard error about what was wrong.
     """
     # A terminal that cannot print a name shows it escaped, and the run goes on.
     if isinstance(sys.stdout, TextIOWrapper):
@@ -154,10 +154,10 @@ def _generate(namespace: argparse.Namespace) -> None:
     config = _config(namespace)
     from gen_turbo.commands.generate import draw, plan_jobs, prompt_notes
     from gen_turbo.factory import build_pipeline, build_processor, quiet_loading
-    from gen_turbo.output import check_writable, picture_paths, record_path, write_picture
+    from gen_turbo.output import check_writable, image_paths, record_path, write_image
 
     jobs = plan_jobs(namespace.prompt, namespace.seed, namespace.num_images)
-    paths = picture_paths(namespace.output, [f"{job.prompt[:30]}-{job.seed}" for job in jobs])
+    paths = image_paths(namespace.output, [f"{job.prompt[:30]}-{job.seed}" for job in jobs])
     check_writable(paths[0].parent)
     processor = build_processor(config.processor)
     if namespace.compare and processor is None:
@@ -170,24 +170,24 @@ def _generate(namespace: argparse.Namespace) -> None:
         _compare(pipe, config, processor, dict(zip(paths, jobs, strict=True)), record_path(namespace.output))
         return
     for index, (job, path) in enumerate(zip(jobs, paths, strict=True), 1):
-        write_picture(path, draw(pipe, config, job, f"{index}/{len(jobs)}"))
+        write_image(path, draw(pipe, config, job, f"{index}/{len(jobs)}"))
         print(path)
 
 
 def _compare(pipe: Any, config: PipelineConfig, processor: Any, jobs: dict[Path, Job], record: Path) -> None:
-    """Draws every picture twice; a picture is on disk as soon as it is done, the figures follow at the end."""
+    """Draws every image twice; an image is on disk as soon as it is done, the figures follow at the end."""
     from gen_turbo.commands.generate import compare, warm_up
-    from gen_turbo.output import write_json, write_picture
+    from gen_turbo.output import write_image, write_json
 
     pipe.reset_attn_processor()
     warm_up(pipe, config, processor, next(iter(jobs.values())))
     done = {}
     for index, (path, job) in enumerate(jobs.items(), 1):
         done[path] = compare(pipe, config, processor, job, f"{index}/{len(jobs)}")
-        write_picture(path, done[path].side_by_side())
+        write_image(path, done[path].side_by_side())
     settings = {**asdict(config), "processor": {"name": type(processor).__name__, **asdict(processor)}}
-    pictures = [{"file": path.name, **comparison.record()} for path, comparison in done.items()]
-    write_json(record, {"config": settings, "device": str(pipe.device), "pictures": pictures})
+    images = [{"file": path.name, **comparison.record()} for path, comparison in done.items()]
+    write_json(record, {"config": settings, "device": str(pipe.device), "images": images})
     _print_comparisons(list(done.values()), type(processor).__name__.removesuffix("Processor"))
     print(*done, record, sep="\n")
 
@@ -223,7 +223,7 @@ def _list(namespace: argparse.Namespace) -> None:
 
 
 def _report(namespace: argparse.Namespace) -> None:
-    """Draws one picture in a few steps and prints what was reduced on the way."""
+    """Draws one image in a few steps and prints what was reduced on the way."""
     config = _config(namespace)
     from gen_turbo.commands.generate import Job, draw
     from gen_turbo.engine.report import report

@@ -1,4 +1,4 @@
-"""`gen-turbo explain`: one picture of what a method does to the tokens of another."""
+"""`gen-turbo explain`: one image of what a method does to the tokens of another."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gen_turbo.overlay import arrows_panel, enlarged, groups_panel, heat_panel, 
 from gen_turbo.tokens.score import mean_one
 from gen_turbo.tokens.token_map import TokenMap
 
-# One step from so little noise that the picture is still the one given.
+# One step from so little noise that the image is still the one given.
 _STRENGTH, _STEPS = 0.05, 20
 
 
 @dataclass
 class Trace:
-    """What was seen of a method at work on one picture.
+    """What was seen of a method at work on one image.
 
     Attributes:
         grid: (height, width) in tokens.
@@ -34,7 +34,7 @@ class Trace:
         is_dropping: Whether tokens are dropped rather than merged.
         degree: Turbo's information degree of each token, (N,); None for methods without one.
         runs: Whether each decoder layer ran; None where all do.
-        said: What the model said about the picture.
+        said: What the model said about the image.
     """
 
     grid: Grid
@@ -86,17 +86,17 @@ class _Recorder:
 
 def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("--image", type=Path, required=True, help="the picture to look at")
+    parser.add_argument("--image", type=Path, required=True, help="the image to look at")
     parser.add_argument("--processor", required=True, help="a method's name or YAML file")
     parser.add_argument("--output", type=Path, default=Path("explain.png"), help="a .png file (explain.png)")
-    parser.add_argument("--config", default="caption", help="a pipeline that reads pictures or draws them (caption)")
-    parser.add_argument("--prompt", help="what is asked about the picture, or what it shows")
+    parser.add_argument("--config", default="caption", help="a pipeline that reads images or draws them (caption)")
+    parser.add_argument("--prompt", help="what is asked about the image, or what it shows")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as processor.ratio=0.75")
     parser.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> None:
-    """Writes the picture and prints its path.
+    """Writes the image and prints its path.
 
     Raises:
         ValueError: If a file or setting does not fit, or nothing was reduced on a grid.
@@ -108,27 +108,27 @@ def run(namespace: argparse.Namespace) -> None:
     if namespace.output.suffix.lower() != ".png":
         raise ConfigError(f"--output must be a .png file; got {namespace.output}")
     from gen_turbo.factory import build_pipeline, build_processor, quiet_loading
-    from gen_turbo.inputs import open_picture
-    from gen_turbo.output import check_writable, write_picture
+    from gen_turbo.inputs import open_image
+    from gen_turbo.output import check_writable, write_image
 
     check_writable(namespace.output.parent)
-    image, processor = open_picture(namespace.image), build_processor(config.processor)
+    image, processor = open_image(namespace.image), build_processor(config.processor)
     if processor is None:
         raise ConfigError("there is no processor to explain; give one with --processor")
     quiet_loading()
     pipe = build_pipeline(replace(config, processor=None), None)
     explain = explain_reading if isinstance(config, CaptionConfig) else explain_drawing
     trace = explain(pipe, processor, image, namespace.prompt)
-    write_picture(namespace.output, draw_trace(image, trace))
+    write_image(namespace.output, draw_trace(image, trace))
     print(f"{len(trace.anchors)} of {len(trace.slot)} tokens stay" + (f": {trace.said}" if trace.said else ""))
     print(namespace.output)
 
 
 def draw_trace(image: Image.Image, trace: Trace) -> Image.Image:
-    """Draws the picture, what became of its tokens, and for Turbo who joined whom and the information degree."""
+    """Draws the image, what became of its tokens, and for Turbo who joined whom and the information degree."""
     slot = trace.slot.view(trace.grid).numpy()
     count = f"{len(trace.anchors)} of {slot.size} tokens"
-    panels = [(trace.said or "picture", enlarged(image))]
+    panels = [(trace.said or "image", enlarged(image))]
     if trace.is_dropping:
         is_kept = torch.zeros(slot.size, dtype=torch.bool)
         is_kept[trace.anchors] = True
@@ -144,7 +144,7 @@ def draw_trace(image: Image.Image, trace: Trace) -> Image.Image:
 
 
 def explain_reading(pipe: Any, processor: TokenReducer, image: Image.Image, prompt: str | None = None) -> Trace:
-    """What a method does to the image tokens while a captioning pipeline reads a picture.
+    """What a method does to the image tokens while a captioning pipeline reads an image.
 
     Raises:
         ValueError: If the model's prompt holds no image tokens, or they make no grid.
@@ -160,7 +160,7 @@ def explain_reading(pipe: Any, processor: TokenReducer, image: Image.Image, prom
     part: Any = attachment.parts[0]
     try:
         if not watch_reductions(part, reductions.append):
-            raise ConfigError(f"text of a {type(part.model).__name__} reads the picture on the side; nothing to draw")
+            raise ConfigError(f"text of a {type(part.model).__name__} reads the image on the side; nothing to draw")
         said = pipe(image, prompt).text
         layers = [site.num_kept > 0 for site in report(pipe).sites if ".layers." in site.name]
         slots = part.slots() if hasattr(part, "slots") else None
@@ -181,10 +181,10 @@ def explain_reading(pipe: Any, processor: TokenReducer, image: Image.Image, prom
 
 
 def explain_drawing(pipe: Any, processor: TokenReducer, image: Image.Image, prompt: str | None = None) -> Trace:
-    """What a method does to the finest tokens while a pipeline draws a picture almost as it is.
+    """What a method does to the finest tokens while a pipeline draws an image almost as it is.
 
     Raises:
-        ValueError: If the pipeline cannot start from a picture, or nothing was reduced on a grid.
+        ValueError: If the pipeline cannot start from an image, or nothing was reduced on a grid.
     """
     from diffusers import AutoPipelineForImage2Image
 
@@ -195,7 +195,7 @@ def explain_drawing(pipe: Any, processor: TokenReducer, image: Image.Image, prom
     try:
         drawing = AutoPipelineForImage2Image.from_pipe(pipe)
     except ValueError as error:
-        raise ConfigError(f"{type(pipe).__name__} cannot start from a picture") from error
+        raise ConfigError(f"{type(pipe).__name__} cannot start from an image") from error
     model = getattr(pipe, "unet", None) or pipe.transformer
     side = int(model.config.sample_size * pipe.vae_scale_factor)
     drawing.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Making pictures with a loaded pipeline, and the same pictures with and without a processor."""
+"""Making images with a loaded pipeline, and the same images with and without a processor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LARGEST_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make: what it shows, and the seed of its noise."""
+    """One image to make: what it shows, and the seed of its noise."""
 
     prompt: str
     seed: int
@@ -32,12 +32,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One picture made by the stock pipeline and with a processor, from the same noise.
+    """One image made by the stock pipeline and with a processor, from the same noise.
 
     Attributes:
         job: What was made.
-        stock: The picture of the stock pipeline.
-        image: The picture with the processor.
+        stock: The image of the stock pipeline.
+        image: The image with the processor.
         stock_s: Seconds that the stock pipeline took.
         image_s: Seconds with the processor.
         num_tokens: Tokens in the finest attention that is reduced.
@@ -56,11 +56,11 @@ class Comparison:
 
     @property
     def psnr_db(self) -> float:
-        """Peak signal-to-noise ratio to the stock picture; infinite where both are equal."""
+        """Peak signal-to-noise ratio to the stock image; infinite where both are equal."""
         return psnr(self.stock, self.image)
 
     def side_by_side(self) -> Image.Image:
-        """The stock picture on the left, the other on the right, a white gap of 4 pixels between them."""
+        """The stock image on the left, the other on the right, a white gap of 4 pixels between them."""
         width, height = self.stock.size
         both = Image.new("RGB", (2 * width + _GAP_PX, height), "white")
         both.paste(self.stock, (0, 0))
@@ -68,7 +68,7 @@ class Comparison:
         return both
 
     def record(self) -> dict[str, Any]:
-        """All figures as JSON takes them; `psnr_db` is null where both pictures are equal."""
+        """All figures as JSON takes them; `psnr_db` is null where both images are equal."""
         distance_db = self.psnr_db
         return {
             "prompt": self.job.prompt,
@@ -84,7 +84,7 @@ class Comparison:
 
 
 def plan_jobs(prompts: Sequence[str], seed: int, num_images: int) -> list[Job]:
-    """The pictures to make: `num_images` of each prompt, whose seeds count up from `seed`.
+    """The images to make: `num_images` of each prompt, whose seeds count up from `seed`.
 
     Raises:
         ConfigError: If there would be none, or a seed is out of range.
@@ -96,7 +96,7 @@ def plan_jobs(prompts: Sequence[str], seed: int, num_images: int) -> list[Job]:
 
 
 def draw(pipe: Any, config: PipelineConfig, job: Job, label: str, steps: int | None = None) -> Image.Image:
-    """Makes one picture; the noise depends on the seed alone, not on the device.
+    """Makes one image; the noise depends on the seed alone, not on the device.
 
     Args:
         pipe: A diffusers text-to-image pipeline.
@@ -116,7 +116,7 @@ def draw(pipe: Any, config: PipelineConfig, job: Job, label: str, steps: int | N
 
 
 def warm_up(pipe: Any, config: PipelineConfig, processor: Any, job: Job) -> None:
-    """Runs a few steps of both kinds, so that the first timed picture pays for no start of a device or library."""
+    """Runs a few steps of both kinds, so that the first timed image pays for no start of a device or library."""
     steps = min(config.steps, _WARM_UP_STEPS)
     draw(pipe, config, job, "warm-up", steps)
     with attach(pipe, processor):
@@ -124,12 +124,12 @@ def warm_up(pipe: Any, config: PipelineConfig, processor: Any, job: Job) -> None
 
 
 def compare(pipe: Any, config: PipelineConfig, processor: Any, job: Job, label: str) -> Comparison:
-    """Makes one picture with the stock pipeline and one with a processor, and times both calls whole.
+    """Makes one image with the stock pipeline and one with a processor, and times both calls whole.
 
     Args:
         pipe: A pipeline without a processor; afterwards it is without one again.
         config: Steps, guidance and size are taken from it.
-        processor: What is attached for the second picture.
+        processor: What is attached for the second image.
         job: What to make.
         label: What the progress bar shows.
     """

@@ -180,12 +180,12 @@ class Studio:
             both = self._both
             both.set_attn_processor(processors_of(self._workflow) if is_accelerated else None)
             try:
-                made = both(_rgb(image), seeds=seed, **_after_steps(both.picture, lambda _: stop.check()))
+                made = both(_rgb(image), seeds=seed, **_after_steps(both.generate, lambda _: stop.check()))
             finally:
                 both.reset_attn_processor()
         figures = (
             f"read in {made.caption_seconds:.2f} s ({made.num_tokens} -> {made.num_kept} image tokens), "
-            f"generated in {made.picture_seconds:.2f} s"
+            f"generated in {made.generate_seconds:.2f} s"
         )
         return made.captions[0], made.images[0], figures
 
@@ -209,7 +209,7 @@ class Studio:
     @cached_property
     def _both(self) -> Any:
         both = build_pipeline(self._workflow)
-        both.picture.set_progress_bar_config(disable=True)
+        both.generate.set_progress_bar_config(disable=True)
         return both
 
     def _steps(

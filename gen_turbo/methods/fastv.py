@@ -24,10 +24,10 @@ class FastVProcessor(Placement, ReductionProcessor):
     before, averaged over heads, of the last token of the prompt.
 
     Costs one row of attention. The layers before the cut run in full, so a method at the gate saves more at the same
-    number of tokens. Prefers the end of the picture, which is next to the question.
+    number of tokens. Prefers the end of the image, which is next to the question.
 
     Differs from the paper: the row of attention is computed on its own, so every attention kernel will do; it is
-    taken in prompts with padding and of several pictures, each of which keeps its share.
+    taken in prompts with padding and of several images, each of which keeps its share.
     """
 
     restore: str = "copy"

@@ -18,10 +18,10 @@ from gen_turbo.vlm.settings import Placement
 @METHODS.register("pool")
 @dataclass
 class PoolProcessor(Placement, ReductionProcessor):
-    """Averages rectangular cells of the picture, as a smaller picture would.
+    """Averages rectangular cells of the image, as a smaller image would.
 
     A baseline that costs next to nothing, at any number of tokens: cells are as equal as whole numbers allow. Strong
-    where the whole picture matters, weak on small things. Without a grid it averages runs of the line of tokens.
+    where the whole image matters, weak on small things. Without a grid it averages runs of the line of tokens.
     """
 
     restore: str = "copy"

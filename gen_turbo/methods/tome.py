@@ -20,7 +20,7 @@ _STRIDE = (2, 2)
 @METHODS.register("tome")
 @dataclass
 class ToMeProcessor(ReductionProcessor):
-    """Merges the tokens that are most similar to another, over the whole picture, afresh in every step.
+    """Merges the tokens that are most similar to another, over the whole image, afresh in every step.
 
     Token Merging for Fast Stable Diffusion (Bolya and Hoffman, 2023, arXiv 2303.17604): one destination per 2 x 2
     cell, similarity of every other token to every destination, the most similar pairs merge, outputs are copied.
@@ -28,7 +28,7 @@ class ToMeProcessor(ReductionProcessor):
     Use it to compare; matching over all pairs costs about a tenth of the attention that it saves.
 
     Differs from the paper: it matches what attention reads, after the norm; a cell's destination is drawn from a
-    hash of the seed and the number of plans made, so the same seed gives the same picture.
+    hash of the seed and the number of plans made, so the same seed gives the same image.
 
     Attributes:
         is_hashed: Whether cells draw their destination; otherwise it is the top left token.

@@ -31,11 +31,11 @@ class TurboProcessor(ReductionProcessor):
     Costs one tile-local similarity per plan. Merging costs more than it saves below about 1,000 tokens.
 
     Differs from the paper: destinations are one token per 2 x 2 cell, similarities are taken inside tiles with
-    one budget for the whole picture, and by default the merged layer's missing detail is remembered and added back.
+    one budget for the whole image, and by default the merged layer's missing detail is remembered and added back.
 
     The defaults were chosen on the embedded model by distance to stock. With remembered detail a ratio of 0.7 costs
     hardly more fidelity than 0.5 and, unlike 0.75, fits grids with odd sides. Tiles beat matching over the whole
-    picture. A larger `value_weight` moves copied pictures away from stock, and makes no difference to corrected ones.
+    image. A larger `value_weight` moves copied images away from stock, and makes no difference to corrected ones.
 
     Attributes:
         semantic: Where the semantic value comes from: "self" is the column mean of self-attention; "text" is the
@@ -43,7 +43,7 @@ class TurboProcessor(ReductionProcessor):
             "none" is redundancy alone. "text" raises ValueError in the first planning step of a model that shows no
             text. A plan without a model, as by `plan_tokens`, knows neither and takes redundancy alone.
         value_weight: Weight of the semantic value whose mean is 1. Raising it protects attended tokens more.
-        tile: Side of the tiles that are matched, in tokens; 0 matches over the whole picture. A small picture has
+        tile: Side of the tiles that are matched, in tokens; 0 matches over the whole image. A small image has
             smaller ones, four to its shorter side but of no less than 4 tokens, lest distant places are merged.
     """
 
@@ -64,7 +64,7 @@ class TurboProcessor(ReductionProcessor):
         if self.value_weight < 0:
             raise ValueError(f"value_weight must not be negative; got {self.value_weight}")
         if self.tile != 0 and self.tile < 2:
-            raise ValueError(f"tile must be 0 (whole picture) or at least 2 tokens; got {self.tile}")
+            raise ValueError(f"tile must be 0 (whole image) or at least 2 tokens; got {self.tile}")
 
     def unread(self, place: str, has_grid: bool) -> dict[str, str]:
         """The settings that nothing reads at a place of a vision-language model, and where they belong."""

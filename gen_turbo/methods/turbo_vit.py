@@ -40,7 +40,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         semantic: Where `A` comes from: "class", "self" (also used by "class" where there is no class token), "none".
         value_weight: Weight of `N * A` where `alpha` is None. Raising it protects attended tokens more.
         alpha: The paper's weight of `A`; None uses `value_weight`.
-        scale: The paper's constant `c`: 30 in BLIP, 100 in language models that read the picture.
+        scale: The paper's constant `c`: 30 in BLIP, 100 in language models that read the image.
         beta: Base of the block's weight; 1 weighs all blocks alike.
         gamma: The block of greatest weight.
         threshold: A block with fewer tokens, class token included, merges none.

@@ -30,7 +30,7 @@ class VisToGProcessor(ReductionProcessor):
     the grid, similarity is the cosine of what attention reads, and only groups within a window can be joined.
 
     The defaults were chosen by the distance of copied-back groups to the tokens, in one layer of the embedded model
-    and one picture: a window of 5 loses 8 to 9 % less than one of 3, and a second refinement at most 1 % less.
+    and one image: a window of 5 loses 8 to 9 % less than one of 3, and a second refinement at most 1 % less.
 
     Attributes:
         window: Side of the window in groups; odd. Raising it finds better matches for noisy tokens and costs more.

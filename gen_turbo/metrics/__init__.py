@@ -1,1 +1,1 @@
-"""What is measured: the distance between two pictures, and the arithmetic that a run spends in attention."""
+"""What is measured: the distance between two images, and the arithmetic that a run spends in attention."""

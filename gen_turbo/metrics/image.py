@@ -1,4 +1,4 @@
-"""Distances between two pictures of the same size."""
+"""Distances between two images of the same size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Picture = Image.Image | npt.NDArray[np.uint8]
+Pixels = Image.Image | npt.NDArray[np.uint8]
 """A PIL image, or (height, width) or (height, width, channels) bytes."""
 
 _PEAK = 255.0
@@ -18,28 +18,28 @@ _SSIM_K1 = 0.01
 _SSIM_K2 = 0.03
 
 
-def psnr(reference: Picture, candidate: Picture) -> float:
-    """Peak signal-to-noise ratio of a picture to its reference in decibels; infinite where they are equal.
+def psnr(reference: Pixels, candidate: Pixels) -> float:
+    """Peak signal-to-noise ratio of an image to its reference in decibels; infinite where they are equal.
 
     Both are compared as bytes, so what rounding hides is not counted.
 
     Raises:
-        ValueError: If the sizes differ, or a picture is not of bytes.
+        ValueError: If the sizes differ, or an image is not of bytes.
     """
     a, b = _pair(reference, candidate)
     squared_error = float(np.mean((a - b) ** 2))
     return 10 * math.log10(_PEAK**2 / squared_error) if squared_error else math.inf
 
 
-def ssim(reference: Picture, candidate: Picture) -> float:
-    """Mean structural similarity of a picture to its reference, at most 1, which only equal pictures reach.
+def ssim(reference: Pixels, candidate: Pixels) -> float:
+    """Mean structural similarity of an image to its reference, at most 1, which only equal images reach.
 
     Wang, Bovik, Sheikh and Simoncelli, 2004, "Image quality assessment", equation 13, with their Gaussian
-    window of 11 x 11 pixels (sigma 1.5); the mean over the pixels whose window lies inside the picture, and
+    window of 11 x 11 pixels (sigma 1.5); the mean over the pixels whose window lies inside the image, and
     over the channels.
 
     Raises:
-        ValueError: If the sizes differ, a picture is not of bytes, or one is smaller than the window.
+        ValueError: If the sizes differ, an image is not of bytes, or one is smaller than the window.
     """
     a, b = _pair(reference, candidate)
     window = 2 * _SSIM_RADIUS_PX + 1
@@ -55,12 +55,12 @@ def ssim(reference: Picture, candidate: Picture) -> float:
     return float(np.mean(luminance * structure))
 
 
-def _pair(reference: Picture, candidate: Picture) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _pair(reference: Pixels, candidate: Pixels) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     a, b = np.asarray(reference), np.asarray(candidate)
     if a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise ValueError(f"pictures are compared as bytes, got {a.dtype} and {b.dtype}; convert to uint8 first")
+        raise ValueError(f"images are compared as bytes, got {a.dtype} and {b.dtype}; convert to uint8 first")
     if a.shape != b.shape:
-        raise ValueError(f"pictures of one size are compared, got {a.shape} and {b.shape}; resize one of them")
+        raise ValueError(f"images of one size are compared, got {a.shape} and {b.shape}; resize one of them")
     return a.astype(np.float64), b.astype(np.float64)
 
 

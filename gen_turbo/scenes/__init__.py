@@ -2,7 +2,7 @@
 
 A scene is one lit, sometimes striped object on a lit background, or two in a relation. The caption of one object
 names size, colour, shape, position and background; that of two names both colours and shapes, the relation and the
-background. `check` reads them back from any 128 x 128 picture. Unlimited, licence-free data on which "does the picture
+background. `check` reads them back from any 128 x 128 image. Unlimited, licence-free data on which "does the image
 show what the caption says" has an exact answer.
 """
 

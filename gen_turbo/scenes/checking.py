@@ -1,4 +1,4 @@
-"""Reads the claims of a caption back from a picture."""
+"""Reads the claims of a caption back from an image."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class PairCheckResult(_Claims):
 
 
 def check(image: Image.Image, caption: str) -> CheckResult | PairCheckResult:
-    """Says which claims of the caption hold for the picture.
+    """Says which claims of the caption hold for the image.
 
-    A picture of another size is resized to 128 x 128 first. Without a visible object only the background
-    can be right. The two objects of a caption are taken for those of the picture in the way that makes most claims
+    An image of another size is resized to 128 x 128 first. Without a visible object only the background
+    can be right. The two objects of a caption are taken for those of the image in the way that makes most claims
     true, so that a swap is a wrong relation, not four wrong objects. A dot drawn on a scene of one object changes
-    its extent; check pictures without one.
+    its extent; check images without one.
 
     Raises:
         ValueError: If the caption is not of the grammar.
@@ -133,7 +133,7 @@ def _components(mask: Mask) -> list[Mask]:
 
 
 def _foreground(pixels: Array, border: Mask) -> Mask:
-    """Pixels far from the plane of light that fits the picture's border."""
+    """Pixels far from the plane of light that fits the image's border."""
     plane = np.stack([np.ones_like(XX), XX, YY], -1)
     coefficients = np.linalg.lstsq(plane[border], pixels[border], rcond=None)[0]
     distance = np.linalg.norm(pixels - plane @ coefficients, axis=-1)

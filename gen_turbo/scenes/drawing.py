@@ -1,4 +1,4 @@
-"""Pictures of which a caption is true."""
+"""Images of which a caption is true."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DOT_CLEARANCE_PX = 6
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture and where its things are.
+    """An image and where its things are.
 
     Attributes:
         image: 128 x 128, RGB.
@@ -33,7 +33,7 @@ class Drawing:
 
 
 def render(caption: str, seed: int, dot: str | None = None) -> Image.Image:
-    """Draws a 128 x 128 RGB picture of which the caption is true; another seed lights and places it anew.
+    """Draws a 128 x 128 RGB image of which the caption is true; another seed lights and places it anew.
 
     Args:
         caption: A sentence of the grammar.
@@ -97,7 +97,7 @@ def _painted(color: str, light: Array, rng: random.Random) -> Array:
 
 
 def _dot_mask(objects: list[Array], rng: random.Random) -> Array:
-    """A dot on the background, clear of the objects and of the picture's edge."""
+    """A dot on the background, clear of the objects and of the image's edge."""
     grown = np.asarray(Image.fromarray((np.max(objects, 0) > 0).astype(np.uint8) * 255).resize((64, 64)))
     is_taken = grown > 0
     for _ in range(_DOT_CLEARANCE_PX // 2):

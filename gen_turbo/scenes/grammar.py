@@ -47,7 +47,7 @@ class Pair:
 
     @property
     def mirrored(self) -> Pair:
-        """The same picture with the other object named first."""
+        """The same image with the other object named first."""
         other = OPPOSITE[self.relation]
         return Pair(self.other_color, self.other_shape, other, self.color, self.shape, self.background)
 

@@ -37,7 +37,7 @@ def grid_destinations(
     Raises:
         ValueError: If the grid or the stride is not positive, or the variant is another string.
 
-    Differs from the paper: the random choice is a hash, so one seed always gives one picture.
+    Differs from the paper: the random choice is a hash, so one seed always gives one image.
     """
     (height, width), (cell_height, cell_width) = grid, stride
     if min(height, width, cell_height, cell_width) < 1:

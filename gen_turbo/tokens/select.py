@@ -110,7 +110,7 @@ def pool_cells(grid: tuple[int, int], num_kept: int, device: torch.device | str 
 
 
 def shrunk_grid(grid: tuple[int, int], num_kept: int) -> tuple[int, int]:
-    """The (height, width) of a smaller picture of at most `num_kept` tokens, of the same shape as near as can be.
+    """The (height, width) of a smaller image of at most `num_kept` tokens, of the same shape as near as can be.
 
     Raises:
         ValueError: If no token or more than all are to be kept.
@@ -123,7 +123,7 @@ def shrunk_grid(grid: tuple[int, int], num_kept: int) -> tuple[int, int]:
 
 
 def shrink_cells(grid: tuple[int, int], smaller: tuple[int, int], device: torch.device | str | None = None) -> TokenMap:
-    """Covers a grid with the tokens of a smaller picture, in raster order: a plan of one row.
+    """Covers a grid with the tokens of a smaller image, in raster order: a plan of one row.
 
     A token belongs to the cell that its own middle lies in. A cell's anchor is its middle token.
     """

@@ -1,6 +1,6 @@
 """Calibration of PAR on a diffusion pipeline: its own runs of a few prompts tell what can be skipped, and when.
 
-Nothing is trained and no pictures are needed. Stock runs are recorded; at a few calls every group of units is forecast
+Nothing is trained and no images are needed. Stock runs are recorded; at a few calls every group of units is forecast
 and the model run again, which tells how far the output moves; at the same calls the whole output is forecast and the
 run finished, which tells how far that moves the result. With these prices, and with what each unit takes while tokens
 are merged, a greedy search fills every budget. What it finds is then run for real, timed and compared with stock: the
@@ -24,7 +24,7 @@ from gen_turbo.training.schedule import WHOLE
 from gen_turbo.training.search import Search, Skips
 
 Draw = Callable[[int, str], Any]
-"""Makes the i-th calibration picture and gives the pipeline's result of an `output_type`: "latent" or "np"."""
+"""Makes the i-th calibration image and gives the pipeline's result of an `output_type`: "latent" or "np"."""
 _NUM_PROBED = 5
 _LEAST = 1e-12
 
@@ -113,7 +113,7 @@ def measure(probe: Probe, draw: Draw, num_calls: int, num_prompts: int, note: Ca
 
     Args:
         probe: On the pipeline's denoiser.
-        draw: Makes a picture.
+        draw: Makes an image.
         num_calls: Calls of the model in a run.
         num_prompts: Runs that are recorded; the first one is probed.
         note: Told what goes on.

@@ -19,7 +19,7 @@ from gen_turbo.training.sampled import SampledRun, effects, gains, probed_steps,
 from gen_turbo.training.schedule import WHOLE, Schedule
 
 Draw = Callable[[int], Any]
-"""Makes the i-th calibration picture."""
+"""Makes the i-th calibration image."""
 _MOST_PROBED = 2
 _LEAST_CALLS = 4
 
@@ -30,12 +30,12 @@ class Recorded:
 
     Attributes:
         runs: One for each prompt.
-        pictures: What they drew.
+        images: What they drew.
         search: Over what they show.
     """
 
     runs: list[SampledRun]
-    pictures: list[Any]
+    images: list[Any]
     search: RouteSearch
 
     def schedules(self, budgets: Sequence[float]) -> list[Schedule]:
@@ -58,10 +58,10 @@ def record(
     Raises:
         ValueError: If a run has too few calls for a skip.
     """
-    runs, pictures = [], []
+    runs, images = [], []
     for index in range(num_prompts):
         with sampling(pipe, models) as run:
-            pictures.append(draw(index))
+            images.append(draw(index))
         runs.append(run)
         note(f"stock run of prompt {index + 1} of {num_prompts}: {len(run.guided)} calls")
         if len(run.guided) < _LEAST_CALLS:
@@ -75,11 +75,11 @@ def record(
         note(f"prompt {index + 1}: errors at calls {probed_steps(len(effect))} of {len(effect)} followed to the end")
     results = [np.stack([result.flatten().numpy() for result in run.guided]) for run in runs]
     products = sum((values @ values.T for values in results), np.zeros((len(effect), len(effect))))
-    return Recorded(runs, pictures, RouteSearch(products, effect, np.exp(np.mean(logs, axis=0))))
+    return Recorded(runs, images, RouteSearch(products, effect, np.exp(np.mean(logs, axis=0))))
 
 
 def num_images(num_calls: int, num_prompts: int, budgets: Sequence[float]) -> float:
-    """Pictures' worth of model calls that calibration takes, trying its schedules included."""
+    """Images' worth of model calls that calibration takes, trying its schedules included."""
     probes = sum(num_calls - 1 - step for step in probed_steps(num_calls)) / num_calls
     return num_prompts + min(num_prompts, _MOST_PROBED) * probes + num_prompts * sum(budgets)
 

@@ -51,7 +51,7 @@ class RouterCalibration:
 
     Args:
         model: A frozen vision-language model.
-        prompts: Batches of prompts of one picture each, by number.
+        prompts: Batches of prompts of one image each, by number.
         training: How the router is trained.
         sizes: How large it is.
         folder: Where an interrupted training goes on; None keeps nothing.

@@ -17,7 +17,7 @@ from gen_turbo.vlm.teacher import Answers, Lesson
 
 @dataclass(frozen=True)
 class Taught(Answers):
-    """A batch of prompts with pictures, one each, and what the full model says.
+    """A batch of prompts with images, one each, and what the full model says.
 
     Attributes:
         inputs: What the model's preparer made of them, padded on the left.

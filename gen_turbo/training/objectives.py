@@ -23,7 +23,7 @@ def keep_counts(prompt: Prompt, tokens: float) -> tuple[int, int]:
     """
     counts = prompt.is_image_BL.sum(1).tolist()
     if len(set(counts)) > 1:
-        raise ValueError(f"prompts of {sorted(set(counts))} image tokens; train on one picture of one size a prompt")
+        raise ValueError(f"prompts of {sorted(set(counts))} image tokens; train on one image of one size a prompt")
     return counts[0], counts[0] - num_removed(counts[0], 1 - tokens)
 
 

@@ -37,7 +37,7 @@ class Schedule:
         slopes: Share of the last slope that a unit's forecast continues: 0 holds, 1 (the default) is a line.
         cost: Share of the stock pipeline's time that it takes, measured; where nothing but whole calls is left out,
             the share of calls that run.
-        psnr_db: Distance of its pictures to stock on the calibration prompts; None where it was not measured.
+        psnr_db: Distance of its images to stock on the calibration prompts; None where it was not measured.
         inner: Name of the method that merged tokens meanwhile; None for none.
         weights: By unit and call, what the unit's last results weigh in its forecast, the newest first: (1,) holds,
             two continue a line, three a curve. Calls that are not named follow the slope. At a call at which the whole

@@ -24,7 +24,7 @@ from gen_turbo.vlm.grouping import GroupingPart
 from gen_turbo.vlm.teacher import Teacher
 
 Batches = Callable[[int], Mapping[str, Tensor]]
-"""Gives the inputs of a step: prompts with pictures, padded on the left. The same number, the same inputs."""
+"""Gives the inputs of a step: prompts with images, padded on the left. The same number, the same inputs."""
 _STATE, _RESULT, _ADAPTER, _ROWS = "state.safetensors", "vistog.safetensors", "adapter", "rows:"
 _FORMAT, _MOMENTS = "gen_turbo.vistog_state.1", ("exp_avg", "exp_avg_sq", "step")
 _ANOTHER = "choose another folder or delete it"

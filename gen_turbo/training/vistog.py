@@ -1,6 +1,6 @@
 """VisToG's learned parts: semantic tokens and the layer that groups patches around them.
 
-Shape names: B pictures, N patches, M groups, D channels of the vision tower.
+Shape names: B images, N patches, M groups, D channels of the vision tower.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SemanticGrouping(nn.Module):
         self.log_locality = nn.Parameter(torch.tensor(_START_LOCALITY).log())
 
     def enter(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The semantic tokens (B, M, D) of pictures whose patches are about to enter the tower's blocks."""
+        """The semantic tokens (B, M, D) of images whose patches are about to enter the tower's blocks."""
         return self.cells(grid, patches_BND.device).merge(patches_BND) + self.tokens.to(patches_BND.dtype)
 
     def cells(self, grid: tuple[int, int], device: torch.device | str) -> TokenMap:
@@ -79,7 +79,7 @@ class SemanticGrouping(nn.Module):
         return _cells(grid, self.shape.num_groups, str(device))
 
     def forward(self, groups_BMD: Tensor, patches_BND: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Groups the patches of pictures.
+        """Groups the patches of images.
 
         Args:
             groups_BMD: The semantic tokens as the tower returns them.

@@ -1,4 +1,4 @@
-"""The gate of models whose text reads the picture by cross-attention: fewer tokens leave the vision tower."""
+"""The gate of models whose text reads the image by cross-attention: fewer tokens leave the vision tower."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CrossGate:
     tokens stay in front.
 
     Attributes:
-        on_reduction: Is told the number of patches of all pictures before and after.
+        on_reduction: Is told the number of patches of all images before and after.
     """
 
     def __init__(self, tower: Tower, reducer: TokenReducer, is_merged: bool) -> None:

@@ -18,7 +18,7 @@ from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.masks import check_mask
-from gen_turbo.vlm.run import Pictures, Planner, Reduction, reduce
+from gen_turbo.vlm.run import Images, Planner, Reduction, reduce
 
 Attention = Callable[[], Tensor]
 """Gives, once asked, the attention (B, L) that the last token of each row pays to every column."""
@@ -39,7 +39,7 @@ class Cut:
 
     def __init__(self, text: nn.Module, gate: Gate, first: int, planner: Planner) -> None:
         self.first = first
-        self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
+        self.on_reduction: Callable[[Images, Reduction], None] = lambda images, reduction: None
         self.is_skipped: Callable[[int], bool] = lambda index: False
         self._text, self._gate, self._planner = text, gate, planner
         stack: Any = text
@@ -57,7 +57,7 @@ class Cut:
     def _before_cut(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remembers what enters the layer before the cut until the cut is made."""
         self._here, self.attention = None, _no_attention
-        if self._gate.pictures is not None:
+        if self._gate.images is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
             real = _real(self._gate, kwargs.get("attention_mask"))
             self.attention = lambda: last_attention(layer, hidden, kwargs["position_embeddings"], real)
@@ -65,8 +65,8 @@ class Cut:
     def _hook(self, index: int) -> Any:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            if index == self.first and self._gate.pictures is not None:
-                self._cut(hidden, kwargs.get("past_key_values"), kwargs.get("attention_mask"), self._gate.pictures)
+            if index == self.first and self._gate.images is not None:
+                self._cut(hidden, kwargs.get("past_key_values"), kwargs.get("attention_mask"), self._gate.images)
             total = self._total(index, kwargs.get("past_key_values"))
             if total is None:
                 return None
@@ -82,20 +82,20 @@ class Cut:
 
         return before
 
-    def _cut(self, hidden_BLC: Tensor, cache: Any, mask: Tensor | None, pictures: Pictures) -> None:
-        reduction = reduce(pictures, hidden_BLC, self._planner, self._gate.shared)
+    def _cut(self, hidden_BLC: Tensor, cache: Any, mask: Tensor | None, images: Images) -> None:
+        reduction = reduce(images, hidden_BLC, self._planner, self._gate.shared)
         self.attention = _no_attention
         check_mask(mask)
         batch, length = hidden_BLC.shape[:2]
         reduction.num_columns = batch * length
         if reduction.is_identity:
-            self.on_reduction(pictures, reduction)
+            self.on_reduction(images, reduction)
             return
         gate = self._gate
         real = _real(gate, mask)
         self._here = Columns.of_kept(reduction.keep_BL if real is None else reduction.keep_BL & real)
         reduction.num_columns = batch * self._here.num_kept
-        self.on_reduction(pictures, reduction)
+        self.on_reduction(images, reduction)
         known = cache.cut_at(self.first) if isinstance(cache, ShortenedCache) else None
         before = Columns.all_of(len(hidden_BLC), gate.held, hidden_BLC.device) if known is None else known
         gate.cuts[self.first] = before.grown(gate.held).beside(self._here)

@@ -26,7 +26,7 @@ class TowerFacts:
         attention: Name, in a block, of its self-attention.
         norm2: Name, in a block, of the norm between attention and MLP.
         has_qkv: Whether attention makes queries, keys and values in one layer `qkv` and takes no mask.
-        is_packed: Whether all pictures stand in one row of tokens, as in Qwen's towers.
+        is_packed: Whether all images stand in one row of tokens, as in Qwen's towers.
         is_restored: Whether later code needs every patch again.
         projector: Path, in the model, of the one layer that reads the patches in raster order, and nothing else;
             empty where other code lies between, or text reads them by cross-attention.
@@ -58,10 +58,10 @@ class Family:
         tower: The vision tower; None where it cannot be reduced.
         grids: Gives, for a base model, the arguments of its call and the lengths of the images, the (height, width)
             of each in tokens; None where it has none.
-        pieces: Gives, for a base model, how many tokens one picture has at most, where features of several pictures
-            come in one; None where each picture's come alone.
+        pieces: Gives, for a base model, how many tokens one image has at most, where features of several images
+            come in one; None where each image's come alone.
         masks_in_base: Whether the base model turns the 2D mask into a 4D one before the language model sees it.
-        is_cross: Whether text reads the picture by cross-attention, so that image tokens are in no prompt.
+        is_cross: Whether text reads the image by cross-attention, so that image tokens are in no prompt.
     """
 
     base: str = "model"
@@ -74,13 +74,13 @@ class Family:
 
 
 def square(length: int) -> Grid | None:
-    """The grid of a square picture of `length` tokens in raster order; None if it is no square number."""
+    """The grid of a square image of `length` tokens in raster order; None if it is no square number."""
     side = round(length**0.5)
     return (side, side) if side * side == length else None
 
 
 def square_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
-    """Takes every picture as square."""
+    """Takes every image as square."""
     return [square(length) for length in lengths]
 
 

@@ -26,7 +26,7 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
     if placement.place == "input":
         # Behind pooling or tiles, the copies of a patch are no image tokens that could leave.
         if facts is None or not can_shrink(model, facts) or not (facts.projector or family.is_cross):
-            raise ValueError(f"this {name} reads no smaller pictures; use the method pool instead")
+            raise ValueError(f"this {name} reads no smaller images; use the method pool instead")
         return
     reads_patches = facts is not None and bool(facts.projector or facts.is_packed or family.is_cross)
     wanted = {"class", "self"} & set(getattr(inner_of(reducer), "needs", ()))

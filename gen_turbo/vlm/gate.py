@@ -24,13 +24,13 @@ from gen_turbo.vlm.layers import real_columns
 from gen_turbo.vlm.masks import check_mask, deepstack, held, mask_2d, masks_by_kind, short_mask, uses_cache
 from gen_turbo.vlm.origin import Seen, tell_of_features
 from gen_turbo.vlm.recorded import whole
-from gen_turbo.vlm.run import Group, Pictures, Planner, Reduction, reduce
+from gen_turbo.vlm.run import Group, Images, Planner, Reduction, reduce
 from gen_turbo.vlm.static import check_kernel, refuse_static
 from gen_turbo.vlm.words import Words
 
 
 class _Sight:
-    """What was seen last; pictures may be encoded before the call that reads them."""
+    """What was seen last; images may be encoded before the call that reads them."""
 
     seen: CallState[Seen] = CallState(Seen)
 
@@ -41,8 +41,8 @@ class Gate:
     Attributes:
         planner: Plans for the image tokens before the language model; None lets all of them pass.
         is_merged: Whether slots of image tokens and of words are averaged or only their anchors stay.
-        shared: The method whose budget the pictures of a call share; None where each has its own.
-        pictures: The image tokens of this call as the first decoder layer sees them; None where there are none.
+        shared: The method whose budget the images of a call share; None where each has its own.
+        images: The image tokens of this call as the first decoder layer sees them; None where there are none.
         held: Columns that the first layer's cache held when this call began.
         length: Columns of this call that reach the first layer.
         real_BM: Which columns that reach the first layer, with those held, are no padding; None if all are.
@@ -50,11 +50,11 @@ class Gate:
         dropped: What spreads the output of the last decoder layer back; set by the decoder.
         words: Chooses words that leave with the image tokens of a prompt; None lets all of them pass.
         has_cut: Whether some of so many image tokens leave inside the language model.
-        on_prompt: Is told the pictures, embeddings and mask of a call that brings pictures, before they are planned.
+        on_prompt: Is told the images, embeddings and mask of a call that brings images, before they are planned.
         joined: Stages whose state begins and ends with a call of the base model.
     """
 
-    pictures: CallState[Pictures | None] = CallState(lambda: None)
+    images: CallState[Images | None] = CallState(lambda: None)
     held: CallState[int] = CallState(int)
     length: CallState[int] = CallState(int)
     real_BM: CallState[Tensor | None] = CallState(lambda: None)
@@ -73,9 +73,9 @@ class Gate:
         self.planner, self.is_merged = planner, is_merged
         self.words: Words | None = None
         self.shared: TokenReducer | None = None
-        self.on_reduction: Callable[[Pictures, Reduction], None] = lambda pictures, reduction: None
+        self.on_reduction: Callable[[Images, Reduction], None] = lambda images, reduction: None
         self.has_cut: Callable[[int], bool] = lambda num_tokens: False
-        self.on_prompt: Callable[[Pictures, Tensor, Any], None] = lambda pictures, embeds, mask: None
+        self.on_prompt: Callable[[Images, Tensor, Any], None] = lambda images, embeds, mask: None
         self._base, self._text, self._family = base, text, family
         self._arguments = list(inspect.signature(base.forward).parameters)
         self._sight = _Sight()
@@ -91,29 +91,29 @@ class Gate:
         ]
 
     def watch(self, note: Callable[[Seen], None]) -> InstanceMethod:
-        """Stands before the base model's `get_image_features` so that the features of each picture are seen."""
+        """Stands before the base model's `get_image_features` so that the features of each image are seen."""
         signature = inspect.signature(self._base.get_image_features)  # type: ignore[arg-type]
 
         def watched(get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             is_tuple = kwargs.get("return_dict") is False
             output = get_image_features(*args, **(kwargs | {"return_dict": True} if is_tuple else kwargs))
             pooled = output.pooler_output if hasattr(output, "pooler_output") else output
-            pictures = self._pictures_of(pooled)
-            lengths = [len(features) for features in pictures]
+            images = self._images_of(pooled)
+            lengths = [len(features) for features in images]
             grids = self._family.grids or (lambda base, given, lengths: [None] * len(lengths))
             given = signature.bind_partial(*args, **kwargs).arguments
-            self.seen = Seen(pictures, grids(self._base, {**given, **given.get("kwargs", {})}, lengths))
+            self.seen = Seen(images, grids(self._base, {**given, **given.get("kwargs", {})}, lengths))
             note(self.seen)
             if self._is_running:
-                self._features = pictures
+                self._features = images
             return output.to_tuple() if is_tuple else output
 
         # A compiled model leaves the tower to eager code: what its blocks show must be that of this call.
         eager = torch.compiler.disable(watched)  # type: ignore[no-untyped-call]
         return InstanceMethod(self._base, "get_image_features", eager)
 
-    def _pictures_of(self, pooled: Any) -> list[Tensor]:
-        """Features of each picture on its own."""
+    def _images_of(self, pooled: Any) -> list[Tensor]:
+        """Features of each image on its own."""
         pieces = self._family.pieces
         if pieces is None:
             return list(pooled)
@@ -122,7 +122,7 @@ class Gate:
 
     @property
     def seen(self) -> Seen:
-        """The pictures whose features were made last before the language model of this call ran."""
+        """The images whose features were made last before the language model of this call ran."""
         return self._seen_here or self._sight.seen
 
     @seen.setter
@@ -144,7 +144,7 @@ class Gate:
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            self._features = self._pictures_of(encoded.pooler_output)
+            self._features = self._images_of(encoded.pooler_output)
         if encoded is not None or given.get("pixel_values") is not None:
             self._given = {**given, "is_image": image_token_mask(base, given)}
         else:
@@ -161,7 +161,7 @@ class Gate:
             changed["token_type_ids"] = columns.mask(types)
         return args, {**kwargs, **changed}
 
-    def _pictures(self, embeds_BLC: Tensor) -> Pictures | None:
+    def _images(self, embeds_BLC: Tensor) -> Images | None:
         is_image = self._given.get("is_image")
         if is_image is None or not self._features:
             return None
@@ -169,11 +169,11 @@ class Gate:
         origins = self.seen.find(self._features)
         if int(is_image.sum()) != sum(lengths):
             raise ValueError(
-                f"{int(is_image.sum())} image placeholders for {sum(lengths)} image features; pass every picture of "
+                f"{int(is_image.sum())} image placeholders for {sum(lengths)} image features; pass every image of "
                 "the prompt, and only those"
             )
         grids = [None if origin is None else self.seen.grids[origin] for origin in origins]
-        return Pictures(is_image.to(embeds_BLC.device), lengths, grids, origins)
+        return Images(is_image.to(embeds_BLC.device), lengths, grids, origins)
 
     def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         embeds = kwargs.get("inputs_embeds")
@@ -188,11 +188,11 @@ class Gate:
             self.held = held(cache)
         self.length = embeds.shape[1]
         self._seen_here = self._sight.seen
-        self.pictures = self._pictures(embeds)
+        self.images = self._images(embeds)
         is_shortened, mask = isinstance(cache, SHORTENED) and cache.columns is not None, kwargs.get("attention_mask")
-        if self.pictures is not None and any(map(self.has_cut, self.pictures.lengths)):
+        if self.images is not None and any(map(self.has_cut, self.images.lengths)):
             refuse_static(cache)
-        reduction = self._reduction(self.pictures, embeds, mask) if self.pictures is not None else None
+        reduction = self._reduction(self.images, embeds, mask) if self.images is not None else None
         if reduction is not None or is_shortened:
             check_mask(mask)
         if reduction is not None:
@@ -203,13 +203,13 @@ class Gate:
         changed = self._shortened(embeds, cache, kwargs, reduction)
         return args, {**kwargs, **changed}
 
-    def _reduction(self, pictures: Pictures, embeds: Tensor, mask: Any) -> Reduction | None:
+    def _reduction(self, images: Images, embeds: Tensor, mask: Any) -> Reduction | None:
         """What leaves of a prompt; None where nothing can."""
-        self.on_prompt(pictures, embeds, mask)
-        reduction = None if self.planner is None else reduce(pictures, embeds, self.planner, self.shared)
+        self.on_prompt(images, embeds, mask)
+        reduction = None if self.planner is None else reduce(images, embeds, self.planner, self.shared)
         if self.words is None:
             return reduction
-        reduction = reduction or reduce(pictures, embeds, _pass_all)
+        reduction = reduction or reduce(images, embeds, _pass_all)
         return self.words.added(reduction, self._given.get("input_ids"), real_columns(mask, embeds), embeds)
 
     def _make_columns(self, reduction: Reduction, mask: Any, embeds: Tensor, cache: Any) -> None:
@@ -224,8 +224,8 @@ class Gate:
             keep = reduction.keep_BL if mask is None else reduction.keep_BL & real_columns(mask, embeds)
             self._here = Columns.of_kept(keep)
             reduction.num_columns = embeds.shape[0] * self._here.num_kept
-        if self.pictures is not None and self.planner is not None:
-            self.on_reduction(self.pictures, reduction)
+        if self.images is not None and self.planner is not None:
+            self.on_reduction(self.images, reduction)
 
     def _shortened(self, embeds: Tensor, cache: Any, kwargs: dict[str, Any], reduction: Reduction | None) -> Any:
         """The changed arguments of a call that brings fewer columns than tokens, or follows one that did."""
@@ -259,7 +259,7 @@ class Gate:
         else:
             changed["attention_mask"] = short_mask(mask, here, self._total, self.held, cache is not None)
             self.real_BM = changed["attention_mask"]
-        if here is None or reduction is None or self.pictures is None:
+        if here is None or reduction is None or self.images is None:
             return changed
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -268,10 +268,10 @@ class Gate:
         if kwargs.get("visual_pos_masks") is not None:
             changed.update(deepstack(kwargs, reduction, here, self.is_merged))
         self.length = here.num_kept
-        is_image = here.mask(self.pictures.is_image_BL)
-        before, lengths = self.pictures, reduction.lengths()
+        is_image = here.mask(self.images.is_image_BL)
+        before, lengths = self.images, reduction.lengths()
         grids: list[Grid | None] = before.grids if lengths == before.lengths else [None] * len(lengths)
-        self.pictures = Pictures(is_image, lengths, grids, before.origins)
+        self.images = Images(is_image, lengths, grids, before.origins)
         return changed
 
     def _after_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Fewer tokens before the projector: semantic tokens that read the picture unseen, or any method's plan.
+"""Fewer tokens before the projector: semantic tokens that read the image unseen, or any method's plan.
 
-Shape names: B pictures, N patches, M groups, D channels of the tower.
+Shape names: B images, N patches, M groups, D channels of the tower.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class GroupingPart(VlmPart):
 
     The projector reads groups alone. What it returns is copied to the places of the patches, so that the model's own
     checks hold, and the gate lets one copy of each into the language model, with mask, positions and cache that fit.
-    Where text reads the picture by cross-attention, the tower returns class tokens and groups.
+    Where text reads the image by cross-attention, the tower returns class tokens and groups.
 
     Attributes:
-        grouping: The semantic tokens and the grouping layer, for training and for pictures of groups; None where
+        grouping: The semantic tokens and the grouping layer, for training and for images of groups; None where
             a method plans on patches, or nothing is removed.
         connector: The trained projector; None to use the model's own.
     """
@@ -89,7 +89,7 @@ class GroupingPart(VlmPart):
         self._handles = settled(self.model, self._handles)
 
     def slots(self) -> Tensor | None:
-        """The group of each patch of the pictures seen last, (B, N); None before the first."""
+        """The group of each patch of the images seen last, (B, N); None before the first."""
         if isinstance(self._grouper, SemanticStream):
             return self._grouper.slots
         return self._seats.slot_BN if self._seats is not None else None
@@ -105,7 +105,7 @@ class GroupingPart(VlmPart):
         base, text = model.get_submodule(self._family.base), model.get_submodule(name)
         self._cost = self._saved = token_flops(text)
         self._gate = Gate(base, text, self._family, self._plan_seats, False)
-        self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
+        self._gate.on_reduction = lambda images, reduction: self._note_reduction(name, images, reduction)
         self._rows[name] = LayerReport(name, 1, "reduced")
 
     def _make_grouper(self, model: nn.Module) -> Grouper:
@@ -150,13 +150,13 @@ class GroupingPart(VlmPart):
         tokens: Tensor = output.last_hidden_state
         patches = tokens[:, self._leading :]
         groups, self._seats = self._grouper.groups(patches, _grid(patches))
-        name, pictures = self._facts.module, len(patches)
-        self._count(name, _grid(patches), pictures * patches.shape[1], pictures * groups.shape[1], 0, 0)
+        name, images = self._facts.module, len(patches)
+        self._count(name, _grid(patches), images * patches.shape[1], images * groups.shape[1], 0, 0)
         output.last_hidden_state = torch.cat([tokens[:, : self._leading], groups], 1)
         return output
 
     def _plan_seats(self, tokens: Tensor, group: Group) -> TokenMap:
-        """The places of the groups of each picture, whose tokens are copies now."""
+        """The places of the groups of each image, whose tokens are copies now."""
         seats = self._seats
         if seats is None or seats.num_tokens != group.length:
             return TokenMap.identity(1, group.length, tokens.device)
@@ -191,9 +191,9 @@ def _shape(model: nn.Module, facts: TowerFacts, settings: Any) -> VisToGShape:
     num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
     num_groups = settings.num_tokens or num_patches - num_removed(num_patches, settings.ratio_of(num_patches))
     if settings.num_tokens >= num_patches:
-        raise ValueError(f"num_tokens must be below the {num_patches} patches of a picture; got {num_groups}")
+        raise ValueError(f"num_tokens must be below the {num_patches} patches of an image; got {num_groups}")
     if num_groups == num_patches:
-        raise ValueError(f"none of the {num_patches} patches of a picture would leave; raise ratio or set num_tokens")
+        raise ValueError(f"none of the {num_patches} patches of an image would leave; raise ratio or set num_tokens")
     return VisToGShape(num_groups, tower.config.hidden_size, settings.first_block)
 
 
@@ -218,7 +218,7 @@ def _check_fits(model: nn.Module, facts: TowerFacts, artefact: VisToGArtefact, p
     if shape.width != config.hidden_size or shape.first_block >= config.num_hidden_layers:
         raise ValueError(f"{path} is of {shape}, which does not fit a tower of {config.hidden_size} channels")
     if shape.num_groups >= num_patches:
-        raise ValueError(f"{path} has {shape.num_groups} groups, no fewer than the {num_patches} patches of a picture")
+        raise ValueError(f"{path} has {shape.num_groups} groups, no fewer than the {num_patches} patches of an image")
     own = model.get_submodule(facts.projector).state_dict() if facts.projector else {}
     sizes = [{name: weight.shape for name, weight in one.items()} for one in (artefact.connector, own)]
     if artefact.connector and sizes[0] != sizes[1]:

@@ -18,7 +18,7 @@ from gen_turbo.vlm.cache import ShortenedCache, shortened
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.routes import Prompt, Route, Routing, Scores
-from gen_turbo.vlm.run import Group, Pictures
+from gen_turbo.vlm.run import Group, Images
 from gen_turbo.vlm.static import refuse_static
 
 
@@ -27,46 +27,46 @@ class Choice:
 
     Attributes:
         routing: The chooser and its budget.
-        scores: Scores of the call's prompt; None in calls that bring no picture.
-        pictures: The pictures of that prompt.
+        scores: Scores of the call's prompt; None in calls that bring no image.
+        images: The images of that prompt.
     """
 
     scores: CallState[Scores | None] = CallState(lambda: None)
-    pictures: CallState[Pictures | None] = CallState(lambda: None)
+    images: CallState[Images | None] = CallState(lambda: None)
 
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
 
     def forget(self) -> None:
         """Drops what was known of the prompt."""
-        self.scores, self.pictures = None, None
+        self.scores, self.images = None, None
 
-    def ask(self, pictures: Pictures, embeds_BLC: Tensor, mask: Any) -> None:
+    def ask(self, images: Images, embeds_BLC: Tensor, mask: Any) -> None:
         """Has a prompt scored."""
         real = real_columns(mask, embeds_BLC)
-        self.pictures = pictures
-        self.scores = self.routing.chooser(Prompt(embeds_BLC, pictures.is_image_BL, real))
+        self.images = images
+        self.scores = self.routing.chooser(Prompt(embeds_BLC, images.is_image_BL, real))
 
     def plan(self, tokens: Tensor, group: Group) -> TokenMap:
-        """Keeps the tokens of highest score of each picture of one size."""
+        """Keeps the tokens of highest score of each image of one size."""
         leaving = num_removed(group.length, self.routing.ratio)
         if leaving == 0:
             return TokenMap.identity(1, group.length, tokens.device)
-        assert self.scores is not None and self.pictures is not None
-        score = self.scores.token_BL[self.pictures.is_image_BL][self.pictures.index(group)]
+        assert self.scores is not None and self.images is not None
+        score = self.scores.token_BL[self.images.is_image_BL][self.images.index(group)]
         return keep_highest(score, group.length - leaving)
 
     def route(self) -> Route:
         """Which rows run which layers."""
-        assert self.scores is not None and self.pictures is not None
-        return Route.of_scores(self.scores.layer_BD, self.routing.num_layers, self.pictures.is_image_BL.any(1))
+        assert self.scores is not None and self.images is not None
+        return Route.of_scores(self.scores.layer_BD, self.routing.num_layers, self.images.is_image_BL.any(1))
 
 
 class Skipping:
     """The hooks that run each decoder layer for the rows that chose it only.
 
     A layer's cache holds those rows alone, so nothing has to be masked. The choice stays with the cache: later calls
-    that go on with it, later pictures included, run the layers that its first prompt chose. Without a cache every call
+    that go on with it, later images included, run the layers that its first prompt chose. Without a cache every call
     is a prompt and chooses anew.
 
     Attributes:

@@ -32,7 +32,7 @@ def num_class_tokens(model: nn.Module) -> int:
 
 
 def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
-    """Square, but for Pixtral's towers, whose pictures have the sizes of the call. Beams repeat them: sizes decide."""
+    """Square, but for Pixtral's towers, whose images have the sizes of the call. Beams repeat them: sizes decide."""
     sizes = kwargs.get("image_sizes")
     if sizes is None:
         return square_grids(base, kwargs, lengths)
@@ -42,14 +42,14 @@ def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[
     for height, width in torch.as_tensor(sizes).tolist():
         grid = (height // side, width // side)
         found.setdefault(grid[0] * grid[1], set()).add(grid)
-    # Of pictures with as many tokens in other shapes, none is known to have which.
+    # Of images with as many tokens in other shapes, none is known to have which.
     return [next(iter(found[length])) if len(found.get(length, ())) == 1 else None for length in lengths]
 
 
 _TOWER = TowerFacts("model.vision_tower", KINDS, num_leading=num_class_tokens, last_block=feature_block)
 _PROJECTED = replace(_TOWER, projector="model.multi_modal_projector")
 
-# The features of a picture are a thumbnail and tiles with newlines between, which make no grid.
+# The features of an image are a thumbnail and tiles with newlines between, which make no grid.
 _TILED = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
 
 LLAVA = VlmHost(("LlavaForConditionalGeneration",), Family(tower=_PROJECTED, grids=_grids))

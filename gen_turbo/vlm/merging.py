@@ -1,6 +1,6 @@
-"""Weighted merging of every picture of a batch at once, with all that its verbs need made in few operators.
+"""Weighted merging of every image of a batch at once, with all that its verbs need made in few operators.
 
-Shape names: B pictures, N tokens, M slots, C channels.
+Shape names: B images, N tokens, M slots, C channels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from gen_turbo.tokens.token_map import TokenMap
 
 @dataclass(frozen=True, eq=False)
 class Merging:
-    """Which slot each token of a batch goes to, and how many tokens of the picture each slot stands for.
+    """Which slot each token of a batch goes to, and how many tokens of the image each slot stands for.
 
     Attributes:
         slot_BN: The slot of each token, int64.
         anchor_BM: The token that lends each slot its place, ascending, int64.
-        sizes: Tokens of the picture in each slot, (B, M), float32.
+        sizes: Tokens of the image in each slot, (B, M), float32.
         sizes_before: The same of the N tokens.
     """
 
@@ -37,10 +37,10 @@ class Merging:
         """Makes the merge of a plan for patches, behind `leading` tokens that stay as they are.
 
         Args:
-            plan: Of as many rows as pictures, or of one that serves all.
+            plan: Of as many rows as images, or of one that serves all.
             batch: B.
             leading: Class tokens in front.
-            sizes_BN: How many tokens of the picture each token stands for; None if one each.
+            sizes_BN: How many tokens of the image each token stands for; None if one each.
         """
         slot, anchor = plan.slot_BN, plan.anchor_BM
         if len(slot) != batch:

@@ -1,4 +1,4 @@
-"""Which of the pictures that the tower saw each picture of a call is."""
+"""Which of the images that the tower saw each image of a call is."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gen_turbo.tokens.token_map import TokenMap
 
 @dataclass
 class Seen:
-    """What is known of the pictures whose features were made last.
+    """What is known of the images whose features were made last.
 
     Attributes:
-        features: Projected features of each picture, (n, C).
-        grids: (height, width) of each picture in tokens, where there is one.
-        plans: The tower's plan on the patches of each picture, one row each; empty where it merged none.
-        values: Semantic value of the patches by kind, (n,) for each picture.
+        features: Projected features of each image, (n, C).
+        grids: (height, width) of each image in tokens, where there is one.
+        plans: The tower's plan on the patches of each image, one row each; empty where it merged none.
+        values: Semantic value of the patches by kind, (n,) for each image.
     """
 
     features: list[Tensor] = field(default_factory=list)
@@ -37,10 +37,10 @@ class Seen:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.features, *chain(*self.values.values())))
 
     def find(self, features: list[Tensor]) -> list[int | None]:
-        """Finds each picture's place among those seen, by its features: `generate` repeats them for its beams.
+        """Finds each image's place among those seen, by its features: `generate` repeats them for its beams.
 
         Raises:
-            ValueError: If features are the beginning of a picture: a prompt that comes in pieces.
+            ValueError: If features are the beginning of an image: a prompt that comes in pieces.
         """
         return [self._place(one, index) for index, one in enumerate(features)]
 
@@ -53,14 +53,14 @@ class Seen:
         for other in self.features:
             if len(one) < len(other) and torch.equal(other[: len(one)], one):
                 raise ValueError(
-                    f"a call brings {len(one)} of a picture's {len(other)} tokens; prefill in one piece (leave out "
+                    f"a call brings {len(one)} of an image's {len(other)} tokens; prefill in one piece (leave out "
                     "prefill_chunk_size)"
                 )
         return None
 
 
 def tell_of_features(given: dict[str, Any]) -> None:
-    """Warns where a call without pictures brings a video, or embeddings in which there may be image features."""
+    """Warns where a call without images brings a video, or embeddings in which there may be image features."""
     if given.get("pixel_values_videos") is not None or "video" in (given.get("mm_encoder_outputs") or {}):
         words = "video tokens are not reduced, the video is read in full; pass its frames as images to reduce them"
         warnings.warn(words, NoEffectWarning, stacklevel=3)

@@ -1,6 +1,6 @@
-"""Packed vision towers, as Qwen's: pictures of any size in one row of tokens, attention in windows, 2 x 2 patches each.
+"""Packed vision towers, as Qwen's: images of any size in one row of tokens, attention in windows, 2 x 2 patches each.
 
-Shape names: S tokens of all pictures, U units of G tokens that become one feature, M slots of units, C channels.
+Shape names: S tokens of all images, U units of G tokens that become one feature, M slots of units, C channels.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class _Pass:
     """One call.
 
     Attributes:
-        grids: (height, width) of each picture in units.
+        grids: (height, width) of each image in units.
         order: The unit, in raster order, at each place of the tower's own order; None where they are the same.
-        left: Units that each picture has now.
+        left: Units that each image has now.
         by_block: Each block's merge of the units that entered it.
         totals: The units after each block, as a merge of those that the call began with.
         seen: What the watched blocks were given and projected.
@@ -56,7 +56,7 @@ class PackedTower:
 
     Attributes:
         reducer: Plans each block's merge; None only watches.
-        on_block: Is told the block and the units of all pictures before and after it.
+        on_block: Is told the block and the units of all images before and after it.
     """
 
     _pass: CallState[_Pass | None] = CallState(lambda: None)
@@ -79,17 +79,17 @@ class PackedTower:
         return merging_blocks(self.reducer, count) if self.reducer is not None else [count - 1]
 
     def plans(self) -> list[TokenMap]:
-        """The plan of the whole tower on each picture of the last call, in raster order; empty where none merged."""
+        """The plan of the whole tower on each image of the last call, in raster order; empty where none merged."""
         return self._plans
 
     def values(self, kind: str) -> list[Tensor] | None:
-        """The attention that the units of each picture received in the last block, in raster order.
+        """The attention that the units of each image received in the last block, in raster order.
 
         Args:
             kind: "self" for the column mean of attention; there is no class token, so None for every other kind.
 
         Returns:
-            One (U,) for each picture, summing to one.
+            One (U,) for each image, summing to one.
         """
         if kind != "self" or (now := self._pass) is None:
             return None
@@ -200,35 +200,35 @@ class PackedTower:
         return output
 
     def _plan(self, index: int, now: _Pass) -> Merging | None:
-        """Plans one block's merge, pictures of one size together, on the mean over heads of the keys of each unit."""
+        """Plans one block's merge, images of one size together, on the mean over heads of the keys of each unit."""
         keys = self._attention[index].keys(now.seen[index]).mean(1)
         metric_UC = keys.reshape(-1, self._unit * keys.shape[-1])
         before, total = list(now.left), now.totals.get(index - 1)
         groups: dict[tuple[int, Grid], list[int]] = {}
-        for picture, key in enumerate(zip(now.left, now.grids, strict=True)):
-            groups.setdefault(key, []).append(picture)
-        places = [_places(before, pictures, metric_UC.device) for pictures in groups.values()]
+        for image, key in enumerate(zip(now.left, now.grids, strict=True)):
+            groups.setdefault(key, []).append(image)
+        places = [_places(before, images, metric_UC.device) for images in groups.values()]
         plans = [
-            self._group_plan(index, now, pictures, place, metric_UC[place])
-            for pictures, place in zip(groups.values(), places, strict=True)
+            self._group_plan(index, now, images, place, metric_UC[place])
+            for images, place in zip(groups.values(), places, strict=True)
         ]
-        for pictures, plan in zip(groups.values(), plans, strict=True):
-            for picture in pictures:
-                now.left[picture] = plan.num_slots
+        for images, plan in zip(groups.values(), plans, strict=True):
+            for image in images:
+                now.left[image] = plan.num_slots
         self.on_block(index, sum(before), sum(now.left))
         if now.left == before:
             return None
         slot_U = places[0].new_empty(sum(before))
         anchor_M = places[0].new_empty(sum(now.left))
-        for pictures, place, plan in zip(groups.values(), places, plans, strict=True):
-            slots = _places(now.left, pictures, place.device)
+        for images, place, plan in zip(groups.values(), places, plans, strict=True):
+            slots = _places(now.left, images, place.device)
             anchor_M[slots] = place.gather(1, plan.anchor_BM.expand(len(place), -1))
             slot_U[place] = plan.slot_BN + slots[:, :1]
         return Merging.of(TokenMap(slot_U[None], anchor_M[None]), 1, 0, total.sizes if total is not None else None)
 
-    def _group_plan(self, index: int, now: _Pass, pictures: list[int], place: Tensor, metric: Tensor) -> TokenMap:
+    def _group_plan(self, index: int, now: _Pass, images: list[int], place: Tensor, metric: Tensor) -> TokenMap:
         assert self.reducer is not None
-        height, width = now.grids[pictures[0]]
+        height, width = now.grids[images[0]]
         is_whole = now.order is None and index - 1 not in now.totals
 
         def semantic(kind: str) -> Tensor | None:
@@ -240,27 +240,27 @@ class PackedTower:
         return plan_tokens(self.reducer, metric, site, StepInfo(num_plans=index))
 
     def _received(self, index: int, now: _Pass) -> Tensor:
-        """Attention received by each unit, (U,), summing to one in each picture."""
+        """Attention received by each unit, (U,), summing to one in each image."""
         earlier = now.totals.get(index - 1)
         received = self._attention[index].received(now.seen[index], self._log_size(earlier))
         units = received.reshape(-1, self._unit).sum(1)
         lengths = torch.tensor(now.left, device=units.device)
-        picture = torch.arange(len(now.left), device=units.device).repeat_interleave(lengths, output_size=len(units))
-        return units / units.new_zeros(len(now.left)).index_add(0, picture, units)[picture]
+        image = torch.arange(len(now.left), device=units.device).repeat_interleave(lengths, output_size=len(units))
+        return units / units.new_zeros(len(now.left)).index_add(0, image, units)[image]
 
     def _raster_plans(self, now: _Pass, total: Merging) -> list[TokenMap]:
-        """The plan of each picture on its units in raster order."""
+        """The plan of each image on its units in raster order."""
         destination = total.anchor_BM[0][total.slot_BN[0]]
         if now.order is not None:
             destination = torch.empty_like(destination).index_copy(0, now.order, now.order[destination])
         lengths: list[int] = [height * width for height, width in now.grids]
         plans: dict[int, TokenMap] = {}
         for length in dict.fromkeys(lengths):
-            pictures = [picture for picture, other in enumerate(lengths) if other == length]
-            place = _places(lengths, pictures, destination.device)
-            rows = TokenMap.from_destinations(destination[place] - place[:, :1], now.left[pictures[0]])
-            plans.update(zip(pictures, rows.by_row(), strict=True))
-        return [plans[picture] for picture in range(len(lengths))]
+            images = [image for image, other in enumerate(lengths) if other == length]
+            place = _places(lengths, images, destination.device)
+            rows = TokenMap.from_destinations(destination[place] - place[:, :1], now.left[images[0]])
+            plans.update(zip(images, rows.by_row(), strict=True))
+        return [plans[image] for image in range(len(lengths))]
 
     def _merged(self, index: int, y_SC: Tensor) -> Tensor:
         merging = self._pass.by_block.get(index) if self._pass is not None else None
@@ -293,8 +293,8 @@ class PackedTower:
         return x.reshape(-1, x.shape[-1] // self._unit)
 
 
-def _places(lengths: list[int], pictures: list[int], device: torch.device) -> Tensor:
-    """Where the units of pictures of one size stand in the row of all, (pictures, units)."""
+def _places(lengths: list[int], images: list[int], device: torch.device) -> Tensor:
+    """Where the units of images of one size stand in the row of all, (images, units)."""
     starts = [0, *accumulate(lengths)]
-    first = torch.tensor([starts[picture] for picture in pictures], device=device)
-    return first[:, None] + torch.arange(lengths[pictures[0]], device=device)
+    first = torch.tensor([starts[image] for image in images], device=device)
+    return first[:, None] + torch.arange(lengths[images[0]], device=device)

@@ -1,6 +1,6 @@
-"""Attention of packed vision towers: all pictures in one row of tokens, cut into segments that see only themselves.
+"""Attention of packed vision towers: all images in one row of tokens, cut into segments that see only themselves.
 
-Shape names: S tokens of all pictures, H heads, D channels of one, G segments of one length, L tokens of each.
+Shape names: S tokens of all images, H heads, D channels of one, G segments of one length, L tokens of each.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from gen_turbo.vlm.hooks import settled
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.packed import PackedTower
 from gen_turbo.vlm.planning import plan_tokens
-from gen_turbo.vlm.run import Group, Pictures, Reduction
+from gen_turbo.vlm.run import Group, Images, Reduction
 from gen_turbo.vlm.settings import placement_of
 from gen_turbo.vlm.shrink import Shrink
 from gen_turbo.vlm.text import TEXT_ENCODER, TextMerge
@@ -63,12 +63,12 @@ class VlmPart(OnModel):
 
     @property
     def remembered_bytes(self) -> int:
-        """Bytes held now between the calls of the model: what is known of the pictures seen last."""
+        """Bytes held now between the calls of the model: what is known of the images seen last."""
         return self._gate.seen.num_bytes if self._gate is not None else 0
 
     @property
     def most_remembered_bytes(self) -> int:
-        """The most bytes held at once: nothing is kept of pictures seen before."""
+        """The most bytes held at once: nothing is kept of images seen before."""
         return self.remembered_bytes
 
     def rows(self) -> list[LayerReport]:
@@ -97,7 +97,7 @@ class VlmPart(OnModel):
         place, family = self._placement.place, self._family
         facts = tower_facts(model, family)
         if place == "input":
-            self._prepare_picture(model)
+            self._prepare_image(model)
         elif facts is not None and place != "decoder":
             kind = PackedTower if facts.is_packed else Tower
             self._tower = kind(model, facts, self.reducer if place == "tower" else None)
@@ -119,7 +119,7 @@ class VlmPart(OnModel):
         planner = {"pre_llm": self._plan_at_gate, "tower": self._plan_duplicates, "input": self._plan_duplicates}.get(
             place
         )
-        # What the tower or a smaller picture made equal is its own mean; features of inner blocks are not.
+        # What the tower or a smaller image made equal is its own mean; features of inner blocks are not.
         self._gate = Gate(base, text, family, planner, self._placement.combine == "merge")
         self._gate.shared = self.reducer if self.reducer.adaptive else None
         if self.reducer.text_ratio:
@@ -134,14 +134,14 @@ class VlmPart(OnModel):
             self._gate.has_cut = lambda length: (
                 not self.reducer.keeps_all and num_removed(length, self.reducer.ratio_of(length)) > 0
             )
-            self._cut.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
+            self._cut.on_reduction = lambda images, reduction: self._note_reduction(name, images, reduction)
             name = f"{family.text}.layers.{first}"
         else:
             name = family.text
-            self._gate.on_reduction = lambda pictures, reduction: self._note_reduction(name, pictures, reduction)
+            self._gate.on_reduction = lambda images, reduction: self._note_reduction(name, images, reduction)
         self._rows[name] = LayerReport(name, 1, "reduced")
 
-    def _prepare_picture(self, model: nn.Module) -> None:
+    def _prepare_image(self, model: nn.Module) -> None:
         facts = tower_facts(model, self._family)
         assert facts is not None
         self._tower = Shrink(model, facts, self.reducer)
@@ -161,7 +161,7 @@ class VlmPart(OnModel):
         return f"{self._tower.facts.module}.{index}"
 
     def _note(self, seen: Seen) -> None:
-        """Keeps what the tower knows of the pictures whose features were just made."""
+        """Keeps what the tower knows of the images whose features were just made."""
         if self._tower is None:
             return
         seen.plans = self._tower.plans()
@@ -181,11 +181,11 @@ class VlmPart(OnModel):
 
     def _plan_at_cut(self, tokens: Tensor, group: Group) -> TokenMap:
         def semantic(kind: str) -> Tensor | None:
-            assert self._cut is not None and self._gate is not None and self._gate.pictures is not None
+            assert self._cut is not None and self._gate is not None and self._gate.images is not None
             if kind != "last":
                 return None
-            pictures = self._gate.pictures
-            return self._cut.attention()[pictures.is_image_BL][pictures.index(group)]
+            images = self._gate.images
+            return self._cut.attention()[images.is_image_BL][images.index(group)]
 
         site = LayerInfo("decoder", group.ratio(self.reducer), group.grid, semantic=semantic)
         return plan_tokens(self.reducer, tokens, site, StepInfo())
@@ -208,9 +208,9 @@ class VlmPart(OnModel):
         return torch.stack([values[origin] for origin in self._origins(group)])
 
     def _origins(self, group: Group) -> list[int]:
-        """Which of the tower's pictures each of a group's is; beam search repeats them."""
-        assert self._gate is not None and self._gate.pictures is not None
-        found = [self._gate.pictures.origins[image] for image in group.images]
+        """Which of the tower's images each of a group's is; beam search repeats them."""
+        assert self._gate is not None and self._gate.images is not None
+        found = [self._gate.images.origins[image] for image in group.images]
         origins = [origin for origin in found if origin is not None]
         if len(origins) < len(found):
             raise ValueError(
@@ -231,20 +231,20 @@ class VlmPart(OnModel):
                 stacklevel=2,
             )
 
-    def _note_reduction(self, name: str, pictures: Pictures, reduction: Reduction) -> None:
-        before, after = sum(pictures.lengths), sum(reduction.lengths())
-        grid = pictures.grids[0] if pictures.grids else None
-        batch, length = pictures.is_image_BL.shape
+    def _note_reduction(self, name: str, images: Images, reduction: Reduction) -> None:
+        before, after = sum(images.lengths), sum(reduction.lengths())
+        grid = images.grids[0] if images.grids else None
+        batch, length = images.is_image_BL.shape
         stock = batch * length * self._cost
         # Layers before a cut run on every column.
         cost = stock - (batch * length - reduction.num_columns) * self._saved
         self._count(name, grid, before, after, cost, stock)
-        longest = max(pictures.lengths)
+        longest = max(images.lengths)
         if after == before and self.reducer.removes and num_removed(longest, self.reducer.ratio_of(longest)) == 0:
             asked = f"keep {self.reducer.keep}" if self.reducer.keep is not None else f"ratio {self.reducer.ratio}"
             more = "lower `keep`" if self.reducer.keep is not None else "raise `ratio`"
             warnings.warn(
-                f"no token was removed from pictures of {longest} tokens at {asked}; {more}",
+                f"no token was removed from images of {longest} tokens at {asked}; {more}",
                 NoEffectWarning,
                 stacklevel=2,
             )

@@ -1,6 +1,6 @@
 """Plans of any method for any number of tokens: merged again where one merge does not reach it.
 
-Shape names: B pictures, N tokens, C channels.
+Shape names: B images, N tokens, C channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 
 _CLASSES = 4
-"""How many different budgets the pictures of one call may have, each planned at once."""
+"""How many different budgets the images of one call may have, each planned at once."""
 
 
 def plan_tokens(reducer: TokenReducer, tokens_BNC: Tensor, site: LayerInfo, step: StepInfo) -> TokenMap:
@@ -58,14 +58,14 @@ def _merged(site: LayerInfo, total: TokenMap) -> Callable[[str], Tensor | None] 
 
 @torch.no_grad()
 def shared_budgets(tokens_BNC: Tensor, kept: int) -> list[tuple[int, Tensor]]:
-    """Shares a budget among pictures by how much they show: as many tokens in all as `kept` each.
+    """Shares a budget among images by how much they show: as many tokens in all as `kept` each.
 
-    A picture shows as much as its tokens differ: the participation ratio of their covariance, `tr(G)^2 / tr(G^2)`,
+    An image shows as much as its tokens differ: the participation ratio of their covariance, `tr(G)^2 / tr(G^2)`,
     which counts the directions that they fill. Shares grow with its square root, between a half and twice the mean,
-    and pictures of like share have one budget, so that few plans serve a batch of any size.
+    and images of like share have one budget, so that few plans serve a batch of any size.
 
     Args:
-        tokens_BNC: Tokens of pictures of one size.
+        tokens_BNC: Tokens of images of one size.
         kept: The mean budget.
 
     Returns:

@@ -1,6 +1,6 @@
 """Queries and keys of one self-attention as it runs, and the sizes of merged tokens on its way in.
 
-Shape names: B pictures, N tokens, H heads, D channels of one.
+Shape names: B images, N tokens, H heads, D channels of one.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _masked(log_size: Callable[[], Tensor | None]) -> Any:
             return None
         given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if given is not None and not _allows_all(given):
-            raise ValueError("padded pictures cannot be merged in the vision tower; use place='pre_llm'")
+            raise ValueError("padded images cannot be merged in the vision tower; use place='pre_llm'")
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
         return args[:1], {**kwargs, "attention_mask": log_size_BN.to(dtype)[:, None, None, :]}
 

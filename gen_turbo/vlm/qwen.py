@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, positions in three axes, features for later layers."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, positions in three axes, features for later layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gen_turbo.vlm.host import VlmHost
 
 
 def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
-    """The grids of the merged patches. Beams repeat pictures in an order of their own, so sizes decide."""
+    """The grids of the merged patches. Beams repeat images in an order of their own, so sizes decide."""
     sizes = kwargs.get("image_grid_thw")
     if sizes is None:
         return [None] * len(lengths)

@@ -19,7 +19,7 @@ from gen_turbo.vlm.hooks import settled
 from gen_turbo.vlm.layers import Choice, Skipping
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.routes import Route, Routed, Routing
-from gen_turbo.vlm.run import Pictures, Reduction
+from gen_turbo.vlm.run import Images, Reduction
 from gen_turbo.vlm.settings import check_settings
 from gen_turbo.vlm.weighing import Weighing
 
@@ -66,12 +66,12 @@ class RoutedPart(OnModel):
 
     @property
     def remembered_bytes(self) -> int:
-        """Bytes held now between the calls of the model: the features of the pictures seen last."""
+        """Bytes held now between the calls of the model: the features of the images seen last."""
         return self._gate.seen.num_bytes
 
     @property
     def most_remembered_bytes(self) -> int:
-        """The most bytes held at once: nothing is kept of pictures seen before."""
+        """The most bytes held at once: nothing is kept of images seen before."""
         return self.remembered_bytes
 
     def rows(self) -> list[LayerReport]:
@@ -119,11 +119,11 @@ class RoutedPart(OnModel):
             if self._cut is not None:
                 self._cut.is_skipped = self._layers.is_skipped
 
-    def _ask(self, pictures: Pictures, embeds_BLC: Tensor, mask: Any) -> None:
+    def _ask(self, images: Images, embeds_BLC: Tensor, mask: Any) -> None:
         self._prompt, self._keep_BL, self._route = (embeds_BLC.shape[0], embeds_BLC.shape[1]), None, None
-        self._choice.ask(pictures, embeds_BLC, mask)
+        self._choice.ask(images, embeds_BLC, mask)
 
-    def _note_tokens(self, pictures: Pictures, reduction: Reduction) -> None:
+    def _note_tokens(self, images: Images, reduction: Reduction) -> None:
         self._keep_BL = reduction.keep_BL
 
     def _note_route(self, route: Route | None) -> None:

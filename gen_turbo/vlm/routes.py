@@ -61,7 +61,7 @@ class Routing:
 
     Attributes:
         chooser: Scores each prompt.
-        ratio: Fraction of the tokens of each picture that is dropped, in [0, 1).
+        ratio: Fraction of the tokens of each image that is dropped, in [0, 1).
         num_layers: Decoder layers that each row runs; the first layer is always one of them.
         first: The first decoder layer without the dropped tokens; 0 drops them before the language model.
         mode: "drop" drops tokens and skips layers. "mask" only hides them and computes everything, as the released
@@ -115,7 +115,7 @@ class Route:
 
     @classmethod
     def of_scores(cls, layer_BD: Tensor, num_layers: int, has_image_B: Tensor) -> Route:
-        """Keeps the layers of highest score in each row; ties in layer order. Rows without a picture run all layers."""
+        """Keeps the layers of highest score in each row; ties in layer order. Rows without an image run all layers."""
         score = layer_BD.detach().float().cpu().clone()
         score[:, 0] = torch.inf
         order = score.argsort(dim=1, descending=True, stable=True)[:, :num_layers]

@@ -1,4 +1,4 @@
-"""What is known during one call of a vision-language model: where its image tokens are, and of which picture."""
+"""What is known during one call of a vision-language model: where its image tokens are, and of which image."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.planning import shared_budgets
 
 Planner = Callable[[Tensor, "Group"], TokenMap]
-"""Plans for tokens (K, n, C) of K pictures of one size."""
+"""Plans for tokens (K, n, C) of K images of one size."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures of one call that have the same number of tokens and the same grid, and are planned together.
+    """Images of one call that have the same number of tokens and the same grid, and are planned together.
 
     Attributes:
-        images: Which pictures.
+        images: Which images.
         length: Tokens of each.
         grid: (height, width) of each, where there is one.
-        kept: How many tokens of each stay, where pictures share a budget.
+        kept: How many tokens of each stay, where images share a budget.
     """
 
     images: list[int]
@@ -35,19 +35,19 @@ class Group:
     kept: int | None = None
 
     def ratio(self, reducer: TokenReducer) -> float:
-        """The fraction that leaves: what is to be kept of these pictures, else what the method says."""
+        """The fraction that leaves: what is to be kept of these images, else what the method says."""
         return reducer.ratio_of(self.length) if self.kept is None else max(0.0, 1 - (self.kept - 0.5) / self.length)
 
 
 @dataclass
-class Pictures:
+class Images:
     """The image tokens of one call.
 
     Attributes:
         is_image_BL: Which columns are image tokens.
-        lengths: Tokens of each picture, in the order of the flattened mask.
-        grids: (height, width) of each picture, where there is one.
-        origins: Which of the pictures that the tower saw last each one is; None for one that it did not see.
+        lengths: Tokens of each image, in the order of the flattened mask.
+        grids: (height, width) of each image, where there is one.
+        origins: Which of the images that the tower saw last each one is; None for one that it did not see.
     """
 
     is_image_BL: Tensor
@@ -57,7 +57,7 @@ class Pictures:
     _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def groups(self) -> list[Group]:
-        """The pictures by size."""
+        """The images by size."""
         found: dict[tuple[int, Grid | None], list[int]] = {}
         for image, key in enumerate(zip(self.lengths, self.grids, strict=True)):
             found.setdefault(key, []).append(image)
@@ -95,17 +95,17 @@ class WordPlan:
 
 @dataclass
 class Reduction:
-    """Plans for all pictures of one call, and what follows from them.
+    """Plans for all images of one call, and what follows from them.
 
     Attributes:
         plans: Each group's plan.
         keep_BL: Columns that stay: text, and the anchor of every slot.
-        pictures: The pictures as they were.
+        images: The images as they were.
         words: Plans for words, where some of them leave too.
         num_columns: Columns that run in all, padding to the longest row included; known once the rows are made.
     """
 
-    pictures: Pictures
+    images: Images
     plans: list[tuple[Group, TokenMap]]
     keep_BL: Tensor
     words: list[WordPlan] = field(default_factory=list)
@@ -120,10 +120,10 @@ class Reduction:
         """Puts the mean of each slot at its anchor, or leaves anchors as they are; no column leaves yet."""
         if not is_merged:
             return x_BLC
-        is_image = self.pictures.is_image_BL
+        is_image = self.images.is_image_BL
         tokens = x_BLC[is_image]
         for group, plan in self.plans:
-            index = self.pictures.index(group)
+            index = self.images.index(group)
             tokens = tokens.index_put((index.gather(1, _rows(plan.anchor_BM, index)),), plan.merge(tokens[index]))
         merged = x_BLC.masked_scatter(is_image[..., None], tokens)
         for one in self.words:
@@ -131,38 +131,38 @@ class Reduction:
         return merged
 
     def lengths(self) -> list[int]:
-        """Tokens that each picture keeps."""
-        kept = dict.fromkeys(range(len(self.pictures.lengths)), 0)
+        """Tokens that each image keeps."""
+        kept = dict.fromkeys(range(len(self.images.lengths)), 0)
         for group, plan in self.plans:
             kept.update(dict.fromkeys(group.images, plan.num_slots))
         return [kept[image] for image in range(len(kept))]
 
 
-def reduce(pictures: Pictures, x_BLC: Tensor, planner: Planner, shared: TokenReducer | None = None) -> Reduction:
-    """Plans for the pictures of one call from its columns (B, L, C), size by size.
+def reduce(images: Images, x_BLC: Tensor, planner: Planner, shared: TokenReducer | None = None) -> Reduction:
+    """Plans for the images of one call from its columns (B, L, C), size by size.
 
     Args:
-        pictures: The pictures.
+        images: The images.
         x_BLC: What is planned on.
-        planner: Plans for pictures of one size and budget.
-        shared: The method whose budget the pictures of one size share; None gives each the method's own.
+        planner: Plans for images of one size and budget.
+        shared: The method whose budget the images of one size share; None gives each the method's own.
     """
-    tokens = x_BLC[pictures.is_image_BL]
+    tokens = x_BLC[images.is_image_BL]
     stays = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     plans = []
-    for group in pictures.groups():
-        parts = [group] if shared is None else _shared(group, tokens[pictures.index(group)], shared)
+    for group in images.groups():
+        parts = [group] if shared is None else _shared(group, tokens[images.index(group)], shared)
         for part in parts:
-            plans.append((part, planner(tokens[pictures.index(part)], part)))
+            plans.append((part, planner(tokens[images.index(part)], part)))
     for group, plan in plans:
-        index = pictures.index(group)
+        index = images.index(group)
         stays[index.gather(1, _rows(plan.anchor_BM, index))] = True
-    keep = ~pictures.is_image_BL
-    return Reduction(pictures, plans, keep.masked_scatter(pictures.is_image_BL, stays))
+    keep = ~images.is_image_BL
+    return Reduction(images, plans, keep.masked_scatter(images.is_image_BL, stays))
 
 
 def _shared(group: Group, tokens: Tensor, reducer: TokenReducer) -> list[Group]:
-    """The pictures of a group by the budget that each gets of what they share."""
+    """The images of a group by the budget that each gets of what they share."""
     kept = group.length - num_removed(group.length, reducer.ratio_of(group.length))
     if kept == group.length or len(group.images) == 1:
         return [group]
@@ -173,5 +173,5 @@ def _shared(group: Group, tokens: Tensor, reducer: TokenReducer) -> list[Group]:
 
 
 def _rows(anchor_BM: Tensor, index: Tensor) -> Tensor:
-    """A plan of one row serves every picture."""
+    """A plan of one row serves every image."""
     return anchor_BM.expand(len(index), -1) if len(anchor_BM) == 1 else anchor_BM

@@ -1,6 +1,6 @@
 """Isolated attention: semantic tokens pass through a vision tower and read it, while it does not see them.
 
-Shape names: B pictures, T tokens of the tower (class tokens first), N patches, M semantic tokens, D channels, H heads.
+Shape names: B images, T tokens of the tower (class tokens first), N patches, M semantic tokens, D channels, H heads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SemanticStream:
     and whose keys and values are those that the block has just made, with theirs behind. No mask is needed.
 
     Attributes:
-        slots: The group of each patch of the pictures seen last, (B, N); None before the first.
+        slots: The group of each patch of the images seen last, (B, N); None before the first.
     """
 
     slots: CallState[Tensor | None] = CallState(lambda: None)
@@ -57,10 +57,10 @@ class SemanticStream:
         return handles
 
     def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
-        """The groups (B, M, D) of the pictures that the tower has just seen, and the cells where they take place.
+        """The groups (B, M, D) of the images that the tower has just seen, and the cells where they take place.
 
         Raises:
-            ValueError: If the patches are not of the pictures that the tower saw last.
+            ValueError: If the patches are not of the images that the tower saw last.
         """
         tokens, self._tokens_BMD, self._image = self._tokens_BMD, None, {}
         if tokens is None or len(tokens) != len(patches_BND):

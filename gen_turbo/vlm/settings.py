@@ -134,7 +134,7 @@ def check_settings(reducer: TokenReducer, model_name: str, has_grid: bool, is_cr
         reducer: The method, placed or not.
         model_name: The model's class.
         has_grid: Whether image tokens have rows and columns where the method works.
-        is_cross: Whether text reads the picture by cross-attention.
+        is_cross: Whether text reads the image by cross-attention.
 
     Raises:
         ValueError: Naming the setting and where it belongs.

@@ -1,4 +1,4 @@
-"""Smaller pictures: the vision tower reads fewer patches, and later code gets its full grid of them back."""
+"""Smaller images: the vision tower reads fewer patches, and later code gets its full grid of them back."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gen_turbo.vlm.family import TowerFacts
 
 
 class Shrink:
-    """The hooks that make a tower's pictures smaller.
+    """The hooks that make a tower's images smaller.
 
-    The pictures are resampled to the grid of the method's plan, which must be cells in raster order, and the tower
+    The images are resampled to the grid of the method's plan, which must be cells in raster order, and the tower
     interpolates its position embeddings by its own code. Its output is copied back to the patches of each cell where
     later code needs every patch; the copies leave before the language model.
 
     Attributes:
-        patches: The plan of the last call, (pictures, patches); None where nothing was made smaller.
+        patches: The plan of the last call, (images, patches); None where nothing was made smaller.
         on_shrink: Is told the grid and the number of patches before and after.
     """
 
@@ -46,7 +46,7 @@ class Shrink:
         ]
 
     def plans(self) -> list[TokenMap]:
-        """The plan of each picture of the last call; empty where none was made smaller."""
+        """The plan of each image of the last call; empty where none was made smaller."""
         return self.patches.by_row() if self.patches is not None else []
 
     def values(self, kind: str) -> list[Tensor] | None:
@@ -88,5 +88,5 @@ class Shrink:
 
 
 def can_shrink(model: nn.Module, facts: TowerFacts) -> bool:
-    """Whether a tower offers to read pictures of another size."""
+    """Whether a tower offers to read images of another size."""
     return "interpolate_pos_encoding" in inspect.signature(model.get_submodule(facts.module).forward).parameters

@@ -60,13 +60,13 @@ class Lesson(Answers):
     """Prompts with the model's own answers.
 
     Attributes:
-        inputs: The text arguments of the prompts, with sizes of their pictures where the model wants them.
-        pictures: What the vision tower gave for their pictures.
+        inputs: The text arguments of the prompts, with sizes of their images where the model wants them.
+        images: What the vision tower gave for their images.
         prompt: The prompts as the language model read them.
     """
 
     inputs: dict[str, Tensor]
-    pictures: Any
+    images: Any
     prompt: Prompt
 
 
@@ -82,7 +82,7 @@ class Teacher:
         self.model = model
         self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
-            # A picture's mark is no word: an answer that held one could not be read again.
+            # An image's mark is no word: an answer that held one could not be read again.
             "suppress_tokens": [model.config.image_token_id],
             "do_sample": False,
             "num_beams": 1,
@@ -95,20 +95,20 @@ class Teacher:
         """Has prompts answered; `inputs` are those of the model's preparer, padded on the left."""
         given = {name: value for name, value in inputs.items() if name in _TEXT}
         shown = {name: value for name, value in inputs.items() if name not in _TEXT}
-        pictures = self.model.get_image_features(**shown)
+        images = self.model.get_image_features(**shown)
         rest = {name: value for name, value in shown.items() if name.startswith("image_grid")}
         seen: list[Prompt] = []
         text: nn.Module = self.model.get_decoder()
         handle = text.register_forward_pre_hook(self._listener(given["input_ids"], seen), with_kwargs=True)
         try:
-            out = self.model.generate(**given, **rest, mm_encoder_outputs={"image": pictures}, **self._settings)
+            out = self.model.generate(**given, **rest, mm_encoder_outputs={"image": images}, **self._settings)
         finally:
             handle.remove()
         answer = out.sequences[:, given["input_ids"].shape[1] :]
         ends = torch.tensor(self._ends, device=answer.device)
         is_end = torch.isin(answer, ends)
         counts = (is_end.cumsum(1) - is_end.long()) == 0
-        return Lesson(answer, torch.stack(out.logits, 1).float(), counts, {**given, **rest}, pictures, seen[0])
+        return Lesson(answer, torch.stack(out.logits, 1).float(), counts, {**given, **rest}, images, seen[0])
 
     def divergence(self, lesson: Lesson, scores: Scores, routing: Routing) -> Tensor:
         """How far the model's answers move on given routes.
@@ -130,7 +130,7 @@ class Teacher:
         routing = replace(routing, chooser=forced)
         reducer = _Forced(forced, routing.ratio, routing.num_layers, routing.first, routing.mode)
         with attach(self.model, reducer):
-            encoded = {"image": _tiled(lesson.pictures, routes)}
+            encoded = {"image": _tiled(lesson.images, routes)}
             logits = self.model(**given, mm_encoder_outputs=encoded, use_cache=False).logits
         divergence: Tensor = lesson.moved(logits.unflatten(0, (routes, -1))).sum(-1) / lesson.counts_BT.sum(-1)
         return divergence
@@ -152,11 +152,11 @@ class Teacher:
         return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [int(end)]
 
 
-def _tiled(pictures: Any, times: int) -> Any:
-    """The tower's output for the same pictures several times over."""
-    tiled = copy.copy(pictures)
+def _tiled(images: Any, times: int) -> Any:
+    """The tower's output for the same images several times over."""
+    tiled = copy.copy(images)
     for name in ("pooler_output", "deepstack_features"):
-        value = getattr(pictures, name, None)
+        value = getattr(images, name, None)
         if isinstance(value, Tensor):
             setattr(tiled, name, torch.cat([value] * times))
         elif value is not None and name == "pooler_output":

@@ -1,6 +1,6 @@
 """Vision towers: tokens merge between self-attention and MLP of blocks, and are restored where code needs them.
 
-Shape names: B pictures, N tokens of the tower (class tokens first), P of them patches, M slots, C channels, H heads.
+Shape names: B images, N tokens of the tower (class tokens first), P of them patches, M slots, C channels, H heads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Pass:
     """One call of the tower.
 
     Attributes:
-        num_tokens: Tokens of a picture that entered the first block, class tokens included.
+        num_tokens: Tokens of an image that entered the first block, class tokens included.
         by_block: Each block's merge of the tokens that entered it.
         totals: The tokens after each block, as a merge of those that the call began with; none before the first.
         seen: What the watched blocks projected.
@@ -47,7 +47,7 @@ class Tower:
 
     Attributes:
         reducer: Plans each block's merge; None only watches.
-        patches: The plan of the whole tower on its patches in the last call, (pictures, patches); None without one.
+        patches: The plan of the whole tower on its patches in the last call, (images, patches); None without one.
     """
 
     patches: CallState[TokenMap | None] = CallState(lambda: None)
@@ -108,11 +108,11 @@ class Tower:
         return projections.class_attention(seen, log_size) if kind == "class" else projections.received(seen, log_size)
 
     def plans(self) -> list[TokenMap]:
-        """The plan of the whole tower on the patches of each picture of the last call; empty where none merged."""
+        """The plan of the whole tower on the patches of each image of the last call; empty where none merged."""
         return self.patches.by_row() if self.patches is not None else []
 
     def values(self, kind: str) -> list[Tensor] | None:
-        """The semantic value of the patches of each picture in the last block in use, as `value` gives it."""
+        """The semantic value of the patches of each image in the last block in use, as `value` gives it."""
         value = self.value(kind)
         return list(value[:, self.num_leading :]) if value is not None else None
 
@@ -233,7 +233,7 @@ def block_ratio(start: int, num_now: int, ratio: float, step: int, num_steps: in
     """A block's share: the same number leaves in every block that merges, so that the whole ratio has left at the end.
 
     Args:
-        start: Tokens of one picture that entered the tower.
+        start: Tokens of one image that entered the tower.
         num_now: Those that enter this block.
         ratio: The fraction that is to leave in the whole tower.
         step: Which of the blocks that merge this is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gen_turbo.vlm.run import Pictures, Reduction
+from gen_turbo.vlm.run import Images, Reduction
 
 
 def watch_reductions(part: Any, listener: Callable[[Reduction], None]) -> bool:
@@ -21,10 +21,10 @@ def watch_reductions(part: Any, listener: Callable[[Reduction], None]) -> bool:
 
 
 def _both(
-    first: Callable[[Pictures, Reduction], None], second: Callable[[Reduction], None]
-) -> Callable[[Pictures, Reduction], None]:
-    def told(pictures: Pictures, reduction: Reduction) -> None:
-        first(pictures, reduction)
+    first: Callable[[Images, Reduction], None], second: Callable[[Reduction], None]
+) -> Callable[[Images, Reduction], None]:
+    def told(images: Images, reduction: Reduction) -> None:
+        first(images, reduction)
         second(reduction)
 
     return told

@@ -50,15 +50,15 @@ class Weighing:
 
     def _weigh(self, embeds_BLC: Tensor) -> None:
         choice = self._choice
-        assert choice.scores is not None and choice.pictures is not None
-        is_image = choice.pictures.is_image_BL
+        assert choice.scores is not None and choice.images is not None
+        is_image = choice.images.is_image_BL
         if choice.routing.mode == "soft":
             self._key_BL = torch.where(is_image, choice.scores.token_BL, 1.0)
             has_image = is_image.any(1, keepdim=True)
             layer_BD = torch.where(has_image, choice.scores.layer_BD, 1.0)
             self._layer_BD = torch.cat([torch.ones_like(layer_BD[:, :1]), layer_BD[:, 1:]], 1)
             return
-        self._key_BL = reduce(choice.pictures, embeds_BLC, choice.plan).keep_BL.float()
+        self._key_BL = reduce(choice.images, embeds_BLC, choice.plan).keep_BL.float()
         self._layer_BD = choice.route().runs_BD.to(embeds_BLC.device).float()
 
     def _run(self, index: int) -> Any:

@@ -23,9 +23,9 @@ PROMPT = "prompt"
 
 
 class Words:
-    """Chooses, in a prompt that brings pictures, the words that leave, row by row.
+    """Chooses, in a prompt that brings images, the words that leave, row by row.
 
-    The same part of the words of every row with a picture leaves; what stays keeps its position. Never leave the
+    The same part of the words of every row with an image leaves; what stays keeps its position. Never leave the
     first token of a row, its last, padding, image tokens, those whose logits the call asks for (tokens that assisted
     generation guesses), and special tokens: those that the model's configurations name, and added ones, whose ids
     begin with the first that is named in the upper half of the vocabulary.
@@ -53,15 +53,15 @@ class Words:
         self._asked = kwargs.get("logits_to_keep", 0)
 
     def added(self, reduction: Reduction, ids_BL: Tensor | None, real_BL: Tensor, embeds_BLC: Tensor) -> Reduction:
-        """Adds the words that leave to what happens to the pictures of a prompt.
+        """Adds the words that leave to what happens to the images of a prompt.
 
         Raises:
             ValueError: If the prompt came as embeddings, which do not tell words from special tokens.
         """
         if ids_BL is None:
             raise ValueError("text_ratio has to know words from special tokens; pass input_ids, not inputs_embeds")
-        is_image_BL = reduction.pictures.is_image_BL
-        # Rows without a picture keep their words, whatever the others of the batch have.
+        is_image_BL = reduction.images.is_image_BL
+        # Rows without an image keep their words, whatever the others of the batch have.
         is_word_BL = real_BL & ~is_image_BL & is_image_BL.any(1, keepdim=True) & self._may_leave(ids_BL, real_BL)
         rows = [row.nonzero()[:, 0] for row in is_word_BL]
         plans = [self._plan(embeds_BLC, row, places) for row, places in enumerate(rows)]

@@ -118,7 +118,7 @@ def test_quality_goes_on_where_it_stopped(pipeline: str, tmp_path: Path) -> None
 
 
 def test_stock_is_equal_to_itself(pipeline: str, tmp_path: Path) -> None:
-    """Catches a stock picture of another seed, and a reference that an earlier setting has changed."""
+    """Catches a stock image of another seed, and a reference that an earlier setting has changed."""
     found = _quality(pipeline, tmp_path, "--settings", "tomesd-r0.5", "cache-k2", "stock")
     stock = next(r for r in found if r.setting == "stock")
     assert stock.values["psnr_db"] == [quality.MOST_DB] * 2
@@ -157,8 +157,8 @@ def test_arithmetic_is_counted_by_different_parts(pipeline: str, tmp_path: Path)
     assert sum("flops" in line for line in lines) == 3
 
 
-def test_larger_pictures_are_records_of_their_own(pipeline: str, tmp_path: Path) -> None:
-    """Catches pictures of two sizes that are compared with one stock picture."""
+def test_larger_images_are_records_of_their_own(pipeline: str, tmp_path: Path) -> None:
+    """Catches images of two sizes that are compared with one stock image."""
     found = [_quality(pipeline, tmp_path, "--settings", "steps-2", "--timed", "0", *more)[-1]
              for more in ((), ("--pixels", "64"))]  # fmt: skip
     assert found[1].params["pixels"] == 64 and "pixels" not in found[0].params

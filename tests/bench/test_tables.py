@@ -96,7 +96,7 @@ def test_check_rates_say_of_how_many_steps(tmp_path: Path) -> None:
 
 
 def test_pipelines_do_not_mix(tmp_path: Path) -> None:
-    """Catches pictures of another model under the embedded one's title, and a rate that does not say whose it is."""
+    """Catches images of another model under the embedded one's title, and a rate that does not say whose it is."""
     values = {"passed": [1.0], "stock_passed": [1.0]}
     for pipeline, captions in (("tiny", 3), ("tiny-dit", 2)):
         params = {"pipeline": pipeline, "steps": 25, "captions": captions}
@@ -166,7 +166,7 @@ def test_a_wrong_marker_is_an_error(text: str, words: str, tmp_path: Path) -> No
 
 
 def _answered(setting: str, cost: int, right: list[float], **options: Any) -> BenchRecord:
-    params = {"pictures": 1, "method": "par" if options else setting, "options": options}
+    params = {"images": 1, "method": "par" if options else setting, "options": options}
     values = {"caption": right[:1], "color": right[1:]}
     counts = {"cost": cost, "kept": 128, "image_tokens": 256}
     return _record(setting, bench="understanding", family=setting, params=params, values=values, counts=counts)

@@ -1,4 +1,4 @@
-"""Benchmarks of pictures, schedules and loading on a diffusion transformer."""
+"""Benchmarks of images, schedules and loading on a diffusion transformer."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_schedules_that_ship_are_measured_on_their_model() -> None:
 
 
 def test_quality_measures_a_transformer(folder: Path, tmp_path: Path) -> None:
-    """Catches counts of the UNet that is not there, and a picture that is not of the pipeline in the folder."""
+    """Catches counts of the UNet that is not there, and an image that is not of the pipeline in the folder."""
     arguments = ["--pipeline", str(folder), "--records", str(tmp_path), "--work", str(tmp_path / "work")]
     arguments += ["--steps", "4", "--captions", "1", "--settings", "stock", "cache-k2", "block-copy-r0.5"]
     assert main(["bench", "quality", "--timed", "1", *arguments]) == 0
@@ -151,7 +151,7 @@ def test_positions_of_larger_images_lie_between_the_known_ones() -> None:
 
 
 def test_either_text_encoder_changes_the_fingerprint() -> None:
-    """Catches records of two models that differ in their second text encoder and share pictures."""
+    """Catches records of two models that differ in their second text encoder and share images."""
     pipe = sd3_with_text()
     seen = {fingerprint(pipe)}
     for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.transformer, pipe.vae):

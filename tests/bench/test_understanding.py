@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_kind_is_asked_with_its_true_answer() -> None:
-    """Catches a kind that is never asked, and a caption or a dot of another picture."""
+    """Catches a kind that is never asked, and a caption or a dot of another image."""
     asks = understanding.asked(4, seed=0)
     assert {ask.kind for ask in asks} == {"caption", *scenes.KINDS}
     assert [ask.kind for ask in asks].count("caption") == [ask.kind for ask in asks].count("detail") == 4
@@ -49,7 +49,7 @@ def test_no_setting_stands_twice() -> None:
 
 def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) -> None:
     """Catches a budget that differs between methods, a run that starts over, and a table that mixes them up."""
-    arguments = ["bench", "understanding", "--model", str(folder), "--pictures", "1", "--records", str(tmp_path)]
+    arguments = ["bench", "understanding", "--model", str(folder), "--images", "1", "--records", str(tmp_path)]
     arguments += ["--settings", "turbo-50", "fastv-11", "random-11", "par_random-l4"]
     assert main(arguments) == 0
     found = {record.setting: record for record in records.load(tmp_path, "understanding")}
@@ -58,7 +58,7 @@ def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) ->
     assert found["par_random-l4"].counts["cost"] == round(1000 * 4 / 6) and found["turbo-50"].counts["cost"] < 600
     assert all(set(map(len, record.values.values())) == {1} for record in found.values())
     before = (tmp_path / "understanding.jsonl").read_bytes()
-    assert main([*arguments, "--picture", str(tmp_path / "kept.png")]) == 0
+    assert main([*arguments, "--image", str(tmp_path / "kept.png")]) == 0
     assert (tmp_path / "understanding.jsonl").read_bytes() == before
     _compare_kept(tmp_path / "kept.png")
     rows = TABLES["understanding"](tmp_path).splitlines()[2:5]
@@ -68,7 +68,7 @@ def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) ->
 
 def test_times_are_added_to_answers(folder: Path, tmp_path: Path) -> None:
     """Catches answers that are asked again or lost for their times, stock timed against itself, and unpaired rounds."""
-    arguments = ["bench", "understanding", "--model", str(folder), "--pictures", "1", "--records", str(tmp_path)]
+    arguments = ["bench", "understanding", "--model", str(folder), "--images", "1", "--records", str(tmp_path)]
     arguments += ["--settings", "stock", "pool-11"]
     assert main(arguments) == 0
     before = {record.setting: record for record in records.load(tmp_path, "understanding")}
@@ -82,7 +82,7 @@ def test_times_are_added_to_answers(folder: Path, tmp_path: Path) -> None:
 
 
 def _compare_kept(path: Path) -> None:
-    """The rows of the picture: as it is, halved by merging, 28 patches by FastV, 28 at random."""
+    """The rows of the image: as it is, halved by merging, 28 patches by FastV, 28 at random."""
     with Image.open(path) as sheet:
         stock, turbo, random, fastv = (sheet.crop((0, 144 * row + 16, 128, 144 * row + 144)) for row in range(4))
     assert turbo.tobytes() != stock.tobytes()

@@ -1,4 +1,4 @@
-"""The benchmarks of vision-language models of real size, and of the way from picture to new picture."""
+"""The benchmarks of vision-language models of real size, and of the way from image to new image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ caption:
   checkpoint: {vlm}
   max_new_tokens: 3
   processor: {{method: turbo, ratio: 0.5}}
-picture:
+generate:
   checkpoint: {folder}
   device: cpu
   height: 32
@@ -53,14 +53,14 @@ def pipeline(tmp_path_factory, tiny_checkpoint) -> Path:
 
 def _caption_generate(pipeline, folder, *more):
     places = ("--records", str(folder / "records"), "--work", str(folder / "work"))
-    _run("caption-generate", "--pipeline", str(pipeline), "--pictures", "3", *places, *more)
+    _run("caption-generate", "--pipeline", str(pipeline), "--images", "3", *places, *more)
     return {record.setting: record for record in load(folder / "records", "caption-generate")}
 
 
 def test_caption_generate_records_both_and_goes_on(pipeline, tmp_path, capsys):
-    """Catches a part that records without the rest, pictures measured twice, and two columns that are one setting."""
+    """Catches a part that records without the rest, images measured twice, and two columns that are one setting."""
     assert not _caption_generate(pipeline, tmp_path, "--part", "1/2")
-    assert "2 of 3 pictures done" in capsys.readouterr().out
+    assert "2 of 3 images done" in capsys.readouterr().out
     work = next((tmp_path / "work").rglob("*.jsonl"))
     with work.open("a") as file:
         file.write('{"index": 1, "sto')
@@ -88,11 +88,11 @@ class _Perfect:
     def set_attn_processor(self, processors):
         self.asked.append(processors)
 
-    def __call__(self, picture, seeds):
-        return CaptionGenerateResult([self.captions.pop()], [], [picture], 0.0, 0.0, 4, 2, 0, 0)
+    def __call__(self, image, seeds):
+        return CaptionGenerateResult([self.captions.pop()], [], [image], 0.0, 0.0, 4, 2, 0, 0)
 
 
-def test_a_right_picture_passes_and_a_wrong_caption_does_not():
+def test_a_right_image_passes_and_a_wrong_caption_does_not():
     """Catches a check against the caption that was said, and settings that always come in one order."""
     captions = scenes.captions(2, 0)
     pipe = _Perfect([captions[1], "a lie", captions[0], captions[0]])

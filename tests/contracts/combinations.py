@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gen_turbo import attach
 from tests.contracts import quantised
-from tests.tiny_hosts import TEXT_WIDTH, UNETS, picture, sd_pipeline
+from tests.tiny_hosts import TEXT_WIDTH, UNETS, image, sd_pipeline
 from tests.tiny_pipelines import (
     adapter_pipeline,
     control_pipeline,
@@ -44,7 +44,7 @@ from tests.tiny_transformers import NUM_TEXT, random
 
 CPU = torch.device("cpu")
 STEPS = 3
-draw_picture = partial(picture, steps=STEPS)
+draw_image = partial(image, steps=STEPS)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Combination:
     """
 
     make: Callable[[], Any] = sd_pipeline
-    draw: Callable[[Any], Tensor] = draw_picture
+    draw: Callable[[Any], Tensor] = draw_image
     add: Callable[[Any], object] = lambda pipe: None
     target: Callable[[Any], Any] = lambda pipe: pipe
     needs: str = ""
@@ -121,8 +121,8 @@ def _offload_models(pipe: Any) -> None:
 
 def _mixed(pipe: Any) -> Tensor:
     for call in ({"height": 48, "width": 24}, {"num_images_per_prompt": 2}, {"guidance_scale": 1.0}):
-        draw_picture(pipe, **call)
-    return draw_picture(pipe)
+        draw_image(pipe, **call)
+    return draw_image(pipe)
 
 
 def _with_another() -> Any:
@@ -135,8 +135,8 @@ def _with_another() -> Any:
 
 
 def _alternating(pipe: Any) -> Tensor:
-    first = draw_picture(pipe, seed=1)
-    return torch.cat([first, draw_picture(pipe.other, image=prompt_image(), seed=2), draw_picture(pipe)])
+    first = draw_image(pipe, seed=1)
+    return torch.cat([first, draw_image(pipe.other, image=prompt_image(), seed=2), draw_image(pipe)])
 
 
 def _two_pipelines() -> list[Any]:
@@ -156,7 +156,7 @@ def _sharing(pipe: Any) -> Any:
 def _in_threads(pipes: list[Any]) -> Tensor:
     # What computes on one core in the main thread does so in these from their first operation on.
     with ThreadPoolExecutor(len(pipes), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return torch.cat(list(pool.map(draw_picture, pipes, range(len(pipes)))))
+        return torch.cat(list(pool.map(draw_image, pipes, range(len(pipes)))))
 
 
 def _flux() -> Any:
@@ -205,7 +205,7 @@ def _now(pipe: Any) -> Callable[[], float]:
 
 
 def _drawn(**kwargs: object) -> Combination:
-    return Combination(draw=partial(draw_picture, **kwargs))
+    return Combination(draw=partial(draw_image, **kwargs))
 
 
 def _faster(pipe: Any) -> FasterCacheConfig:
@@ -216,43 +216,43 @@ def _faster(pipe: Any) -> FasterCacheConfig:
 COMBINATIONS: dict[str, Combination] = {
     "text to image": Combination(),
     "image to image": Combination(
-        lambda: _of(StableDiffusionImg2ImgPipeline), partial(picture, steps=4, image=prompt_image(), strength=0.8)
+        lambda: _of(StableDiffusionImg2ImgPipeline), partial(image, steps=4, image=prompt_image(), strength=0.8)
     ),
     "inpaint": Combination(
         lambda: _of(StableDiffusionInpaintPipeline),
-        partial(draw_picture, image=prompt_image(), mask_image=prompt_image(), height=32, width=32),
+        partial(draw_image, image=prompt_image(), mask_image=prompt_image(), height=32, width=32),
     ),
-    "ControlNet": Combination(control_pipeline, partial(draw_picture, image=prompt_image())),
+    "ControlNet": Combination(control_pipeline, partial(draw_image, image=prompt_image())),
     "ControlNet, reduced instead of the UNet": Combination(
-        control_pipeline, partial(draw_picture, image=prompt_image()), target=lambda pipe: pipe.controlnet
+        control_pipeline, partial(draw_image, image=prompt_image()), target=lambda pipe: pipe.controlnet
     ),
     "ControlNet, reduced besides the UNet": Combination(
         control_pipeline,
-        partial(draw_picture, image=prompt_image()),
+        partial(draw_image, image=prompt_image()),
         lambda pipe: attach(pipe, TurboProcessor(0.4, warmup_steps=1)),
         lambda pipe: pipe.controlnet,
     ),
     "two ControlNets": Combination(
         partial(control_pipeline, 2),
-        partial(draw_picture, image=[prompt_image()] * 2, controlnet_conditioning_scale=[1.0, 0.5]),
+        partial(draw_image, image=[prompt_image()] * 2, controlnet_conditioning_scale=[1.0, 0.5]),
     ),
     "two ControlNets, the first reduced": Combination(
         partial(control_pipeline, 2),
-        partial(draw_picture, image=[prompt_image()] * 2, controlnet_conditioning_scale=[1.0, 0.5]),
+        partial(draw_image, image=[prompt_image()] * 2, controlnet_conditioning_scale=[1.0, 0.5]),
         target=lambda pipe: pipe.controlnet.nets[0],
     ),
-    "T2I-Adapter": Combination(adapter_pipeline, partial(draw_picture, image=prompt_image())),
+    "T2I-Adapter": Combination(adapter_pipeline, partial(draw_image, image=prompt_image())),
     "IP-Adapter": Combination(
-        lambda: ip_adapter_pipeline(_folder()), partial(draw_picture, ip_adapter_image=prompt_image()), _load_adapter
+        lambda: ip_adapter_pipeline(_folder()), partial(draw_image, ip_adapter_image=prompt_image()), _load_adapter
     ),
     "LoRA": Combination(add=lambda pipe: pipe.load_lora_weights(_lora())),
     "LoRA, fused and unloaded": Combination(add=_fuse_lora),
-    "perturbed-attention guidance": Combination(lambda: _of(StableDiffusionPAGPipeline), draw_picture),
-    "the same in two pictures": Combination(
-        lambda: _of(StableDiffusionPAGPipeline), partial(draw_picture, num_images_per_prompt=2)
+    "perturbed-attention guidance": Combination(lambda: _of(StableDiffusionPAGPipeline), draw_image),
+    "the same in two images": Combination(
+        lambda: _of(StableDiffusionPAGPipeline), partial(draw_image, num_images_per_prompt=2)
     ),
     "the same in a layer that is reduced": Combination(
-        lambda: _of(StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0"]), draw_picture
+        lambda: _of(StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0"]), draw_image
     ),
     "fused projections": Combination(add=lambda pipe: pipe.fuse_qkv_projections(vae=False)),
     "attention slicing": Combination(add=lambda pipe: pipe.enable_attention_slicing(1)),
@@ -269,7 +269,7 @@ COMBINATIONS: dict[str, Combination] = {
     "no guidance": _drawn(guidance_scale=1.0),
     "negative prompt": _drawn(negative_prompt="a small blue cross"),
     "several prompts": _drawn(prompt=["a large red circle", "a small blue cross"]),
-    "several pictures of a prompt": _drawn(num_images_per_prompt=3),
+    "several images of a prompt": _drawn(num_images_per_prompt=3),
     "72 x 104 latents": _drawn(height=144, width=208, guidance_scale=1.0),
     "other sizes and batches between": Combination(draw=_mixed),
     "two pipelines of one UNet": Combination(_with_another, _alternating),

@@ -45,7 +45,7 @@ class Made:
 
     @classmethod
     def of(cls, row: Combination) -> Made:
-        """Draws the first pictures."""
+        """Draws the first images."""
         whole = row.whole()
         untouched = model_state(row.model(whole))
         stock = row.draw(whole)
@@ -94,7 +94,7 @@ def _first(made: Made) -> str:
     assert torch.equal(row.draw(other), made.reduced)
     attachment.detach()
     assert torch.equal(row.draw(other), made.stock)
-    return "same pictures"
+    return "same images"
 
 
 COLUMNS: dict[str, Callable[[Made], str]] = {

@@ -13,7 +13,7 @@ from stated import TurboProcessor
 from gen_turbo import IdentityProcessor, attach, report
 from tests.engine.families import family
 from tests.snapshots import differences, model_state
-from tests.tiny_hosts import picture as picture_of_steps
+from tests.tiny_hosts import image as image_of_steps
 from tests.tiny_hosts import sd_pipeline
 from tests.tiny_pipelines import control_pipeline, ip_adapter_pipeline, prompt_image, save_lora
 
@@ -22,9 +22,9 @@ SOMETHING = [TurboProcessor(0.4), TurboProcessor(0.4, restore="copy")]
 ONE_OF_EACH = [NOTHING[0], SOMETHING[0]]
 
 
-def picture(pipe, **kwargs):
-    """A picture in three steps: two in full and one with remembered detail."""
-    return picture_of_steps(pipe, steps=3, **kwargs)
+def image(pipe, **kwargs):
+    """An image in three steps: two in full and one with remembered detail."""
+    return image_of_steps(pipe, steps=3, **kwargs)
 
 
 def num_reduced(pipe) -> int:
@@ -37,9 +37,9 @@ def load_adapter(pipe, folder: Path) -> None:
     pipe.load_ip_adapter(str(folder), subfolder="", weight_name="adapter.safetensors")
 
 
-def adapted_picture(pipe):
-    """A picture whose prompt is a text and an image."""
-    return picture(pipe, ip_adapter_image=prompt_image())
+def adapted_image(pipe):
+    """An image whose prompt is a text and an image."""
+    return image(pipe, ip_adapter_image=prompt_image())
 
 
 @pytest.mark.parametrize("settings", [{}, {"merge_span": 0}], ids=["block", "span"])
@@ -64,13 +64,13 @@ def test_ip_adapter_loaded_before_and_then_attached(tmp_path):
     """Catches a lost image prompt, and a detach that installs fresh processors in place of the adapter's."""
     pipe = ip_adapter_pipeline(tmp_path)
     load_adapter(pipe, tmp_path)
-    stock, before = adapted_picture(pipe), model_state(pipe.unet)
+    stock, before = adapted_image(pipe), model_state(pipe.unet)
     for processor in NOTHING:
         with attach(pipe, processor):
-            assert torch.equal(adapted_picture(pipe), stock)
+            assert torch.equal(adapted_image(pipe), stock)
     for processor in SOMETHING:
         with attach(pipe, processor):
-            assert not torch.equal(adapted_picture(pipe), stock)
+            assert not torch.equal(adapted_image(pipe), stock)
             assert num_reduced(pipe) == 3
     assert [key for key in differences(before, model_state(pipe.unet)) if key != "random"] == []
 
@@ -80,19 +80,19 @@ def test_ip_adapter_loaded_while_attached(tmp_path, processor):
     """Catches a processor that does not survive being made anew from its class, or swallows the image prompt."""
     reference = ip_adapter_pipeline(tmp_path)
     load_adapter(reference, tmp_path)
-    stock = adapted_picture(reference)
+    stock = adapted_image(reference)
     with attach(reference, processor):
-        expected = adapted_picture(reference)
+        expected = adapted_image(reference)
     pipe = ip_adapter_pipeline(tmp_path)
-    without = picture(pipe)
+    without = image(pipe)
     attachment = attach(pipe, processor)
     load_adapter(pipe, tmp_path)
     assert {site.name for site in report(pipe).sites if site.status == "reduced"} == set(attachment.sites)
-    assert torch.equal(adapted_picture(pipe), expected)
+    assert torch.equal(adapted_image(pipe), expected)
     attachment.detach()
-    assert torch.equal(adapted_picture(pipe), stock)
+    assert torch.equal(adapted_image(pipe), stock)
     pipe.unload_ip_adapter()
-    assert torch.equal(picture(pipe), without)
+    assert torch.equal(image(pipe), without)
 
 
 def test_the_adapters_processors_stay_where_they_are(tmp_path):
@@ -112,21 +112,21 @@ def test_lora_before_while_and_after(tmp_path, processor):
     """Catches projections that a binding has kept from before the LoRA, and a LoRA that detaching takes along."""
     save_lora(tmp_path)
     reference = sd_pipeline()
-    without = picture(reference)
+    without = image(reference)
     reference.load_lora_weights(tmp_path)
-    stock = picture(reference)
+    stock = image(reference)
     with attach(reference, processor):
-        expected = picture(reference)
+        expected = image(reference)
     assert not torch.equal(stock, without)
     assert torch.equal(expected, stock) == (processor.ratio == 0)
     pipe = sd_pipeline()
     attachment = attach(pipe, processor)
     pipe.load_lora_weights(tmp_path)
-    assert torch.equal(picture(pipe), expected)
+    assert torch.equal(image(pipe), expected)
     attachment.detach()
-    assert torch.equal(picture(pipe), stock)
+    assert torch.equal(image(pipe), stock)
     pipe.unload_lora_weights()
-    assert torch.equal(picture(pipe), without)
+    assert torch.equal(image(pipe), without)
 
 
 def test_a_fused_lora_reaches_reduced_attention(tmp_path):
@@ -135,28 +135,28 @@ def test_a_fused_lora_reaches_reduced_attention(tmp_path):
     pipe = sd_pipeline()
     pipe.load_lora_weights(tmp_path)
     pipe.set_attn_processor(TurboProcessor(0.4))
-    loose = picture(pipe)
+    loose = image(pipe)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     # Adding the LoRA to the weights rounds otherwise than adding its output.
-    assert torch.allclose(picture(pipe), loose, atol=1e-3)
-    reduced = picture(pipe)
+    assert torch.allclose(image(pipe), loose, atol=1e-3)
+    reduced = image(pipe)
     pipe.reset_attn_processor()
-    assert not torch.equal(picture(pipe), reduced)
+    assert not torch.equal(image(pipe), reduced)
 
 
 def test_controlnet_guides_a_reduced_unet():
     """Catches a root hook that loses the residuals of the ControlNet, and a reducer that lands in the ControlNet."""
     pipe = control_pipeline()
-    stock, uncontrolled = (picture(pipe, image=prompt_image(), controlnet_conditioning_scale=s) for s in (1.0, 0.0))
+    stock, uncontrolled = (image(pipe, image=prompt_image(), controlnet_conditioning_scale=s) for s in (1.0, 0.0))
     before = [model_state(model) for model in (pipe.unet, pipe.controlnet)]
     for processor in NOTHING:
         with attach(pipe, processor):
-            assert torch.equal(picture(pipe, image=prompt_image()), stock)
+            assert torch.equal(image(pipe, image=prompt_image()), stock)
     for processor in SOMETHING:
         with attach(pipe, processor) as attachment:
-            reduced = picture(pipe, image=prompt_image())
-            free = picture(pipe, image=prompt_image(), controlnet_conditioning_scale=0.0)
+            reduced = image(pipe, image=prompt_image())
+            free = image(pipe, image=prompt_image(), controlnet_conditioning_scale=0.0)
             assert num_reduced(pipe) == len(attachment.sites) == 3
         assert not torch.equal(reduced, stock)
         assert (reduced - stock).norm() < (stock - uncontrolled).norm() and not torch.equal(reduced, free)

@@ -8,7 +8,7 @@ from stated import TurboProcessor
 
 from gen_turbo import attach, detach, reattach, report
 from tests.contracts import quantised
-from tests.contracts.combinations import COMBINATIONS, draw_picture
+from tests.contracts.combinations import COMBINATIONS, draw_image
 from tests.contracts.outcomes import COLUMNS, cell, is_absent, read
 from tests.tiny_hosts import sd_pipeline
 from tests.tiny_transformers import run
@@ -50,21 +50,21 @@ def test_threads_draw_what_they_draw_alone():
     row = COMBINATIONS["two threads, one UNet"]
     pipes = row.make()
     with attach(row.target(pipes), TurboProcessor(0.4, warmup_steps=1)):
-        alone = torch.cat([draw_picture(pipe, seed) for seed, pipe in enumerate(pipes)])
+        alone = torch.cat([draw_image(pipe, seed) for seed, pipe in enumerate(pipes)])
         assert torch.equal(row.draw(pipes), alone)
 
 
 def test_fusing_and_unfusing_while_attached():
     """Catches a processor that diffusers had kept, and puts back after the end of an attachment."""
     pipe = sd_pipeline()
-    stock, owned = draw_picture(pipe), dict(pipe.unet.attn_processors)
+    stock, owned = draw_image(pipe), dict(pipe.unet.attn_processors)
     with attach(pipe, TurboProcessor(0.4)):
-        reduced = draw_picture(pipe)
+        reduced = draw_image(pipe)
         pipe.fuse_qkv_projections(vae=False)
     pipe.unfuse_qkv_projections(vae=False)
-    assert torch.equal(draw_picture(pipe), stock)
+    assert torch.equal(draw_image(pipe), stock)
     with attach(pipe, TurboProcessor(0.4)):
-        assert torch.equal(draw_picture(pipe), reduced)
+        assert torch.equal(draw_image(pipe), reduced)
     assert {name: id(processor) for name, processor in pipe.unet.attn_processors.items()} == {
         name: id(processor) for name, processor in owned.items()
     }
@@ -76,9 +76,9 @@ def test_reattach_needs_something_attached():
     with pytest.raises(ValueError, match="nothing is attached to this StableDiffusionPipeline"):
         reattach(pipe)
     attach(pipe, TurboProcessor(0.4))
-    reduced = draw_picture(pipe)
+    reduced = draw_image(pipe)
     pipe.enable_attention_slicing(1)
-    assert torch.allclose(draw_picture(pipe), reduced, atol=1e-4)
+    assert torch.allclose(draw_image(pipe), reduced, atol=1e-4)
     reattach(pipe)
-    assert torch.allclose(draw_picture(pipe), reduced, atol=1e-4)
+    assert torch.allclose(draw_image(pipe), reduced, atol=1e-4)
     detach(pipe)

@@ -19,7 +19,7 @@ from tests import tiny_transformers
 from tests.engine.families import family
 from tests.schedules import by_hand
 from tests.snapshots import differences, model_state
-from tests.tiny_hosts import TEXT_WIDTH, picture, run_unet, sd_pipeline, unet_inputs
+from tests.tiny_hosts import TEXT_WIDTH, image, run_unet, sd_pipeline, unet_inputs
 from tests.tiny_images import flux
 from tests.tiny_transformers import FAMILIES, random
 
@@ -118,7 +118,7 @@ def one_level() -> UNet2DConditionModel:
 
 
 def made(name: str) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """A model and what runs it on one picture."""
+    """A model and what runs it on one image."""
     if name == "unet":
         unet = one_level()
         return unet, lambda times=TIMES, model=unet: run_unet(model, times, **unet_inputs(1))
@@ -182,20 +182,20 @@ def test_a_pipeline_with_a_unet_that_was_compiled_before():
     """Catches a graph that keeps running what was attached or was not, a wrapper that is refused, a run not found."""
     pipe = sd_pipeline()
     pipe.unet = one_level()
-    stock = picture(pipe, steps=6)
+    stock = image(pipe, steps=6)
     pipe.set_attn_processor(TurboProcessor(0.5))
-    expected = picture(pipe, steps=6)
+    expected = image(pipe, steps=6)
     pipe.reset_attn_processor()
     backend = Backend()
     pipe.unet = torch.compile(pipe.unet, backend=backend, fullgraph=True)
-    assert torch.equal(picture(pipe, steps=6), stock) and len(backend.graphs) == 1
+    assert torch.equal(image(pipe, steps=6), stock) and len(backend.graphs) == 1
     pipe.set_attn_processor(TurboProcessor(0.5))
-    assert torch.equal(picture(pipe, steps=6), expected) and report(pipe).remembered_bytes == 0
+    assert torch.equal(image(pipe, steps=6), expected) and report(pipe).remembered_bytes == 0
     seen = len(backend.graphs)
-    assert torch.equal(picture(pipe, steps=6), expected)
+    assert torch.equal(image(pipe, steps=6), expected)
     assert 1 < seen == len(backend.graphs) <= 1 + MOST and not counters["graph_break"]
     pipe.reset_attn_processor()
-    assert torch.equal(picture(pipe, steps=6), stock) and not torch.equal(expected, stock)
+    assert torch.equal(image(pipe, steps=6), stock) and not torch.equal(expected, stock)
     assert not counters["graph_break"]
 
 

@@ -1,4 +1,4 @@
-"""One tiny real pipeline for each way in which pipelines call a denoiser, and what draws one picture with it."""
+"""One tiny real pipeline for each way in which pipelines call a denoiser, and what draws one image with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests import tiny_pipelines, tiny_transformers
 from tests.tiny_family import NUM_TEXT, random
-from tests.tiny_hosts import picture, sd_pipeline
+from tests.tiny_hosts import image, sd_pipeline
 from tests.tiny_pipelines import latents_of
 
 Draw = Callable[..., Tensor]
@@ -23,7 +23,7 @@ def stable_diffusion() -> tuple[Any, Draw]:
     pipe = sd_pipeline()
 
     def draw(steps: int = 5, **kwargs: Any) -> Tensor:
-        return picture(pipe, steps=steps, **kwargs)
+        return image(pipe, steps=steps, **kwargs)
 
     return pipe, draw
 

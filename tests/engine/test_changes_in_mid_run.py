@@ -1,4 +1,4 @@
-"""What callbacks change in mid run: at ratio 0 the picture is the stock one, and changes reach merged steps."""
+"""What callbacks change in mid run: at ratio 0 the image is the stock one, and changes reach merged steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gen_turbo import attach
 from tests import tiny_transformers
-from tests.tiny_hosts import picture, sd_pipeline
+from tests.tiny_hosts import image, sd_pipeline
 
 STEPS, AT = 9, 3
 
@@ -38,7 +38,7 @@ def _text_data(pipe: Any, step: int, text: Tensor) -> None:
 
 
 def drawn(change: Any, processor: Any) -> Tensor:
-    """A picture during which a callback changes something; None leaves all as it was, or the pipeline stock."""
+    """An image during which a callback changes something; None leaves all as it was, or the pipeline stock."""
     pipe = sd_pipeline()
     torch.manual_seed(2)
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"]))
@@ -51,7 +51,7 @@ def drawn(change: Any, processor: Any) -> Tensor:
     if processor is not None:
         pipe.set_attn_processor(processor)
     names = ["prompt_embeds"]
-    return picture(pipe, steps=STEPS, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    return image(pipe, steps=STEPS, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
 
 
 @pytest.mark.parametrize("change", [_scale, _data, _new_data, _text_data])
@@ -64,7 +64,7 @@ def test_a_change_is_honoured(change):
         change_of_reduced = drawn(change, TurboProcessor(0.5, **settings)) - drawn(
             None, TurboProcessor(0.5, **settings)
         )
-        # The picture moves as the stock one does.
+        # The image moves as the stock one does.
         assert (change_of_reduced - (stock - before)).norm() < 0.3 * (stock - before).norm()
 
 

@@ -22,7 +22,7 @@ from tests import tiny_transformers
 from tests.schedules import blocks_of, par
 from tests.snapshots import differences, model_state
 from tests.tiny_family import random
-from tests.tiny_hosts import picture, run_unet, sd15_unet, sd_pipeline, unet_inputs
+from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
 from tests.tiny_transformers import FAMILIES
 
 UNET = "unet"
@@ -118,7 +118,7 @@ def test_nothing_keeps_a_model_alive(is_copied):
     """Catches weights that stay in memory for ever when an attached pipeline or model is dropped."""
     pipe = sd_pipeline()
     pipe.set_attn_processor(TurboProcessor(0.4))
-    picture(pipe, steps=3)
+    image(pipe, steps=3)
     twin = copy.deepcopy(pipe.unet) if is_copied else None
     gone = weakref.ref(pipe.unet)
     del pipe
@@ -160,16 +160,16 @@ def _alone(given: dict[str, Tensor]) -> Tensor:
 def test_a_copy_of_a_pipeline():
     """Catches a pipeline whose copy shares schedule, runs or layers with it."""
     pipe = sd_pipeline()
-    stock = picture(pipe, steps=5)
+    stock = image(pipe, steps=5)
     pipe.set_attn_processor(TurboProcessor(0.4))
-    reduced = picture(pipe, steps=5)
+    reduced = image(pipe, steps=5)
     twin = copy.deepcopy(pipe)
-    assert torch.equal(picture(twin, steps=5), stock)
+    assert torch.equal(image(twin, steps=5), stock)
     twin.set_attn_processor(TurboProcessor(0.4))
     pipe.reset_attn_processor()
-    assert torch.equal(picture(pipe, steps=5), stock) and torch.equal(picture(twin, steps=5), reduced)
+    assert torch.equal(image(pipe, steps=5), stock) and torch.equal(image(twin, steps=5), reduced)
     twin.reset_attn_processor()
-    assert torch.equal(picture(twin, steps=5), stock)
+    assert torch.equal(image(twin, steps=5), stock)
 
 
 @pytest.mark.parametrize("kind", CASES)

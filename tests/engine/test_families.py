@@ -47,7 +47,7 @@ def test_the_table_has_no_empty_cell():
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_odd_grids_and_single_pictures(name):
+def test_odd_grids_and_single_images(name):
     """Catches a square root of the number of tokens, and a batch of two that is taken for granted."""
     model, run_model = family(name)
     # diffusers' DiT is square: it takes the root itself. Two have a time for each of 64 tokens.
@@ -69,7 +69,7 @@ def test_one_plan_serves_the_batch_where_positions_have_no_batch_axis(name):
 
 @pytest.mark.parametrize("name", ["pixart-alpha", "sd3"])
 def test_guidance_halves_share_one_plan_without_a_pipeline(name):
-    """Catches two plans for one picture, where the batch is the latents twice."""
+    """Catches two plans for one image, where the batch is the latents twice."""
     latents = random(1, *FAMILIES[name].latents((8, 8))).repeat(2, 1, 1, 1)
     assert {len(plan.slot_BN) for plan in _plans_of(name, FAMILIES[name], latents=latents)} == {1}
     assert {len(plan.slot_BN) for plan in _plans_of(name, FAMILIES[name])} == {2}

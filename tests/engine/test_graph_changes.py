@@ -88,7 +88,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", [_free_u, _new_data, _scale, _processor])
 def test_a_model_that_a_callback_changes_is_seen(change, cuda):
-    """Catches what is looked for between two pictures alone."""
+    """Catches what is looked for between two images alone."""
     outputs = []
     for graphs in (False, True):
         unet, inputs = sd15_unet(), unet_inputs(1)

@@ -50,7 +50,7 @@ def test_a_stopped_run_leaves_nothing_in_the_buffers(settings, cuda):
 
 
 def test_what_graphs_read_is_counted(cuda):
-    """Catches residuals that the report does not know of from the second picture on."""
+    """Catches residuals that the report does not know of from the second image on."""
     pipe, draw = made("unet")
     seen = []
 
@@ -77,7 +77,7 @@ def test_a_schedule_decides_alike_in_every_run(name, threshold, cuda):
 
 
 def test_merged_text_is_not_taken_over(cuda):
-    """Catches the merged text of one prompt in the next picture."""
+    """Catches the merged text of one prompt in the next image."""
     model, _ = family("sd3")
     kind = tiny_transformers.FAMILIES["sd3"]
     outputs = []

@@ -88,7 +88,7 @@ def test_one_capture_for_each_kind_of_step(name, kind, cuda):
 
 @pytest.mark.parametrize("name", ["unet", "wan"])
 def test_a_pipeline_draws_the_same(name, cuda):
-    """Catches graphs that are not found again in the next picture, and branches of guidance on one another's memory."""
+    """Catches graphs that are not found again in the next image, and branches of guidance on one another's memory."""
     pipe, draw = made(name)
     with attach(pipe, TurboProcessor(0.4), graphs=False):
         expected = draw(7)
@@ -172,7 +172,7 @@ def test_detaching_frees_all_graphs(cuda):
 
 @pytest.mark.parametrize("mode", [True, "auto"])
 def test_what_cannot_be_captured_runs_and_says_so_once(mode, cuda):
-    """Catches an exception in place of a picture, a warning in every step, and silence where graphs were asked for."""
+    """Catches an exception in place of an image, a warning in every step, and silence where graphs were asked for."""
     model, run = family("pixart-sigma")
     reducer = Waiting(0.4, restore="copy")
     with attach(model, reducer, graphs=False):

@@ -17,7 +17,7 @@ from gen_turbo.api import NoEffectWarning
 from gen_turbo.engine.graphs import GraphsWarning
 from tests.engine.families import family
 from tests.tiny_family import random
-from tests.tiny_hosts import picture, run_unet, sd15_unet, sd_pipeline, unet_inputs
+from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
 
 KINDS: dict[str, dict[str, object]] = {
     "residual": {},
@@ -40,10 +40,10 @@ def test_two_threads_draw_what_each_draws_alone(kind):
     drawn: dict[int, Tensor] = {}
 
     def draw(number: int) -> None:
-        drawn[number] = picture(pipes[number], seed=number, steps=steps[number])
+        drawn[number] = image(pipes[number], seed=number, steps=steps[number])
 
     with attach(first.unet, TurboProcessor(0.4, **KINDS[kind])):
-        alone = [picture(pipe, seed=number, steps=steps[number]) for number, pipe in enumerate(pipes)]
+        alone = [image(pipe, seed=number, steps=steps[number]) for number, pipe in enumerate(pipes)]
         threads = [threading.Thread(target=draw, args=(number,)) for number in range(2)]
         for thread in threads:
             thread.start()
@@ -119,4 +119,4 @@ def test_nothing_is_said_where_nothing_was_asked_for():
     pipe = sd_pipeline()
     with attach(pipe, IdentityProcessor(0.4)), warnings.catch_warnings():
         warnings.simplefilter("error", NoEffectWarning)
-        picture(pipe, steps=3)
+        image(pipe, steps=3)

@@ -12,7 +12,7 @@ from stated import TurboProcessor
 from gen_turbo import attach, report
 from gen_turbo.engine.runs import Runs
 from gen_turbo.models.adapter import Geometry, ModelCall
-from tests.tiny_hosts import picture, sd_pipeline
+from tests.tiny_hosts import image, sd_pipeline
 
 
 def _raise(pipe, step, time, kwargs):
@@ -31,14 +31,14 @@ def test_a_run_that_is_stopped_leaves_nothing(stop):
     """Catches residuals that wait for a next run, which may never come, and text that is kept alive for them."""
     pipe = sd_pipeline()
     with attach(pipe, TurboProcessor(0.5)):
-        alone = picture(pipe, steps=8)
+        alone = image(pipe, steps=8)
         try:
-            picture(pipe, steps=8, callback_on_step_end=stop)
+            image(pipe, steps=8, callback_on_step_end=stop)
         except KeyboardInterrupt:
             pass
         told = report(pipe)
         assert told.remembered_bytes == 0 and told.sites[0].num_reduced > 0
-        assert torch.equal(picture(pipe, steps=8), alone)
+        assert torch.equal(image(pipe, steps=8), alone)
 
 
 def test_text_that_dies_in_another_thread_during_a_call():

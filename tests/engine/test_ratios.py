@@ -7,7 +7,7 @@ import torch
 from stated import TurboProcessor
 
 from gen_turbo import attach, report
-from tests.tiny_hosts import picture, run_unet, sd15_unet, sd_pipeline, unet_inputs
+from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
 
 TIMES = (900, 800, 700, 600, 500, 400)
 
@@ -66,15 +66,15 @@ def test_corrected_layers_change_their_ratio_at_a_full_step():
 
 
 @pytest.mark.parametrize("restore", ["residual", "copy"])
-def test_a_factor_of_one_is_the_same_picture(restore):
+def test_a_factor_of_one_is_the_same_image(restore):
     """Catches arithmetic that differs where nothing is asked for."""
     pipe = sd_pipeline()
     pipe.set_attn_processor(TurboProcessor(0.4, restore=restore))
-    plain = picture(pipe)
+    plain = image(pipe)
     pipe.set_attn_processor(
         TurboProcessor(0.4, restore=restore, step_scale={0: 1.0}, layer_ratios={"down_blocks.0.*": 0.4})
     )
-    assert torch.equal(picture(pipe), plain)
+    assert torch.equal(image(pipe), plain)
 
 
 def test_a_scale_of_zero_is_bit_identical():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gen_turbo import attach, report
 from gen_turbo.api import NoEffectWarning
-from tests.tiny_hosts import picture, sd_pipeline
+from tests.tiny_hosts import image, sd_pipeline
 from tests.tiny_pipelines import latents_of, sd3
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -45,7 +45,7 @@ def stops_at(last: int) -> Callable[..., dict[str, Any]]:
 
 
 def photo(seed: int) -> Image.Image:
-    """A picture to begin from."""
+    """An image to begin from."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
@@ -74,13 +74,13 @@ def test_a_run_that_was_stopped_leaves_nothing_to_the_pipeline_beside_it(kind):
     first = sd_pipeline()
     second = with_own_scheduler(first)
     with attach(first.unet, TurboProcessor(0.4, **KINDS[kind])):
-        alone = picture(second, seed=1, steps=6)
+        alone = image(second, seed=1, steps=6)
         with pytest.raises(Stop):
-            picture(first, seed=2, steps=8, callback_on_step_end=stops_at(3))
-        assert torch.equal(picture(second, seed=1, steps=6), alone)
+            image(first, seed=2, steps=8, callback_on_step_end=stops_at(3))
+        assert torch.equal(image(second, seed=1, steps=6), alone)
         with pytest.raises(Stop):
-            picture(second, seed=2, steps=6, callback_on_step_end=stops_at(1))
-        assert torch.equal(picture(second, seed=1, steps=6), alone)
+            image(second, seed=2, steps=6, callback_on_step_end=stops_at(1))
+        assert torch.equal(image(second, seed=1, steps=6), alone)
         assert report(first).remembered_bytes == 0
 
 
@@ -100,11 +100,11 @@ def test_short_runs_of_pipelines_made_from_each_other(num_steps):
     pipe = sd_pipeline()
     other = quiet(StableDiffusionImg2ImgPipeline.from_pipe(pipe))
     with attach(pipe.unet, TurboProcessor(0.4, restore="copy")):
-        alone = picture(pipe, steps=6)
+        alone = image(pipe, steps=6)
         short = from_photo(other, num_steps / 8)
         for _ in range(2):
             assert torch.equal(from_photo(other, num_steps / 8), short)
-        assert torch.equal(picture(pipe, steps=6), alone) and torch.equal(from_photo(other, num_steps / 8), short)
+        assert torch.equal(image(pipe, steps=6), alone) and torch.equal(from_photo(other, num_steps / 8), short)
     assert torch.equal(short, _fresh_short(num_steps))
 
 
@@ -134,12 +134,12 @@ def test_schedulers_of_every_order_end_their_runs(name):
     pipe.scheduler = getattr(diffusers, f"{name}DiscreteScheduler", None) or getattr(diffusers, f"{name}Scheduler")
     pipe.scheduler = pipe.scheduler.from_config(sd_pipeline().scheduler.config)
     with attach(pipe, TurboProcessor(0.4)):
-        first = picture(pipe, steps=8)
+        first = image(pipe, steps=8)
         told = report(pipe)
         rows = [row for row in told.sites if row.status == "reduced"]
         assert {row.num_full + row.num_reduced for row in rows} == {len(pipe.scheduler.timesteps)}
         assert told.remembered_bytes == 0 and all(row.num_reduced > row.num_full // 2 for row in rows)
-        assert torch.equal(picture(pipe, steps=8), first)
+        assert torch.equal(image(pipe, steps=8), first)
 
 
 def drops_guidance(at: int) -> Callable[..., dict[str, Any]]:
@@ -156,14 +156,14 @@ def drops_guidance(at: int) -> Callable[..., dict[str, Any]]:
 
 @pytest.mark.parametrize("at", [2, 4, 6])
 def test_guidance_that_is_dropped_in_mid_run(at):
-    """Catches a warning of no effect about the few steps after it, and another picture the second time."""
+    """Catches a warning of no effect about the few steps after it, and another image the second time."""
     pipe = sd_pipeline()
     names = ["prompt_embeds"]
     with attach(pipe, TurboProcessor(0.4)), warnings.catch_warnings():
         warnings.simplefilter("error", NoEffectWarning)
         call = {"callback_on_step_end": drops_guidance(at), "callback_on_step_end_tensor_inputs": names}
-        first = picture(pipe, steps=9, **call)
-        assert torch.equal(picture(pipe, steps=9, **call), first)
+        first = image(pipe, steps=9, **call)
+        assert torch.equal(image(pipe, steps=9, **call), first)
         assert report(pipe).most_remembered_bytes > 0
 
 
@@ -174,12 +174,12 @@ def _interrupts(pipe: Any, step: int, time: Any, kwargs: dict[str, Any]) -> dict
 
 @pytest.mark.parametrize("how", [drops_guidance(4), _interrupts, stops_at(3)], ids=["guidance", "interrupt", "stop"])
 def test_memory_dies_with_a_run_that_ends_otherwise(how):
-    """Catches residuals that are held between pictures because no last call came."""
+    """Catches residuals that are held between images because no last call came."""
     pipe = sd_pipeline()
     with attach(pipe, TurboProcessor(0.4)):
         try:
             names = ["prompt_embeds"]
-            picture(pipe, steps=9, callback_on_step_end=how, callback_on_step_end_tensor_inputs=names)
+            image(pipe, steps=9, callback_on_step_end=how, callback_on_step_end_tensor_inputs=names)
         except Stop:
             pass
         assert report(pipe).remembered_bytes == 0

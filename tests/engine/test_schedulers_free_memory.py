@@ -10,7 +10,7 @@ import torch
 from stated import TurboProcessor
 
 from gen_turbo import attach, report
-from tests.tiny_hosts import picture, run_unet, sd15_unet, sd_pipeline, unet_inputs
+from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -29,14 +29,14 @@ def test_a_run_ends_with_its_last_call_or_with_ctrl_c(name):
     pipe, kind = sd_pipeline(), getattr(diffusers, f"{name}Scheduler")
     pipe.scheduler = kind() if name == "EDMEuler" else kind.from_config(pipe.scheduler.config)
     with attach(pipe, TurboProcessor(0.5)):
-        first = picture(pipe, steps=9)
+        first = image(pipe, steps=9)
         told = report(pipe)
         assert told.remembered_bytes == 0 < told.most_remembered_bytes
         assert all(row.num_reduced >= row.num_full for row in told.sites if row.status == "reduced")
         with pytest.raises(KeyboardInterrupt):
-            picture(pipe, steps=9, callback_on_step_end=_stop)
+            image(pipe, steps=9, callback_on_step_end=_stop)
         assert report(pipe).remembered_bytes == 0
-        assert torch.equal(picture(pipe, steps=9), first)
+        assert torch.equal(image(pipe, steps=9), first)
 
 
 @pytest.mark.parametrize("settings", [{}, {"restore": "copy", "match_every": 0}, {"scope": "block"}])

@@ -1,4 +1,4 @@
-"""Stock pipelines of transformers: guidance, the end of a run, and the same picture again."""
+"""Stock pipelines of transformers: guidance, the end of a run, and the same image again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny_pipelines import TRANSFORMERS, latents_of
 
 @pytest.fixture(scope="module", params=TRANSFORMERS)
 def drawn(request):
-    """A pipeline and a function that draws one picture."""
+    """A pipeline and a function that draws one image."""
     pipe, call = TRANSFORMERS[request.param]()
     pipe.set_progress_bar_config(disable=True)
 
@@ -37,7 +37,7 @@ def test_a_run_is_reduced_and_leaves_nothing(drawn, scope):
     assert torch.equal(draw(), stock)
 
 
-def test_nothing_removed_is_the_same_picture(drawn):
+def test_nothing_removed_is_the_same_image(drawn):
     """Catches bookkeeping that disturbs a run."""
     pipe, draw = drawn
     stock = draw()

@@ -44,7 +44,7 @@ def test_nothing_removed_is_bit_identical(name, size, processor):
 @pytest.mark.parametrize("size", [(16, 16), (18, 26), (15, 9)])
 @pytest.mark.parametrize("processor", ABOVE_ZERO, ids=["corrected", "copied", "tome", "random"])
 def test_fewer_tokens_really_reach_attention(name, size, processor):
-    """Catches a method that only perturbs the picture, and SDXL being left alone in silence."""
+    """Catches a method that only perturbs the image, and SDXL being left alone in silence."""
     unet, inputs = UNETS[name](), unet_inputs(size=size)
     stock = run_unet(unet, **inputs)
     with attach(unet, processor), KeyLengths() as keys:

@@ -95,7 +95,7 @@ def pipe():
 
 
 def draw(pipe, steps=8, **given):
-    """One picture."""
+    """One image."""
     generator = torch.Generator().manual_seed(0)
     return pipe("a circle", num_inference_steps=steps, generator=generator, output_type="pt", **given).images
 

@@ -29,7 +29,7 @@ def test_an_attended_token_never_leaves():
     assert 9 in _plan(processor, tokens, value).anchor_BM
 
 
-def test_without_semantic_value_over_the_whole_picture_it_is_tome():
+def test_without_semantic_value_over_the_whole_image_it_is_tome():
     """Catches a difference from the published rule beside the one that Turbo adds."""
     turbo = _plan(TurboProcessor(0.5, value_weight=0.0, tile=0), _tokens())
     tome = _plan(ToMeProcessor(0.5, is_hashed=False), _tokens())
@@ -43,8 +43,8 @@ def test_tiles_shift_on_alternate_plans():
 
 
 @pytest.mark.parametrize(("side", "reach"), [(8, 4), (16, 4), (24, 6), (32, 8), (64, 8)])
-def test_small_pictures_have_smaller_tiles(side, reach):
-    """Catches one size of tiles for all, which in a small picture merges tokens of distant places."""
+def test_small_images_have_smaller_tiles(side, reach):
+    """Catches one size of tiles for all, which in a small image merges tokens of distant places."""
     tokens = torch.randn(1, side * side, 8, generator=torch.Generator().manual_seed(1))
     processor = TurboProcessor(0.75)
     plan = processor.plan(tokens, LayerInfo("here", 0.75, (side, side)), StepInfo())

@@ -10,7 +10,7 @@ from stated import TurboProcessor
 
 from gen_turbo import attach
 from gen_turbo.method import LayerInfo, StepInfo
-from tests.tiny_hosts import UNETS, picture, run_unet, sd_pipeline, unet_inputs
+from tests.tiny_hosts import UNETS, image, run_unet, sd_pipeline, unet_inputs
 
 # Softmax in float32 against Python's float64.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
@@ -56,14 +56,14 @@ def test_the_value_equals_the_loop(name):
 
 
 def test_with_guidance_only_the_prompt_is_asked():
-    """Catches the text of the unconditional half, which says nothing of the picture."""
+    """Catches the text of the unconditional half, which says nothing of the image."""
     pipe, values, texts = sd_pipeline(), [], []
     pipe.unet.register_forward_pre_hook(
         lambda model, args, kwargs: texts.append(kwargs["encoder_hidden_states"]), with_kwargs=True
     )
     processor = Watching(0.5, semantic="text", restore="copy")
     pipe.set_attn_processor(processor)
-    picture(pipe, guidance_scale=4.0, steps=2)
+    image(pipe, guidance_scale=4.0, steps=2)
     tokens, layer, values = processor.seen
     cross = pipe.unet.get_submodule(layer.replace("attn1", "attn2"))
     words = range(1, texts[0].shape[1])
@@ -80,11 +80,11 @@ def test_another_prompt_keeps_other_tokens(restore):
     pipe = sd_pipeline()
     processor = Watching(0.5, semantic="text", value_weight=5.0, restore=restore)
     pipe.set_attn_processor(processor)
-    pictures, values = [], []
+    images, values = [], []
     for prompt in ("a large red circle", "a small blue cross", "a large red circle"):
-        pictures.append(picture(pipe, prompt=prompt))
+        images.append(image(pipe, prompt=prompt))
         values.append(processor.seen[2])
-    assert torch.equal(pictures[0], pictures[2])
+    assert torch.equal(images[0], images[2])
     assert not torch.allclose(values[0], values[1])
 
 

@@ -17,7 +17,7 @@ def tokens(batch: int = 1, num_tokens: int = 256) -> torch.Tensor:
 
 
 def smooth() -> torch.Tensor:
-    """A smooth picture of 16 x 16 tokens with one sharp edge."""
+    """A smooth image of 16 x 16 tokens with one sharp edge."""
     y, x = torch.meshgrid(torch.linspace(0, 3, 16), torch.linspace(0, 3, 16), indexing="ij")
     field = torch.stack([torch.sin(x * k + y) for k in range(1, 9)], -1)
     field[5:12, 3:9] += 2.0
@@ -51,7 +51,7 @@ def test_without_a_grid_groups_lie_along_the_line():
 
 
 def test_shapes_depend_on_size_and_ratio_alone():
-    """Catches a number of groups that follows the picture, which recompiles a compiled model."""
+    """Catches a number of groups that follows the image, which recompiles a compiled model."""
     flat, busy = torch.ones(1, 255, 8), tokens(num_tokens=255)
     shapes = {VisToGProcessor(0.7).plan_tokens(x, grid=(15, 17)).anchor_BM.shape for x in (flat, busy, 0 * flat)}
     assert shapes == {(1, 255 - 178)}

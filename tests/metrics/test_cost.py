@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from gen_turbo.metrics.cost import Cost, count_cost
-from tests.tiny_hosts import picture, sd15_unet, sd_pipeline, unet_inputs
+from tests.tiny_hosts import image, sd15_unet, sd_pipeline, unet_inputs
 
 TOP = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
@@ -44,7 +44,7 @@ def test_only_the_model_is_counted() -> None:
     """Catches an autoencoder whose attention runs on as many tokens as the finest of the UNet."""
     pipe = sd_pipeline()
     with count_cost(pipe.unet) as cost:
-        picture(pipe, steps=1)
+        image(pipe, steps=1)
     assert set(cost.tokens()) == {name.removesuffix(".processor") for name in pipe.unet.attn_processors}
     assert all(name.endswith("attn1") for name in cost.top_self_attention())
 

@@ -1,4 +1,4 @@
-"""Distances between pictures."""
+"""Distances between images."""
 
 import math
 
@@ -19,25 +19,25 @@ def test_psnr_of_a_known_error() -> None:
     assert psnr(reference + 5, reference) == pytest.approx(20 * math.log10(255 / 5))
 
 
-def test_psnr_of_equal_pictures_is_infinite() -> None:
-    """Catches an epsilon under the logarithm, which makes equal pictures look merely close."""
+def test_psnr_of_equal_images_is_infinite() -> None:
+    """Catches an epsilon under the logarithm, which makes equal images look merely close."""
     assert psnr(_noise(), _noise()) == math.inf
 
 
 def test_psnr_refuses_another_size() -> None:
-    """Catches broadcasting of a gray picture over a coloured one."""
+    """Catches broadcasting of a gray image over a coloured one."""
     with pytest.raises(ValueError, match="resize"):
         psnr(_noise(), _noise(shape=(24, 20, 1)))
 
 
 def test_psnr_refuses_floats() -> None:
-    """Catches pictures in [0, 1] measured against a peak of 255."""
+    """Catches images in [0, 1] measured against a peak of 255."""
     with pytest.raises(ValueError, match="uint8"):
         psnr(_noise(), _noise() / 255)
 
 
-def test_ssim_is_one_only_for_equal_pictures() -> None:
-    """Catches a similarity of means alone, which a shuffled picture passes."""
+def test_ssim_is_one_only_for_equal_images() -> None:
+    """Catches a similarity of means alone, which a shuffled image passes."""
     shuffled = np.random.default_rng(1).permutation(_noise().reshape(-1, 3)).reshape(24, 20, 3)
     assert ssim(_noise(), _noise()) == pytest.approx(1, abs=1e-12)
     assert ssim(_noise(), shuffled) < 0.2
@@ -61,7 +61,7 @@ def test_ssim_agrees_with_the_loop_of_the_paper() -> None:
     assert ssim(a, b) == pytest.approx(np.mean(values), rel=1e-9)
 
 
-def test_ssim_refuses_a_picture_below_the_window() -> None:
+def test_ssim_refuses_a_image_below_the_window() -> None:
     """Catches an empty mean that silently gives nan."""
     with pytest.raises(ValueError, match="11 x 11"):
         ssim(_noise(shape=(10, 30, 3)), _noise(shape=(10, 30, 3)))

@@ -73,7 +73,7 @@ def test_free_groups_spare_the_odd_tokens():
     assert plan.sizes().gather(1, plan.slot_BN[:, odd]).tolist() == [[1, 1, 1, 1]]
 
 
-def test_rows_of_a_batch_are_grouped_by_their_own_picture():
+def test_rows_of_a_batch_are_grouped_by_their_own_image():
     """Catches one plan for the whole batch, and rows that leak into each other."""
     x = values(3, 60, 8)
     together = group_tokens(x, (6, 10), 20, num_free=3)

@@ -208,7 +208,7 @@ def test_wrong_grids_and_tiles_raise() -> None:
 
 
 def smooth_map(side: int, channels: int, seed: int) -> torch.Tensor:
-    """A picture-like map: coarse noise magnified bilinearly, with a little fine noise on top."""
+    """An image-like map: coarse noise magnified bilinearly, with a little fine noise on top."""
     coarse = values(1, channels, side // 4, side // 4, seed=seed)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
     return (smooth + 0.05 * values(1, channels, side, side, seed=seed + 1)).flatten(2).transpose(1, 2)

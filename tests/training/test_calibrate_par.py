@@ -7,7 +7,7 @@ import torch
 
 from gen_turbo import scenes
 from gen_turbo.commands import cli
-from gen_turbo.commands.asking import picture_prompts, scene_prompts
+from gen_turbo.commands.asking import image_prompts, scene_prompts
 from gen_turbo.config import load_config
 from gen_turbo.engine.report import report
 from gen_turbo.factory import build_pipeline
@@ -69,7 +69,7 @@ def _par(router: str):
 
 
 def test_wrong_arguments_are_one_sentence(checkpoint, tmp_path, capsys):
-    """Catches prompts that are ignored without pictures, and settings found wrong only after training."""
+    """Catches prompts that are ignored without images, and settings found wrong only after training."""
     base = ["calibrate", "par", f"checkpoint={checkpoint}", "--output", str(tmp_path / "router.safetensors")]
     for arguments, words in (
         (["--ask", "what?"], "--ask gives prompts for --images"),
@@ -91,7 +91,7 @@ def test_prompts_repeat_by_number_and_hold_back_scenes(checkpoint, tmp_path, mon
     assert not torch.equal(first["pixel_values"], other["pixel_values"])
     assert drawn and not any(scenes.is_held_out(scenes.parse(caption)) for caption in drawn)
     scenes.render("a large red circle on a gray background", 0).save(tmp_path / "one.png")
-    own = picture_prompts(pipe, [tmp_path], ["what color is the circle"], 2, seed=0)(4)
+    own = image_prompts(pipe, [tmp_path], ["what color is the circle"], 2, seed=0)(4)
     assert own["input_ids"].shape[0] == 2 and len(own["pixel_values"]) == 2
 
 

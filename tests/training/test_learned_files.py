@@ -174,9 +174,9 @@ def test_the_command_says_it_in_a_sentence(tmp_path, capsys):
     """Catches a traceback, and an exit code of 0 after a caption by weights that are no numbers."""
     tensors, notes = ODD["nan"](*_parts("par"))
     save_file(tensors, tmp_path / "x.safetensors", metadata=notes)
-    from tests.stub_pipelines import picture
+    from tests.stub_pipelines import image
 
-    picture(0).save(tmp_path / "0.png")
+    image(0).save(tmp_path / "0.png")
     arguments = ["processor=par", f"processor.router={tmp_path / 'x.safetensors'}"]
     assert cli.main(["caption", str(tmp_path / "0.png"), *arguments]) == 2
     error = capsys.readouterr().err

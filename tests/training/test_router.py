@@ -68,7 +68,7 @@ def test_noise_is_drawn_only_when_asked():
 
 @torch.no_grad()
 def test_equal_scores_keep_tokens_everywhere():
-    """Catches an untrained router that keeps the top of the picture, and scores that noise drowns."""
+    """Catches an untrained router that keeps the top of the image, and scores that noise drowns."""
     made, prompt = Router(RouterShape(WIDTH, DEPTH, width=16, num_heads=2)), prompt_of((400,))
     prompt.is_image_BL[:] = True
     kept = made.choose(prompt).token_BL[0].topk(100).indices

@@ -36,7 +36,7 @@ def model_with_an_idle_layer():
 
 
 def prompts(number: int) -> dict[str, torch.Tensor]:
-    """Two prompts with a picture each, other ones for every number."""
+    """Two prompts with an image each, other ones for every number."""
     inputs = PROMPTS["padded"].inputs(VLMS["llava"], seed=number)
     return {**inputs, "pixel_values": pixels(2, seed=number)}
 
@@ -237,5 +237,5 @@ def test_what_cannot_be_trained_is_refused():
             RouterTraining(**settings)
     ragged = PROMPTS["ragged"].inputs(VLMS["llava"])
     made = RouterTrainer(fresh(), Teacher(model_with_an_idle_layer(), 3), lambda number: ragged, QUICK)
-    with pytest.raises(ValueError, match="train on one picture of one size"):
+    with pytest.raises(ValueError, match="train on one image of one size"):
         made.fit(quiet)

@@ -17,7 +17,7 @@ NOT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_id
 
 @dataclass
 class Method:
-    """What a method does to one picture: its plan for (1, n, C), where, and whether slots are averaged."""
+    """What a method does to one image: its plan for (1, n, C), where, and whether slots are averaged."""
 
     plan: Callable[[Tensor], TokenMap]
     cut: int = 0
@@ -25,7 +25,7 @@ class Method:
 
 
 def reduce_row(x_NC: Tensor, plan: TokenMap, is_merged: bool) -> Tensor:
-    """The slots of one picture by the definition of a plan: means, or the anchors themselves."""
+    """The slots of one image by the definition of a plan: means, or the anchors themselves."""
     slots = plan.slot_BN[0].tolist()
     rows = []
     for slot, anchor in enumerate(plan.anchor_BM[0].tolist()):
@@ -34,8 +34,8 @@ def reduce_row(x_NC: Tensor, plan: TokenMap, is_merged: bool) -> Tensor:
     return torch.stack(rows)
 
 
-def reduce_pictures(hidden_LC: Tensor, others: list[Tensor], ids: Tensor, size: int, method: Method) -> Any:
-    """One row with every picture reduced by the plan on its hidden states: those, the others, and the columns kept."""
+def reduce_images(hidden_LC: Tensor, others: list[Tensor], ids: Tensor, size: int, method: Method) -> Any:
+    """One row with every image reduced by the plan on its hidden states: those, the others, and the columns kept."""
     is_merged = method.is_merged and method.cut == 0
     streams, columns, at = [[] for _ in range(1 + len(others))], [], 0
     while at < len(ids):
@@ -98,7 +98,7 @@ def positions_of(model: nn.Module, ids: Tensor, count: int) -> Tensor:
 
 
 def blocks_of(model: nn.Module, ids: Tensor) -> Tensor | None:
-    """The picture of each column of one row, -1 for words, where tokens of one picture see each other."""
+    """The image of each column of one row, -1 for words, where tokens of one image see each other."""
     if "Gemma3" not in type(model).__name__:
         return None
     is_image = ids == IMAGE
@@ -108,15 +108,15 @@ def blocks_of(model: nn.Module, ids: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def features_of(model: nn.Module, vlm: TinyVlm, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Features of each picture, and per later layer what is added to them there."""
+    """Features of each image, and per later layer what is added to them there."""
     out = model.get_image_features(**{name: value for name, value in inputs.items() if name not in NOT_INPUTS})
-    pictures = [one for features in out.pooler_output if len(features) for one in features.split(vlm.num_tokens)]
+    images = [one for features in out.pooler_output if len(features) for one in features.split(vlm.num_tokens)]
     deep = getattr(out, "deepstack_features", None) or []
-    return pictures, [[one for part in level for one in part.split(vlm.num_tokens)] for level in deep]
+    return images, [[one for part in level for one in part.split(vlm.num_tokens)] for level in deep]
 
 
 def embedded(model: nn.Module, ids: Tensor, own: list, deep: list) -> tuple[Tensor, list[Tensor]]:
-    """What the first layer of one unpadded row (n,) reads, and what later layers add: the pictures in their places."""
+    """What the first layer of one unpadded row (n,) reads, and what later layers add: the images in their places."""
     safe = ids.masked_fill(ids == IMAGE, 0) if "PaliGemma" in type(model).__name__ else ids
     hidden = model.get_input_embeddings()(safe).clone()
     added = [torch.zeros_like(hidden) for _ in deep]
@@ -136,7 +136,7 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
     is_prefix = "PaliGemma" in type(model).__name__
     blocks = blocks_of(model, ids)
     hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added, blocks=blocks)[0]
-    hidden, added, columns = reduce_pictures(hidden, added, ids, vlm.num_tokens, method)
+    hidden, added, columns = reduce_images(hidden, added, ids, vlm.num_tokens, method)
     kept = sum(column < prompt for column in columns) * is_prefix
     depth = text.config.num_hidden_layers
     blocks = None if blocks is None else blocks[columns]
@@ -151,15 +151,15 @@ def generated_logits(
 ) -> Tensor:
     """Logits (B, steps, V) before each of the tokens (B, steps) that were generated after a prompt.
 
-    `logits` gives those after one row in place of `next_logits`, for methods that are no plan of each picture.
+    `logits` gives those after one row in place of `next_logits`, for methods that are no plan of each image.
     """
-    pictures, deep = features if features is not None else features_of(model, vlm, inputs)
+    images, deep = features if features is not None else features_of(model, vlm, inputs)
     logits = logits or next_logits
     rows = []
     for ids, mask, new in zip(inputs["input_ids"], inputs["attention_mask"], tokens, strict=True):
         ids = ids[mask.bool()]
         count = int((ids == IMAGE).sum()) // vlm.num_tokens
-        own, pictures = pictures[:count], pictures[count:]
+        own, images = images[:count], images[count:]
         levels, deep = [level[:count] for level in deep], [level[count:] for level in deep]
         grown = [torch.cat([ids, new[:step]]) for step in range(len(new))]
         rows.append(torch.stack([logits(model, vlm, row, own, levels, len(ids), method) for row in grown]))

@@ -1,4 +1,4 @@
-"""Turbo in Qwen's vision towers as slow loops over one picture's units of 2 x 2 patches, from the formulas."""
+"""Turbo in Qwen's vision towers as slow loops over one image's units of 2 x 2 patches, from the formulas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATCHES = 4
 
 @dataclass
 class Unit:
-    """A unit: its patches (4, C), its rotary tables (4, D) each, its window, and which units of the picture it is."""
+    """A unit: its patches (4, C), its rotary tables (4, D) each, its window, and which units of the image it is."""
 
     x: Tensor
     rotary: tuple[Tensor, Tensor]
@@ -24,7 +24,7 @@ class Unit:
 
 
 def begin(tower: Any, pixels: Tensor, height: int, width: int) -> list[Unit]:
-    """The units of one picture of height x width patches, in the tower's order: window by window."""
+    """The units of one image of height x width patches, in the tower's order: window by window."""
     grid = torch.tensor([[1, height, width]])
     x = tower.patch_embed(pixels)
     if hasattr(tower, "pos_embed"):
@@ -96,7 +96,7 @@ def merge(units: list[Unit], keys: list[Tensor], received: list[float], removed:
 def encode(
     tower: Any, pixels: Tensor, height: int, width: int, removed: int, weight: float
 ) -> tuple[Tensor, list[Tensor], list[tuple[int, list[int]]]]:
-    """Runs the tower on one picture.
+    """Runs the tower on one image.
 
     Gives the features of every unit in raster order, those of inner blocks, and for every slot the unit that lends
     it its place and the units that it stands for.
@@ -118,7 +118,7 @@ def encode(
 
 
 def spread(units: list[Unit], features: list[Tensor]) -> Tensor:
-    """Every unit of the picture with the feature of its slot."""
+    """Every unit of the image with the feature of its slot."""
     count = sum(len(unit.members) for unit in units)
     of = {member: feature[0] for unit, feature in zip(units, features, strict=True) for member in unit.members}
     return torch.stack([of[index] for index in range(count)])

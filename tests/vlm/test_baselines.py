@@ -81,7 +81,7 @@ def test_fastv_reads_the_attention_of_the_last_token(attention):
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5", "qwen3", "paligemma"])
 def test_fastv_generates_as_the_oracle(family):
-    """Catches a plan that differs between pictures of one call, and scores of another family's attention."""
+    """Catches a plan that differs between images of one call, and scores of another family's attention."""
     vlm = VLMS[family]
     model, inputs = vlm.make("sdpa"), PROMPTS["padded"].inputs(vlm)
     plans = []
@@ -135,7 +135,7 @@ def test_visionzip_keeps_dominant_and_merges_the_rest():
 
 
 def test_visionzip_takes_the_class_token_of_the_tower():
-    """Catches attention of another block, of patches among themselves, or of another picture when beams repeat it."""
+    """Catches attention of another block, of patches among themselves, or of another image when beams repeat it."""
     vlm = VLMS["llava"]
     model, inputs = vlm.make("eager"), PROMPTS["padded"].inputs(vlm)
     seen = []
@@ -167,7 +167,7 @@ def test_pooled_cells_are_rectangles_of_like_size(grid, kept):
 
 
 def test_spaced_tokens_are_evenly_spaced():
-    """Catches a stride that leaves the end of the picture out."""
+    """Catches a stride that leaves the end of the image out."""
     assert selection.keep_spaced(16, 4).anchor_BM.tolist() == [[2, 6, 10, 14]]
     gaps = selection.keep_spaced(100, 37).anchor_BM.diff()
     assert gaps.min() >= 2 and gaps.max() <= 3

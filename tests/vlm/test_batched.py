@@ -84,12 +84,12 @@ def test_operators_do_not_grow_with_the_batch(name, settings, most):
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5"])
 def test_operators_of_a_packed_tower_do_not_grow_with_the_batch(family):
-    """Catches pictures of a packed tower that are merged, or whose segments attend, one by one."""
+    """Catches images of a packed tower that are merged, or whose segments attend, one by one."""
     vlm = VLMS[family]
     model = vlm.make("sdpa")
 
-    def count(pictures):
-        given = vlm.pictures([pictures])
+    def count(images):
+        given = vlm.images([images])
         with torch.no_grad(), Operators() as counted:
             model.model.visual(given["pixel_values"], grid_thw=given["image_grid_thw"])
         return counted.found.total()
@@ -97,7 +97,7 @@ def test_operators_of_a_packed_tower_do_not_grow_with_the_batch(family):
     with attach(model, METHODS["turbo_vit"](0.5)):
         few, many = count(16), count(32)
     stock = count(32) - count(16)
-    # Stock works out places picture by picture, and so does the first of the three blocks, before anything merged.
+    # Stock works out places image by image, and so does the first of the three blocks, before anything merged.
     assert many - few < stock
 
 
@@ -113,7 +113,7 @@ def test_padding_that_nobody_needs_leaves():
         row = report(model).sites[0]
     handle.remove()
     assert seen == [50, 14] and found.shape == stock.shape
-    # The row without a picture reads the same six words as before.
+    # The row without an image reads the same six words as before.
     assert (found[1, -6:] - stock[1, -6:]).abs().max() < TOLERANCE
     assert (row.num_tokens, row.num_kept) == (48, 12)
     assert row.flops / row.stock_flops == pytest.approx(14 / 50)
@@ -129,8 +129,8 @@ def test_what_a_cut_saves_is_counted_from_its_layer_on():
     assert row.flops / row.stock_flops == pytest.approx(1 - 1 / 4 * 12 / 23)
 
 
-def test_rows_without_a_picture_keep_their_words():
-    """Catches words that leave a row because another row has a picture."""
+def test_rows_without_a_image_keep_their_words():
+    """Catches words that leave a row because another row has an image."""
     vlm = VLMS["llava"]
     model, inputs = vlm.make("sdpa"), Prompt([[2, "i", 9], [9]]).inputs(vlm)
     alone = model(input_ids=inputs["input_ids"][1:, -9:]).logits
@@ -159,7 +159,7 @@ def test_random_routes_are_those_of_the_prompt_alone():
 
 @pytest.mark.parametrize("place", ["pre_llm", "decoder"])
 def test_adaptive_budgets_share_what_there_is(place):
-    """Catches budgets that are all the same or do not add up, and a plain picture that keeps more than busy ones."""
+    """Catches budgets that are all the same or do not add up, and a plain image that keeps more than busy ones."""
     vlm = VLMS["llava"]
     model, inputs = vlm.make("sdpa"), Prompt([[2, "i", 5]] * 4).inputs(vlm)
     inputs["pixel_values"][0] = 0.1
@@ -168,7 +168,7 @@ def test_adaptive_budgets_share_what_there_is(place):
         part = attachment.parts[0]
         stage = part._gate if place == "pre_llm" else part._cut
         told = stage.on_reduction
-        stage.on_reduction = lambda pictures, reduction: (told(pictures, reduction), kept.append(reduction.lengths()))
+        stage.on_reduction = lambda images, reduction: (told(images, reduction), kept.append(reduction.lengths()))
         model(**inputs)
     assert len(set(kept[0])) > 1 and sum(kept[0]) == 4 * 6
     assert kept[0][0] == min(kept[0])

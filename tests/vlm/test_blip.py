@@ -57,7 +57,7 @@ PLACES = [PUBLISHED, TurboVisionProcessor(0.5), TurboProcessor(0.5), Placed(Rand
 
 @torch.no_grad()
 def run(name, model):
-    """What the text side gives for two pictures."""
+    """What the text side gives for two images."""
     images, ids = pixels(2), torch.tensor([[1, 5, 6], [1, 7, 8]])
     if name in ("blip2", "instructblip"):
         ids = torch.tensor([[99] * 4 + [1, 5, 6], [99] * 4 + [1, 7, 8]])

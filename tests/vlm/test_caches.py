@@ -71,7 +71,7 @@ def test_a_cut_with_a_static_cache_runs_where_nothing_leaves_and_is_refused_befo
     assert not ran
 
 
-def test_a_second_turn_with_a_picture_goes_on_in_a_static_cache():
+def test_a_second_turn_with_a_image_goes_on_in_a_static_cache():
     """Catches places of the second turn counted from the whole first prompt."""
     vlm = VLMS["llava"]
     model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
@@ -216,7 +216,7 @@ def test_videos_are_told():
 
 
 def test_frames_of_llava_onevision_are_told_and_run_in_full():
-    """Catches a video that runs in full in silence, and frames taken for the pictures seen last."""
+    """Catches a video that runs in full in silence, and frames taken for the images seen last."""
     vlm, frames = VLMS["llava_onevision"], 2
     model = vlm.make()
     # Frames of 4 x 4 tokens are halved, and a newline follows the last.

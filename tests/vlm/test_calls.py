@@ -56,7 +56,7 @@ def test_every_method_is_here():
 
 
 def prompts(vlm, seed):
-    """Prompts of several shapes whose pictures no other seed has."""
+    """Prompts of several shapes whose images no other seed has."""
     made = [PROMPTS[name].inputs(vlm, seed) for name in ("one", "padded", "ragged_padded")]
     for one in made:
         noise = torch.randn(one["pixel_values"].shape, generator=torch.Generator().manual_seed(seed))
@@ -118,7 +118,7 @@ def test_a_call_inside_a_call(name):
 
 
 def test_tasks_that_take_turns():
-    """Catches features of one task's pictures taken for those of another, which encoded its own in between."""
+    """Catches features of one task's images taken for those of another, which encoded its own in between."""
     vlm = VLMS["llava"]
     model, (one, _, three) = vlm.make("sdpa"), prompts(vlm, 4)
 
@@ -140,7 +140,7 @@ def test_tasks_that_take_turns():
 
 
 def test_two_threads_where_text_reads_by_cross_attention():
-    """Catches the tower's plan of another thread's pictures."""
+    """Catches the tower's plan of another thread's images."""
     model = MODELS["caption"]()
     ids = torch.tensor([[1, 5, 6, 7]])
     pixels = {seed: torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)}

@@ -122,7 +122,7 @@ def test_a_copy_of_a_captioning_pipeline(processor, photo):
 
 @pytest.fixture(scope="module")
 def photo():
-    """A picture that the embedded model can read."""
+    """An image that the embedded model can read."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ def generate(model, inputs, **kwargs):
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    # A picture's placeholder among the generated tokens would mean nothing.
+    # An image's placeholder among the generated tokens would mean nothing.
     settings["suppress_tokens"] = [IMAGE]
     out = model.generate(**inputs, **(settings | kwargs))
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
@@ -33,7 +33,7 @@ def generate(model, inputs, **kwargs):
 
 
 def oracle_method(processor, vlm, cut=0):
-    """What a method does to one picture, as the gate or the decoder calls it without a semantic value."""
+    """What a method does to one image, as the gate or the decoder calls it without a semantic value."""
     return oracle.Method(lambda tokens: processor.plan_tokens(tokens, grid=vlm.grid), cut)
 
 
@@ -56,7 +56,7 @@ CASES = [
     if cut in (0, *VLMS[family].cuts)
 ]
 PLACES = [(family, cut) for family, vlm in VLMS.items() for cut in (0, 2) if cut in (0, *vlm.cuts)]
-# With causal attention, sliding windows, and pictures whose tokens see each other.
+# With causal attention, sliding windows, and images whose tokens see each other.
 TURNS = [("llava", 0), ("llava", 2), ("aya", 0), ("gemma3", 0)]
 
 
@@ -109,7 +109,7 @@ def test_detach_restores_every_object(family, cut):
 
 @pytest.mark.parametrize(("family", "cut"), PLACES)
 def test_beams_keep_their_own_prompt(family, cut):
-    """Catches features taken for another picture's when beams repeat them, and beams reordered without their mask."""
+    """Catches features taken for another image's when beams repeat them, and beams reordered without their mask."""
     vlm = VLMS[family]
     model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
     method = TurboProcessor(0.6, semantic="none")
@@ -224,7 +224,7 @@ def test_a_second_turn_goes_on_with_the_cache(prompt, family, cut, attention):
 
 
 @pytest.mark.parametrize(("family", "cut"), TURNS)
-def test_a_picture_in_the_second_turn_is_reduced_too(family, cut):
+def test_a_image_in_the_second_turn_is_reduced_too(family, cut):
     """Catches a second prefill whose columns are counted from the start of the conversation."""
     vlm = VLMS[family]
     model = vlm.make("sdpa")
@@ -238,7 +238,7 @@ def test_a_picture_in_the_second_turn_is_reduced_too(family, cut):
         mask = torch.cat([inputs["attention_mask"], grown], 1)
         more = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(9))
         new = {"input_ids": ids, "attention_mask": mask, "pixel_values": more, **vlm.extra(ids, mask)}
-        # The ids of the whole conversation are sliced by generate; the pictures are those of this turn.
+        # The ids of the whole conversation are sliced by generate; the images are those of this turn.
         again, logits, _ = generate(model, new, past_key_values=first.past_key_values)
     old = inputs["pixel_values"]
     order = torch.cat([old[:2], more[:1], old[2:3], more[1:2], more[2:]])
@@ -265,7 +265,7 @@ def test_what_cannot_be_exact_is_refused(place, settings, words):
 
 
 def test_inputs_embeds_are_recognised():
-    """Catches pictures that are missed where the prompt comes as embeddings."""
+    """Catches images that are missed where the prompt comes as embeddings."""
     vlm = VLMS["llava"]
     model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
@@ -275,8 +275,8 @@ def test_inputs_embeds_are_recognised():
     assert torch.equal(by_ids, by_embeds)
 
 
-def test_pictures_of_one_length_and_other_shapes_have_no_grid():
-    """Catches a picture of 2 x 8 tokens planned as 4 x 4, and one of 4 x 4 planned as 2 x 8."""
+def test_images_of_one_length_and_other_shapes_have_no_grid():
+    """Catches an image of 2 x 8 tokens planned as 4 x 4, and one of 4 x 4 planned as 2 x 8."""
     base = VLMS["mistral3"].make().model
     for sizes, grids in (
         ([[32, 128], [64, 64]], [None, None]),

@@ -20,15 +20,15 @@ PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5, scale=30.0)
 SIZES = [(8, 8), (4, 12), (8, 8)]
 
 
-def pictures(sizes=SIZES, frames=1):
-    """Patches of pictures of several sizes, in patches."""
+def images(sizes=SIZES, frames=1):
+    """Patches of images of several sizes, in patches."""
     count = sum(frames * height * width for height, width in sizes)
     patches = torch.randn(count, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(4))
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[frames, *size] for size in sizes])}
 
 
 def slow(model, given):
-    """Features, inner features by level and slots of every picture, one at a time."""
+    """Features, inner features by level and slots of every image, one at a time."""
     found, at = [], 0
     for _, height, width in given["image_grid_thw"].tolist():
         pixels = given["pixel_values"][at : at + height * width]
@@ -39,8 +39,8 @@ def slow(model, given):
 
 @pytest.mark.parametrize(("family", "attention"), [*((family, "sdpa") for family in QWEN), ("qwen2_5", "eager")])
 def test_the_published_algorithm_on_units_by_index_and_value(family, attention):
-    """Catches a unit torn apart, positions or windows of the wrong unit, sizes left out, pictures mixed up."""
-    model, given = VLMS[family].make(attention), pictures()
+    """Catches a unit torn apart, positions or windows of the wrong unit, sizes left out, images mixed up."""
+    model, given = VLMS[family].make(attention), images()
     with attach(model, PUBLISHED), torch.no_grad():
         out = model.get_image_features(**given)
         plans = attachments(model)[0]._tower.plans()
@@ -57,7 +57,7 @@ def test_the_published_algorithm_on_units_by_index_and_value(family, attention):
 @pytest.mark.parametrize("prompt", ["one", "ragged_padded"])
 @pytest.mark.parametrize("family", QWEN)
 def test_generate_equals_the_oracle(family, prompt):
-    """Catches copies that stay in the prompt, inner features of another unit, and slots of another picture."""
+    """Catches copies that stay in the prompt, inner features of another unit, and slots of another image."""
     vlm = VLMS[family]
     model, inputs = vlm.make("sdpa"), PROMPTS[prompt].inputs(vlm)
     with attach(model, PUBLISHED):
@@ -83,12 +83,12 @@ def test_generate_equals_the_oracle(family, prompt):
                                        Placed(RandomProcessor(0.5), place="tower")])  # fmt: skip
 @pytest.mark.parametrize("family", QWEN)
 def test_every_block_runs_on_fewer_tokens(family, processor):
-    """Catches merging that only perturbs features, and a schedule that misses the ratio of a picture."""
+    """Catches merging that only perturbs features, and a schedule that misses the ratio of an image."""
     model, seen = VLMS[family].make(), []
     blocks = model.model.visual.blocks
     handles = [block.mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[0])) for block in blocks]
     with attach(model, processor):
-        model.get_image_features(**pictures())
+        model.get_image_features(**images())
         plans = attachments(model)[0]._tower.plans()
     for handle in handles:
         handle.remove()
@@ -99,21 +99,21 @@ def test_every_block_runs_on_fewer_tokens(family, processor):
 
 @pytest.mark.parametrize("family", QWEN)
 def test_videos_pass_as_they_are(family):
-    """Catches frames merged as if they were one picture, and state of the last pictures used on a video."""
-    model, video = VLMS[family].make(), pictures([(4, 8)], frames=3)
+    """Catches frames merged as if they were one image, and state of the last images used on a video."""
+    model, video = VLMS[family].make(), images([(4, 8)], frames=3)
     call = {"pixel_values_videos": video["pixel_values"], "video_grid_thw": video["image_grid_thw"]}
     with torch.no_grad():
         stock = model.get_video_features(**call).pooler_output
         with attach(model, PUBLISHED):
-            model.get_image_features(**pictures())
+            model.get_image_features(**images())
             attached = model.get_video_features(**call).pooler_output
     assert all(torch.equal(one, other) for one, other in zip(stock, attached, strict=True))
 
 
 @pytest.mark.parametrize("family", QWEN)
 def test_hidden_states_are_restored(family):
-    """Catches recorded states that are shorter than the picture."""
-    model, given = VLMS[family].make(), pictures()
+    """Catches recorded states that are shorter than the image."""
+    model, given = VLMS[family].make(), images()
     with attach(model, PUBLISHED), torch.no_grad():
         out = model.get_image_features(**given, output_hidden_states=True)
     assert [state.shape[0] for state in out.hidden_states] == [4 * 44] * len(out.hidden_states)
@@ -133,8 +133,8 @@ def test_the_gate_reads_the_towers_attention(family):
 
     with attach(model, Watching(0.5, semantic="self")), torch.no_grad():
         model(**inputs)
-    for picture in range(2):
-        pixels = inputs["pixel_values"][64 * picture : 64 * (picture + 1)]
+    for image in range(2):
+        pixels = inputs["pixel_values"][64 * image : 64 * (image + 1)]
         units = packed_oracle.begin(model.model.visual, pixels, 8, 8)
         full = getattr(model.model.visual, "fullatt_block_indexes", range(3))
         with torch.no_grad():
@@ -144,4 +144,4 @@ def test_the_gate_reads_the_towers_attention(family):
                     unit.x = unit.x + more
                     unit.x = unit.x + block.mlp(block.norm2(unit.x))
         for unit, value in zip(units, received, strict=True):
-            assert abs(float(seen[0][picture, unit.members[0]]) - value) < TOLERANCE
+            assert abs(float(seen[0][image, unit.members[0]]) - value) < TOLERANCE

@@ -186,7 +186,7 @@ def test_detach_restores_every_object(family, mode):
 
 
 def test_no_state_from_call_to_call():
-    """Catches a route or scores that outlive their prompt: another batch, no picture, a failed call."""
+    """Catches a route or scores that outlive their prompt: another batch, no image, a failed call."""
     vlm = VLMS["llava"]
     model = vlm.make("sdpa")
     one, many = PROMPTS["one"].inputs(vlm), PROMPTS["ragged_padded"].inputs(vlm)

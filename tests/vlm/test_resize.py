@@ -1,4 +1,4 @@
-"""Smaller pictures before the vision tower: what is read is what the model reads of a smaller picture."""
+"""Smaller images before the vision tower: what is read is what the model reads of a smaller image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAMILIES = ["llava", "llava_siglip", "paligemma"]
 
 
 def smaller(images, side):
-    """Pictures of `side` x `side` patches of 8 pixels."""
+    """Images of `side` x `side` patches of 8 pixels."""
     return F.interpolate(images, (8 * side, 8 * side), mode="bicubic", antialias=True)
 
 
@@ -33,8 +33,8 @@ def cell_by_cell(num_tokens, num_cells):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompt", ["one", "ragged_padded"])
 @pytest.mark.parametrize(("ratio", "side"), [(0.4, 3), (0.75, 2)])
-def test_the_language_model_reads_the_smaller_picture(family, prompt, ratio, side):
-    """Catches a full-size picture whose tokens are dropped, tokens in another order, and other positions."""
+def test_the_language_model_reads_the_smaller_image(family, prompt, ratio, side):
+    """Catches a full-size image whose tokens are dropped, tokens in another order, and other positions."""
     vlm = VLMS[family]
     model, inputs = vlm.make("sdpa"), PROMPTS[prompt].inputs(vlm)
     cells, middles = cell_by_cell(4, side)
@@ -99,12 +99,12 @@ def test_ratio_0_is_bit_identical_and_detach_exact():
     ["llava_next", "llava_onevision", "mistral3", "llava_pixtral", "aya", "gemma3", "qwen2_5", "internvl", "idefics3"],
 )
 def test_towers_that_cannot_are_refused(family):
-    """Catches a picture that the model reads at full size in silence."""
-    with pytest.raises(ValueError, match="reads no smaller pictures; use the method pool instead"):
+    """Catches an image that the model reads at full size in silence."""
+    with pytest.raises(ValueError, match="reads no smaller images; use the method pool instead"):
         attach(VLMS[family].make("sdpa"), ResizeProcessor(0.5))
 
 
-def test_without_a_picture_it_is_refused():
+def test_without_a_image_it_is_refused():
     """Catches resizing of tokens, which would be another method."""
     with pytest.raises(ValueError, match="use pool"):
         ResizeProcessor(0.5).plan_tokens(torch.zeros(1, 16, 4), (4, 4))
@@ -114,7 +114,7 @@ def test_without_a_picture_it_is_refused():
 
 @pytest.mark.parametrize("grid", [(16, 16), (24, 24), (7, 9), (1, 5), (90, 1), (70, 3), (3, 70)])
 def test_the_smaller_grid_keeps_its_shape_and_the_budget(grid):
-    """Catches more tokens than asked for, a quarter that is not half of each side, and a picture that is squeezed."""
+    """Catches more tokens than asked for, a quarter that is not half of each side, and an image that is squeezed."""
     total = grid[0] * grid[1]
     for kept in range(1, total + 1):
         rows, columns = shrunk_grid(grid, kept)

@@ -46,7 +46,7 @@ def run(family):
     """One call."""
     model = model_of(family)
     if family in VLMS:
-        # Two pictures, or adaptive budgets would have nothing to share.
+        # Two images, or adaptive budgets would have nothing to share.
         return model(**PROMPTS["even"].inputs(VLMS[family]))
     ids = torch.tensor([[1, *range(5, 13), 2]])
     given = {"pixel_values": pixels(1), "input_ids": ids}

@@ -23,7 +23,7 @@ PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5, scale=30.0)
 
 
 def tower_of(model):
-    """The vision tower and, per picture, what enters its blocks."""
+    """The vision tower and, per image, what enters its blocks."""
     return model.model.vision_tower
 
 
@@ -95,7 +95,7 @@ def _leading(model):
 @pytest.mark.parametrize("family", TOWERS)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_language_model_reads_each_slot_once(family, prompt):
-    """Catches copies that stay in the prompt, and slots of one picture dropped from another."""
+    """Catches copies that stay in the prompt, and slots of one image dropped from another."""
     vlm = VLMS[family]
     model, inputs = vlm.make("sdpa"), PROMPTS[prompt].inputs(vlm)
     with attach(model, PUBLISHED):
@@ -132,7 +132,7 @@ def test_detach_restores_the_tower(family):
     model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
     generate(model, inputs)
     before = model_state(model)
-    # A picture moves the offset of later positions in the stock model too.
+    # An image moves the offset of later positions in the stock model too.
     own = {"model.rope_deltas"} if family in PACKED else set()
     with attach(model, PUBLISHED):
         generate(model, inputs)
@@ -190,7 +190,7 @@ def test_blip_settings_leave_the_published_number_of_tokens():
     ],
 )
 def test_every_tower_merges_as_published_and_is_restored(family, path, used, attention):
-    """Catches blocks of other names, scales on residuals, masks of whole pictures, and norms on the wrong side."""
+    """Catches blocks of other names, scales on residuals, masks of whole images, and norms on the wrong side."""
     vlm = VLMS[family]
     model, inputs = vlm.make(attention), PROMPTS["padded"].inputs(vlm)
     tower, seen = model.get_submodule(path), {}

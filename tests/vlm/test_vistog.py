@@ -151,8 +151,8 @@ def test_untrained_features_are_those_of_pooled_patches(family):
     assert (cells.select(found) - expected).abs().max() < TOLERANCE
 
 
-def test_pictures_of_a_batch_keep_their_own_groups():
-    """Catches one picture's groups in another's places."""
+def test_images_of_a_batch_keep_their_own_groups():
+    """Catches one image's groups in another's places."""
     vlm = VLMS["llava"]
     model, images = vlm.make("sdpa"), pixels(3)
     with attached(model, VisToGVisionProcessor(0.6)):
@@ -265,12 +265,12 @@ def test_other_connectors_are_refused(family):
     ("settings", "words"),
     [
         ({"num_tokens": 16}, "num_tokens must be below the 16 patches"),
-        ({"ratio": 0.01}, "none of the 16 patches of a picture would leave"),
+        ({"ratio": 0.01}, "none of the 16 patches of an image would leave"),
         ({"num_tokens": 5, "first_block": 2}, "one of the 2 blocks that the projector reads; got 2"),
     ],
 )
 def test_numbers_that_do_not_fit_the_model_are_named(settings, words):
-    """Catches a failure inside the tower at the first picture."""
+    """Catches a failure inside the tower at the first image."""
     with pytest.raises(ValueError, match=words):
         attach(VLMS["llava"].make("sdpa"), VisToGVisionProcessor(**settings))
 

@@ -1,4 +1,4 @@
-"""`gen-turbo calibrate vistog`: from pictures or drawn scenes to weights that attach, in one command."""
+"""`gen-turbo calibrate vistog`: from images or drawn scenes to weights that attach, in one command."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Twenty pictures and two questions."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Twenty images and two questions."""
+    folder = tmp_path_factory.mktemp("images")
     for number, caption in enumerate(scenes.captions(20, 0)):
         scenes.render(caption, number).save(folder / f"{number}.png")
     (folder / "questions.txt").write_text("what color is the background\n\nhow many objects are there\n")
@@ -54,9 +54,9 @@ def test_scenes_become_weights(checkpoint, tmp_path, capsys):
         assert len(model.get_image_features(pixel_values=torch.zeros(1, 3, 128, 128)).pooler_output[0]) == 64
 
 
-def test_pictures_of_ones_own_become_weights(checkpoint, pictures, tmp_path, capsys):
-    """Catches questions that are not asked, and pictures that are judged by after they were trained on."""
-    files = ["--images", str(pictures), "--questions", str(pictures / "questions.txt")]
+def test_images_of_ones_own_become_weights(checkpoint, images, tmp_path, capsys):
+    """Catches questions that are not asked, and images that are judged by after they were trained on."""
+    files = ["--images", str(images), "--questions", str(images / "questions.txt")]
     assert main(["calibrate", "vistog", *SMALL, *files, "--output", str(tmp_path), f"checkpoint={checkpoint}"]) == 0
     assert (tmp_path / "vistog.safetensors").is_file()
 
@@ -65,16 +65,16 @@ def test_pictures_of_ones_own_become_weights(checkpoint, pictures, tmp_path, cap
     ("given", "words"),
     [
         (["--num-tokens", "64"], "num_tokens must be below the 64 patches"),
-        (["--num-tokens", "4", "--questions", "x"], "name pictures too"),
+        (["--num-tokens", "4", "--questions", "x"], "name images too"),
         (["--num-tokens", "4", "--hard-negatives", "0"], "--batch and --hard-negatives count from 1; got 16 and 0"),
-        (["--num-tokens", "4", "--images", "few"], "1 pictures are too few to train on; give at least 20"),
+        (["--num-tokens", "4", "--images", "few"], "1 images are too few to train on; give at least 20"),
         (["--num-tokens", "4", "--images", "many", "--questions", "empty"], "holds no question"),
     ],
 )
-def test_what_does_not_fit_is_said_first(checkpoint, pictures, tmp_path, capsys, given, words):
+def test_what_does_not_fit_is_said_first(checkpoint, images, tmp_path, capsys, given, words):
     """Catches an error after minutes of training, or a traceback."""
     (tmp_path / "empty").write_text("\n")
-    places = {"few": str(pictures / "0.png"), "many": str(pictures), "empty": str(tmp_path / "empty")}
+    places = {"few": str(images / "0.png"), "many": str(images), "empty": str(tmp_path / "empty")}
     arguments = [places.get(text, text) for text in given]
     assert main(["calibrate", "vistog", *arguments, "--output", str(tmp_path), f"checkpoint={checkpoint}"]) == 2
     assert words in capsys.readouterr().err

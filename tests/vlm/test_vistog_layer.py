@@ -138,7 +138,7 @@ def test_noise_is_for_training_alone():
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_pictures_of_a_batch_do_not_meet():
+def test_images_of_a_batch_do_not_meet():
     """Catches groups that are shared or normalised over the batch."""
     grouping, (groups, patches) = trained(), tokens(3)
     together, slots = grouping(groups, patches, GRID)

@@ -23,7 +23,7 @@ VLM = VLMS["llava"]
 
 
 def batches(index):
-    """Prompts with pictures of their own for each step."""
+    """Prompts with images of their own for each step."""
     inputs = PROMPTS["padded"].inputs(VLM, index)
     generator = torch.Generator().manual_seed(index % 4)
     return inputs | {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}

@@ -16,7 +16,7 @@ from tests.vlm.test_generate import STEPS, TOLERANCE, generate, oracle_method
 from tests.vlm.tiny_vlms import IMAGE, PAD, PROMPTS, VLMS, Prompt
 
 RATIO = 0.4
-# Rows of other lengths, a picture in the middle, a row of words alone; special tokens are put in by `prompt`.
+# Rows of other lengths, an image in the middle, a row of words alone; special tokens are put in by `prompt`.
 ROWS = [[4, "i", 9], [7, "i", 3, "i", 6], [12]]
 CASES = [
     (family, attention, cut)
@@ -55,7 +55,7 @@ def next_logits(model, vlm, ids, own, deep, count, method):
     text = model.get_submodule(vlm.text)
     hidden, added = oracle.embedded(model, ids, own, deep)
     places = words_of(model, ids[:count])
-    # Rows without a picture keep their words.
+    # Rows without an image keep their words.
     removed = int(RATIO * len(places)) if own else 0
     columns = list(range(len(ids)))
     if removed:
@@ -70,7 +70,7 @@ def next_logits(model, vlm, ids, own, deep, count, method):
     blocks = oracle.blocks_of(model, kept_ids)
     run = oracle.run_layers
     hidden = run(text, hidden[None], positions[..., columns], 0, method.cut, prefix, added, blocks=blocks)[0]
-    hidden, added, kept = oracle.reduce_pictures(hidden, added, kept_ids, vlm.num_tokens, method)
+    hidden, added, kept = oracle.reduce_images(hidden, added, kept_ids, vlm.num_tokens, method)
     columns = [columns[index] for index in kept]
     prefix, depth = sum(column < count for column in columns) * is_prefix, text.config.num_hidden_layers
     blocks, positions = None if blocks is None else blocks[kept], positions[..., columns]
@@ -108,7 +108,7 @@ def test_words_alone_leave(family):
     assert (logits - expected_logits(model, vlm, inputs, new, processor)).abs().max() < TOLERANCE
     assert (logits[:, 0] - generate(model, inputs)[1][:, 0]).abs().max() > 100 * TOLERANCE
     words = [len(words_of(model, ids[mask.bool()])) for ids, mask in zip(*_rows(inputs), strict=True)]
-    words = words[:2]  # The last row has no picture.
+    words = words[:2]  # The last row has no image.
     assert rows["prompt"] == (sum(words), sum(n - int(RATIO * n) for n in words))
 
 
@@ -160,7 +160,7 @@ def test_assisted_generation_equals_greedy():
 
 @pytest.mark.parametrize("prompted", ["padded", "ragged_padded"])
 def test_a_second_turn_goes_on_with_the_cache(prompted):
-    """Catches words of the second turn dropped though it brings no picture, and lengths that forget the words."""
+    """Catches words of the second turn dropped though it brings no image, and lengths that forget the words."""
     vlm = VLMS["llava"]
     model, inputs = vlm.make(), PROMPTS[prompted].inputs(vlm)
     processor = TurboProcessor(0.6, semantic="none", text_ratio=RATIO)

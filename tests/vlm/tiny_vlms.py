@@ -79,12 +79,12 @@ class TinyVlm:
 
     Attributes:
         make: Builds the model with an attention implementation.
-        num_tokens: Image tokens of one picture.
+        num_tokens: Image tokens of one image.
         text: Path of the language model.
-        grid: (height, width) of a picture in tokens, where the family knows it.
+        grid: (height, width) of an image in tokens, where the family knows it.
         cuts: Decoder layers to cut at; none where windows slide.
         has_tower: Whether tokens can merge inside the vision tower.
-        pictures: Makes the arguments that bring pictures, from the number in each row.
+        images: Makes the arguments that bring images, from the number in each row.
         extra: Makes further arguments from the token ids and the mask.
     """
 
@@ -94,7 +94,7 @@ class TinyVlm:
     grid: tuple[int, int] | None = (4, 4)
     cuts: tuple[int, ...] = (1, 2)
     has_tower: bool = True
-    pictures: Callable[[list[int]], dict[str, Tensor]] = lambda counts: {"pixel_values": pixels(sum(counts))}
+    images: Callable[[list[int]], dict[str, Tensor]] = lambda counts: {"pixel_values": pixels(sum(counts))}
     extra: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda ids, mask: {}
 
 
@@ -110,7 +110,7 @@ def ready(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def pixels(count: int, seed: int = 0) -> Tensor:
-    """Pictures of 32 x 32 pixels."""
+    """Images of 32 x 32 pixels."""
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
@@ -142,8 +142,8 @@ def _qwen(model: Any, config: Any, vision: dict[str, Any], **text: Any) -> Calla
     )
 
 
-def _qwen_pictures(counts: list[int]) -> dict[str, Tensor]:
-    """Pictures of 64 x 64 pixels: 8 x 8 patches of two frames, 4 x 4 tokens."""
+def _qwen_images(counts: list[int]) -> dict[str, Tensor]:
+    """Images of 64 x 64 pixels: 8 x 8 patches of two frames, 4 x 4 tokens."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(sum(counts) * 64, 3 * 2 * 8 * 8, generator=generator)
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 8, 8]] * sum(counts))}
@@ -153,8 +153,8 @@ def _types(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (ids == IMAGE).int()}
 
 
-def _rows_of_pictures(counts: list[int]) -> dict[str, Tensor]:
-    """Pictures in rows (B, most, 3, 64, 64), rows with fewer filled up with zeros."""
+def _rows_of_images(counts: list[int]) -> dict[str, Tensor]:
+    """Images in rows (B, most, 3, 64, 64), rows with fewer filled up with zeros."""
     rows = torch.zeros(len(counts), max(counts), 3, 64, 64)
     generator = torch.Generator().manual_seed(0)
     for row, count in enumerate(counts):
@@ -162,26 +162,26 @@ def _rows_of_pictures(counts: list[int]) -> dict[str, Tensor]:
     return {"pixel_values": rows}
 
 
-def _wide_pictures(counts: list[int]) -> dict[str, Tensor]:
-    """Pictures of 64 x 64 pixels."""
+def _wide_images(counts: list[int]) -> dict[str, Tensor]:
+    """Images of 64 x 64 pixels."""
     return {"pixel_values": torch.randn(sum(counts), 3, 64, 64, generator=torch.Generator().manual_seed(0))}
 
 
-def _next_pictures(counts: list[int]) -> dict[str, Tensor]:
-    """Square pictures: a thumbnail and one tile each, whose rows end in a newline."""
+def _next_images(counts: list[int]) -> dict[str, Tensor]:
+    """Square images: a thumbnail and one tile each, whose rows end in a newline."""
     tiles = torch.randn(sum(counts), 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": tiles, "image_sizes": torch.tensor([[32, 32]] * sum(counts))}
 
 
-def _sized_pictures(side: int) -> Callable[[list[int]], dict[str, Tensor]]:
-    """Pictures of 2 x 8 tokens, with their sizes, for towers that read any size."""
+def _sized_images(side: int) -> Callable[[list[int]], dict[str, Tensor]]:
+    """Images of 2 x 8 tokens, with their sizes, for towers that read any size."""
 
-    def pictures(counts: list[int]) -> dict[str, Tensor]:
+    def images(counts: list[int]) -> dict[str, Tensor]:
         count, generator = sum(counts), torch.Generator().manual_seed(0)
         sizes = torch.tensor([[2 * side, 8 * side]] * count)
         return {"pixel_values": torch.randn(count, 3, 2 * side, 8 * side, generator=generator), "image_sizes": sizes}
 
-    return pictures
+    return images
 
 
 _CLIP = {"vision_config": lambda: CLIPVisionConfig(**VISION), "text_config": _llama, "image_token_index": IMAGE}
@@ -192,7 +192,7 @@ _TILES = {
     "scale_factor": 2,
     "pad_token_id": PAD,
 }
-_QWEN = {"pictures": _qwen_pictures, "extra": _types}
+_QWEN = {"images": _qwen_images, "extra": _types}
 VLMS = {
     "llava": TinyVlm(_maker(LlavaForConditionalGeneration, LlavaConfig, **_CLIP)),
     "llava_siglip": TinyVlm(
@@ -207,7 +207,7 @@ VLMS = {
         _maker(LlavaNextForConditionalGeneration, LlavaNextConfig, **_CLIP, image_grid_pinpoints=[[32, 32]]),
         num_tokens=16 + 4 * 5,
         grid=None,
-        pictures=_next_pictures,
+        images=_next_images,
     ),
     "llava_pixtral": TinyVlm(
         _maker(
@@ -219,7 +219,7 @@ VLMS = {
         ),
         grid=(2, 8),
         has_tower=False,
-        pictures=_sized_pictures(8),
+        images=_sized_images(8),
     ),
     "llava_onevision": TinyVlm(
         _maker(
@@ -233,7 +233,7 @@ VLMS = {
         ),
         num_tokens=16 + 4 * 5,
         grid=None,
-        pictures=_next_pictures,
+        images=_next_images,
     ),
     "mistral3": TinyVlm(
         _maker(
@@ -245,7 +245,7 @@ VLMS = {
         ),
         grid=(2, 8),
         has_tower=False,
-        pictures=_sized_pictures(16),
+        images=_sized_images(16),
     ),
     "aya": TinyVlm(
         _maker(
@@ -256,7 +256,7 @@ VLMS = {
             image_token_index=IMAGE,
         ),
         cuts=(),
-        pictures=_wide_pictures,
+        images=_wide_images,
     ),
     "qwen2": TinyVlm(
         _qwen(Qwen2VLForConditionalGeneration, Qwen2VLConfig, {"embed_dim": 32, "hidden_size": 32, "num_heads": 4}),
@@ -300,17 +300,17 @@ VLMS = {
             image_token_id=IMAGE,
             downsample_ratio=0.5,
         ),
-        pictures=_wide_pictures,
+        images=_wide_images,
     ),
     "idefics3": TinyVlm(
         _maker(Idefics3ForConditionalGeneration, Idefics3Config, **_TILES),
         text="model.text_model",
-        pictures=_rows_of_pictures,
+        images=_rows_of_images,
     ),
     "smolvlm": TinyVlm(
         _maker(SmolVLMForConditionalGeneration, SmolVLMConfig, **_TILES),
         text="model.text_model",
-        pictures=_rows_of_pictures,
+        images=_rows_of_images,
     ),
     "gemma3": TinyVlm(
         _maker(
@@ -324,7 +324,7 @@ VLMS = {
             mm_tokens_per_image=16,
         ),
         cuts=(),
-        pictures=_wide_pictures,
+        images=_wide_images,
         extra=lambda ids, mask: {"token_type_ids": (ids == IMAGE).int()},
     ),
     "paligemma": TinyVlm(
@@ -344,20 +344,20 @@ VLMS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """Rows of text lengths and pictures: each row is a list of ints (that many text tokens) and "i" (a picture)."""
+    """Rows of text lengths and images: each row is a list of ints (that many text tokens) and "i" (an image)."""
 
     rows: list[list[int | str]]
     side: str = "left"
 
     def inputs(self, vlm: TinyVlm, seed: int = 0) -> dict[str, Tensor]:
-        """Token ids, mask and pictures."""
+        """Token ids, mask and images."""
         generator = torch.Generator().manual_seed(seed)
         rows = []
         for row in self.rows:
             parts = [
                 torch.full((vlm.num_tokens,), IMAGE)
                 if part == "i"
-                # As long as a picture, so that rows with more and with fewer pictures are of one length.
+                # As long as an image, so that rows with more and with fewer images are of one length.
                 else torch.randint(3, 90, (vlm.num_tokens if part == "t" else int(part),), generator=generator)
                 for part in row
             ]
@@ -368,7 +368,7 @@ class Prompt:
             place = slice(length - len(row), length) if self.side == "left" else slice(0, len(row))
             ids[index, place], mask[index, place] = row, 1
         counts = [row.count("i") for row in self.rows]
-        return {"input_ids": ids, "attention_mask": mask, **vlm.pictures(counts), **vlm.extra(ids, mask)}
+        return {"input_ids": ids, "attention_mask": mask, **vlm.images(counts), **vlm.extra(ids, mask)}
 
 
 PROMPTS = {

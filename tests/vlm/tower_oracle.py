@@ -11,7 +11,7 @@ NORMS = (("layer_norm1", "layernorm_before"), ("layer_norm2", "layernorm_after")
 
 
 def attend(x_NC: Tensor, sizes: list[int], attn: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Proportional attention of one picture: its output, keys averaged over heads, attention (H, N, N)."""
+    """Proportional attention of one image: its output, keys averaged over heads, attention (H, N, N)."""
     normed = norm(x_NC)
     heads, width = attn.num_heads, x_NC.shape[1] // attn.num_heads
     if hasattr(attn, "qkv"):
@@ -50,7 +50,7 @@ def merge_block(
 def encode(
     x_NC: Tensor, blocks: list[nn.Module], leading: int, removed: int, weight: float, used: int | None = None
 ) -> tuple[Tensor, list[int], list[list[int]]]:
-    """Runs blocks on one picture (N, C), of which the first `used` merge.
+    """Runs blocks on one image (N, C), of which the first `used` merge.
 
     Gives the tokens left, their sizes, and which tokens each stands for.
     """
