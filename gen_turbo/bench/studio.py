@@ -142,9 +142,12 @@ def open_studio(
     Raises:
         ValueError: If the pipeline is not there; see `load_pipeline`.
     """
-    is_folder = (Path(pipeline) / "model_index.json").is_file()
-    folder_config = PipelineConfig(checkpoint=pipeline, pipeline="text-to-image", device=device)
-    pipe = build_pipeline(folder_config) if is_folder else load_pipeline(pipeline, processor=None, device=device)
+    if (Path(pipeline) / "model_index.json").is_file():
+        pipe = build_pipeline(
+            PipelineConfig(checkpoint=pipeline, pipeline="text-to-image", device=device, dtype="float32")
+        )
+    else:
+        pipe = load_pipeline(pipeline, processor=None, device=device, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     weights = fingerprint(pipe)
     if device != "cpu":
