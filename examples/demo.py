@@ -6,6 +6,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ class Drawing:
 
     image: Image.Image
     seconds: float
-    tokens: str
 
 
 def main() -> None:
@@ -58,27 +58,34 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Threads that wait for each other are many times slower than one wherever anything else runs.
     torch.set_num_threads(1)
-    pipe = gen_turbo.load_pipeline(options.pipeline, processor=None)
-    pipe.set_progress_bar_config(disable=True)
-    processor = gen_turbo.TurboProcessor()
+    pipes = [gen_turbo.load_pipeline(options.pipeline, processor=None) for _ in range(2)]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    pipes[1].set_attn_processor(gen_turbo.TurboProcessor())
     captions = scenes.captions(options.prompts, options.seed)
-    pairs = draw_pairs(pipe, processor, captions, options)
+    pairs = draw_pairs(pipes, captions, options)
     captions = captions[: len(pairs)]
-    print_table(captions, pairs, processor)
+    print_table(captions, pairs, pipes[1])
     save(options.output, [(caption, pair_row(pair)) for caption, pair in zip(captions, pairs, strict=True)])
     if options.images:
         try:
-            show_workflow(options, gen_turbo.load_pipeline(options.workflow, processor=None))
+            show_workflow(options, [gen_turbo.load_pipeline(options.workflow, processor=None) for _ in range(2)])
         except ConfigError as error:
             print(f"\nimage -> caption -> new image was skipped: {error}")
     print(NEXT)
 
 
-def draw_pairs(
-    pipe: Any, processor: Any, captions: list[str], options: argparse.Namespace
-) -> list[tuple[Drawing, Drawing]]:
+def clock_of(pipe: Any) -> Callable[[], float]:
+    """Seconds of the process on a CPU, which what else runs there does not change; passed ones on a device."""
+    return time.process_time if pipe.device.type == "cpu" else time.perf_counter
+
+
+def draw_pairs(pipes: list[Any], captions: list[str], options: argparse.Namespace) -> list[tuple[Drawing, Drawing]]:
     """Draws each caption by stock and by Turbo, and stops before a caption that would pass the limit."""
-    draw(pipe, captions[0], options.seed, steps=2)
+    for pipe in pipes:
+        # A device loads kernels and captures CUDA graphs in its first runs.
+        for steps in (2,) if pipe.device.type == "cpu" else (options.steps, options.steps):
+            draw(pipe, captions[0], options.seed, steps)
     pairs: list[tuple[Drawing, Drawing]] = []
     start = time.perf_counter()
     with tqdm(total=2 * len(captions), desc="images") as bar:
@@ -88,31 +95,24 @@ def draw_pairs(
                 break
             drawn = {}
             # The order alternates, so that a machine that slows down slows both alike.
-            for kind in (None, processor)[:: 1 if number % 2 == 0 else -1]:
-                drawn[kind is None] = draw(pipe, caption, options.seed + number, options.steps, kind)
+            for side in (0, 1)[:: 1 if number % 2 == 0 else -1]:
+                drawn[side] = draw(pipes[side], caption, options.seed + number, options.steps)
                 bar.update()
-            pairs.append((drawn[True], drawn[False]))
+            pairs.append((drawn[0], drawn[1]))
     return pairs
 
 
-def draw(pipe: Any, caption: str, seed: int, steps: int, processor: Any | None = None) -> Drawing:
-    """Draws one caption with a processor or, without one, by the stock pipeline."""
-    if processor is not None:
-        pipe.set_attn_processor(processor)
-    generator = torch.Generator().manual_seed(seed)
-    start = time.perf_counter()
+def draw(pipe: Any, caption: str, seed: int, steps: int) -> Drawing:
+    """Draws one caption."""
+    generator, clock = torch.Generator().manual_seed(seed), clock_of(pipe)
+    start = clock()
     image = pipe(caption, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generator).images[0]
-    seconds = time.perf_counter() - start
-    sites = [site for site in gen_turbo.report(pipe).sites if site.num_tokens]
-    if processor is not None:
-        pipe.reset_attn_processor()
-    finest = max(sites, key=lambda site: site.num_tokens, default=None)
-    return Drawing(image, seconds, f"{finest.num_tokens} -> {finest.num_kept}" if finest else "all")
+    return Drawing(image, clock() - start)
 
 
-def print_table(captions: list[str], pairs: list[tuple[Drawing, Drawing]], processor: Any) -> None:
-    """Prints one line per image and the medians."""
-    print(f"\n{processor}\n")
+def print_table(captions: list[str], pairs: list[tuple[Drawing, Drawing]], pipe: Any) -> None:
+    """Prints one line per image, the medians, and what the accelerated pipeline chose."""
+    print()
     print(f"{'caption':<58} {'stock':>7} {'Turbo':>7} {'PSNR':>8}  check stock / Turbo")
     for caption, (stock, turbo) in zip(captions, pairs, strict=True):
         passed = [("no", "yes")[scenes.check(one.image, caption).passed] for one in (stock, turbo)]
@@ -120,29 +120,38 @@ def print_table(captions: list[str], pairs: list[tuple[Drawing, Drawing]], proce
         print(f"{caption:<58} {stock.seconds:5.1f} s {turbo.seconds:5.1f} s {distance:>8}  {' / '.join(passed)}")
     times = [statistics.median(pair[side].seconds for pair in pairs) for side in (0, 1)]
     ratios = sorted(stock.seconds / turbo.seconds for stock, turbo in pairs)
-    print(f"\nseconds per image, median of alternating runs: stock {times[0]:.1f}, Turbo {times[1]:.1f}")
+    seconds = "CPU seconds" if pipe.device.type == "cpu" else "seconds"
+    print(f"\n{seconds} per image, median of alternating runs: stock {times[0]:.2f}, Turbo {times[1]:.2f}")
     print(f"times faster: {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print(f"tokens in the top self-attention: {pairs[0][1].tokens}")
+    report = gen_turbo.report(pipe)
+    print(f"TurboProcessor() chose {report.choice}")
+    for (height, width), (before, kept, layers) in report.tokens_by_grid.items():
+        print(f"  {height} x {width} tokens: {before} -> {kept} in {layers} layers")
+    if report.graphs:
+        print(f"  CUDA graphs: {report.graphs}")
 
 
-def show_workflow(options: argparse.Namespace, pipe: Any) -> None:
+def show_workflow(options: argparse.Namespace, pipes: list[Any]) -> None:
     """Reads rendered scenes, draws new images from what was said, and prints how both halves did."""
-    pipe.generate.set_progress_bar_config(disable=True)
-    processors = {"caption": gen_turbo.TurboProcessor(0.66), "generate": gen_turbo.TurboProcessor()}
-    captions = scenes.captions(options.images, options.seed + 1)
-    rows = []
+    captions, rows, clock = scenes.captions(options.images, options.seed + 1), [], clock_of(pipes[0].generate)
+    for pipe in pipes:
+        pipe.generate.set_progress_bar_config(disable=True)
+    pipes[1].set_attn_processor({"caption": gen_turbo.TurboProcessor(0.66), "generate": gen_turbo.TurboProcessor()})
+    if clock is time.perf_counter:
+        for pipe in pipes:
+            pipe([scenes.render(captions[0], options.seed)] * 2, batch_size=1)
     print("\nimage -> caption -> new image, Turbo in both halves")
     for number, caption in enumerate(captions):
         source, made = scenes.render(caption, options.seed + number), {}
-        for kind in (None, processors)[:: 1 if number % 2 == 0 else -1]:
-            pipe.set_attn_processor(kind)
-            made[kind is None] = pipe(source, seeds=options.seed + number)
-        stock, turbo = made[True], made[False]
-        passed = [("no", "yes")[scenes.check(one.images[0], caption).passed] for one in (stock, turbo)]
-        print(f"source: {caption}\n  said: {turbo.captions[0]} ({turbo.num_tokens} -> {turbo.num_kept} image tokens)")
+        for side in (0, 1)[:: 1 if number % 2 == 0 else -1]:
+            start = clock()
+            result = pipes[side](source, seeds=options.seed + number)
+            made[side] = (Drawing(result.images[0], clock() - start), result)
+        (stock, _), (turbo, said) = made[0], made[1]
+        passed = [("no", "yes")[scenes.check(one.image, caption).passed] for one in (stock, turbo)]
+        print(f"source: {caption}\n  said: {said.captions[0]} ({said.num_tokens} -> {said.num_kept} image tokens)")
         print(f"  stock {stock.seconds:.1f} s, Turbo {turbo.seconds:.1f} s; new image shows it: {' / '.join(passed)}")
-        both = [(f"{name}, {one.seconds:.1f} s", one.images[0]) for name, one in (("stock", stock), ("Turbo", turbo))]
-        rows.append((turbo.captions[0], [("source", source), *both]))
+        rows.append((said.captions[0], [("source", source), *pair_row((stock, turbo))]))
     save(options.workflow_output, rows)
 
 
