@@ -137,7 +137,8 @@ class ReducedLayer(Placed):
         assert state.map is not None
         wholes = full if isinstance(full, tuple) else (full,)
         restored = restore(outputs, state.map.slot, self.outputs, base, minus, self.plain)
-        misses = [None if y is None else whole - y for whole, y in zip(wholes, restored, strict=True)]
+        pairs = enumerate(zip(wholes, restored, strict=True))
+        misses = [None if y is None or index in self.spec.unread else whole - y for index, (whole, y) in pairs]
         if self.starts:
             self.beginning.allocate(self, misses)
             return

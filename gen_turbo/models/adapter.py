@@ -130,6 +130,7 @@ class LayerSpec:
         left_alone: Why it cannot be reduced; empty if it can.
         signature: Where its image tokens are.
         ends_span: Whether the model itself reads every token of a block's output before the next block.
+        unread: Which items of a tuple that is returned the model drops, so that nothing is remembered of them.
     """
 
     name: str
@@ -137,6 +138,7 @@ class LayerSpec:
     left_alone: str = ""
     signature: LayerSignature = SELF_ATTENTION
     ends_span: bool = False
+    unread: tuple[int, ...] = ()
 
 
 WHOLE = "output"

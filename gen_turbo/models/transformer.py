@@ -112,10 +112,12 @@ class TransformerAdapter:
     def layers(self, model: nn.Module) -> list[LayerSpec]:
         """Every module with an attention processor, whether the model lists them or not."""
         named = ((name, module) for name, module in model.named_modules() if hasattr(module, "processor"))
-        found = ((name, _matching(self.attention, name)) for name, _ in named)
+        found = ((name, module, _matching(self.attention, name)) for name, module in named)
         return [
-            LayerSpec(name, signature=signature) if signature else LayerSpec(name, left_alone="not over image tokens")
-            for name, signature in found
+            LayerSpec(name, signature=signature, unread=_unread(module))
+            if signature
+            else LayerSpec(name, left_alone="not over image tokens")
+            for name, module, signature in found
         ]
 
     def blocks(self, model: nn.Module) -> list[LayerSpec]:
@@ -171,6 +173,11 @@ def _matching(signatures: Mapping[str, LayerSignature], name: str) -> LayerSigna
 def _matches(pattern: str, name: str) -> bool:
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True))
+
+
+def _unread(layer: Any) -> tuple[int, ...]:
+    """The text, by the sign of diffusers, where no layer follows that would read it."""
+    return (1,) if getattr(layer, "context_pre_only", False) else ()
 
 
 def _knows_heads(layer: nn.Module) -> bool:
