@@ -36,7 +36,7 @@ class Attachment:
         self.parts = parts
 
     @property
-    def sites(self) -> tuple[str, ...]:
+    def layers(self) -> tuple[str, ...]:
         """The layers that are reduced; never empty."""
         return tuple(name for part in self.parts for name in part.layer_names)
 

@@ -178,7 +178,7 @@ class CaptionPipeline:
 
     def _num_kept(self, num_tokens: int) -> int:
         # Words are no image tokens.
-        rows = [site for site in report(self).sites if site.num_tokens and site.name != "text_encoder"]
+        rows = [layer for layer in report(self).layers if layer.num_tokens and layer.name != "text_encoder"]
         if not rows:
             return num_tokens
         # A tower that text reads on the side has a row for each block; elsewhere the last row is the language model.

@@ -168,8 +168,8 @@ class CaptionGeneratePipeline:
         self.generate = after
 
     def _drawn_tokens(self) -> tuple[int, int]:
-        sites = [site for site in report(self.generate).sites if site.status == "reduced" and site.num_tokens]
-        finest = max(sites, key=lambda site: site.num_tokens, default=None)
+        layers = [layer for layer in report(self.generate).layers if layer.status == "reduced" and layer.num_tokens]
+        finest = max(layers, key=lambda layer: layer.num_tokens, default=None)
         return (finest.num_tokens, finest.num_kept) if finest is not None else (0, 0)
 
 

@@ -57,7 +57,7 @@ def test_batches_change_nothing_and_reset_gives_stock(vlm, images):
     together, apart = pipe(images), pipe(images, batch_size=1)
     assert together.texts == apart.texts
     assert together.num_kept == apart.num_kept == 3 * 64
-    assert [row.num_tokens for row in report(pipe).sites] == [256]
+    assert [row.num_tokens for row in report(pipe).layers] == [256]
     pipe.reset_attn_processor()
     assert differences(before, model_state(pipe.vlm)) == []
     assert pipe(images).texts == stock.texts
@@ -118,8 +118,8 @@ def test_the_whole_way(both, images):
     again = both.generate([result.prompts[2]], generator=generator, guidance_scale=3.0, **SMALL).images[0]
     assert np.array_equal(np.asarray(again), np.asarray(result.images[2]))
     both.reset_attn_processor()
-    assert not report(both.generate).sites
-    assert not report(both.caption).sites
+    assert not report(both.generate).layers
+    assert not report(both.caption).layers
 
 
 def test_a_strength_starts_from_the_image(both, images):
@@ -136,7 +136,7 @@ def test_a_strength_starts_from_the_image(both, images):
     assert not np.array_equal(np.asarray(started.images[0]), np.asarray(free))
     assert not np.array_equal(*(np.asarray(both(one, **call).images[0]) for one in images[:2]))
     assert np.array_equal(np.asarray(both(images[0], **settings).images[0]), np.asarray(free))
-    assert report(both.generate).sites
+    assert report(both.generate).layers
     both.config.generate.height = both.config.generate.width = 128
     both.reset_attn_processor()
 
@@ -222,5 +222,5 @@ def test_attach_takes_the_pipeline(vlm):
     """Catches a pipeline that `attach` and `report` do not know."""
     pipe = load_pipeline("caption", checkpoint=str(vlm), processor=None)
     with attach(pipe, TurboProcessor(0.5)):
-        assert report(pipe).sites
-    assert not report(pipe).sites
+        assert report(pipe).layers
+    assert not report(pipe).layers

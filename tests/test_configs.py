@@ -162,17 +162,17 @@ def test_load_pipeline_attaches_what_the_file_names(own_yaml):
     assert pipe.unet.dtype == torch.float32
     pipe.set_progress_bar_config(disable=True)
     pipe("a red circle", num_inference_steps=1, height=32, width=32)
-    reduced = [site for site in report(pipe).sites if site.status == "reduced"]
-    assert {(site.num_tokens, site.num_kept) for site in reduced} == {(256, 256 - int(256 * 0.3))}
+    reduced = [layer for layer in report(pipe).layers if layer.status == "reduced"]
+    assert {(layer.num_tokens, layer.num_kept) for layer in reduced} == {(256, 256 - int(256 * 0.3))}
 
 
 def test_load_pipeline_takes_overrides(own_yaml):
     """Catches keyword overrides that lose against the file."""
     pipe = load_pipeline(own_yaml, processor=None, dtype="float16")
-    assert not report(pipe).sites
+    assert not report(pipe).layers
     assert pipe.unet.dtype == torch.float16
-    assert report(load_pipeline(own_yaml, processor=IdentityProcessor())).sites
-    assert report(load_pipeline(own_yaml, processor="turbo")).sites
+    assert report(load_pipeline(own_yaml, processor=IdentityProcessor())).layers
+    assert report(load_pipeline(own_yaml, processor="turbo")).layers
 
 
 def test_load_pipeline_refuses_what_has_no_effect(own_yaml):

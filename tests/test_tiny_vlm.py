@@ -74,7 +74,7 @@ def test_turbo_shortens_what_the_language_model_reads(model):
     stock = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     with attach(model, TurboProcessor(0.5)):
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        assert [(row.num_tokens, row.num_kept) for row in report(model).sites] == [(128, 64)]
+        assert [(row.num_tokens, row.num_kept) for row in report(model).layers] == [(128, 64)]
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), stock)
 
 

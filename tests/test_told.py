@@ -26,7 +26,7 @@ def test_a_wrapped_model_is_attached_to(wrap):
     stock, before = run_unet(unet, **inputs), model_state(unet)
     with attach(outer, TurboProcessor(0.5)):
         assert not torch.equal(run_unet(outer, **inputs), stock)
-        assert any(row.num_reduced for row in report(outer).sites)
+        assert any(row.num_reduced for row in report(outer).layers)
         assert attachments(unet) == attachments(outer) != []
     assert torch.equal(run_unet(outer, **inputs), stock) and differences(before, model_state(unet)) == []
 
@@ -85,7 +85,7 @@ def test_a_replaced_model_is_stock_and_the_report_says_so():
     stock = image(pipe)
     attach(pipe, TurboProcessor(0.5))
     pipe.unet = other
-    assert torch.equal(image(pipe), stock) and attachments(pipe) == [] and report(pipe).sites == []
+    assert torch.equal(image(pipe), stock) and attachments(pipe) == [] and report(pipe).layers == []
     assert "no gen_turbo processor is attached" in str(report(pipe))
     pipe.set_attn_processor(TurboProcessor(0.5))
     assert not torch.equal(image(pipe), stock)

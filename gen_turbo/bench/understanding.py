@@ -121,7 +121,7 @@ def accuracy(pipe: Any, asks: Sequence[Ask], setting: Setting) -> tuple[dict[str
         for ask, said in zip(ordered, told, strict=True):
             values.setdefault(ask.kind, []).append(float(said == ask.answer))
         found = report(pipe.vlm)
-        reduced = [row for row in found.sites if row.stock_flops]
+        reduced = [row for row in found.layers if row.stock_flops]
     total = num_image_tokens(pipe)
     counts = {"image_tokens": total, "kept": total, "cost": 1000}
     if reduced:

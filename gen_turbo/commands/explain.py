@@ -162,7 +162,7 @@ def explain_reading(pipe: Any, processor: TokenReducer, image: Image.Image, prom
         if not watch_reductions(part, reductions.append):
             raise ConfigError(f"text of a {type(part.model).__name__} reads the image on the side; nothing to draw")
         said = pipe(image, prompt).text
-        layers = [site.num_kept > 0 for site in report(pipe).sites if ".layers." in site.name]
+        layers = [layer.num_kept > 0 for layer in report(pipe).layers if ".layers." in layer.name]
         slots = part.slots() if hasattr(part, "slots") else None
     finally:
         attachment.detach()

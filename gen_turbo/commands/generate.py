@@ -141,13 +141,13 @@ def compare(pipe: Any, config: PipelineConfig, processor: Any, job: Job, label: 
         image = draw(pipe, config, job, f"{label} {type(processor).__name__}")
         image_s = time.perf_counter() - start_s
         result = report(pipe)
-    site = finest_site(result.sites)
-    return Comparison(job, stock, image, stock_s, image_s, site.num_tokens, site.num_kept, result.flops_saved)
+    layer = finest_layer(result.layers)
+    return Comparison(job, stock, image, stock_s, image_s, layer.num_tokens, layer.num_kept, result.flops_saved)
 
 
-def finest_site(sites: Sequence[LayerReport]) -> LayerReport:
+def finest_layer(layers: Sequence[LayerReport]) -> LayerReport:
     """The reduced layer with the most tokens."""
-    return max((site for site in sites if site.status == "reduced"), key=lambda site: site.num_tokens)
+    return max((layer for layer in layers if layer.status == "reduced"), key=lambda layer: layer.num_tokens)
 
 
 def prompt_notes(pipe: Any, prompt: str) -> list[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from gen_turbo.api import attach, detach
 from gen_turbo.commands.explain import draw_trace, explain_drawing, explain_reading
-from gen_turbo.commands.generate import finest_site
+from gen_turbo.commands.generate import finest_layer
 from gen_turbo.config import CALL_SETTINGS, CaptionGenerateConfig, ConfigError, PipelineConfig
 from gen_turbo.engine.report import report
 from gen_turbo.factory import build_pipeline, build_processor, processors_of
@@ -145,11 +145,11 @@ class Studio:
                     yield Shown(status, stock, image)
                 result = report(pipe)
             assert stock is not None and image is not None
-            site = finest_site(result.sites)
+            layer = finest_layer(result.layers)
             rows = (
                 ("seconds", f"{stock_s:.2f}", f"{image_s:.2f}"),
                 ("times faster", "1.00", f"{stock_s / image_s:.2f}"),
-                ("tokens, finest layer", str(site.num_tokens), str(site.num_kept)),
+                ("tokens, finest layer", str(layer.num_tokens), str(layer.num_kept)),
                 ("FLOPs of reached layers", "100 %", f"{1 - result.flops_saved:.0%}"),
                 ("PSNR to stock", "", f"{psnr(stock, image):.1f} dB"),
             )

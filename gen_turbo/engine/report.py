@@ -16,7 +16,7 @@ class Report:
     """All attention layers of a model or pipeline, and what is remembered for them.
 
     Attributes:
-        sites: One row per attention layer.
+        layers: One row per attention layer.
         remembered_bytes: Bytes held now for residuals, forecasts, token maps and merged text; 0 between the runs of a
             pipeline.
         most_remembered_bytes: The most held at once so far.
@@ -27,7 +27,7 @@ class Report:
         notes: What else has to be said, such as that a route is generic.
     """
 
-    sites: list[LayerReport] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
     remembered_bytes: int = 0
     most_remembered_bytes: int = 0
     text_tokens: tuple[int, int] = (0, 0)
@@ -39,44 +39,44 @@ class Report:
     @property
     def flops_saved(self) -> float:
         """Fraction of the reached layers' attention FLOPs that was not spent; 0 before the first call."""
-        stock = sum(site.stock_flops for site in self.sites)
-        return 1 - sum(site.flops for site in self.sites) / stock if stock else 0.0
+        stock = sum(layer.stock_flops for layer in self.layers)
+        return 1 - sum(layer.flops for layer in self.layers) / stock if stock else 0.0
 
     @property
     def tokens_by_grid(self) -> dict[Grid, tuple[int, int, int]]:
         """Tokens, the fewest that are kept of them, and reached layers, by the (height, width) that layers last saw."""
         found: dict[Grid, tuple[int, int, int]] = {}
-        for site in self.sites:
-            if site.status == "reduced" and site.grid is not None:
-                _, kept, layers = found.get(site.grid, (site.num_tokens, site.num_kept, 0))
-                found[site.grid] = site.num_tokens, min(kept, site.num_kept), layers + 1
+        for layer in self.layers:
+            if layer.status == "reduced" and layer.grid is not None:
+                _, kept, layers = found.get(layer.grid, (layer.num_tokens, layer.num_kept, 0))
+                found[layer.grid] = layer.num_tokens, min(kept, layer.num_kept), layers + 1
         return found
 
     def __str__(self) -> str:
-        if not self.sites and not self.skipped:
+        if not self.layers and not self.skipped:
             return "no gen_turbo processor is attached"
-        reached = [site for site in self.sites if site.status == "reduced"]
+        reached = [layer for layer in self.layers if layer.status == "reduced"]
         saved = f"{self.flops_saved:.0%} of their FLOPs saved"
-        lines = [f"{len(reached)} of {len(self.sites)} layers reduced, {saved}"]
+        lines = [f"{len(reached)} of {len(self.layers)} layers reduced, {saved}"]
         lines += [f"  auto: {self.choice}"] if self.choice else []
         for (height, width), (before, kept, layers) in self.tokens_by_grid.items():
             lines.append(f"  {height} x {width}: {before} -> {kept} tokens in {layers} layers")
         if self.text_tokens[0]:
             lines.append(f"  text: {self.text_tokens[0]} -> {self.text_tokens[1]} tokens")
-        for site in self.sites:
-            if site.status == "reduced":
-                unknown = "no grid" if site.num_tokens else "not run yet"
-                grid = f"{site.grid[0]} x {site.grid[1]}" if site.grid else unknown
-                calls = f"{site.num_reduced} reduced and {site.num_full} full calls"
-                tokens = f"{site.num_tokens} -> {site.num_kept} tokens"
-                age = f"plans up to {site.plan_age} steps old"
-                lines.append(f"  {site.name}: {site.status}, {grid}, {tokens}, {calls}, {age}")
+        for layer in self.layers:
+            if layer.status == "reduced":
+                unknown = "no grid" if layer.num_tokens else "not run yet"
+                grid = f"{layer.grid[0]} x {layer.grid[1]}" if layer.grid else unknown
+                calls = f"{layer.num_reduced} reduced and {layer.num_full} full calls"
+                tokens = f"{layer.num_tokens} -> {layer.num_kept} tokens"
+                age = f"plans up to {layer.plan_age} steps old"
+                lines.append(f"  {layer.name}: {layer.status}, {grid}, {tokens}, {calls}, {age}")
         for unit, (num_skipped, num_run) in self.skipped.items():
             lines.append(f"  {unit}: skipped in {num_skipped} of {num_skipped + num_run} calls")
         left: dict[str, int] = {}
-        for site in self.sites:
-            if site.status != "reduced":
-                left[site.status] = left.get(site.status, 0) + 1
+        for layer in self.layers:
+            if layer.status != "reduced":
+                left[layer.status] = left.get(layer.status, 0) + 1
         lines += [f"  left alone, {reason}: {count}" for reason, count in left.items()]
         lines += [f"  {note}" for note in self.notes]
         if self.graphs:

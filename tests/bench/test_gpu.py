@@ -123,8 +123,8 @@ def test_the_loop_is_a_run_of_a_pipeline_to_the_engine(case: Any) -> None:
     made = pipeline(case, build(case, CPU, 0))
     with attach(made, TurboProcessor(0.5)):
         first, second = made(10), made(10)
-        sites = [site for site in report(made.model).sites if site.num_reduced]
-    assert sites and {(s.num_full, s.num_reduced) for s in sites} == {(2 * FULL_OF_TEN, 2 * REDUCED_OF_TEN)}
+        layers = [layer for layer in report(made.model).layers if layer.num_reduced]
+    assert layers and {(s.num_full, s.num_reduced) for s in layers} == {(2 * FULL_OF_TEN, 2 * REDUCED_OF_TEN)}
     assert torch.equal(first, second) and not torch.equal(first, made(10))
 
 

@@ -168,8 +168,8 @@ def test_the_configuration_loads_such_a_checkpoint_and_reduces_it(folder: Path) 
     _latents(pipe)
     told = report(pipe)
     assert f"text: {WORDS + PADDING} -> {WORDS + 1} tokens" in str(told)
-    assert [site.num_tokens for site in told.sites] == [IMAGE] * LAYERS
-    assert all(0 < site.num_kept < IMAGE and site.num_reduced for site in told.sites)
+    assert [layer.num_tokens for layer in told.layers] == [IMAGE] * LAYERS
+    assert all(0 < layer.num_kept < IMAGE and layer.num_reduced for layer in told.layers)
 
 
 def test_merging_the_padding_changes_nothing_but_rounding() -> None:
@@ -195,4 +195,4 @@ def test_a_transformer_is_calibrated(folder: Path, tmp_path: Path, capsys: pytes
 def test_the_embedded_transformer_loads() -> None:
     """Catches weights that are missing from the package or of another architecture."""
     pipe = load_pipeline("tiny-dit", device="cpu")
-    assert pipe.transformer.config.sample_size == tiny.LATENT_SIZE and report(pipe).sites
+    assert pipe.transformer.config.sample_size == tiny.LATENT_SIZE and report(pipe).layers

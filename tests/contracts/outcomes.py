@@ -60,7 +60,7 @@ class Made:
 
 def _effect(row: Combination, whole: Any, reduced: Tensor, stock: Tensor) -> str:
     told = report(row.target(whole))
-    ran = [site for site in told.sites if site.num_reduced]
+    ran = [layer for layer in told.layers if layer.num_reduced]
     assert ran and reduced.shape == stock.shape and reduced.isfinite().all()
     assert 0 < (reduced - stock).norm() < stock.norm()
     return f"{len(ran)} layer{'s' * (len(ran) > 1)}, {ran[0].num_tokens} -> {ran[0].num_kept} tokens"

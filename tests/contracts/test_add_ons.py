@@ -29,7 +29,7 @@ def image(pipe, **kwargs):
 
 def num_reduced(pipe) -> int:
     """How many layers have run on fewer tokens."""
-    return sum(site.num_reduced > 0 for site in report(pipe).sites)
+    return sum(layer.num_reduced > 0 for layer in report(pipe).layers)
 
 
 def load_adapter(pipe, folder: Path) -> None:
@@ -87,7 +87,7 @@ def test_ip_adapter_loaded_while_attached(tmp_path, processor):
     without = image(pipe)
     attachment = attach(pipe, processor)
     load_adapter(pipe, tmp_path)
-    assert {site.name for site in report(pipe).sites if site.status == "reduced"} == set(attachment.sites)
+    assert {layer.name for layer in report(pipe).layers if layer.status == "reduced"} == set(attachment.layers)
     assert torch.equal(adapted_image(pipe), expected)
     attachment.detach()
     assert torch.equal(adapted_image(pipe), stock)
@@ -157,7 +157,7 @@ def test_controlnet_guides_a_reduced_unet():
         with attach(pipe, processor) as attachment:
             reduced = image(pipe, image=prompt_image())
             free = image(pipe, image=prompt_image(), controlnet_conditioning_scale=0.0)
-            assert num_reduced(pipe) == len(attachment.sites) == 3
+            assert num_reduced(pipe) == len(attachment.layers) == 3
         assert not torch.equal(reduced, stock)
         assert (reduced - stock).norm() < (stock - uncontrolled).norm() and not torch.equal(reduced, free)
     after = [model_state(model) for model in (pipe.unet, pipe.controlnet)]

@@ -41,7 +41,7 @@ def test_quantised_weights_count_as_what_they_stand_for(package):
         model = make().transformer
         with attach(model, TurboProcessor(0.4, restore="copy")):
             run("flux", model, times=(900,))
-            saved.append([(site.flops, site.stock_flops) for site in report(model).sites])
+            saved.append([(layer.flops, layer.stock_flops) for layer in report(model).layers])
     assert saved[0] == saved[1]
 
 

@@ -143,7 +143,7 @@ def test_a_compiled_model_is_the_eager_one_in_few_graphs(name, kind):
         seen = len(backend.graphs)
         assert torch.equal(run(), expected)
         assert len(backend.graphs) == seen and not counters["graph_break"]
-        assert all(site.num_reduced > 8 for site in report(model).sites if site.status == "reduced")
+        assert all(layer.num_reduced > 8 for layer in report(model).layers if layer.status == "reduced")
     if (name, kind) in IN_OPERATORS:
         assert [node for node in map(get_first_incompatible_cudagraph_node, backend.graphs) if node is not None] == []
 

@@ -123,7 +123,7 @@ def _detached(name: str) -> str:
         try:
             with attachment:
                 run(times=TIMES[:2])
-                layer = model.get_submodule(attachment.sites[-1])
+                layer = model.get_submodule(attachment.layers[-1])
                 handle = next(layer.children()).register_forward_pre_hook(_break)
                 try:
                     run(times=TIMES[:1])
@@ -150,7 +150,7 @@ def _variant(name: str, settings: dict[str, object]) -> str:
     num_calls = 1 if processor.restore == "copy" else len(TIMES)
     with attachment, Keys() as keys:
         reduced = run(times=TIMES[:num_calls])
-        rows = [site for site in report(model).sites if site.status == "reduced"]
+        rows = [layer for layer in report(model).layers if layer.status == "reduced"]
     stock = stock[:num_calls]
     assert rows and reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.8
     for row in rows:

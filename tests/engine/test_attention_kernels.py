@@ -88,7 +88,7 @@ def test_sizes_make_the_merging_of_equal_tokens_exact(name, full_queries, backen
     for weighted in (False, True):
         settings = {"kv_only": full_queries, "proportional_attention": weighted, "attention_backend": backend}
         with attach(model, TurboProcessor(0.5, restore="copy", semantic="none", **settings)) as attachment:
-            layer = model.get_submodule(attachment.sites[0])
+            layer = model.get_submodule(attachment.layers[0])
             stock = layer(tokens, **given)
             merged = _alone(attachment.parts[0], layer, tokens, given)
         pairs = zip(merged, stock, strict=True) if name == "sd3" else [(merged, stock)]

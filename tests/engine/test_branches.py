@@ -88,7 +88,7 @@ def test_flux_with_true_guidance():
         first = latents_of(pipe, call, 8)
         told = report(pipe)
         assert torch.equal(latents_of(pipe, call, 8), first)
-    rows = [row for row in told.sites if row.status == "reduced"]
+    rows = [row for row in told.layers if row.status == "reduced"]
     assert {(row.num_full, row.num_reduced) for row in rows} == {(8, 8)} and told.remembered_bytes == 0
 
 
@@ -115,5 +115,5 @@ def test_both_of_two_models_are_reported():
     pipe, call = two_models()
     with attach(pipe, TurboProcessor(0.4, warmup_steps=1)):
         pipe(**call, num_inference_steps=10)
-        rows = [row for row in report(pipe).sites if row.status == "reduced"]
+        rows = [row for row in report(pipe).layers if row.status == "reduced"]
     assert {row.num_full + row.num_reduced for row in rows} == {10}

@@ -73,7 +73,7 @@ def test_a_copy_is_stock_and_runs_its_own_weights(kind, has_run):
         twin = changed(copy.deepcopy(model))
         assert torch.equal(run(name, twin), stock)
         assert torch.equal(run(name, model), reduced)
-    assert torch.equal(run(name, twin), stock) and report(twin).sites == []
+    assert torch.equal(run(name, twin), stock) and report(twin).layers == []
 
 
 @pytest.mark.parametrize("kind", ["keys alone", "block", "feature maps", "skipping"])

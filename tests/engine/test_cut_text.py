@@ -137,7 +137,7 @@ def test_it_goes_with_every_scope(settings, rows_differ):
         with attach(model, TurboProcessor(0.4, text_ratio=ratio, warmup_steps=1, **settings)), Keys() as keys:
             outputs.append(_run(model, inputs))
             reduced = report(model)
-        assert any(site.num_reduced for site in reduced.sites)
+        assert any(layer.num_reduced for layer in reduced.layers)
     assert relative(*outputs) < 1e-4
     assert keys.seen[-1][1] == 3 * 39 + SHOWN
 

@@ -56,7 +56,7 @@ def test_odd_grids_and_single_images(name):
     stock = run_model(**shape)
     with attach(model, TurboProcessor(0.4, restore="copy")):
         reduced = run_model(**shape)
-        grids = {site.grid for site in report(model).sites if site.status == "reduced"}
+        grids = {layer.grid for layer in report(model).layers if layer.status == "reduced"}
     assert reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.5 and grids == {grid}
 
 
@@ -168,7 +168,7 @@ def test_text_only_layers_and_cross_attention_are_left_alone():
     for name, layer in left.items():
         model = build(name)
         with attach(model, TurboProcessor(0.4)):
-            assert {site.name: site.status for site in report(model).sites}[layer] == "not over image tokens"
+            assert {layer.name: layer.status for layer in report(model).layers}[layer] == "not over image tokens"
 
 
 def test_names_are_all_here():

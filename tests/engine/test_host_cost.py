@@ -61,7 +61,7 @@ def reduced_calls(name: str, settings: dict[str, object]) -> list[list[str]]:
             run(times=TIMES)
         finally:
             sys.setprofile(None)
-        last = frames.calls[-len(attachment.sites) :]
+        last = frames.calls[-len(attachment.layers) :]
     assert {phase for phase, _ in last} == {Phase.REDUCED}
     return [files for _, files in last]
 

@@ -37,7 +37,7 @@ def test_a_run_that_is_stopped_leaves_nothing(stop):
         except KeyboardInterrupt:
             pass
         told = report(pipe)
-        assert told.remembered_bytes == 0 and told.sites[0].num_reduced > 0
+        assert told.remembered_bytes == 0 and told.layers[0].num_reduced > 0
         assert torch.equal(image(pipe, steps=8), alone)
 
 

@@ -115,7 +115,7 @@ def num_watched(name: str, reducer: Any) -> int:
         draw(STEPS, callback_on_step_end=switch.from_third_step)
         told = report(pipe)
     assert told.remembered_bytes == 0
-    assert all(site.num_reduced for site in told.sites if site.status == "reduced")
+    assert all(layer.num_reduced for layer in told.layers if layer.status == "reduced")
     return switch.num_calls
 
 

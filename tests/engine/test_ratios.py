@@ -18,7 +18,7 @@ def _kept(model, **settings):
     with attach(model, TurboProcessor(**settings)) as attachment:
         for step in range(len(TIMES)):
             run_unet(model, TIMES[step : step + 1], **unet_inputs())
-            row = next(site for site in report(model).sites if site.name == attachment.sites[-1])
+            row = next(layer for layer in report(model).layers if layer.name == attachment.layers[-1])
             kept.append((row.num_kept, row.num_full))
     return [
         tokens if full == before else 256 for (tokens, full), (_, before) in zip(kept, [(0, 0), *kept], strict=False)
@@ -31,7 +31,7 @@ def test_named_layers_have_their_own_ratio():
     ratios = {"up_blocks.*": 0.25, "up_blocks.2.attentions.1.*": 0.0, "down_blocks.1.*.attn1": 0.5}
     with attach(unet, TurboProcessor(0.4, restore="copy", layer_ratios=ratios)):
         run_unet(unet, **unet_inputs())
-        rows = {site.name: site for site in report(unet).sites if site.status == "reduced"}
+        rows = {layer.name: layer for layer in report(unet).layers if layer.status == "reduced"}
     left = {name.partition(".transformer")[0]: row.num_tokens - row.num_kept for name, row in rows.items()}
     assert left == {
         "down_blocks.0.attentions.0": int(256 * 0.4),
@@ -62,7 +62,7 @@ def test_corrected_layers_change_their_ratio_at_a_full_step():
     assert torch.equal(changed[:5], constant[:5]) and not torch.equal(changed[5], constant[5])
     with attach(unet, TurboProcessor(**settings, step_scale={1: 0.0, 3: 1.0})):
         run_unet(unet, TIMES[:4], **inputs)
-        assert {site.num_reduced for site in report(unet).sites if site.status == "reduced"} == {0}
+        assert {layer.num_reduced for layer in report(unet).layers if layer.status == "reduced"} == {0}
 
 
 @pytest.mark.parametrize("restore", ["residual", "copy"])

@@ -99,7 +99,7 @@ def test_every_region_has_a_grid_and_a_map_of_its_own(name, scope):
     processor = Planned(0.4, restore="copy", scope=scope, reference_ratio=0.6)
     with attach(model, processor) as attachment:
         reduced = run(model, inputs)
-        rows = [row for row in report(model).sites if row.status == "reduced"]
+        rows = [row for row in report(model).layers if row.status == "reduced"]
         text = str(report(model))
         context = attachment.parts[0].root.runs.contexts()[0]
         (base,) = {id(base): base for base in context.maps.values()}.values()
@@ -147,7 +147,7 @@ def test_cached_references_keep_their_keys(scope):
     for settings in ({"restore": "copy"}, {"text_ratio": 0.4}, *inside):
         with attach(model, TurboProcessor(0.4, warmup_steps=1, scope=scope, **settings)):
             reduced, cache = _denoised(model)
-            rows = [row for row in report(model).sites if row.status == "reduced"]
+            rows = [row for row in report(model).layers if row.status == "reduced"]
         if "text_ratio" not in settings:
             assert torch.equal(reduced[0], stock[0])
             assert all(torch.equal(a, b) for a, b in zip(cache, whole, strict=True))
@@ -194,7 +194,7 @@ def test_the_pipeline_of_klein_with_a_reference():
     stock = _drawn(pipe, image)
     with attach(pipe, TurboProcessor(0.4, scope="block", warmup_steps=1, reference_ratio=0.6)):
         reduced = _drawn(pipe, image)
-        rows = report(pipe).sites
+        rows = report(pipe).layers
     num_reference = rows[0].num_tokens - 256
     assert num_reference > 256 and {row.grid for row in rows} == {(16, 16)}
     assert {row.num_kept for row in rows} == {256 - int(256 * 0.4) + num_reference - int(num_reference * 0.6)}

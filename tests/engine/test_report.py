@@ -34,6 +34,6 @@ def test_its_flops_are_those_that_ran(kv_only):
     with attach(unet, processor) as attachment, count_cost(unet) as cost:
         run_unet(unet, **unet_inputs())
         told = report(unet)
-    projections = sum(cost.projection_flops[name] for name in attachment.sites)
-    counted = cost.attention_flops(attachment.sites) + projections
-    assert counted == sum(site.flops for site in told.sites) < sum(site.stock_flops for site in told.sites)
+    projections = sum(cost.projection_flops[name] for name in attachment.layers)
+    counted = cost.attention_flops(attachment.layers) + projections
+    assert counted == sum(layer.flops for layer in told.layers) < sum(layer.stock_flops for layer in told.layers)

@@ -19,7 +19,7 @@ RISING = (100, 300, 500, 700)
 
 def sites(target) -> list[tuple[int, int]]:
     """Full and reduced calls of each layer that is reached."""
-    return [(row.num_full, row.num_reduced) for row in report(target).sites if row.status == "reduced"]
+    return [(row.num_full, row.num_reduced) for row in report(target).layers if row.status == "reduced"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"scope": "block"}])

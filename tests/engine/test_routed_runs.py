@@ -32,7 +32,7 @@ def test_skipping_goes_around_runs_of_blocks(name, units, unit):
         with attach(model, par(model, {skipped: [2]}, inner=inner)):
             outputs = run()
             reached = report(model)
-        assert reached.skipped == {skipped: (1, 3)} and any(site.num_reduced for site in reached.sites)
+        assert reached.skipped == {skipped: (1, 3)} and any(layer.num_reduced for layer in reached.layers)
         assert torch.equal(outputs[:2], merged[:2]) and not torch.equal(outputs[2], merged[2])
         assert (outputs[3] - stock[3]).norm() < 0.6 * stock[3].norm()
     assert differences(before, model_state(model)) == []

@@ -99,7 +99,7 @@ def test_merging_and_skipping_compose(name, inner):
     stock = run()
     with attach(model, par(model, {block: [3] for block in blocks_of(model)}, inner=inner)):
         both = run()
-        assert any(site.num_reduced for site in report(model).sites)
+        assert any(layer.num_reduced for layer in report(model).layers)
     with attach(model, inner):
         merged = run()
     assert torch.equal(both[:3], merged[:3]) and not torch.equal(both[3], merged[3])

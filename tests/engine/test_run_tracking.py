@@ -136,7 +136,7 @@ def test_schedulers_of_every_order_end_their_runs(name):
     with attach(pipe, TurboProcessor(0.4)):
         first = image(pipe, steps=8)
         told = report(pipe)
-        rows = [row for row in told.sites if row.status == "reduced"]
+        rows = [row for row in told.layers if row.status == "reduced"]
         assert {row.num_full + row.num_reduced for row in rows} == {len(pipe.scheduler.timesteps)}
         assert told.remembered_bytes == 0 and all(row.num_reduced > row.num_full // 2 for row in rows)
         assert torch.equal(image(pipe, steps=8), first)

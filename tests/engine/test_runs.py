@@ -42,7 +42,7 @@ def test_a_corrected_step_between_equal_full_steps_is_exact(name):
     with attach(model, _turbo(extrapolation_order=0, warmup_steps=1)), torch.no_grad():
         calls = [kind.inputs(1, (8, 8)) | kind.time(time, 1) for time in (500.0, 499.999)]
         full, corrected = (model(hidden_states=latents, **call, return_dict=False)[0] for call in calls)
-        assert all(site.num_reduced == 1 for site in report(model).sites)
+        assert all(layer.num_reduced == 1 for layer in report(model).layers)
     assert 0 < relative(corrected, full) < 1e-3
     assert differences(before, model_state(model)) == []
 
@@ -71,7 +71,7 @@ def test_spans_end_with_a_stack():
         spans: dict[int, list[str]] = {}
         for block in blocks:
             spans.setdefault(id(getattr(block, "span", block)), []).append(block.name)
-    assert [block.name for block in blocks] == list(attachment.sites)
+    assert [block.name for block in blocks] == list(attachment.layers)
     assert all(len({name.rpartition(".")[0] for name in span}) == 1 for span in spans.values())
     assert max(map(len, spans.values())) == 2
 

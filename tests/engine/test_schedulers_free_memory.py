@@ -32,7 +32,7 @@ def test_a_run_ends_with_its_last_call_or_with_ctrl_c(name):
         first = image(pipe, steps=9)
         told = report(pipe)
         assert told.remembered_bytes == 0 < told.most_remembered_bytes
-        assert all(row.num_reduced >= row.num_full for row in told.sites if row.status == "reduced")
+        assert all(row.num_reduced >= row.num_full for row in told.layers if row.status == "reduced")
         with pytest.raises(KeyboardInterrupt):
             image(pipe, steps=9, callback_on_step_end=_stop)
         assert report(pipe).remembered_bytes == 0

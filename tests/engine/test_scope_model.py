@@ -58,8 +58,8 @@ def test_every_block_runs_short(name):
     stock = run(times=TIMES[:1])
     with attach(model, turbo(restore="copy")) as attachment, Lengths() as lengths:
         reduced = run(times=TIMES[:1])
-        rows = [row for row in report(model).sites if row.status == "reduced"]
-    assert len(rows) == len(attachment.sites) == len(lengths.seen) > 1
+        rows = [row for row in report(model).layers if row.status == "reduced"]
+    assert len(rows) == len(attachment.layers) == len(lengths.seen) > 1
     assert set(lengths.seen) == {KEPT[name] + TEXT.get(name, 0)}
     assert {(row.num_tokens, row.num_kept, row.num_reduced) for row in rows} == {(TOKENS[name], KEPT[name], 1)}
     assert reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.8
@@ -85,7 +85,7 @@ def test_a_reduced_step_between_equal_full_steps_is_exact(name):
     with attach(model, turbo(extrapolation_order=0, warmup_steps=1)), torch.no_grad():
         calls = [kind.inputs(1, (8, 8)) | kind.time(time, 1) for time in (500.0, 499.999)]
         full, reduced = (model(hidden_states=latents, **call, return_dict=False)[0] for call in calls)
-        assert all(row.num_reduced == 1 for row in report(model).sites)
+        assert all(row.num_reduced == 1 for row in report(model).layers)
     assert relative(reduced, full) < 1e-3
     assert differences(before, model_state(model)) == []
 
@@ -110,7 +110,7 @@ def test_one_residual_for_each_output(name):
             with attach(model, TurboProcessor(0.4, scope=scope, extrapolation_order=order)) as attachment:
                 run(times=TIMES)
                 held[scope, order] = report(model).most_remembered_bytes
-                num_blocks = len(attachment.sites)
+                num_blocks = len(attachment.layers)
     width = 32
     per_image = 4 * 2 * TOKENS[name] * width
     per_text = 4 * 2 * TEXT.get(name, 0) * width
@@ -128,7 +128,7 @@ def test_detaching_gives_every_object_back(name):
     before, stock = model_state(model), run(times=TIMES[:1])
     attachment = attach(model, turbo(warmup_steps=1))
     run(times=TIMES)
-    handle = model.get_submodule(attachment.sites[-1]).register_forward_pre_hook(_break)
+    handle = model.get_submodule(attachment.layers[-1]).register_forward_pre_hook(_break)
     with pytest.raises(ZeroDivisionError):
         run(times=TIMES)
     handle.remove()

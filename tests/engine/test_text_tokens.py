@@ -104,7 +104,7 @@ def test_the_report_counts_text():
         with attach(model, TurboProcessor(0.4, restore="copy", text_ratio=ratio)):
             _run("flux", model, _padded("flux", 1, True), 1)
             result = report(model)
-        saved.append((result.flops_saved, sum(site.stock_flops for site in result.sites)))
+        saved.append((result.flops_saved, sum(layer.stock_flops for layer in result.layers)))
     assert saved[0][0] > saved[1][0] + 0.05 and saved[0][1] == saved[1][1]
     with attach(model, TurboProcessor(0.4)):
         _run("flux", model, _padded("flux", 1, True), 1)

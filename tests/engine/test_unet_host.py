@@ -49,7 +49,7 @@ def test_fewer_tokens_really_reach_attention(name, size, processor):
     stock = run_unet(unet, **inputs)
     with attach(unet, processor), KeyLengths() as keys:
         reduced = run_unet(unet, **inputs)
-        rows = [site for site in report(unet).sites if site.status == "reduced"]
+        rows = [layer for layer in report(unet).layers if layer.status == "reduced"]
     assert reduced.shape == stock.shape and not torch.equal(reduced, stock)
     for row in rows:
         assert row.num_kept == row.num_tokens - int(row.num_tokens * 0.5)
@@ -61,7 +61,7 @@ def test_the_finest_level_with_attention_is_reached(name, downsample):
     """Catches a fixed level, which finds nothing on SDXL."""
     unet = UNETS[name]()
     with attach(unet, TurboProcessor(0.5)):
-        levels = {site.downsample for site in report(unet).sites if site.status == "reduced"}
+        levels = {layer.downsample for layer in report(unet).layers if layer.status == "reduced"}
     assert levels == {downsample}
 
 
@@ -70,8 +70,8 @@ def test_ratios_by_level_choose_the_layers():
     unet = UNETS["sd15"]()
     with attach(unet, TurboProcessor(max_downsample=0, ratios={2: 0.5})) as attachment:
         run_unet(unet, **unet_inputs())
-        rows = [site for site in report(unet).sites if site.status == "reduced"]
-    assert len(attachment.sites) == 3 and {row.num_tokens for row in rows} == {64}
+        rows = [layer for layer in report(unet).layers if layer.status == "reduced"]
+    assert len(attachment.layers) == 3 and {row.num_tokens for row in rows} == {64}
     assert {row.grid for row in rows} == {(8, 8)}
 
 

@@ -112,8 +112,8 @@ def test_a_block_without_cross_attention_has_no_text():
     unet, inputs = UNETS["sd15"](), unet_inputs()
     with attach(unet, TurboProcessor(0.5, semantic="text")) as attachment:
         run_unet(unet, **inputs)
-    for site in attachment.sites:
-        unet.get_submodule(site.removesuffix(".attn1")).attn2 = None
+    for layer in attachment.layers:
+        unet.get_submodule(layer.removesuffix(".attn1")).attn2 = None
     with attach(unet, TurboProcessor(0.5, semantic="text")), pytest.raises(ValueError, match="found no text"):
         run_unet(unet, **inputs)
 

@@ -67,7 +67,7 @@ def test_attached_it_shortens_attention_and_leaves_no_trace(name):
     for restore in ("copy", "residual"):
         with attach(model, VisToGProcessor(0.9, restore=restore)), Keys() as keys:
             first, second = run(), run()
-            rows = [site for site in report(model).sites if site.status == "reduced"]
+            rows = [layer for layer in report(model).layers if layer.status == "reduced"]
         assert torch.equal(first, second) and not torch.equal(first, stock)
         assert rows and all(row.num_kept == row.num_tokens - int(row.num_tokens * 0.9) for row in rows)
         assert {row.num_kept for row in rows} <= {num_keys for _, num_keys in keys.seen}

@@ -156,7 +156,7 @@ def test_files_of_half_the_bits_are_taken(pipe, tmp_path, kind, dtype):
     random = torch.get_rng_state()
     with attach(pipe, KINDS[kind][1](tmp_path / "x.safetensors")):
         assert torch.equal(torch.get_rng_state(), random)
-        assert report(pipe).sites
+        assert report(pipe).layers
 
 
 @pytest.mark.parametrize("kind", KINDS)

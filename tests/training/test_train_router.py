@@ -218,7 +218,7 @@ def test_controls_keep_what_they_are_told(name):
     model, inputs = model_with_an_idle_layer(), prompts(3)
     with attach(model, PARProcessor(router=name, tokens=0.5, layers=3)):
         generate(model, inputs)
-        rows = report(model).sites
+        rows = report(model).layers
     length = inputs["input_ids"].shape[1]
     layers = [row for row in rows if row.status == "reduced"]
     ran = [row.num_kept / (length if index < 2 else length - 8) for index, row in enumerate(layers)]

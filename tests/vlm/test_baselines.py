@@ -44,7 +44,7 @@ def test_any_budget_reaches_the_language_model(method, kept):
     processor = method(1 - (kept - 0.5) / 16, **({"place": "pre_llm"} if method is TurboVisionProcessor else {}))
     with attach(model, processor):
         generate(model, inputs)
-        rows = report(model).sites
+        rows = report(model).layers
     assert [(row.num_tokens, row.num_kept) for row in rows] == [(3 * 16, 3 * kept)]
 
 

@@ -110,7 +110,7 @@ def test_padding_that_nobody_needs_leaves():
     stock = model(**inputs).logits
     with attach(model, TurboProcessor(keep=4)):
         found = model(**inputs).logits
-        row = report(model).sites[0]
+        row = report(model).layers[0]
     handle.remove()
     assert seen == [50, 14] and found.shape == stock.shape
     # The row without an image reads the same six words as before.
@@ -125,7 +125,7 @@ def test_what_a_cut_saves_is_counted_from_its_layer_on():
     model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
     with attach(model, Placed(TurboProcessor(keep=4), place="decoder", layer=3)):
         model(**inputs)
-        row = report(model).sites[0]
+        row = report(model).layers[0]
     assert row.flops / row.stock_flops == pytest.approx(1 - 1 / 4 * 12 / 23)
 
 
@@ -190,5 +190,5 @@ def test_any_method_keeps_as_few_tokens_as_asked(name, family):
     for settings in ({"keep": 1}, {"ratio": 0.97}, {"keep": 2}):
         with attach(model, METHODS[name](**settings)):
             model(**inputs)
-            row = report(model).sites[0]
+            row = report(model).layers[0]
         assert row.num_kept == settings.get("keep", vlm.num_tokens - int(vlm.num_tokens * 0.97))

@@ -119,7 +119,7 @@ def test_nothing_merged_is_bit_identical_and_detach_exact(name):
             assert torch.equal(run(name, model), stock)
     with attach(model, PUBLISHED):
         run(name, model)
-        assert len([row for row in report(model).sites if row.num_reduced]) == 3
+        assert len([row for row in report(model).layers if row.num_reduced]) == 3
     with pytest.raises(RuntimeError), attach(model, PUBLISHED):
         model.vision_model(pixels(2)[:, :2])
     assert differences(before, model_state(model)) == []

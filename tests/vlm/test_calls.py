@@ -92,7 +92,7 @@ def test_two_threads_on_one_model(name):
             thread.start()
         for thread in threads:
             thread.join()
-        calls = {row.num_full + row.num_reduced for row in report(model).sites}
+        calls = {row.num_full + row.num_reduced for row in report(model).layers}
     assert not wrong
     if name not in ("turbo tower", "turbo_vit", "par", "par mask"):
         # Towers count blocks, routers themselves too; a lost update shows in the others.

@@ -63,7 +63,7 @@ def test_a_copy_is_stock_and_is_attached_to_on_its_own(family, place):
     reduced = run(model)
     twin = changed(copy.deepcopy(model))
     assert not torch.equal(reduced, stock) and torch.equal(run(twin), expected)
-    assert report(twin).sites == [] and torch.equal(run(model), reduced)
+    assert report(twin).layers == [] and torch.equal(run(model), reduced)
     before = model_state(twin)
     with attach(twin, PLACES[place]):
         alone = run(twin)

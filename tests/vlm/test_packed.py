@@ -62,7 +62,7 @@ def test_generate_equals_the_oracle(family, prompt):
     model, inputs = vlm.make("sdpa"), PROMPTS[prompt].inputs(vlm)
     with attach(model, PUBLISHED):
         new, logits, _ = generate(model, inputs)
-        kept = {row.name: row.num_kept for row in report(model).sites}["model.language_model"]
+        kept = {row.name: row.num_kept for row in report(model).layers}["model.language_model"]
     found = slow(model, inputs)
     features = [one[0] for one in found]
     deep = [list(level) for level in zip(*(one[1] for one in found), strict=True)]

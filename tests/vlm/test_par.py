@@ -216,7 +216,7 @@ def test_report_counts_what_ran():
         found = report(model)
     for handle in handles:
         handle.remove()
-    rows = [row for row in found.sites if row.status == "reduced"]
+    rows = [row for row in found.layers if row.status == "reduced"]
     assert sorted(row.num_kept for row in rows if row.num_kept) == sorted(ran)
     assert {row.num_tokens for row in rows} == {2 * 23}
     assert 0 < found.flops_saved < 1 and "router" in str(found)

@@ -51,7 +51,7 @@ def test_the_language_model_reads_the_smaller_image(family, prompt, ratio, side)
         features = [one[slot[0]] for one in own]
     with attach(model, ResizeProcessor(ratio)):
         new, logits, _ = generate(model, inputs)
-        rows = {row.name: (row.num_tokens, row.num_kept) for row in report(model).sites}
+        rows = {row.name: (row.num_tokens, row.num_kept) for row in report(model).layers}
     expected = oracle.generated_logits(
         model, vlm, inputs, new, oracle.Method(lambda tokens: plan, 0, False), (features, [])
     )

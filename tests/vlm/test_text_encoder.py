@@ -68,7 +68,7 @@ def test_words_merge_as_a_slow_loop_merges_them(name, method):
     ones = torch.ones(images.shape[:2])
     with attach(model, reducer):
         out = model.text_encoder(IDS, MASK, encoder_hidden_states=images, encoder_attention_mask=ones)
-        rows = {row.name: (row.num_tokens, row.num_kept) for row in report(model).sites}
+        rows = {row.name: (row.num_tokens, row.num_kept) for row in report(model).layers}
     assert rows["text_encoder"] == (11, 11 - REMOVED)
     for got, (expected, members) in zip(out.last_hidden_state, _slow(model, reducer, images), strict=True):
         # Slots stand in the order of their anchors, which a mean does not tell; each is found once.

@@ -79,7 +79,7 @@ def test_every_block_runs_on_fewer_tokens(family, processor):
     handles = [layer.mlp.fc1.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[1])) for layer in layers]
     with attach(model, processor):
         model(**inputs)
-        rows = {row.name: row for row in report(model).sites}
+        rows = {row.name: row for row in report(model).layers}
     for handle in handles:
         handle.remove()
     assert seen == sorted(seen, reverse=True) and seen[0] < seen[-1] + 16
@@ -203,7 +203,7 @@ def test_every_tower_merges_as_published_and_is_restored(family, path, used, att
         logits = generate(model, inputs)[1]
         for handle in handles:
             handle.remove()
-        kept = [row.num_kept for row in report(model).sites if row.name.startswith(path)]
+        kept = [row.num_kept for row in report(model).layers if row.name.startswith(path)]
     leading = seen["x"].shape[1] % 4
     assert kept == [seen["x"].shape[1] - leading - 3 * (block + 1) for block in range(used)]
     assert seen["y"].shape == seen["x"].shape and torch.isfinite(logits).all()

@@ -99,7 +99,7 @@ def test_the_language_model_reads_groups_alone(family, prompt):
         new, logits, out = generate(model, inputs)
         features = list(model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output)
         seats = attachments(model)[0]._seats
-        assert report(model).sites[0].num_kept == 5 * len(features)
+        assert report(model).layers[0].num_kept == 5 * len(features)
     hook.remove()
     columns = int((inputs["input_ids"] != 99).sum(1).max()) + 5 * max(row.count("i") for row in PROMPTS[prompt].rows)
     if prompt == "one":
@@ -213,7 +213,7 @@ def test_cross_attention_reads_class_token_and_groups(name):
         shorter = tower(images).last_hidden_state
         hook.remove()
         reduced = run(name, model)
-        assert report(model).sites[0].num_kept == 12
+        assert report(model).layers[0].num_kept == 12
     assert torch.equal(seen["patches"], full[:, 1:])
     assert shorter.shape[1] == 7 and torch.equal(shorter[:, :1], full[:, :1])
     assert (seen["groups"].mean(-1) - tower.post_layernorm.bias.mean()).abs().max() < 1e-4

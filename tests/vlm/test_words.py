@@ -104,7 +104,7 @@ def test_words_alone_leave(family):
     processor = TurboProcessor(0.0, semantic="none", text_ratio=RATIO)
     with attach(model, processor):
         new, logits, _ = generate(model, inputs)
-        rows = {row.name: (row.num_tokens, row.num_kept) for row in report(model).sites}
+        rows = {row.name: (row.num_tokens, row.num_kept) for row in report(model).layers}
     assert (logits - expected_logits(model, vlm, inputs, new, processor)).abs().max() < TOLERANCE
     assert (logits[:, 0] - generate(model, inputs)[1][:, 0]).abs().max() > 100 * TOLERANCE
     words = [len(words_of(model, ids[mask.bool()])) for ids, mask in zip(*_rows(inputs), strict=True)]
