@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any
 
@@ -31,7 +31,7 @@ def settled(model: nn.Module, handles: list[Any]) -> list[Any]:
     carriers = [
         module for module in model.modules() if {id(module._forward_hooks), id(module._forward_pre_hooks)} & changed
     ]
-    return handles + [InstanceMethod(module, "forward", _unchanged) for module in carriers]
+    return handles + [_Marked(module) for module in carriers]
 
 
 class InstanceMethod(NotPickled):
@@ -87,8 +87,26 @@ class _Hook(NotPickled):
         return _nothing
 
 
-def _unchanged(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)
+class _Marked:
+    """Gives a module a `forward` of its own that is its class's, until `remove`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._had = module, vars(module).get("forward")
+        self._forward = module.forward = _Same(module.forward)
+
+    def remove(self) -> None:
+        """Puts back what was there, where nothing was placed over it since."""
+        if vars(self._module).get("forward") is self._forward:
+            delattr(self._module, "forward")
+            vars(self._module).update({} if self._had is None else {"forward": self._had})
+
+
+class _Same(partial[Any], NotPickled):
+    """Calls a method without a frame of Python: one that all modules shared would have the graphs of all of them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = memo.get(id(getattr(self.func, "__self__", None)))
+        return MethodType(type(module).forward, module) if module is not None else copy.deepcopy(self.func, memo)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -46,9 +46,11 @@ class ShortenedStaticCache(StaticCache):  # type: ignore[misc]  # transformers h
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forgets everything, and is the cache again that it was, for which compiled code may be there."""
         super().reset()
-        self.columns = None
+        for name in ("columns", "is_followed"):
+            self.__dict__.pop(name, None)
+        self.__class__ = StaticCache
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the rows for beam search."""

@@ -13,7 +13,7 @@ import torch
 
 from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.bench.commands import add_arguments, run
-from gen_turbo.bench.gpu import command, meter, variants
+from gen_turbo.bench.gpu import command, meter, readers, repeats, variants
 from gen_turbo.bench.gpu.apart import apart
 from gen_turbo.bench.gpu.cases import CASES, Case, build, cases, pipeline
 from gen_turbo.bench.gpu.journal import Wishes
@@ -115,6 +115,40 @@ def test_the_reading_model_is_measured_in_both_phases(tmp_path: Path) -> None:
         (phase, batch) for phase in ("prefill", "prefill + 24") for batch in (1, 2)
     }
     assert all(r.counts["kv_bytes"] * 3 < r.counts["stock_kv_bytes"] and r.wall_s and not r.failure for r in found)
+
+
+def test_a_compiled_model_reads_beside_compiled_stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches eager code or a dynamic cache under the name of compiled, and stock in the graphs of an attached model.
+
+    Columns that left the prompt leave places in the cache; where it is dynamic they take no memory.
+    """
+    monkeypatch.setattr(variants, "COMPILER", "eager")
+    plan = [command.reading._Cell("turbo-192", mode, 1, "prefill") for mode in (Mode.EAGER, Mode.COMPILED_CAPTURED)]
+    monkeypatch.setattr(command.reading, "_plan", lambda batches: plan)
+    eager, compiled = _run(tmp_path, "--models", "llava*")
+    assert [r.params["mode"] for r in (eager, compiled)] == [cell.mode for cell in plan]
+    assert not eager.failure and not compiled.failure
+    assert eager.counts["kv_bytes"] < 0.5 * eager.counts["stock_kv_bytes"] < 0.5 * compiled.counts["kv_bytes"]
+    assert compiled.counts["graphs"] > 0 and eager.counts["operators"] > 0
+    assert compiled.values["stock_first_run_s"][0] > 5 * compiled.baseline_wall_s[0]
+
+
+def test_stock_is_asked_whether_it_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check that compares a run with itself, and one that leaves deterministic algorithms on."""
+    found = _run(tmp_path, "--models", "llava*", "--settings", "identity")
+    assert [(r.params["phase"], r.params["batch"]) for r in found] == [("repeated", 2)]
+    runs = ("first", "attached", "detached")
+    same = dict.fromkeys((*runs, *(f"deterministic_{run}" for run in runs)), 0)
+    assert found[0].counts == {"logits": 4 * 2 * 2004} | same
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(repeats, "build_processor", lambda given: TurboProcessor(0.5))
+    counts = repeats.differing(readers.made(0), 1)
+    assert {name for name, number in counts.items() if number} == {"logits", "attached", "deterministic_attached"}
+    said = _record("identity", params=found[0].params | {"device": "NVIDIA H200"}, wall_s=[], counts=counts)
+    append(tmp_path, said)
+    assert f"as torch comes 0 in its first run, {counts['attached']} with ratio 0 attached, 0 after" in reading(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize("case", [cases([model])[0].shrunk() for model in MODELS], ids=lambda case: case.name)

@@ -18,6 +18,10 @@ from gen_turbo.bench.timing import Spread
 
 BENCH = "gpu"
 NO_GPU = "no GPU, tiny widths and wall times"
+REPEATED = "repeated"
+"""The phase of records that count what a model repeats."""
+RUNS = ("first", "attached", "detached")
+"""Stock for the first time, with ratio 0 attached, and stock once that has been detached."""
 _SENTENCE = 300
 
 
@@ -82,16 +86,15 @@ def described(record: records.BenchRecord) -> str:
     name = f"{params['model']} {params.get('pixels', '')} {params['mode']}, {record.setting}"
     if record.failure:
         return f"{name}: {record.failure}"
-    times = Spread.of([1000 * seconds for seconds in record.wall_s])
-    parts = [f"{name}: {times:.2f} ms"]
-    against = {"stock": record.baseline_wall_s, "eager stock": record.values["eager_s"]}
+    parts = [f"{name}: {Spread.of([1000 * seconds for seconds in record.wall_s]):.2f} ms" if record.wall_s else name]
+    against = {"stock": record.baseline_wall_s, "eager stock": record.values.get("eager_s", [])}
     if params["mode"] == Mode.EAGER:
         del against["eager stock"]
     for text, base in against.items():
         if base:
             parts.append(f"{statistics.median(base) / statistics.median(record.wall_s):.2f}x {text}")
     parts += [f"{value} {name.replace('_', ' ')}" for name, value in record.counts.items()]
-    peak = record.values["peak_mib"][0]
+    peak = record.values.get("peak_mib", [0])[0]
     return ", ".join([*parts, f"{peak:.0f} MiB"] if peak else parts)
 
 

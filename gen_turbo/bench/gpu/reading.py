@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gen_turbo.bench import records
-from gen_turbo.bench.gpu import meter
+from gen_turbo.bench.gpu import meter, repeats
 from gen_turbo.bench.gpu.apart import Announce
-from gen_turbo.bench.gpu.cases import default_dtype
 from gen_turbo.bench.gpu.journal import (
     BENCH,
+    REPEATED,
     Wishes,
     check_device,
     described,
@@ -27,20 +26,25 @@ from gen_turbo.bench.gpu.journal import (
     origin,
     sentence,
 )
-from gen_turbo.bench.gpu.variants import Mode
+from gen_turbo.bench.gpu.readers import Reader, compiled, dtype, made
+from gen_turbo.bench.gpu.variants import Mode, compiler_limits, forget_compiled, num_graphs
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
-from gen_turbo.bench.vlm_step import NUM_IMAGE_TOKENS, SIDE_PX, make_model, num_bytes
+from gen_turbo.bench.vlm_step import NUM_IMAGE_TOKENS, SIDE_PX
 
 NAME = "llava-1.5-7b"
 SHARE = 1.6
 PHASES = {"prefill": 1, "prefill + 24": 24}
 """Tokens that are generated in each."""
-_BATCHES, _TINY_BATCHES = (16, 1), (2, 1)
+REPEATS = Method("identity", "identity", "identity")
+"""Stands for the check of `repeats`."""
+_BATCHES, _TINY_BATCHES = (16, 1, 4), (2, 1)
+"""Of which the first is read first and the second is compiled."""
 _ROUNDS = {"prefill": 3, "prefill + 24": 2}
-_MOST_SECONDS = 60.0
-_IMAGE, _VOCABULARY, _TEXT_BEFORE, _TEXT_AFTER = 3, 64, 35, 20
-_TINY = {"width_scale": 0.0625, "layers": 3, "tower_layers": 2}
-_WHOLE = {"width_scale": 1.0, "layers": 32, "tower_layers": 24}
+_MOST_SECONDS, _MOST_COMPILING = 60.0, 150.0
+_COUNTING_S = 5.0
+_FIRST = ("turbo-192", "turbo_vit-gate-64", "turbo_vit-tower-64")
+_COMPILED = Mode.COMPILED_CAPTURED
+"""Compiled in inductor's `reduce-overhead`, with a static cache; without a GPU nothing is captured."""
 
 
 def catalogue() -> list[Setting]:
@@ -61,170 +65,200 @@ def catalogue() -> list[Setting]:
     ]
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """One setting, by name, at one batch in one phase and mode."""
+
+    name: str
+    mode: Mode
+    batch: int
+    phase: str
+
+    @property
+    def setting(self) -> Setting:
+        """What is applied."""
+        return next(setting for setting in _known() if setting.name == self.name)
+
+
+def _known() -> list[Setting]:
+    return [Stock(), REPEATS, *catalogue()]
+
+
+def _plan(batches: tuple[int, ...]) -> Iterator[_Cell]:
+    """All cells, the most telling first; some come twice."""
+    most, one = batches[:2]
+    prefill, answer = PHASES
+    yield _Cell(REPEATS.name, Mode.EAGER, most, REPEATED)
+    yield from (_Cell(name, Mode.EAGER, most, prefill) for name in _FIRST)
+    yield from (_Cell(name, _COMPILED, one, prefill) for name in _FIRST)
+    for phase in PHASES:
+        for batch in (one, most, *batches[2:]):
+            yield from (_Cell(setting.name, Mode.EAGER, batch, phase) for setting in catalogue())
+    yield from (_Cell(name, _COMPILED, one, answer) for name in _FIRST)
+
+
 def measure(wishes: Wishes, announce: Announce, deadline: float) -> int:
     """Measures what has no record yet until a deadline, and returns how many cells are left."""
-    if wishes.modes and Mode.EAGER not in wishes.modes:
-        return 0
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = [Stock(), *catalogue()]
+    repeats.prepare()
+    plan = dict.fromkeys(_plan(_BATCHES if torch.cuda.is_available() else _TINY_BATCHES))
     # A denoiser's setting may be all that is asked for.
-    patterns = [p for p in wishes.settings if any(fnmatchcase(s.name, p) for s in known)]
-    wished = [] if wishes.settings and not patterns else selected(known, patterns)
-    settings = [setting for setting in wished if not isinstance(setting, Stock)]
-    model: Any = None
-    left, measured = 0, list[_Cell]()
-    for batch in _BATCHES if device.type == "cuda" else _TINY_BATCHES:
-        for setting in settings:
-            for phase in PHASES:
-                cell = _Cell(wishes, setting, batch, phase, announce)
-                if cell.is_finished():
-                    continue
-                if time.monotonic() > deadline:
-                    left += 1
-                    continue
-                model = model or _made(device, wishes.seed)
-                cell.measure(model)
-                measured.append(cell)
-    for cell in measured:
-        cell.count(model)
+    patterns = [p for p in wishes.settings if any(fnmatchcase(s.name, p) for s in _known())]
+    wished = [] if wishes.settings and not patterns else [s.name for s in selected(_known(), patterns)]
+    bench = _Bench(wishes, announce)
+    left = 0
+    with compiler_limits():
+        for cell in plan:
+            is_wished = cell.name in wished and (not wishes.modes or cell.mode in wishes.modes)
+            if not is_wished or bench.is_finished(cell):
+                continue
+            if time.monotonic() > deadline:
+                left += 1
+                continue
+            bench.measure(cell)
+        bench.count(deadline + _COUNTING_S)
+    forget_compiled()
     return left
 
 
-def _made(device: torch.device, seed: int) -> Any:
-    on_gpu = device.type == "cuda"
-    sizes: dict[str, Any] = _WHOLE if on_gpu else _TINY
-    with default_dtype(_dtype()), device:
-        model = make_model(seed=seed, **sizes)
-    return model.to(_dtype())
+@dataclass(frozen=True)
+class _Turns:
+    """What one setting took in turn with eager stock."""
+
+    own: list[meter.Trace]
+    eager: list[meter.Trace]
+    first: meter.FirstRun
+    eager_first: meter.FirstRun
+    counts: dict[str, int]
 
 
-def _dtype() -> torch.dtype:
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+@dataclass
+class _Bench:
+    """The model, once something is measured, and what compiled stock took; None where that failed."""
 
+    wishes: Wishes
+    announce: Announce
+    _model: Any = None
+    _measured: list[tuple[_Cell, records.BenchRecord]] = field(default_factory=list)
+    _stock: dict[_Cell, _Turns | None] = field(default_factory=dict)
 
-class _Cell:
-    """One setting at one batch in one phase."""
-
-    def __init__(self, wishes: Wishes, setting: Setting, batch: int, phase: str, announce: Announce) -> None:
-        self._wishes, self._setting, self._batch, self._phase = wishes, setting, batch, phase
-        self._announce = announce
-        self._measured_as: records.BenchRecord | None = None
-        self._rounds = wishes.rounds or _ROUNDS[phase]
-        self._params = {
-            "model": NAME,
-            "pixels": f"{SIDE_PX}x{SIDE_PX}",
-            "batch": batch,
-            "dtype": str(_dtype()).removeprefix("torch."),
-            "phase": phase,
-            "mode": Mode.EAGER.value,
-            "rounds": self._rounds,
-            "device": device_name() or "cpu",
-        } | setting.params()
-
-    def is_finished(self) -> bool:
+    def is_finished(self, cell: _Cell) -> bool:
         """Whether it has a record."""
-        return is_finished(self._wishes, self._setting.name, self._params)
+        return is_finished(self.wishes, cell.setting.name, self._params(cell))
 
-    def measure(self, model: Any) -> None:
-        """Times the setting in turn with stock and records it, or why it could not be timed."""
-        failure = self._record(failure="the process ended while this was measured")
-        self._announce(failure.to_line())
+    def measure(self, cell: _Cell) -> None:
+        """Measures a cell and records it, or why it could not be measured."""
+        failure = self._record(cell, failure="the process ended while this was measured")
+        self.announce(failure.to_line())
         try:
-            with meter.limited(_MOST_SECONDS):
-                record = self._measured(model)
+            with meter.limited(_MOST_COMPILING if cell.mode is _COMPILED else _MOST_SECONDS):
+                self._model = self._model or made(self.wishes.seed)
+                record = self._repeated(cell) if cell.phase == REPEATED else self._timed(cell)
         except Exception as error:
             record = replace(failure, failure=sentence(error))
             check_device(error)
         finally:
-            self._announce("")
-        records.append(self._wishes.records, record)
+            self.announce("")
+        records.append(self.wishes.records, record)
         print(described(record), flush=True)
-        self._measured_as = record
-
-    def count(self, model: Any) -> None:
-        """Adds to its record the kernels of the prompt, its own and stock's."""
-        record = self._measured_as
-        if record is None or record.failure or self._phase != "prefill":
-            return
-        own, stock = (meter.launches(loop, 1) for loop in self._loops(model))
-        counts = record.counts | own | {f"stock_{name}": number for name, number in stock.items()}
-        records.append(self._wishes.records, replace(record, counts=counts))
-
-    def _loops(self, model: Any) -> tuple[_Reading, _Reading]:
-        own, stock = (_Reading(model, s.applied, self._batch, PHASES[self._phase]) for s in (self._setting, Stock()))
-        return own, stock
-
-    def _measured(self, model: Any) -> records.BenchRecord:
-        own, stock = self._loops(model)
-        stock_first, first = meter.first_run(stock, 1), meter.first_run(own, 1)
-        traces = meter.alternated({"stock": (stock, 1), "own": (own, 1)}, self._rounds)
-        counts = {"kv_bytes": own.cache_bytes, "stock_kv_bytes": stock.cache_bytes}
+        self._measured.append((cell, record))
         gc.collect()
+
+    def count(self, deadline: float) -> None:
+        """Adds to the records of this process the kernels of an eager prompt, its own and stock's."""
+        stock: dict[int, dict[str, int]] = {}
+        for cell, record in self._measured:
+            if record.failure or (cell.mode, cell.phase) != (Mode.EAGER, "prefill") or time.monotonic() > deadline:
+                continue
+            if cell.batch not in stock:
+                found = meter.launches(Reader(self._model, cell.batch, 1), 1)
+                stock[cell.batch] = {f"stock_{name}": number for name, number in found.items()}
+            own = meter.launches(Reader(self._model, cell.batch, 1, cell.setting.applied), 1)
+            records.append(self.wishes.records, replace(record, counts=record.counts | own | stock[cell.batch]))
+
+    def _repeated(self, cell: _Cell) -> records.BenchRecord:
+        return self._record(cell, counts=repeats.differing(self._model, cell.batch))
+
+    def _timed(self, cell: _Cell) -> records.BenchRecord:
+        """Times a setting in turn with eager stock, and where it is compiled compares it with compiled stock.
+
+        That is timed in its own turn with eager stock before: compiled code belongs to a class, so that a stock model
+        would run what was compiled for an attached one.
+        """
+        is_eager = cell.mode is Mode.EAGER
+        stock = None if is_eager else self._of_stock(cell)
+        found = self._turns(cell)
+        base, base_first = (found.eager, found.eager_first) if stock is None else (stock.own, stock.first)
         return self._record(
-            cpu_s=[trace.cpu_s for trace in traces["own"]],
-            baseline_cpu_s=[trace.cpu_s for trace in traces["stock"]],
-            wall_s=[trace.step_s for trace in traces["own"]],
-            baseline_wall_s=[trace.step_s for trace in traces["stock"]],
+            cell,
+            cpu_s=[trace.cpu_s for trace in found.own],
+            baseline_cpu_s=[trace.cpu_s for trace in base],
+            wall_s=[trace.step_s for trace in found.own],
+            baseline_wall_s=[trace.step_s for trace in base],
             values={
-                "eager_s": [trace.step_s for trace in traces["stock"]],
-                "first_run_s": [first.seconds],
-                "peak_mib": [first.peak_mib],
-                "stock_peak_mib": [stock_first.peak_mib],
+                "eager_s": [trace.step_s for trace in found.eager],
+                "first_run_s": [found.first.seconds],
+                "stock_first_run_s": [base_first.seconds],
+                "peak_mib": [found.first.peak_mib],
+                "stock_peak_mib": [base_first.peak_mib],
             },
-            counts=counts,
+            counts=found.counts,
         )
 
-    def _record(self, **measured: Any) -> records.BenchRecord:
+    def _of_stock(self, cell: _Cell) -> _Turns:
+        key = replace(cell, name=Stock().name)
+        if key not in self._stock:
+            self._stock[key] = None
+            self._stock[key] = self._turns(key)
+        stock = self._stock[key]
+        if stock is None:
+            raise RuntimeError(f"stock could not be measured {cell.mode.value}")
+        return stock
+
+    def _turns(self, cell: _Cell) -> _Turns:
+        """Times a setting in turn with eager stock."""
+        new_tokens, is_compiled = PHASES[cell.phase], cell.mode is _COMPILED
+        eager = Reader(self._model, cell.batch, new_tokens)
+        eager_first = meter.first_run(eager, 1)
+        if is_compiled:
+            forget_compiled()
+        graphs, breaks = num_graphs()
+        with ExitStack() as stack:
+            if is_compiled:
+                own = stack.enter_context(compiled(self._model, cell.setting, cell.batch, new_tokens))
+            else:
+                own = Reader(self._model, cell.batch, new_tokens, cell.setting.applied)
+            # What is compiled is captured in its second run and repeated in its third.
+            first = meter.first_run(own, 1, 2 * is_compiled)
+            now = num_graphs()
+            traces = meter.alternated({"eager": (eager, 1), "own": (own, 1)}, self._rounds(cell))
+        counts = {"kv_bytes": own.cache_bytes, "stock_kv_bytes": eager.cache_bytes}
+        counts |= {"graphs": now[0] - graphs, "graph_breaks": now[1] - breaks} if is_compiled else {}
+        return _Turns(traces["own"], traces["eager"], first, eager_first, counts)
+
+    def _rounds(self, cell: _Cell) -> int:
+        return self.wishes.rounds or _ROUNDS[cell.phase]
+
+    def _params(self, cell: _Cell) -> dict[str, Any]:
+        timed = {} if cell.phase == REPEATED else {"rounds": self._rounds(cell)}
+        return {
+            "model": NAME,
+            "pixels": f"{SIDE_PX}x{SIDE_PX}",
+            "batch": cell.batch,
+            "dtype": str(dtype()).removeprefix("torch."),
+            "phase": cell.phase,
+            "mode": cell.mode.value,
+            **timed,
+            "device": device_name() or "cpu",
+        } | cell.setting.params()
+
+    def _record(self, cell: _Cell, **measured: Any) -> records.BenchRecord:
         nothing: dict[str, Any] = {"cpu_s": [], "baseline_cpu_s": [], "wall_s": [], "baseline_wall_s": []}
         return records.BenchRecord(
             bench=BENCH,
-            setting=self._setting.name,
-            family=self._setting.family,
-            params=self._params,
-            seed=self._wishes.seed,
+            setting=cell.setting.name,
+            family=cell.setting.family,
+            params=self._params(cell),
+            seed=self.wishes.seed,
             origin=origin(),
             **nothing | measured,
         )
-
-
-class _Reading:
-    """One call of `generate` under a setting, which is applied anew before the clock starts.
-
-    Attributes:
-        cache_bytes: Keys and values held behind the last call.
-    """
-
-    def __init__(
-        self, model: Any, applied: Callable[[Any], AbstractContextManager[object]], batch: int, new_tokens: int
-    ) -> None:
-        self._model, self._applied, self._new_tokens = model, applied, new_tokens
-        self._inputs = _inputs(next(model.parameters()), batch)
-        self.cache_bytes = 0
-
-    @torch.inference_mode()
-    def __call__(self, steps: int, before: Callable[[int], object]) -> Tensor:
-        """Reads once and gives the tokens; there is one step."""
-        with self._applied(self._model):
-            before(0)
-            done = self._model.generate(
-                **self._inputs,
-                max_new_tokens=self._new_tokens,
-                min_new_tokens=self._new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-            )
-            before(1)
-        self.cache_bytes = num_bytes(done.past_key_values)
-        sequences: Tensor = done.sequences
-        return sequences
-
-
-def _inputs(like: Tensor, batch: int) -> dict[str, Tensor]:
-    """Prompts as long as LLaVA-1.5's with a short question, each with another image."""
-    generator = torch.Generator().manual_seed(0)
-    length = _TEXT_BEFORE + NUM_IMAGE_TOKENS + _TEXT_AFTER
-    ids = torch.randint(_IMAGE + 1, _VOCABULARY, (batch, length), generator=generator)
-    ids[:, _TEXT_BEFORE : _TEXT_BEFORE + NUM_IMAGE_TOKENS] = _IMAGE
-    pixels = torch.randn(batch, 3, SIDE_PX, SIDE_PX, generator=generator)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(like.dtype)}
-    return {name: tensor.to(like.device) for name, tensor in given.items()}

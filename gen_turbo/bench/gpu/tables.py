@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from gen_turbo.bench.gpu.journal import REPEATED, RUNS
 from gen_turbo.bench.markdown import NO_RECORDS, table
 from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread, speedups
@@ -28,7 +29,8 @@ _SHOWN = (
     ("blocks copied, compiled and captured", "spans-copy-r0.5", "compiled + captured"),
 )
 """Columns of `gains`: a title, a setting and the mode that it was measured in; one without a figure is left out."""
-_WHAT_READING = "Medians of CUDA events (lower to upper quartile)"
+_WHAT_READING = "Medians of CUDA events (lower to upper quartile); stock in the same mode"
+_SORTED_BY = ("model", "batch", "phase", "mode")
 
 
 def denoisers(folder: Path) -> str:
@@ -69,7 +71,24 @@ def _against_eager(record: BenchRecord | None) -> str:
 def reading(folder: Path) -> str:
     """Prompt and answer of the vision-language model against stock, a table per GPU."""
     head = ("", "stock, ms", "ms", "times faster", "keys and values, MiB", "stock, MiB")
-    return _by_device([r for r in _on_gpus(folder) if "phase" in r.params], head, _WHAT_READING, _reading_rows)
+    found = [r for r in _on_gpus(folder) if "phase" in r.params]
+    is_count = {id(r): r.params["phase"] == REPEATED for r in found}
+    timed = _by_device([r for r in found if not is_count[id(r)]], head, _WHAT_READING, _reading_rows)
+    counted = [r for r in found if is_count[id(r)] and not r.failure]
+    return "\n\n".join([timed, *map(_repeated, counted)])
+
+
+def _repeated(record: BenchRecord) -> str:
+    """Whether stock repeats itself, and whether ratio 0 changes anything, in one sentence."""
+    counts, params = record.counts, record.params
+    parts = []
+    for prefix, how in (("", "as torch comes"), ("deterministic_", "with deterministic algorithms")):
+        first, attached, detached = (counts[prefix + name] for name in RUNS)
+        parts.append(f"{how} {first} in its first run, {attached} with ratio 0 attached, {detached} after detaching")
+    return (
+        f"Of {counts['logits']:,} logits of {params['model']} at batch {params['batch']} in {params['dtype']} on an "
+        f"{params['device']}, so many differ from stock's second run: {'; '.join(parts)}."
+    )
 
 
 def _on_gpus(folder: Path) -> list[BenchRecord]:
@@ -128,13 +147,14 @@ def _ratio(baseline: Sequence[float], own: Sequence[float]) -> float:
 
 
 def _reading_rows(records: list[BenchRecord]) -> list[Sequence[str]]:
-    ordered = sorted(records, key=lambda r: (r.params["model"], r.params["batch"], r.params["phase"]))
+    ordered = sorted(records, key=lambda r: tuple(r.params[name] for name in _SORTED_BY))
     return [_reading_row(record) for record in ordered]
 
 
 def _reading_row(record: BenchRecord) -> Sequence[str]:
     params = record.params
-    name = f"{params['model']}, batch {params['batch']}, {params['phase']}: {record.setting}"
+    how = "" if params["mode"] == _MODES[0] else f", {params['mode']}"
+    name = f"{params['model']}, batch {params['batch']}, {params['phase']}{how}: {record.setting}"
     if record.failure:
         return name, "", _FAILED, "", "", ""
     milliseconds = [[1000 * s for s in times] for times in (record.baseline_wall_s, record.wall_s)]
