@@ -136,7 +136,7 @@ class Costs:
     def kinds(self, spec: LayerSpec, ratio: float, load: Workload, kv_only: bool) -> Kinds:
         """What merging changes at one layer, but for the map."""
         if spec.name not in self._layers:
-            self._layers[spec.name] = LayerWork.of(self._model().get_submodule(spec.name))
+            self._layers[spec.name] = LayerWork.of(self._model().get_submodule(spec.name), spec.name)
         layer, tokens = self._layers[spec.name], load.tokens(spec.downsample)
         full = layer.work(load, tokens)
         short = layer.work(load, tokens * (1 - ratio), tokens if kv_only else None)

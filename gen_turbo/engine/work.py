@@ -9,47 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_turbo.models.adapter import Adapter, Geometry, ModelCall, coarsened
+from gen_turbo.engine.names import IMAGE_ALONE, QUERIES, TIMES, rows_of, self_attentions, shares_of, sides_of
+from gen_turbo.models.adapter import TEXT, Adapter, Geometry, ModelCall, coarsened
 from gen_turbo.models.unet import level_of
 
-_ONE_ROW = (
-    "time_",
-    "timestep",
-    "norm",
-    "adaln",
-    "guidance",
-    "add_embedding",
-    "class_",
-    "pooled",
-    "_mod",
-    "embedding_",
-    "modulation",
-    "av_cross_attn",
-)
-"""Parts of names of layers that read one row per image: modulations, embeddings of the time."""
-_TEXT_ROWS = (
-    "add_",
-    "context",
-    "caption",
-    "text_",
-    "attn2.to_k",
-    "attn2.to_v",
-    "cross_attention.to_key",
-    "cross_attention.to_value",
-    "txt",
-    "to_q_t",
-    "to_k_t",
-    "to_v_t",
-    "to_out_t",
-    "ff_t",
-)
-"""Parts of names of layers that read the text tokens."""
-_SOUND_KEYS, _SOUND_QUERIES = "audio_to_video", "video_to_audio"
-"""Attention of a video to its sound and of the sound to the video, by name."""
-_KEYS = ("to_k", "to_v")
-_CROSS = ("attn2", "cross_attn", "cross_attention")
-_QUERIES = ("to_q", "to_query", "to_qkv_mlp_proj")
-"""What makes queries, by name."""
 _PASSES = 3.0
 """Elementwise passes over what a matrix product reads and writes: norms, activations, modulations, sums."""
 _KERNELS = 4.0
@@ -103,6 +66,8 @@ class Workload:
         references: Tokens of images beside the target.
         caches_text: Whether the joined text is keys and values alone, which the model keeps.
         sound: Tokens of sound beside a video.
+        times: Times in a row, where frames or tokens have one each.
+        counts: Tokens that a module reads, by the beginning of its name, where those are not the text's.
     """
 
     batch: int
@@ -114,6 +79,8 @@ class Workload:
     references: int = 0
     caches_text: bool = False
     sound: int = 0
+    times: int = 1
+    counts: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, call: ModelCall, geometry: Geometry) -> Workload:
@@ -122,10 +89,22 @@ class Workload:
         grid = geometry.grid or (1, sample.shape[1] if sample.ndim == 3 else math.prod(sample.shape[2:]))
         num_text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
         joins = geometry.num_text > 0
-        num_text = geometry.num_text if joins else num_text
+        counts, time = dict(geometry.counts), call.timestep
+        num_text = geometry.num_text if joins else counts.pop(TEXT, num_text)
         references = sum(region.num_tokens for region in geometry.references)
-        size, is_cached, sound = sample.element_size(), geometry.caches_text, geometry.num_sound
-        return cls(len(sample), geometry.num_frames, grid, num_text, joins, size, references, is_cached, sound)
+        return cls(
+            len(sample),
+            geometry.num_frames,
+            grid,
+            num_text,
+            joins,
+            sample.element_size(),
+            references,
+            geometry.caches_text,
+            geometry.num_sound,
+            time.shape[1] if isinstance(time, Tensor) and time.ndim == 2 else 1,
+            tuple(counts.items()),
+        )
 
     def tokens(self, downsample: int) -> int:
         """Image tokens of a row at a level."""
@@ -136,6 +115,21 @@ class Workload:
     def joined(self) -> int:
         """Text tokens that share attention with the image tokens."""
         return self.text if self.joins_text else 0
+
+    def rows(self, name: str, downsample: int) -> int:
+        """Rows per image that a matrix product outside of all blocks reads, by its name and its level."""
+        kind = rows_of(name)
+        if kind == "one":
+            has_time = any(part in name for part in TIMES) and "audio" not in name
+            return self.times if has_time else 1
+        for beginning, rows in self.counts:
+            if name.startswith(beginning):
+                return rows
+        if kind == "image":
+            # A step down reads every token and makes a quarter of them.
+            scale = 1 / 4 if "downsamplers" in name else 4 if "upsamplers" in name else 1
+            return int(self.tokens(downsample) * scale)
+        return self.text if kind == "text" else self.sound
 
     def passes(self, tokens: float, width: int, passes: float, kernels: float) -> Work:
         """So many passes over tokens of a width, by so many kernels."""
@@ -169,7 +163,7 @@ class LayerWork:
     attentions: tuple[tuple[str, str, int], ...]
 
     @classmethod
-    def of(cls, module: nn.Module) -> LayerWork:
+    def of(cls, module: nn.Module, path: str = "") -> LayerWork:
         """Counts the matrix products of a layer, whatever device its weights are on."""
         products, attentions, width, shares = [], [], 0, shares_of(module)
         alone = self_attentions(module)
@@ -177,12 +171,13 @@ class LayerWork:
             if is_product(part):
                 kind = "image" if name.startswith(alone) else rows_of(name)
                 products.append((kind, shares.get(name, 1.0), *sizes_of(part)))
-            query: Any = next((getattr(part, projection) for projection in _QUERIES if hasattr(part, projection)), None)
+            query: Any = next((getattr(part, projection) for projection in QUERIES if hasattr(part, projection)), None)
             if is_product(query):
                 width = width or int(query.in_features)
                 # A projection that is fused with others is wider than all heads.
-                channels: Any = part.inner_dim if hasattr(part, _QUERIES[-1]) else query.out_features
-                sides = ("image", "image") if f"{name}." in alone else _sides_of(name)
+                channels: Any = part.inner_dim if hasattr(part, QUERIES[-1]) else query.out_features
+                is_alone = f"{name}." in alone or path.startswith(IMAGE_ALONE)
+                sides = ("image", "image") if is_alone else sides_of(name)
                 attentions.append((*sides, int(channels)))
         return cls(tuple(products), width, tuple(attentions))
 
@@ -191,7 +186,8 @@ class LayerWork:
         queries = tokens if num_queries is None else num_queries
         # Text that has no weights of its own goes through those of the image.
         asking = 0 if load.caches_text else load.joined
-        inside = 0 if any(kind == "text" for kind, *_ in self.products) else asking
+        has_text = any("joined" in sides for *sides, _ in self.attentions)
+        inside = asking if has_text and all(kind != "text" for kind, *_ in self.products) else 0
         rows: Mapping[str, float] = {"image": queries + inside, "text": load.text, "one": 1, "sound": load.sound}
         total = Work()
         for kind, share, weights, features in self.products:
@@ -202,48 +198,6 @@ class LayerWork:
         for query, key, width in self.attentions:
             total += load.attention(ask[query], asked[key], width)
         return total
-
-
-def rows_of(name: str) -> str:
-    """What a matrix product reads, by its name: tokens of "image", "text" or "sound", or "one" row per image."""
-    lowered = name.lower()
-    if any(part in lowered for part in _ONE_ROW):
-        return "one"
-    if any(part in lowered for part in _TEXT_ROWS):
-        return "text"
-    if _SOUND_KEYS in lowered or _SOUND_QUERIES in lowered:
-        return "sound" if (_SOUND_KEYS in lowered) == lowered.endswith(_KEYS) else "image"
-    return "sound" if "audio_" in lowered else "image"
-
-
-def _sides_of(name: str) -> tuple[str, str]:
-    """What asks and what is asked in an attention, by its name."""
-    if _SOUND_KEYS in name:
-        return "image", "sound"
-    if _SOUND_QUERIES in name:
-        return "sound", "image"
-    has_sound = "audio_" in name
-    if name.endswith(_CROSS):
-        return "sound" if has_sound else "image", "text"
-    return ("sound", "sound") if has_sound else ("joined", "joined")
-
-
-def self_attentions(module: nn.Module) -> tuple[str, ...]:
-    """Prefixes of second attentions that read image tokens alone, as in SD 3.5, where other families read the text."""
-    second = ((name, part) for name, part in module.named_modules() if name.endswith("attn2"))
-    return tuple(f"{name}." for name, part in second if getattr(part, "is_cross_attention", True) is False)
-
-
-def shares_of(module: nn.Module) -> dict[str, float]:
-    """Of layers inside of routed experts, by name, the share of the tokens that each reads if all are asked alike."""
-    shares: dict[str, float] = {}
-    for name, part in module.named_modules():
-        experts: Any = getattr(part, "experts", None)
-        if isinstance(experts, nn.ModuleList) and hasattr(part, "num_activated_experts"):
-            inside = f"{name}.experts" if name else "experts"
-            share = int(part.num_activated_experts) / len(experts)
-            shares |= {f"{inside}.{inner}": share for inner, _ in experts.named_modules()}
-    return shares
 
 
 def is_product(part: object) -> bool:
@@ -264,16 +218,12 @@ def stock_work(model: nn.Module, adapter: Adapter, load: Workload) -> Work:
     layers = adapter.blocks(model) or adapter.layers(model)
     total = Work()
     for layer in layers:
-        total += LayerWork.of(model.get_submodule(layer.name)).work(load, load.tokens(layer.downsample))
+        work = LayerWork.of(model.get_submodule(layer.name), layer.name)
+        total += work.work(load, load.tokens(layer.downsample))
     inside = tuple(f"{layer.name}." for layer in layers)
     num_levels = 0 if adapter.is_transformer else len(model.down_blocks)  # type: ignore[arg-type]
     for name, part in model.named_modules():
         if is_product(part) and not name.startswith(inside):
-            kind, downsample = rows_of(name), 2 ** level_of(name, num_levels) if num_levels else 1
-            rows = {"image": load.tokens(downsample), "text": load.text, "one": 1, "sound": load.sound}[kind]
-            if "downsamplers" in name:
-                rows //= 4
-            elif "upsamplers" in name:
-                rows *= 4
-            total += load.product(rows, *sizes_of(part))
+            downsample = 2 ** level_of(name, num_levels) if num_levels else 1
+            total += load.product(load.rows(name, downsample), *sizes_of(part))
     return total

@@ -141,6 +141,8 @@ class LayerSpec:
     unread: tuple[int, ...] = ()
 
 
+TEXT = "text"
+"""All keys of cross-attention, in the counts of tokens that modules read."""
 WHOLE = "output"
 """The unit that is the whole model: its output is forecast and no layer runs."""
 
@@ -206,6 +208,7 @@ class Geometry:
         num_images: Rows of the batch before it repeats itself, as it does under guidance; 0 where that is not known.
         caches_text: Whether the text is in no sequence, for the model keeps its keys and values.
         num_sound: Tokens of the sound beside a video, in a sequence of their own.
+        counts: Tokens that other modules read, by the beginning of their names; by `TEXT`, those of cross-attention.
     """
 
     grid: Grid | None
@@ -216,6 +219,7 @@ class Geometry:
     left_alone: str = ""
     caches_text: bool = False
     num_sound: int = 0
+    counts: tuple[tuple[str, int], ...] = ()
 
     @property
     def regions(self) -> tuple[Region, ...]:

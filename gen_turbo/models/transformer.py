@@ -85,6 +85,7 @@ class TransformerAdapter:
         left_alone: Why a call cannot run on merged tokens; empty if it can.
         num_text: Text tokens that share attention with the image tokens.
         num_sound: Tokens of the sound beside a video.
+        counts: Tokens that modules read which are not one per image or text token, by the beginning of their names.
         caches_text: Whether the model keeps the keys and values of the text, so that no call runs it.
         text: Where the model is given text that can be merged or cut, or why there is none.
         reading: Reads the arguments of a call.
@@ -102,6 +103,7 @@ class TransformerAdapter:
     left_alone: Callable[[Mapping[str, Any]], str] = lambda arguments: ""
     num_text: Callable[[Any, Mapping[str, Any]], int] = no_text
     num_sound: Callable[[Any, Mapping[str, Any]], int] = no_text
+    counts: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda arguments: {}
     caches_text: bool = False
     text: Text | Callable[[Any], Text] = "its image tokens share no attention with text"
     reading: Callable[[Mapping[str, Any]], ModelCall] = latents
@@ -149,12 +151,16 @@ class TransformerAdapter:
         """Frames, grid, text tokens, repeated images and references of a call."""
         num_text, repeated = self.num_text(model, arguments), num_images(self.reading(arguments).sample)
         regions, why = self.regions(model, arguments), self.left_alone(arguments)
-        num_sound = self.num_sound(model, arguments)
-        if not regions:
-            return Geometry(None, 1, num_text, repeated, (), why, self.caches_text, num_sound)
-        target, *references = regions
         return Geometry(
-            target.grid, target.num_frames, num_text, repeated, tuple(references), why, self.caches_text, num_sound
+            regions[0].grid if regions else None,
+            regions[0].num_frames if regions else 1,
+            num_text,
+            repeated,
+            regions[1:],
+            why,
+            self.caches_text,
+            self.num_sound(model, arguments),
+            tuple(self.counts(arguments).items()),
         )
 
     def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:

@@ -14,9 +14,10 @@ from gen_turbo.engine.cost import Cost
 from gen_turbo.engine.runs import Runs
 from gen_turbo.engine.state import SequenceShape
 from gen_turbo.engine.work import Workload, stock_work
-from tests.engine.families import family
+from tests.engine.families import NAMES, family
 from tests.tiny_family import NUM_TEXT
 
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 BATCH = 2
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: (
@@ -34,12 +35,24 @@ def counted(run, times: tuple[int, ...]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["qwen-image-2.1", "ltx2", "hidream", "sd3.5-dual", "kandinsky5", "qwen-image", "sd3", "flux", "cogvideox", "wan"],
-)
+LOOSE = {
+    "controlnet": 0.04,  # its picture of conditions in pixels, its convolutions of the coarser levels
+    "wan-animate": 0.025,  # frames of the pose and the face
+    "z-image": 0.02,  # the last layer runs on text too
+    "hunyuan-dit": 0.015,  # what pools the text is no linear layer that is called
+    "lumina2": 0.015,  # the last layer runs on text too
+    "chroma": 0.01,  # what guides the blocks is a short sequence
+    "kandinsky": 0.01,  # halves and doubles maps inside of residual blocks
+}
+"""How far the count of a tiny model may be off, and why; at real size these parts are a smaller share."""
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_work_is_what_torch_counts(name, monkeypatch):
-    """Catches a prefix that runs through the blocks, sound in rows of the video, every expert, text for image."""
+    """Catches a prefix that runs through the blocks, sound in rows of the video, every expert, text for image.
+
+    And one time for tokens that have one each, a row per token in what pools or reads another condition.
+    """
     model, run = family(name)
     opened, seen = Runs.open, []
 
@@ -52,7 +65,7 @@ def test_work_is_what_torch_counts(name, monkeypatch):
         run(times=(900,))
     # A first call may fill a cache.
     real = counted(run, (900, 700)) - counted(run, (900,))
-    assert stock_work(model, adapter_of(model), seen[-1]).flops == pytest.approx(real, rel=0.005)
+    assert stock_work(model, adapter_of(model), seen[-1]).flops == pytest.approx(real, rel=LOOSE.get(name, 0.005))
 
 
 @pytest.mark.parametrize(

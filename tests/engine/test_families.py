@@ -8,8 +8,8 @@ from stated import TurboProcessor
 
 from gen_turbo import ToMeProcessor, attach, report
 from tests.engine.coverage import read
-from tests.engine.families import COLUMNS, NAMES, cell, family, relative
-from tests.tiny_transformers import FAMILIES, build, random, run
+from tests.engine.families import COLUMNS, NAMES, Keys, cell, family, relative
+from tests.tiny_transformers import FAMILIES, NUM_TEXT, build, random, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 
@@ -95,6 +95,23 @@ def test_no_slot_crosses_frames(name):
     plans = {id(p): p for p in _plans_of(name, FAMILIES[name])}.values()
     assert len(plans) == (2 if name == "wan-vace" else 1)
     assert all(plan.num_tokens == 64 and len(plan.slot_BN) % 3 == 0 for plan in plans)
+
+
+@pytest.mark.parametrize("name", ["ltx2", "ltx2-split"])
+def test_sound_asks_the_merged_video_and_is_not_merged(name):
+    """Catches a block of six attentions in which sound reads every token, or tables of another length than the keys."""
+    model, run_model = family(name)
+    num_sound, num_words = 4, NUM_TEXT
+    seen = {}
+    for scope in ("attention", "block", "model"):
+        with attach(model, TurboProcessor(0.4, restore="copy", scope=scope)), Keys() as keys:
+            run_model(times=(900,))
+        seen[scope] = keys.seen[:6]
+    full, short = 3 * 64, 3 * 39
+    beside = [(num_sound, num_sound), (num_sound, num_words)]
+    within = [(short, short), beside[0], (full, num_words), beside[1], (full, num_sound), (num_sound, full)]
+    whole = [(short, short), beside[0], (short, num_words), beside[1], (short, num_sound), (num_sound, short)]
+    assert seen == {"attention": within, "block": whole, "model": whole}
 
 
 def test_positions_are_taken_by_anchor(monkeypatch):

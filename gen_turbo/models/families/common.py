@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gen_turbo.models.adapter import LayerSignature, TokenArg
@@ -22,6 +23,11 @@ def thousandths(time: float) -> float:
 def share_of_the_way(time: float) -> float:
     """Lumina2 and Z-Image are given the share of the way from noise to image, which rises."""
     return 1000 * (1 - time)
+
+
+def lengths(arguments: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
+    """For each module the tokens of its argument, (B, T, C), of those that are given."""
+    return {module: int(arguments[name].shape[1]) for module, name in names.items() if arguments.get(name) is not None}
 
 
 def block(**differences: Any) -> LayerSignature:

@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from gen_turbo.models.adapter import Adapter, LayerSignature, MaskedText, TextSignature, TokenArg
-from gen_turbo.models.families.common import ROTARY, block
+from gen_turbo.models.families.common import ROTARY, block, lengths
 from gen_turbo.models.transformer import TransformerAdapter, text_length
 
 _TEXTS = {f"encoder_hidden_states{which}": f"encoder_attention_mask{which}" for which in ("", "_2")}
 _OTHER_TOKENS = "it puts other tokens among its text"
 
 
+def _conditions(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens of two texts and an image, by the modules that read them."""
+    names = {"context_embedder.": "encoder_hidden_states", "context_embedder_2.": "encoder_hidden_states_2"}
+    return lengths(arguments, names | {"image_embedder.": "image_embeds"})
+
+
 def _all_conditions(model: Any, arguments: Mapping[str, Any]) -> int:
-    """Tokens of two texts and an image, in whatever order the model puts them."""
-    names = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
-    return sum(int(arguments[name].shape[1]) for name in names if arguments.get(name) is not None)
+    """The same together, in whatever order the model puts them."""
+    return sum(_conditions(arguments).values())
 
 
 _KEY_MASK = TokenArg("attention_mask", axis=3, has_batch=True)
@@ -40,6 +45,7 @@ HUNYUAN_VIDEO_15 = TransformerAdapter(
     {"transformer_blocks.*.attn": LayerSignature(none=(), has_text_keys=True, token_args=ROTARY)},
     {"transformer_blocks.*": block(none=(), token_args=(TokenArg("freqs_cis"),))},
     num_text=_all_conditions,
+    counts=_conditions,
     # From text to video the image is zeros, which are hidden.
     text=MaskedText(_TEXTS | {"image_embeds": ""}, _OTHER_TOKENS),
 )
@@ -52,6 +58,7 @@ HUNYUAN_IMAGE = TransformerAdapter(
     },
     is_one_stack=True,
     num_text=_all_conditions,
+    counts=_conditions,
     text=lambda model: (
         TextSignature(mask="encoder_attention_mask", hides=True)
         if model.context_embedder_2 is None

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_turbo.models.adapter import SELF_ATTENTION, Adapter, LayerSignature, ModelCall, Region, TextSignature, TokenArg
-from gen_turbo.models.families.common import POSITIONS_INSIDE, ROTARY, SELF, block, share_of_the_way, thousandths
+from gen_turbo.models.adapter import (
+    SELF_ATTENTION,
+    TEXT,
+    Adapter,
+    LayerSignature,
+    ModelCall,
+    Region,
+    TextSignature,
+    TokenArg,
+)
+from gen_turbo.models.families.common import (
+    POSITIONS_INSIDE,
+    ROTARY,
+    SELF,
+    block,
+    lengths,
+    share_of_the_way,
+    thousandths,
+)
 from gen_turbo.models.transformer import Regions, TransformerAdapter, patches, text_length
 
 PIXART = TransformerAdapter(
@@ -17,11 +35,13 @@ PIXART = TransformerAdapter(
     {"transformer_blocks.*.attn1": SELF_ATTENTION},
     {"transformer_blocks.*": block()},
 )
+_HUNYUAN_DIT_TEXTS = {name: name for name in ("encoder_hidden_states", "encoder_hidden_states_t5")}
 HUNYUAN_DIT = TransformerAdapter(
     ("HunyuanDiT2DModel",),
     {"blocks.*.attn1": LayerSignature(none=SELF, token_args=ROTARY)},
     # Long skip connections are merged with the tokens.
     {"blocks.*": block(also=("skip",), token_args=ROTARY)},
+    counts=lambda arguments: {TEXT: sum(lengths(arguments, _HUNYUAN_DIT_TEXTS).values())},
 )
 SD3 = TransformerAdapter(
     ("SD3Transformer2DModel",),
@@ -99,6 +119,8 @@ def _patches_asked_for(model: Any, arguments: Mapping[str, Any]) -> Regions:
     return (Region(frames // patch_frames, (height // patch, width // patch)),)
 
 
+_Z_MULTIPLE = 32
+"""Text is padded to a multiple of this."""
 _Z_ARGS = (TokenArg("freqs_cis", axis=1, has_batch=True),)
 _Z_BLOCK = block(tokens="x", has_text_after=True, none=("attn_mask", "noise_mask"), token_args=_Z_ARGS)
 Z_IMAGE = TransformerAdapter(
@@ -111,6 +133,7 @@ Z_IMAGE = TransformerAdapter(
     {"layers.*": _Z_BLOCK, "noise_refiner.*": _Z_BLOCK},
     to_time=share_of_the_way,
     regions=_patches_asked_for,
+    num_text=lambda model, arguments: _Z_MULTIPLE * math.ceil(len(arguments["cap_feats"][0]) / _Z_MULTIPLE),
     text=POSITIONS_INSIDE,
     reading=_lists,
 )

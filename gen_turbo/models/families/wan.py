@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from gen_turbo.models.adapter import Adapter, LayerSignature, TokenArg
-from gen_turbo.models.families.common import SELF, block
+from gen_turbo.models.adapter import TEXT, Adapter, LayerSignature, TokenArg
+from gen_turbo.models.families.common import SELF, block, lengths
 from gen_turbo.models.transformer import TransformerAdapter
+
+_WAN_CONDITIONS = {"condition_embedder.image_embedder.": "encoder_hidden_states_image"}
+
+
+def _wan_counts(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Cross-attention reads text and, from image to video, a picture."""
+    picture, text = lengths(arguments, _WAN_CONDITIONS), lengths(arguments, {TEXT: "encoder_hidden_states"})
+    return picture | {TEXT: sum(picture.values()) + text[TEXT]}
+
 
 _WAN_ROTARY = TokenArg("rotary_emb", axis=1)
 _CONTROL = "control"
@@ -45,6 +55,7 @@ WAN = TransformerAdapter(
             stream=_CONTROL,
         ),
     },
+    counts=_wan_counts,
     ends_span=_reads_between,
 )
 _CAUSAL_MASK = tuple(TokenArg("attention_mask", axis=axis, has_batch=True) for axis in (2, 3))
