@@ -26,7 +26,7 @@ RECORDS = ROOT / "gen_turbo" / "bench" / "records"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 MOST_README_LINES = 150
 BLOCK = re.compile(r"^```(?P<kind>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
-OTHER_COMMANDS = ("pip install", "make ")
+OTHER_COMMANDS = ("pip install", "make ", "RAY_AUTH_MODE=token ")
 UNWANTED = re.compile(r"\b(told|tells|asks|leaves|picture|pictures|takes up where|comes off)\b", re.IGNORECASE)
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
 

@@ -17,6 +17,7 @@ BENCHES = {
     "understanding": "answers of the embedded vision-language model, by kind, with ever fewer tokens",
     "gpu": "whole denoisers and LLaVA-1.5 on a GPU, eager, captured and compiled, beside stock",
     "vlm-step": "reading an image with a LLaVA-1.5 of real widths, few layers and random weights",
+    "batch": "images a minute of gen-turbo batch, in one process and with workers of Ray",
     "caption-generate": "images drawn anew from their captions: how many still show the scene, and times",
 }
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_vlm_step_arguments(children["vlm-step"])
     _add_gpu_arguments(children["gpu"])
     _add_caption_generate_arguments(children["caption-generate"])
+    _add_batch_arguments(children["batch"])
     for name, captions in (("quality", 50), ("check", 200)):
         _add_image_arguments(children[name], captions)
     children["quality"].add_argument(
@@ -104,6 +106,15 @@ def _add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="objects in every scene")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th image, from the I-th")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/work"), help="folder of unfinished runs")
+
+
+def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pipeline", default="tiny", help="name or YAML of a text-to-image pipeline")
+    parser.add_argument("--items", type=_positive, default=16, help="images of a run")
+    parser.add_argument("--steps", type=_positive, default=4, help="denoising steps of an image")
+    parser.add_argument("--workers", type=_positive, nargs="*", default=[1, 2], help="numbers of workers of Ray")
+    parser.add_argument("--rounds", type=_positive, default=3, help="alternating timed rounds")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda, which the workers share")
 
 
 def _add_image_arguments(parser: argparse.ArgumentParser, captions: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gen_turbo.bench import presets as preset_catalogue
 from gen_turbo.bench import scopes as scope_catalogue
+from gen_turbo.bench.batch import throughput
 from gen_turbo.bench.cells import median_speedup, milliseconds, of_one_workload, passed, speedups_of
 from gen_turbo.bench.choices import choices
 from gen_turbo.bench.gpu import tables as gpu_tables
@@ -173,6 +174,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": gpu_tables.denoisers,
     "gpu-vlm": gpu_tables.reading,
     "caption-generate": caption_generate,
+    "batch": throughput,
 }
 """The name between a page's markers -> what stands there, given the folder of the records."""
 

@@ -78,7 +78,7 @@ def run(namespace: argparse.Namespace) -> int:
     settings = settings_digest(asdict(config), processors_of(config), namespace.seed)
     job = Job(config, namespace.seed, namespace.threads)
     with Manifest(namespace.output / MANIFEST) as manifest:
-        batch = _Batch(manifest, rows, namespace, settings)
+        batch = Batch(manifest, rows, namespace.input, settings, namespace.tries, namespace.retry_quarantined)
         if batch.pending:
             options = {"workers": namespace.workers, "address": namespace.address, "gpus": _gpus(namespace)}
             with closing(engine_of(namespace.engine, job, options, _say)) as engine:
@@ -99,15 +99,35 @@ def _say(text: str) -> None:
     tqdm.write(f"gen-turbo: {shown(text)}", file=sys.stderr)
 
 
-class _Batch:
-    """The items of one input and what the manifest knows of them; nothing else is remembered between runs."""
+class Batch:
+    """The items of one input and what the manifest knows of them; nothing else is remembered between runs.
 
-    def __init__(self, manifest: Manifest, rows: list[Row], options: argparse.Namespace, settings: str) -> None:
-        self._manifest, self._most_tries = manifest, options.tries
-        self._rows = {row.item(options.input, settings): row for row in rows}
+    Args:
+        manifest: The state.
+        rows: The items.
+        source: Where they come from.
+        settings: Digest of all else that results depend on.
+        tries: Of an item before it is quarantined.
+        retries_quarantined: Whether quarantined items are tried again.
+
+    Attributes:
+        pending: What is to be done, in order.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        rows: list[Row],
+        source: Path,
+        settings: str,
+        tries: int = 3,
+        retries_quarantined: bool = False,
+    ) -> None:
+        self._manifest, self._most_tries = manifest, tries
+        self._rows = {row.item(source, settings): row for row in rows}
         self._items = {row.id: item for item, row in self._rows.items()}
         undone = [item for item in self._rows if not manifest.finished(item)]
-        self._quarantined = [] if options.retry_quarantined else [i for i in undone if manifest.is_quarantined(i)]
+        self._quarantined = [] if retries_quarantined else [i for i in undone if manifest.is_quarantined(i)]
         held = set(self._quarantined)
         self.pending = [item for item in undone if item not in held]
         self._before = len(self._rows) - len(undone)

@@ -15,6 +15,10 @@ from gen_turbo.config import ConfigError
 
 _MOST_DEATHS = 3
 _STORE_BYTES = 200 * 2**20
+_UNREACHED = (
+    "cannot reach the cluster {address}; this machine must be a node of it, and where it wants a token, set "
+    "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+)
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -52,7 +56,8 @@ class RayEngine:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False, **local)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"cannot start Ray, or reach the cluster {address}: {sentence(error)}") from error
+            what = "cannot start Ray" if address is None else _UNREACHED.format(address=address)
+            raise ConfigError(f"{what}: {sentence(error)}") from error
         try:
             self._start(workers)
         except BaseException:
