@@ -12,6 +12,7 @@ from torch import nn
 from gen_turbo.engine.base import NoEffectWarning as NoEffectWarning
 from gen_turbo.engine.base import Part
 from gen_turbo.engine.denoiser import DenoiserPart, LayerPruner
+from gen_turbo.engine.followed import Followed, Record
 from gen_turbo.engine.graphs import Mode
 from gen_turbo.method import TokenReducer
 from gen_turbo.models.unknown import UNKNOWN
@@ -23,6 +24,8 @@ _FAMILIES = {
 """Where the tuple ADAPTERS is for the models of a library; imported when a model of that library is attached to."""
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "vlm")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Callable[[], Part | None]] = weakref.WeakKeyDictionary()
+_FOLLOWED: weakref.WeakSet[Followed] = weakref.WeakSet()
+"""One for each pipeline that something is attached through; the pipelines hold them."""
 
 
 class Attachment:
@@ -44,6 +47,7 @@ class Attachment:
         """Makes every model what it was, object for object; doing it twice is harmless."""
         for part in self.parts:
             _release(part)
+        _unfollow()
 
     def __enter__(self) -> Attachment:
         return self
@@ -100,14 +104,28 @@ def reattach(target: Any) -> Attachment:
 
 
 def detach(target: Any) -> None:
-    """Takes the reducer off a pipeline or model; without one, nothing happens."""
-    for part in attachments(target):
+    """Takes the reducer off a pipeline or model; without one, nothing happens.
+
+    Of a pipeline also off models that were replaced in it after they were attached through it.
+    """
+    parts, followed = attachments(target), _followed(target)
+    if followed is not None:
+        parts += [part for record in followed.records if (part := record.part()) is not None]
+        followed.records = []
+    for part in parts:
         _release(part)
+    _unfollow()
 
 
 def attachments(target: Any) -> list[Part]:
     """What is attached to a pipeline's denoisers or to a model."""
     return _parts(denoisers(target)[1])
+
+
+def replaced(target: Any) -> list[str]:
+    """A sentence for each model of a pipeline that has taken the place of one that was attached to through it."""
+    followed = _followed(target)
+    return followed.replaced() if followed is not None else []
 
 
 def denoisers(target: Any) -> tuple[Any | None, list[nn.Module]]:
@@ -136,6 +154,7 @@ def _exchanged(
 ) -> Attachment:
     """Takes parts off and installs others; if one of those cannot be, the first are back."""
     found = [_adapter_for(model, reducer) for model, reducer, _ in wanted]
+    records = [(followed, followed.records) for followed in _FOLLOWED]
     for part in before:
         _release(part)
     parts: list[Part] = []
@@ -151,7 +170,12 @@ def _exchanged(
         for part in parts:
             _release(part)
         _install(before)
+        for followed, known in records:
+            followed.records = known
         raise
+    if pipeline is not None:
+        _follow(pipeline, parts)
+    _unfollow()
     return Attachment(parts)
 
 
@@ -181,6 +205,8 @@ def _parts(models: list[nn.Module]) -> list[Part]:
 def _release(part: Part) -> None:
     """Takes one part off its model; a part that is off already changes nothing."""
     part.remove()
+    for followed in list(_FOLLOWED):
+        followed.forget(part)
     for model in [model for model, other in _ATTACHED.items() if other() is part]:
         del _ATTACHED[model]
 
@@ -189,6 +215,28 @@ def _install(parts: list[Part]) -> None:
     for part in parts:
         part.install()
         _ATTACHED[part.model] = part.reference()
+
+
+def _followed(target: Any) -> Followed | None:
+    return next((followed for followed in list(_FOLLOWED) if followed.pipeline is target), None)
+
+
+def _follow(pipeline: Any, parts: list[Part]) -> None:
+    """Has a pipeline's runs say so where a model takes the place of an attached one."""
+    followed = _followed(pipeline) or Followed(pipeline, lambda model: _unwrapped(model) in _ATTACHED)
+    _FOLLOWED.add(followed)
+    followed.records = [record for record in followed.records if record.part() is not None]
+    for name in _DENOISERS:
+        model = getattr(pipeline, name, None)
+        attached = [part for part in parts if isinstance(model, nn.Module) and part.model is _unwrapped(model)]
+        followed.records += [Record(name, type(part.reducer).__name__, part.reference()) for part in attached]
+
+
+def _unfollow() -> None:
+    """Gives pipelines their own back to which nothing is attached any more."""
+    for followed in [followed for followed in _FOLLOWED if not followed.records]:
+        _FOLLOWED.discard(followed)
+        followed.remove()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

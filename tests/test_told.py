@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import re
 import warnings
 
 import pytest
@@ -10,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from stated import TurboProcessor
 from torch import nn
 
-from gen_turbo import attach, report
+from gen_turbo import attach, detach, report
 from gen_turbo.api import NoEffectWarning, attachments
 from gen_turbo.methods.visionzip import VisionZipProcessor
+from tests.engine.pipelines import made
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
 from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS
@@ -79,13 +83,104 @@ def test_features_in_embeddings_are_told():
             model.generate(input_ids=torch.tensor([[1, 5, 7]]), max_new_tokens=3)
 
 
-def test_a_replaced_model_is_stock_and_the_report_says_so():
-    """Catches a report about a model that the pipeline no longer has, and a new one that is half attached."""
-    pipe, other = sd_pipeline(), sd15_unet()
-    stock = image(pipe)
+def other_unet() -> nn.Module:
+    """One of the same class with other weights."""
+    unet = sd15_unet()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1.01)
+    return unet
+
+
+REPLACED = "unet of this StableDiffusionPipeline is another model .* runs as stock; attach to the pipeline again"
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_replaced_model_is_stock_and_told(is_kept):
+    """Catches a new model that is stock in silence, above all where nothing holds the old one, and a false report."""
+    pipe, other = sd_pipeline(), other_unet()
+    old = pipe.unet if is_kept else None
     attach(pipe, TurboProcessor(0.5))
     pipe.unet = other
-    assert torch.equal(image(pipe), stock) and attachments(pipe) == [] and report(pipe).layers == []
-    assert "no gen_turbo processor is attached" in str(report(pipe))
-    pipe.set_attn_processor(TurboProcessor(0.5))
-    assert not torch.equal(image(pipe), stock)
+    gc.collect()
+    with pytest.warns(NoEffectWarning, match=REPLACED):
+        drawn = image(pipe)
+    assert attachments(pipe) == [] and report(pipe).layers == [] and re.search(REPLACED, str(report(pipe)))
+    detach(pipe)
+    assert torch.equal(image(pipe), drawn) and str(report(pipe)) == "no gen_turbo processor is attached"
+    del old
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_replaced_transformer_is_told(name):
+    """Catches the same for UNets alone, or pipelines that warn in every step."""
+    pipe, draw = made(name)
+    with attach(pipe, TurboProcessor(0.5)):
+        pipe.transformer = copy.deepcopy(pipe.transformer)
+        with pytest.warns(NoEffectWarning, match="transformer of this .* is another model") as told:
+            draw()
+    assert len(told) == 1
+
+
+def test_detach_reaches_the_model_that_was_replaced():
+    """Catches an old model that keeps its processor after the pipeline was detached, and one that lost it before."""
+    pipe = sd_pipeline()
+    old, new = pipe.unet, other_unet()
+    state, names = model_state(old), set(vars(pipe))
+    stock = image(pipe)
+    attach(pipe, TurboProcessor(0.5))
+    drawn = image(pipe)
+    pipe.unet = new
+    pipe.set_attn_processor(TurboProcessor(0.4))
+    image(pipe)
+    pipe.unet = old
+    assert torch.equal(image(pipe), drawn) and report(pipe).notes == ()
+    pipe.unet = new
+    pipe.reset_attn_processor()
+    assert differences(state, model_state(old)) == [] and attachments(new) == []
+    pipe.unet = old
+    assert torch.equal(image(pipe), stock) and "progress_bar" not in set(vars(pipe)) - names
+
+
+def test_nothing_is_told_of_a_model_that_was_only_wrapped_or_detached():
+    """Catches a warning about `torch.compile` and adapters around the same model, copies, and what was taken off."""
+    pipe = sd_pipeline()
+    with attach(pipe, TurboProcessor(0.5)):
+        twin = copy.deepcopy(pipe)
+        image(twin)
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        assert report(pipe).notes == () and report(twin).notes == ()
+        detach(pipe.unet)
+        assert report(pipe).notes == ()
+        image(twin)
+
+
+def test_a_failed_attach_still_tells_of_a_replaced_model():
+    """Catches records that are lost where the next attach raises."""
+    pipe = sd_pipeline()
+    attach(pipe, TurboProcessor(0.5))
+    pipe.unet = other_unet()
+    with pytest.raises(ValueError):
+        attach(pipe, TurboProcessor(0.5, text_ratio=0.3, reference_ratio=0.1))
+    with pytest.warns(NoEffectWarning, match=REPLACED):
+        image(pipe)
+
+
+def test_a_progress_bar_of_the_user_s_own_survives():
+    """Catches a method of the pipeline's own that is lost on detach, whether it was placed before or after attach."""
+    pipe, seen = sd_pipeline(), []
+
+    def bar(*args, **kwargs):
+        seen.append(args)
+        return type(pipe).progress_bar(pipe, *args, **kwargs)
+
+    pipe.progress_bar = bar
+    with attach(pipe, TurboProcessor(0.5)):
+        image(pipe)
+        assert len(seen) == 1
+    assert pipe.progress_bar is bar
+    del pipe.progress_bar
+    with attach(pipe, TurboProcessor(0.5)):
+        pipe.progress_bar = bar
+    image(pipe)
+    assert pipe.progress_bar is bar and len(seen) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from gen_turbo.api import attachments
+from gen_turbo.api import attachments, replaced
 from gen_turbo.engine.base import LayerReport as LayerReport
 from gen_turbo.engine.denoiser import DenoiserPart
 from gen_turbo.method import Grid
@@ -54,7 +54,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.layers and not self.skipped:
-            return "no gen_turbo processor is attached"
+            return "\n  ".join(["no gen_turbo processor is attached", *self.notes])
         reached = [layer for layer in self.layers if layer.status == "reduced"]
         saved = f"{self.flops_saved:.0%} of their FLOPs saved"
         lines = [f"{len(reached)} of {len(self.layers)} layers reduced, {saved}"]
@@ -101,5 +101,5 @@ def report(target: Any) -> Report:
         {unit: (stats.num_skipped, stats.num_run) for part in denoisers for unit, stats in part.skipped_units.items()},
         "; ".join(dict.fromkeys(part.graph_status for part in denoisers if part.graph_status)),
         "; ".join(dict.fromkeys(part.choice for part in denoisers if part.choice)),
-        tuple(dict.fromkeys(note for part in denoisers for note in part.notes)),
+        tuple(dict.fromkeys([*(note for part in denoisers for note in part.notes), *replaced(target)])),
     )
