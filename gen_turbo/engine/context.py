@@ -31,6 +31,8 @@ class Run:
         num_steps: Calls so far of the branch that was called most.
         contexts: What it holds now, for as long as they are held elsewhere.
         is_over: Whether its last call was made.
+        is_left: Whether the call of the pipeline has returned, or ended otherwise.
+        call: What lives as long as that call; None where nothing does.
         num_rises: Of a bare model, the runs before it of one full step, each at an earlier time than the next.
     """
 
@@ -43,6 +45,8 @@ class Run:
     num_steps: int = 0
     contexts: weakref.WeakSet[Context] = field(default_factory=weakref.WeakSet)
     is_over: bool = False
+    is_left: bool = False
+    call: weakref.ref[Any] | None = None
     num_rises: int = 0
 
     @property

@@ -2,7 +2,7 @@
 
 A pipeline shows the beginning, the length and the times of a run on the host: by its scheduler's timesteps, another
 object in every run. Without one, a time that does not fall begins a new run. From the third step on nothing is read,
-unless a caller of several branches makes their conditioning anew in every step: values alone tell these apart.
+unless a caller makes its conditioning anew in every step: values alone tell then whether a branch goes on or begins.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -76,12 +77,13 @@ class Runs:
 
     def find(self, call: ModelCall) -> Context | None:
         """The context that a call continues, its step counted; None where `open` has to begin one."""
-        here, pipeline = self._here, self._caller()
+        here, (pipeline, frame) = self._here, self._caller()
         times = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
         marker = times if times is not None and len(times) else None
         if here.run is None or marker is not here.run.marker:
             self.forget()
             here.run = _run_of(pipeline, marker)
+            self._watch(here.run, frame)
         run = here.run
         layout = Layout.of(call.sample)
         alike = [context for context in here.contexts if context.layout == layout]
@@ -176,10 +178,27 @@ class Runs:
                     return
                 context, contexts = self._dead.popleft()
                 is_dead = context.condition is not None and context.conditioning is None
-                if is_dead and any(other is context for other in contexts):
+                if (is_dead or context.run.is_left) and any(other is context for other in contexts):
                     self._end(context, contexts)
             finally:
                 self._lock.release()
+
+    def _watch(self, run: Run, frame: Any | None) -> None:
+        """Ends a run with the call of the pipeline, whose progress bar lives as long, though a caller holds its text.
+
+        A pipeline that has no such variable ends it by the text alone.
+        """
+        bar = None if frame is None else frame.f_locals.get("progress_bar")
+        if bar is None or isinstance(bar, MethodType):
+            return
+        contexts = self._here.contexts
+
+        def died(reference: object) -> None:
+            run.is_left = True
+            self._dead.extend((context, contexts) for context in list(run.contexts))
+            self._bury()
+
+        run.call = weakref.ref(bar, died)
 
     def _hold(self, context: Context, condition: Tensor | None) -> None:
         """Notes a context's conditioning tensor: it dies with the call of the pipeline, however that ends."""
@@ -199,12 +218,9 @@ class Runs:
     def _same_branch(self, alike: list[Context], call: ModelCall, run: Run) -> tuple[Context | None, float | None]:
         """The branch of a conditioning tensor that was not seen before; waits for the device where it asks."""
         is_bare = run.marker is None or run.is_over
-        if not is_bare and min(context.step for context in alike) + 1 >= _SETTLED:
-            if not run.recreates:
-                return None, None
-            if len(alike) == 1:
-                # No other branch that it could be.
-                return alike[0], None
+        is_settled = min(context.step for context in alike) + 1 >= _SETTLED
+        if is_settled and not is_bare and not run.recreates:
+            return None, None
         time = self._time(call.timestep)
         for context in alike:
             moved = context.time is None or time != context.time or _is_repeated(context, run)
@@ -213,8 +229,8 @@ class Runs:
                 return context, time
         return None, time
 
-    def _caller(self) -> Any | None:
-        """The pipeline that is calling the model; the one attached through where none is on the stack."""
+    def _caller(self) -> tuple[Any | None, Any | None]:
+        """The pipeline that is calling the model and its frame; the one attached through where none is on the stack."""
         frame: Any = sys._getframe(2)
         for _ in range(_MAX_FRAMES):
             if frame is None:
@@ -222,9 +238,9 @@ class Runs:
             if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
                 owner = frame.f_locals.get("self")
                 if hasattr(type(owner), "components") and getattr(owner, "scheduler", None) is not None:
-                    return owner
+                    return owner, frame
             frame = frame.f_back
-        return self._pipeline()
+        return self._pipeline(), None
 
 
 def _run_of(pipeline: Any, marker: Any) -> Run:

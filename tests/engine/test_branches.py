@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import diffusers
@@ -31,7 +32,12 @@ class Loop(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, texts: list[Tensor], steps: int, is_anew: bool, stays: tuple[int, int] = (0, 99)
+        self,
+        texts: list[Tensor],
+        steps: int,
+        is_anew: bool,
+        stays: tuple[int, int] = (0, 99),
+        begins: tuple[int, int] = (1, 0),
     ) -> list[list[Tensor]]:
         outputs: list[list[Tensor]] = [[] for _ in texts]
         self.scheduler.set_timesteps(steps)
@@ -39,6 +45,8 @@ class Loop(DiffusionPipeline):
         for step, time in enumerate(self.scheduler.timesteps):
             for number, text in enumerate(texts):
                 if step >= stays[1] and number != stays[0]:
+                    continue
+                if step < begins[1] and number == begins[0]:
                     continue
                 given = {"encoder_hidden_states": text.clone() if is_anew else text, "timestep": time.expand(1)}
                 outputs[number].append(self.transformer(latents * (1 - 0.05 * step), **given, return_dict=False)[0])
@@ -76,6 +84,19 @@ def test_a_branch_that_is_dropped_does_not_take_the_other_ones_place(kept, is_an
         alone = pipe(TEXTS[kept : kept + 1], 8, is_anew)[0]
         both = pipe(TEXTS, 8, is_anew, stays=(kept, 4))
     assert all(map(torch.equal, both[kept], alone))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, diffusers.EulerDiscreteScheduler])
+@pytest.mark.parametrize("is_anew", [False, True])
+@pytest.mark.parametrize(("late", "start"), [*itertools.product((0, 1), (1, 2, 5))])
+def test_a_branch_that_begins_later_is_one_of_its_own(late, start, is_anew, scheduler):
+    """Catches a second branch, its conditions made in every step, that goes on with the memory of the first."""
+    pipe, first = loop(scheduler), TEXTS[1 - late : 2 - late]
+    with attach(pipe, TurboProcessor(0.4)):
+        alone = pipe(first, 10, is_anew)[0]
+        both = pipe(TEXTS, 10, is_anew, begins=(late, start))
+        assert report(pipe).remembered_bytes == 0
+    assert all(map(torch.equal, both[1 - late], alone)) and len(both[late]) == 10 - start
 
 
 def test_flux_with_true_guidance():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import count
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from stated import TurboProcessor
 from gen_turbo import attach, report
 from gen_turbo.engine.runs import Runs
 from gen_turbo.models.adapter import Geometry, ModelCall
+from tests.engine.pipelines import made
+from tests.tiny_family import NUM_TEXT, random
 from tests.tiny_hosts import image, sd_pipeline
 
 
@@ -39,6 +42,32 @@ def test_a_run_that_is_stopped_leaves_nothing(stop):
         told = report(pipe)
         assert told.remembered_bytes == 0 and told.layers[0].num_reduced > 0
         assert torch.equal(image(pipe, steps=8), alone)
+
+
+@pytest.mark.parametrize("name", ["unet", "flux", "wan"])
+@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("stop", [_raise, _interrupt])
+def test_text_that_the_caller_keeps_keeps_nothing_else(stop, step, name):
+    """Catches residuals that live until the next run, as long as the caller holds the text that it gave."""
+    pipe, draw = made(name)
+    steps = count()
+
+    def stops(pipe, number, time, kwargs):
+        return stop(pipe, 4 if next(steps) == step else 0, time, kwargs)
+
+    # Flux is called with text of the caller's anyway.
+    texts: dict[str, Any] = {
+        key: random(1, NUM_TEXT, 32, seed=n) for n, key in enumerate(("prompt_embeds", "negative_prompt_embeds"))
+    }
+    texts = {} if name == "flux" else texts | ({"prompt": None} if name == "unet" else {})
+    with attach(pipe, TurboProcessor(0.5)):
+        alone = draw(8, **texts)
+        try:
+            draw(8, **texts, callback_on_step_end=stops)
+        except KeyboardInterrupt:
+            pass
+        assert report(pipe).remembered_bytes == 0 < report(pipe).most_remembered_bytes
+        assert torch.equal(draw(8, **texts), alone)
 
 
 def test_text_that_dies_in_another_thread_during_a_call():
