@@ -8,6 +8,7 @@ between runs as long as a graph reads it.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,6 +77,7 @@ class Graphs:
         self._watch: Watch | None = None
         self._idle: list[Context] = []
         self._pool: Any = None
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self._refused: str = ""
         self._epoch = 0
 
@@ -144,9 +146,9 @@ class Graphs:
                 break
 
     def keep(self, context: Context) -> None:
-        """Keeps the buffers of a context that has ended, where graphs or compiled code read them."""
-        is_read = context.captured and not self._refused or self.is_compiled and not self._obstacle(context)
-        if is_read and context.states and not context.num_merged_text:
+        """Keeps a context that has ended with its graphs, and with the buffers that these or compiled code read."""
+        is_compiled = self.is_compiled and context.states and not self._obstacle(context)
+        if (context.captured and not self._refused or is_compiled) and not context.num_merged_text:
             self._idle = [*self._idle[-_MAX_IDLE + 1 :], context]
 
     def drop(self) -> None:
@@ -154,7 +156,7 @@ class Graphs:
         for context in self._idle:
             context.captured.clear()
         self._idle = []
-        self._watch = self._pool = None
+        self._watch = None
         self._epoch += 1
 
     def _obstacle(self, context: Context) -> str:
@@ -185,7 +187,8 @@ class Graphs:
         entry.inputs = [_static(leaf, device) for leaf in leaves if isinstance(leaf, Tensor)]
         left = iter(entry.inputs)
         args, kwargs = pytree.tree_unflatten([next(left) if isinstance(x, Tensor) else x for x in leaves], entry.spec)
-        if self._pool is None:
+        if not self._alive:
+            # With its last graph a pool has died, and takes no other one.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -198,6 +201,7 @@ class Graphs:
             self._note(self._refused)
             return inner(*call[0], **call[1])
         entry.graph = graph
+        self._alive.add(graph)
         self.num_captured += 1
         self.status = "captured"
         return self._replay(entry, leaves)

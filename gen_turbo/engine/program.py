@@ -52,7 +52,8 @@ class GroupState:
     def write(self, gap: float) -> None:
         """Puts a number of steps into the buffer that graphs read."""
         if gap != self.written:
-            self.weights[1] = gap
+            # Unlike an assignment, which copies the number from the host and waits for the device.
+            self.weights[1].fill_(gap)
             self.written = gap
 
 

@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs on a CPU: a capture records operators on their tensors, a replay runs them once more.
 
 As on a GPU, what is captured has not run yet, nothing but operators is replayed, always on the tensors of the capture,
-and a capture fails where the host asks for a number or draws one.
+and a capture fails where the host asks for a number or draws one, or where all graphs of its pool have gone.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ class StandIn:
     Attributes:
         num_captured: Captures that went well.
         num_replayed: Replays.
-        num_pools: Pools of memory that were asked for.
+        pools: The graphs of each pool of memory that was asked for.
         alive: Graphs that were not freed.
         eager: Milliseconds of an eager call.
         replay: Milliseconds of a replay.
     """
 
     def __init__(self) -> None:
-        self.num_captured = self.num_replayed = self.num_pools = 0
+        self.num_captured = self.num_replayed = 0
+        self.pools: list[weakref.WeakSet[Graph] | None] = []
         self.alive: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.eager, self.replay, self.clock = 10.0, 1.0, 0.0
 
@@ -48,8 +49,8 @@ class StandIn:
 
     def pool(self) -> tuple[int, int]:
         """Another pool."""
-        self.num_pools += 1
-        return self.num_pools, 0
+        self.pools.append(None)
+        return len(self.pools), 0
 
 
 class Graph(TorchDispatchMode):
@@ -124,6 +125,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
     @contextmanager
     def graph(made: Graph, pool: Any = None, **settings: Any) -> Iterator[None]:
+        graphs = owner.pools[pool[0] - 1]
+        if graphs is not None and not graphs:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: all graphs of this pool are gone")
         try:
             with made:
                 yield
@@ -131,6 +135,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
             made.undo()
         owner.num_captured += 1
         owner.alive.add(made)
+        owner.pools[pool[0] - 1] = (graphs or weakref.WeakSet()) | {made}
 
     def on_gpu(self: Graphs, context: Any) -> str:
         layout = context.layout

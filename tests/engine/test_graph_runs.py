@@ -9,6 +9,8 @@ import torch
 from stated import TurboProcessor
 
 from gen_turbo import IdentityProcessor, attach, report
+from gen_turbo.engine import settling
+from gen_turbo.engine.devices import CLASSES
 from gen_turbo.engine.graphs import GraphsWarning
 from tests import tiny_transformers
 from tests.engine.cuda import StandIn, stand_in
@@ -91,6 +93,31 @@ def test_merged_text_is_not_taken_over(cuda):
                     outputs.append(model(hidden_states=latents, **given, return_dict=False)[0])
     half = len(outputs) // 2
     assert all(map(torch.equal, outputs[:half], outputs[half:])) and cuda.num_replayed > 0
+
+
+def test_runs_that_merge_nothing_share_a_graph(cuda, monkeypatch):
+    """Catches a graph that is captured anew in every run, and one in a pool that has died with its graphs."""
+    monkeypatch.setattr(settling, "device_class", lambda device: CLASSES["h200"])
+    pipe, draw = made("unet")
+    with attach(pipe, TurboProcessor(0.4, scope="auto"), graphs="auto"):
+        for _ in range(3):
+            draw(12)
+        found = report(pipe)
+        assert cuda.num_captured == 1 and cuda.num_replayed == 3 * 12 - 2
+        assert found.graphs.startswith("captured") and not any(layer.num_reduced for layer in found.layers)
+
+
+def test_a_pool_whose_graphs_have_gone_takes_no_other(cuda):
+    """Catches runs after the first that cannot be captured, where no run leaves its graphs to the next."""
+    model, _ = family("sd3")
+    kind = tiny_transformers.FAMILIES["sd3"]
+    with attach(model, TurboProcessor(0.4, text_ratio=0.4), graphs=True), torch.no_grad():
+        for seed in range(3):
+            call = kind.inputs(2, (8, 8)) | {"encoder_hidden_states": tiny_transformers.random(2, 5, 32, seed=seed)}
+            for time in TIMES:
+                model(tiny_transformers.random(2, *kind.latents((8, 8))), **call, **kind.time(time, 2))
+            assert cuda.since()[1] >= len(TIMES) // 2 and report(model).graphs == "captured"
+    assert len(cuda.pools) == 3
 
 
 @pytest.mark.parametrize(("mode", "told"), [(True, "cpu, which has no CUDA graphs"), ("auto", "cpu"), (False, "")])

@@ -62,8 +62,10 @@ class Methods(TorchFunctionMode):
     """Refuses methods that wait for the device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in READS:
-            raise Waited(func.__name__)
+        name = getattr(func, "__name__", "")
+        if name in READS or (name == "__setitem__" and not isinstance(args[2], Tensor)):
+            # A number that is assigned is copied from the host's memory, which waits as well.
+            raise Waited(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -148,8 +150,9 @@ def test_no_skip_waits(name):
         lambda tokens: torch.equal(tokens, tokens),
         lambda tokens: torch.nonzero(tokens),
         lambda tokens: tokens.detach().numpy(),
+        lambda tokens: tokens.clone().__setitem__(0, 1.0),
     ],
-    ids=["item", "tolist", "bool", "mask", "equal", "nonzero", "numpy"],
+    ids=["item", "tolist", "bool", "mask", "equal", "nonzero", "numpy", "assignment"],
 )
 def test_a_method_that_waits_is_caught(read):
     """Catches a watch that sees nothing."""
