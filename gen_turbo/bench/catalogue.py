@@ -32,6 +32,11 @@ BUDGETS: dict[int, dict[str | None, tuple[float, ...]]] = {
     28: {None: (0.65, 0.5, 0.33, 0.25)},
 }
 """Steps -> what merges tokens meanwhile -> some of the schedules that ship for the embedded models."""
+RHYTHM_FAMILIES = (
+    "turbo, copied in the last quarter",
+    *(f"{method}, {scope}, rhythms" for method in ("turbo", "random") for scope in ("block", "attention")),
+)
+"""Of one ratio, by when they run in full; their records have tables of their own."""
 RHYTHMS = [(every, warmup) for every in (3, 4, 5, 6, 8) for warmup in (2, 3, 4)]
 """Every how many steps layers run in full, after how many such steps."""
 _STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.5, 0.4, 0.32, 0.25)
@@ -110,7 +115,7 @@ def _rhythms(steps: int) -> list[Setting]:
     """
     late: dict[str, Any] = {"ratio": 0.4, "scope": "block", "restore": "copy", "match_every": 1}
     late["step_scale"] = {0: 0.0, steps - max(1, steps // 4): 1.0}
-    made: list[Setting] = [Method("turbo-late", "turbo, copied in the last quarter", "turbo", late)]
+    made: list[Setting] = [Method("turbo-late", RHYTHM_FAMILIES[0], "turbo", late)]
     for scope in ("block", "attention"):
         for method, rhythms in (("turbo", RHYTHMS), ("random", [(4, 2)])):
             for every, warmup in rhythms:

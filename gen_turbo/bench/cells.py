@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from gen_turbo.bench.records import BenchRecord
 from gen_turbo.bench.timing import Spread, speedups
 
+_DRAWN = ("pipeline", "weights", "captions", "guidance", "images", "device", "pixels")
+
 
 def speedups_of(record: BenchRecord) -> list[float]:
     """Stock's CPU seconds divided by the setting's, for every timed round."""
@@ -38,7 +40,7 @@ def by_workload(records: Sequence[BenchRecord]) -> list[list[BenchRecord]]:
     """The records by what they draw: rows of other weights, captions or seeds are no comparison."""
     groups: dict[tuple[object, ...], list[BenchRecord]] = {}
     for record in records:
-        drawn = (record.params.get(name) for name in ("pipeline", "weights", "captions", "guidance", "images"))
+        drawn = (record.params.get(name) for name in _DRAWN)
         groups.setdefault((record.seed, *drawn), []).append(record)
     return list(groups.values())
 

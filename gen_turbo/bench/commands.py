@@ -139,7 +139,7 @@ def _add_readme_arguments(parser: argparse.ArgumentParser) -> None:
         "files", type=Path, nargs="+", metavar="FILE", help="Markdown pages, or folders of them, with table markers"
     )
     parser.add_argument("--records", type=Path, default=Path("gen_turbo/bench/records"), help="folder of the records")
-    parser.add_argument("--plots", type=Path, help="folder to draw quality.png and understanding.png in")
+    parser.add_argument("--plots", type=Path, help="folder to draw the plots in")
 
 
 def _positive(text: str) -> int:

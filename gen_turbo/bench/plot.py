@@ -13,6 +13,7 @@ from PIL import Image
 from gen_turbo.bench.cells import median_speedup
 from gen_turbo.bench.reading_tables import CONTROLS, counted_cost, curve_of, right_answers, understanding_records
 from gen_turbo.bench.records import BenchRecord, load
+from gen_turbo.bench.skipping_tables import curve_records, share_of_flops
 from gen_turbo.bench.tables import attention_cost, quality_records
 
 try:
@@ -52,6 +53,29 @@ def plot_quality(folder: Path, path: Path) -> None:
         left.set(xlabel="times faster than stock, measured", ylabel="PSNR to stock, dB (median)")
         left.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
         _finish(right, "attention cost, counted (stock: 1)")
+    _save(figure, path)
+
+
+def plot_skipping(folder: Path, path: Path) -> None:
+    """Draws what leaves steps out of the embedded transformer's runs into a picture file, by counted cost.
+
+    Raises:
+        ValueError: If there are no records.
+    """
+    rows = {steps: [r for r in curve_records(folder, steps) if r.setting != "stock"] for steps in (28, 14)}
+    if not all(rows.values()):
+        raise ValueError(
+            f"no counted records of 28 and 14 steps in {folder}; run: gen-turbo bench quality --pipeline tiny-dit "
+            "--steps 28 --timed 0"
+        )
+    figure, [axes] = _panels(1)
+    families = sorted({record.family for records in rows.values() for record in records})
+    for panel, (steps, records) in zip(axes, rows.items(), strict=True):
+        _draw(panel, records, share_of_flops, _distance, _family, families)
+        panel.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
+        panel.set(xlabel="all arithmetic, counted (stock: 1)", ylabel="PSNR to stock, dB (median)")
+        panel.set_xlim(1, 0.2)
+    axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     _save(figure, path)
 
 

@@ -17,9 +17,10 @@ def run(options: argparse.Namespace) -> None:
     for page in pages_of(options.files):
         print(f"{page}: {'rewritten' if rewrite(page, options.records) else 'up to date'}")
     if options.plots is not None:
-        from gen_turbo.bench.plot import plot_quality, plot_understanding
+        from gen_turbo.bench.plot import plot_quality, plot_skipping, plot_understanding
 
-        for name, plot in (("quality", plot_quality), ("understanding", plot_understanding)):
+        plots = {"quality": plot_quality, "understanding": plot_understanding, "skipping": plot_skipping}
+        for name, plot in plots.items():
             path = options.plots / f"{name}.png"
             plot(options.records, path)
             print(f"{path}: drawn")

@@ -16,6 +16,7 @@ from gen_turbo.bench.step_models import times_of
 from gen_turbo.methods.par import PARProcessor
 from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, probe_of
 
+GENERIC, GENERIC_MERGED = "PAR, generic", "PAR, generic, with merging"
 _COST = 0.5
 _FIRST = 3
 _JOINT = "SD3Transformer2DModel"
@@ -171,14 +172,14 @@ def skipping_settings(steps: int) -> list[Setting]:
 def plain_settings(steps: int) -> list[Setting]:
     """What PAR has to beat on a transformer: its generic rule, plain skipping, deep blocks held, diffusers' caches."""
     settings: list[Setting] = [
-        Method(f"generic-b{budget:g}", "PAR, generic", "par", {"budget": budget, "schedule": "generic"})
+        Method(f"generic-b{budget:g}", GENERIC, "par", {"budget": budget, "schedule": "generic"})
         for budget in (0.75, 0.65, 0.5, 0.34, 0.25)
     ]
     # Every third step that runs is in full.
     settings += [
         Method(
             f"generic-merged-b{budget:g}",
-            "PAR, generic, with merging",
+            GENERIC_MERGED,
             "par",
             {
                 "budget": budget,

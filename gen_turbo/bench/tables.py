@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gen_turbo.bench import presets as preset_catalogue
 from gen_turbo.bench import scopes as scope_catalogue
+from gen_turbo.bench import skipping_tables
 from gen_turbo.bench.batch import throughput
 from gen_turbo.bench.cells import median_speedup, milliseconds, of_one_workload, passed, speedups_of
 from gen_turbo.bench.choices import choices
@@ -86,24 +87,6 @@ def quality(folder: Path, steps: int, pipeline: str = EMBEDDED) -> str:
     return table(head, rows, records)
 
 
-def skipping(folder: Path) -> str:
-    """Counted cost, distance to stock and check rate of what leaves steps out of the embedded transformer's runs."""
-    found = [r for r in load(folder, "quality") if "flops" in r.counts and r.params["pipeline"] == EMBEDDED_TRANSFORMER]
-    steps = sorted({record.params["steps"] for record in found}, reverse=True)
-    records = [r for number in steps for r in of_one_workload([r for r in found if r.params["steps"] == number])]
-    records.sort(key=lambda r: (-r.params["steps"], -_flops_share(r), r.setting))
-    rows = [
-        (
-            f"{record.params['steps']} steps: {record.setting}",
-            f"{_flops_share(record):.2f}",
-            f"{Spread.of(record.values['psnr_db']):.1f}",
-            passed(record.values["passed"]),
-        )
-        for record in records
-    ]
-    return table(("", "counted in all", "PSNR to stock, dB", "check passed"), rows, records, "Counted, not timed")
-
-
 def scopes(folder: Path) -> str:
     """What merging costs and saves by what it is applied to, at every ratio and on every pipeline."""
     found = [r for r in load(folder, "quality") if r.family in scope_catalogue.FAMILIES]
@@ -159,7 +142,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality50": lambda folder: quality(folder, 50),
     "quality8": lambda folder: quality(folder, 8),
     "quality-dit": lambda folder: quality(folder, 25, EMBEDDED_TRANSFORMER),
-    "skipping": skipping,
+    "skipping": lambda folder: skipping_tables.skipping(folder, 28),
+    "skipping14": lambda folder: skipping_tables.skipping(folder, 14),
+    "merging": skipping_tables.merging,
+    "rhythms": skipping_tables.rhythms,
     "quality-dit4": lambda folder: quality(folder, 4, EMBEDDED_TRANSFORMER),
     "presets": preset_catalogue.presets,
     "choices": choices,
@@ -202,10 +188,6 @@ def attention_cost(record: BenchRecord) -> float:
     """Counted products of the finest self-attention and of matching, as a share of stock's finest self-attention."""
     counts = record.counts
     return (counts["top_attention_flops"] + counts["matching_flops"]) / counts["stock_top_attention_flops"]
-
-
-def _flops_share(record: BenchRecord) -> float:
-    return record.counts["flops"] / record.counts["stock_flops"]
 
 
 def _denoiser_of(record: BenchRecord) -> tuple[str, int, bool]:

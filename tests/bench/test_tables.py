@@ -52,8 +52,46 @@ def test_what_was_counted_and_not_timed_has_a_table_of_its_own(tmp_path: Path) -
     params = {"pipeline": "tiny-dit", "steps": 28, "captions": 3}
     records.append(tmp_path, _record("par-b0.5", params=params, cpu_s=[], baseline_cpu_s=[], counts=counts))
     row = TABLES["skipping"](tmp_path).splitlines()[2]
-    assert row == "| 28 steps: par-b0.5 | 0.50 | 41.0 (40.5 to 45.5) | 2 of 3 |"
+    assert row == "| par-b0.5 | 0.50 | 41.0 (40.5 to 45.5) |  | 2 of 3 |"
+    assert TABLES["skipping14"](tmp_path) == NO_RECORDS
     assert quality(tmp_path, 28, "tiny-dit") == NO_RECORDS
+
+
+def _skipped(folder: Path, setting: str, family: str, flops: int, dB: float, **params: Any) -> None:
+    shared = {"pipeline": "tiny-dit", "steps": 28, "captions": 3}
+    counts = {"flops": flops, "stock_flops": 100}
+    record = _record(setting, family=family, params=shared | params, cpu_s=[], baseline_cpu_s=[], counts=counts)
+    record.values["psnr_db"] = [dB] * 3
+    records.append(folder, record)
+
+
+def test_rivals_stand_beside_the_schedules_at_equal_cost(tmp_path: Path) -> None:
+    """Catches a rival that is held against a schedule of another cost, of another device, or beyond the curve."""
+    for device in ({"device": "cuda"}, {}):
+        for setting, family, flops, dB in (("par-b0.5", "PAR", 50, 50.0), ("par-b0.25", "PAR", 30, 40.0),
+                                           ("steps-11", "fewer steps", 40, 43.0 + len(device)),
+                                           ("steps-25", "fewer steps", 90, 60.0)):  # fmt: skip
+            _skipped(tmp_path, setting, family, flops, dB, **device)
+    rows = [row.split(" | ") for row in TABLES["skipping"](tmp_path).splitlines()[2:6]]
+    assert [(row[0], row[1], row[3]) for row in rows] == [
+        ("| steps-25", "0.90", ""), ("| par-b0.5", "0.50", ""),
+        ("| steps-11", "0.40", "-2.0"), ("| par-b0.25", "0.30", ""),
+    ]  # fmt: skip
+
+
+def test_merging_is_held_against_skipping_of_the_same_run(tmp_path: Path) -> None:
+    """Catches merging that is compared across tokens or steps, and the worst row in place of the best."""
+    plain, merged = "PAR, generic", "PAR, generic, with merging"
+    for pixels, more in ((128, 0.0), (256, 5.0)):
+        _skipped(tmp_path, "generic-b0.75", plain, 80, 60.0, pixels=pixels)
+        _skipped(tmp_path, "generic-b0.5", plain, 60, 50.0, pixels=pixels)
+        _skipped(tmp_path, "generic-merged-b0.75", merged, 70, 52.0 + more, pixels=pixels)
+        _skipped(tmp_path, "generic-merged-b0.5", merged, 65, 40.0, pixels=pixels)
+    rows = TABLES["merging"](tmp_path).splitlines()[2:4]
+    assert rows == [
+        "| 1,024 tokens, 28 steps, merging with steps left out | generic-merged-b0.75 | 0.70 | 52.0 | 55.0 | -3.0 |",
+        "| 4,096 tokens, 28 steps, merging with steps left out | generic-merged-b0.75 | 0.70 | 57.0 | 55.0 | +2.0 |",
+    ]
 
 
 def test_curves_of_this_package_are_told_apart() -> None:
@@ -226,11 +264,14 @@ def test_the_command_rewrites_and_draws(tmp_path: Path) -> None:
         values = {"psnr_db": [psnr], "ssim": [0.9], "passed": [1.0]}
         records.append(tmp_path, _record(setting, values=values))
     records.append(tmp_path, _answered("pool", 500, [0.0, 1.0]))
+    for steps in (28, 14):
+        for setting, flops in (("par-b0.5", 50), ("par-b0.25", 25)):
+            _skipped(tmp_path, setting, "PAR", flops, flops, steps=steps)
     readme, plots = tmp_path / "README.md", tmp_path / "plots"
     readme.write_text(MARKED)
     assert main(["bench", "readme", str(readme), "--records", str(tmp_path), "--plots", str(plots)]) == 0
     assert "| a |" in readme.read_text()
-    for name in ("quality", "understanding"):
+    for name in ("quality", "understanding", "skipping"):
         with Image.open(plots / f"{name}.png") as image:
             assert len(image.convert("RGB").getcolors(1 << 20) or []) > 3
 
