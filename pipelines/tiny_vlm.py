@@ -22,8 +22,6 @@ from gen_turbo.scenes import QUESTION_WORDS, SIZE_PX, WORDS
 PATCH_PX = 8
 NUM_IMAGE_TOKENS = (SIZE_PX // PATCH_PX) ** 2
 CAPTION_PROMPT = "describe the picture"
-MAX_NEW_TOKENS = 16
-"""A caption of two objects has 12 words and the end."""
 IMAGE = "<image>"
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", IMAGE)
 _PROMPT_WORDS = ("describe", "picture", "above", "below", "right", "left")

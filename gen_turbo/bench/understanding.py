@@ -23,7 +23,7 @@ from gen_turbo.bench.asks import Ask, Selecting, asked
 from gen_turbo.bench.par_settings import par_settings
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
 from gen_turbo.bench.timing import Timing, clocked
-from gen_turbo.engine.report import report
+from gen_turbo.engine.report import Report, report
 from gen_turbo.factory import load_pipeline
 from gen_turbo.training.files import artefact_folder
 
@@ -110,8 +110,8 @@ def accuracy(pipe: Any, asks: Sequence[Ask], setting: Setting) -> tuple[dict[str
 
     Returns:
         For each kind, 1 or 0 for every question in order; the image tokens of an image, and how many of them the
-        language model saw (FastV: from its layer on; PAR: mean over layers, words included), and what its layers
-        cost, in thousandths of stock.
+        language model saw (FastV: from its layer on; others: mean over layers, PAR's with words), and what its
+        layers cost, in thousandths of stock.
     """
     values: dict[str, list[float]] = {}
     # Captions are long and answers short: apart, no batch waits for its longest row.
@@ -121,14 +121,18 @@ def accuracy(pipe: Any, asks: Sequence[Ask], setting: Setting) -> tuple[dict[str
         for ask, said in zip(ordered, told, strict=True):
             values.setdefault(ask.kind, []).append(float(said == ask.answer))
         found = report(pipe.vlm)
-        reduced = [row for row in found.layers if row.stock_flops]
     total = num_image_tokens(pipe)
-    counts = {"image_tokens": total, "kept": total, "cost": 1000}
-    if reduced:
-        share = sum(row.num_kept for row in reduced) / sum(row.num_tokens for row in reduced)
-        counts["kept"] = round(total * share)
+    counts = {"image_tokens": total, "kept": round(mean_kept(found, total)), "cost": 1000}
+    if any(row.stock_flops for row in found.layers):
         counts["cost"] = round(1000 * (1 - found.flops_saved))
     return {kind: values[kind] for kind in ("caption", *scenes.KINDS) if kind in values}, counts
+
+
+def mean_kept(found: Report, total: int) -> float:
+    """Image tokens of an image of `total` that the language model saw, mean over its layers by what they cost."""
+    reduced = [row for row in found.layers if row.stock_flops]
+    cost = sum(row.stock_flops for row in reduced)
+    return total * sum(row.stock_flops * row.num_kept / row.num_tokens for row in reduced) / cost if cost else total
 
 
 def timed(

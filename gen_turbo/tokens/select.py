@@ -75,8 +75,13 @@ def keep_diverse(features_BNC: Tensor, num_kept: int) -> TokenMap:
     for _ in range(num_kept - 1):
         kept.append(nearest_BN.argmin(1))
         nearest_BN = torch.maximum(nearest_BN, to_others[rows, kept[-1]])
-    kept_BK = torch.stack(kept, 1).sort(dim=1).values
-    to_kept = similarity.gather(2, kept_BK[:, None].expand(-1, num_tokens, -1))
+    return join_similar(similarity, torch.stack(kept, 1).sort(dim=1).values)
+
+
+def join_similar(similarity_BNN: Tensor, kept_BK: Tensor) -> TokenMap:
+    """Keeps the named tokens (B, K), ascending; each dropped token joins the kept one that it is most similar to."""
+    num_tokens, num_kept = similarity_BNN.shape[1], kept_BK.shape[1]
+    to_kept = similarity_BNN.gather(2, kept_BK[:, None].expand(-1, num_tokens, -1))
     slot_BN = to_kept.argmax(2).scatter(1, kept_BK, torch.arange(num_kept, device=kept_BK.device).expand_as(kept_BK))
     return TokenMap(slot_BN, kept_BK)
 

@@ -74,6 +74,11 @@ class Columns:
             self.is_ragged or later.is_ragged,
         )
 
+    def then(self, later: Columns) -> Columns:
+        """Joins these columns and those that stay of their places."""
+        index = self.index_BM.gather(1, later.index_BM) * later.valid_BM
+        return Columns(index, later.valid_BM, self.num_columns, later.is_ragged)
+
     def without_last(self, count: int) -> Columns:
         """Takes the last `count` columns off both sequences.
 

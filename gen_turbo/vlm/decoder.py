@@ -6,7 +6,7 @@ Shape names: B rows, L columns that reach the first layer, M of them that stay, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,60 +20,77 @@ from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.masks import check_mask
 from gen_turbo.vlm.run import Images, Planner, Reduction, reduce
 
-Attention = Callable[[], Tensor]
-"""Gives, once asked, the attention (B, L) that the last token of each row pays to every column."""
+Attention = Callable[[str], Tensor]
+"""Gives, by the name of a layer, the attention (B, M) that the last token of each row pays there to every column.
+
+"last" is the layer before the cut, "next" the first one behind it, as it would run without the cut.
+"""
 
 
 class Cut:
-    """The hooks on the decoder layers behind one cut.
+    """The hooks on the decoder layers behind the first of one or more cuts.
 
     Attributes:
-        first: The first layer without the dropped tokens.
-        attention: Attention of the last token in the layer before the cut, for methods that ask for it.
+        attention: Attention of the last token around the cut that is planned, for methods that ask for it.
+        images: The images in the columns that enter the layer that runs; None in calls that bring none.
+        on_reduction: Is told the first layer of a cut, the images before it and what left.
         is_skipped: Whether no row of this call runs a layer, which then needs no mask.
+
+    Args:
+        text: The language model.
+        gate: What knows the running call.
+        planners: What plans each cut, by its first layer without the dropped tokens.
     """
 
     attention: CallState[Attention] = CallState(lambda: _no_attention)
     _here: CallState[Columns | None] = CallState(lambda: None)
+    images: CallState[Images | None] = CallState(lambda: None)
     _shorter: CallState[dict[str, Any]] = CallState(dict)
 
-    def __init__(self, text: nn.Module, gate: Gate, first: int, planner: Planner) -> None:
-        self.first = first
-        self.on_reduction: Callable[[Images, Reduction], None] = lambda images, reduction: None
+    def __init__(self, text: nn.Module, gate: Gate, planners: Mapping[int, Planner]) -> None:
+        self.on_reduction: Callable[[int, Images, Reduction], None] = lambda first, images, reduction: None
         self.is_skipped: Callable[[int], bool] = lambda index: False
-        self._text, self._gate, self._planner = text, gate, planner
+        self._text, self._gate, self._planners, self._first = text, gate, planners, min(planners)
         stack: Any = text
         self._layers: list[nn.Module] = list(stack.layers)[: stack.config.num_hidden_layers]
         gate.joined.append(self)
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back their handles."""
-        before = self._layers[self.first - 1].register_forward_pre_hook(self._before_cut, with_kwargs=True)
-        handles = [before]
-        for index in range(self.first, len(self._layers)):
-            handles.append(self._layers[index].register_forward_pre_hook(self._hook(index), with_kwargs=True))
+        handles = []
+        for index in range(self._first - 1, len(self._layers)):
+            layer = self._layers[index]
+            if index >= self._first:
+                handles.append(layer.register_forward_pre_hook(self._hook(index), with_kwargs=True))
+            if index + 1 in self._planners:
+                # Behind the hook above, so that it sees what the layer will.
+                handles.append(layer.register_forward_pre_hook(self._before_cut(index + 1), with_kwargs=True))
         return handles
 
-    def _before_cut(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remembers what enters the layer before the cut until the cut is made."""
-        self._here, self.attention = None, _no_attention
-        if self._gate.images is not None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            real = _real(self._gate, kwargs.get("attention_mask"))
-            self.attention = lambda: last_attention(layer, hidden, kwargs["position_embeddings"], real)
+    def _before_cut(self, first: int) -> Any:
+        """Remembers what enters the layer before a cut until the cut is made."""
+
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if first == self._first:
+                self._here, self.images = None, self._gate.images
+            self.attention = _no_attention
+            if self.images is not None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                real, rotary = self._real(kwargs.get("attention_mask")), kwargs["position_embeddings"]
+                self.attention = lambda name: last_attention(layer, hidden, rotary, real)
+
+        return before
 
     def _hook(self, index: int) -> Any:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            if index == self.first and self._gate.images is not None:
-                self._cut(hidden, kwargs.get("past_key_values"), kwargs.get("attention_mask"), self._gate.images)
+            if index in self._planners and self.images is not None:
+                hidden = self._cut(index, layer, hidden, kwargs, self.images)
             total = self._total(index, kwargs.get("past_key_values"))
             if total is None:
                 return None
             changed = dict(kwargs)
             if self._here is not None:
-                if index == self.first:
-                    hidden = self._here.take(hidden, 1)
                 changed.update(self._positions(kwargs))
             if not self.is_skipped(index):
                 changed["attention_mask"] = self._mask(kwargs, hidden, total, index)
@@ -82,29 +99,50 @@ class Cut:
 
         return before
 
-    def _cut(self, hidden_BLC: Tensor, cache: Any, mask: Tensor | None, images: Images) -> None:
-        reduction = reduce(images, hidden_BLC, self._planner, self._gate.shared)
+    def _cut(self, first: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], images: Images) -> Tensor:
+        """Plans one cut; gives back the columns that enter its first layer."""
+        gate, mask, cache = self._gate, kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        real, before = self._real(mask), self.attention
+
+        def attention(name: str) -> Tensor:
+            if name != "next":
+                return before(name)
+            rotary = kwargs["position_embeddings"] if self._here is None else self._positions(kwargs)
+            rotary = rotary["position_embeddings"] if isinstance(rotary, dict) else rotary
+            return last_attention(layer, hidden, rotary, real)
+
+        self.attention = attention
+        reduction = reduce(images, hidden, self._planners[first], gate.shared)
         self.attention = _no_attention
         check_mask(mask)
-        batch, length = hidden_BLC.shape[:2]
-        reduction.num_columns = batch * length
-        if reduction.is_identity:
-            self.on_reduction(images, reduction)
-            return
-        gate = self._gate
-        real = _real(gate, mask)
-        self._here = Columns.of_kept(reduction.keep_BL if real is None else reduction.keep_BL & real)
-        reduction.num_columns = batch * self._here.num_kept
-        self.on_reduction(images, reduction)
-        known = cache.cut_at(self.first) if isinstance(cache, ShortenedCache) else None
-        before = Columns.all_of(len(hidden_BLC), gate.held, hidden_BLC.device) if known is None else known
-        gate.cuts[self.first] = before.grown(gate.held).beside(self._here)
-        gate.dropped = self._here
+        reduction.num_columns = hidden.shape[0] * hidden.shape[1]
+        if not reduction.is_identity:
+            step = Columns.of_kept(reduction.keep_BL if real is None else reduction.keep_BL & real)
+            reduction.num_columns = hidden.shape[0] * step.num_kept
+            self._here = step if self._here is None else self._here.then(step)
+            self._shorter = {}
+            self.images = images.shortened(step, reduction)
+            hidden = step.take(hidden, 1)
+        self.on_reduction(first, images, reduction)
+        if self._here is not None:
+            known = cache.cut_at(first) if isinstance(cache, ShortenedCache) else None
+            held = Columns.all_of(len(hidden), gate.held, hidden.device) if known is None else known
+            gate.cuts[first] = held.grown(gate.held).beside(self._here)
+            gate.dropped = self._here
+        return hidden
+
+    def _real(self, mask: Tensor | None) -> Tensor | None:
+        """Which columns that enter a layer are no padding; None if all are."""
+        here = self._here
+        if here is None:
+            return _real(self._gate, mask)
+        return here.valid_BM if here.is_ragged else None
 
     def _total(self, index: int, cache: Any) -> Columns | None:
         """Which of the first layer's columns, held and new, this layer works on; None if on all."""
-        if self.first in self._gate.cuts:
-            return self._gate.cuts[self.first]
+        made = [first for first in self._gate.cuts if first <= index]
+        if made:
+            return self._gate.cuts[max(made)]
         known = cache.cut_at(index) if isinstance(cache, ShortenedCache) else None
         return known.grown(self._gate.held + self._gate.length) if known is not None else None
 
@@ -207,5 +245,5 @@ def _real(gate: Gate, mask: Tensor | None) -> Tensor | None:
     return seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
 
 
-def _no_attention() -> Tensor:
+def _no_attention(name: str) -> Tensor:
     raise ValueError("attention of the last token is known only while a cut is planned; use place='decoder'")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from gen_turbo.method import TokenReducer
 from gen_turbo.vlm.decoder import check_cut
 from gen_turbo.vlm.family import Family, tower_facts
-from gen_turbo.vlm.settings import check_settings, inner_of, placement_of
+from gen_turbo.vlm.settings import Staged, check_settings, inner_of, placement_of
 from gen_turbo.vlm.shrink import can_shrink
 from gen_turbo.vlm.text import check_text
 from gen_turbo.vlm.words import check_words
@@ -37,8 +39,20 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
         )
     if placement.place == "tower" and facts is None:
         raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='pre_llm' or place='decoder'")
-    if placement.place == "decoder" and family.is_cross:
+    _check_decoder(model, family, reducer, name)
+
+
+def _check_decoder(model: nn.Module, family: Family, reducer: TokenReducer, name: str) -> None:
+    """Says why tokens cannot leave inside the language model where a method wants that."""
+    is_staged, placement = isinstance(reducer, Staged), placement_of(reducer)
+    if family.is_cross and (is_staged or hasattr(reducer, "budgets")):
+        raise ValueError(f"{name} has no image tokens in its prompt, which {type(reducer).__name__} works on")
+    if family.is_cross and placement.place == "decoder":
         raise ValueError(f"{name} has no image tokens in its prompt; use place='tower' or place='pre_llm'")
-    if placement.place != "decoder":
+    if not is_staged and placement.place != "decoder":
         return
-    check_cut(model, model.get_submodule(family.text).config, placement.layer)
+    config: Any = model.get_submodule(family.text).config
+    firsts = reducer.stages(config.num_hidden_layers, 1) if isinstance(reducer, Staged) else (placement.layer,)
+    for first in firsts:
+        if first:
+            check_cut(model, config, first, "cut" if is_staged else "layer")

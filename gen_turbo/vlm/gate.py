@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from gen_turbo.method import Grid, TokenReducer
+from gen_turbo.method import TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import SHORTENED, ShortenedCache, shortened
 from gen_turbo.vlm.call import CallState, begin, begin_anew, end
@@ -41,7 +41,7 @@ class Gate:
     Attributes:
         planner: Plans for the image tokens before the language model; None lets all of them pass.
         is_merged: Whether slots of image tokens and of words are averaged or only their anchors stay.
-        shared: The method whose budget the images of a call share; None where each has its own.
+        shared: The method whose budget images share, or that gives each its own; None where all have one.
         images: The image tokens of this call as the first decoder layer sees them; None where there are none.
         held: Columns that the first layer's cache held when this call began.
         length: Columns of this call that reach the first layer.
@@ -268,10 +268,7 @@ class Gate:
         if kwargs.get("visual_pos_masks") is not None:
             changed.update(deepstack(kwargs, reduction, here, self.is_merged))
         self.length = here.num_kept
-        is_image = here.mask(self.images.is_image_BL)
-        before, lengths = self.images, reduction.lengths()
-        grids: list[Grid | None] = before.grids if lengths == before.lengths else [None] * len(lengths)
-        self.images = Images(is_image, lengths, grids, before.origins)
+        self.images = self.images.shortened(here, reduction)
         return changed
 
     def _after_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -22,7 +22,7 @@ from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.family import Family, TowerFacts, square, tower_facts
 from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.hooks import InstanceMethod, settled
-from gen_turbo.vlm.part import VlmPart, token_flops
+from gen_turbo.vlm.part import VlmPart
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.run import Group
 from gen_turbo.vlm.semantic import SemanticStream
@@ -103,10 +103,9 @@ class GroupingPart(VlmPart):
             return
         name = self._family.text
         base, text = model.get_submodule(self._family.base), model.get_submodule(name)
-        self._cost = self._saved = token_flops(text)
         self._gate = Gate(base, text, self._family, self._plan_seats, False)
+        self._name_stages(text, name)
         self._gate.on_reduction = lambda images, reduction: self._note_reduction(name, images, reduction)
-        self._rows[name] = LayerReport(name, 1, "reduced")
 
     def _make_grouper(self, model: nn.Module) -> Grouper:
         if not isinstance(self.reducer, Grouped):

@@ -21,7 +21,7 @@ from gen_turbo.vlm.family import TowerFacts
 from gen_turbo.vlm.merging import Merging
 from gen_turbo.vlm.packed_attention import PackedAttention, Seen
 from gen_turbo.vlm.planning import plan_tokens
-from gen_turbo.vlm.tower import block_ratio, merging_blocks
+from gen_turbo.vlm.tower import EARLY, block_ratio, watched_blocks
 
 
 @dataclass
@@ -57,6 +57,7 @@ class PackedTower:
     Attributes:
         reducer: Plans each block's merge; None only watches.
         on_block: Is told the block and the units of all images before and after it.
+        early: A block before the last whose attention is asked for as well; None if there is none.
     """
 
     _pass: CallState[_Pass | None] = CallState(lambda: None)
@@ -67,6 +68,8 @@ class PackedTower:
         tower: Any = model.get_submodule(facts.module)
         self.module = tower
         self.blocks: list[Any] = list(getattr(tower, facts.blocks))
+        self.num_blocks = len(self.blocks)
+        self.early: int | None = None
         self.on_block: Callable[[int, int, int], None] = lambda block, before, after: None
         self._side: int = tower.spatial_merge_size
         self._unit = self._side**2
@@ -74,9 +77,8 @@ class PackedTower:
 
     @property
     def watched(self) -> list[int]:
-        """Blocks whose queries and keys are seen: all if they merge, else the last."""
-        count = len(self.blocks)
-        return merging_blocks(self.reducer, count) if self.reducer is not None else [count - 1]
+        """Blocks whose queries and keys are seen."""
+        return watched_blocks(self.reducer, self.num_blocks, self.early)
 
     def plans(self) -> list[TokenMap]:
         """The plan of the whole tower on each image of the last call, in raster order; empty where none merged."""
@@ -86,14 +88,15 @@ class PackedTower:
         """The attention that the units of each image received in the last block, in raster order.
 
         Args:
-            kind: "self" for the column mean of attention; there is no class token, so None for every other kind.
+            kind: "self" for the column mean of attention, "early self" in the early block; None for every other kind.
 
         Returns:
             One (U,) for each image, summing to one.
         """
-        if kind != "self" or (now := self._pass) is None:
+        if kind.removeprefix(EARLY) != "self" or (now := self._pass) is None:
             return None
-        received = self._received(len(self.blocks) - 1, now)
+        early = self.early if kind.startswith(EARLY) else None
+        received = self._received(self.num_blocks - 1 if early is None else early, now)
         raster = received if now.order is None else torch.empty_like(received).index_copy(0, now.order, received)
         return list(raster.split_with_sizes(now.left))
 
@@ -116,7 +119,7 @@ class PackedTower:
         deep = zip(
             getattr(tower, "deepstack_visual_indexes", ()), getattr(tower, "deepstack_merger_list", ()), strict=True
         )
-        for index, merger in [(len(self.blocks) - 1, tower.merger), *deep]:
+        for index, merger in [(self.num_blocks - 1, tower.merger), *deep]:
             handles.append(merger.register_forward_pre_hook(self._before_merger(index)))
             handles.append(merger.register_forward_hook(self._after_merger(index)))
         return [*handles, tower.register_forward_hook(self._after_tower)]
@@ -167,14 +170,14 @@ class PackedTower:
             earlier = now.totals.get(index - 1)
             now.by_block[index] = merging
             now.totals[index] = merging if earlier is None else earlier.then(merging)
-            return (self._narrow(merging.merge(self._wide(args[0]))),)
+            return (self._by_units(merging.merge, args[0]),)
 
         return before
 
     def _after_mlp(self, index: int) -> Any:
         def after(mlp: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             merging = self._pass.by_block.get(index) if self._pass is not None else None
-            return self._narrow(merging.unmerge(self._wide(output))) if merging is not None else None
+            return self._by_units(merging.unmerge, output) if merging is not None else None
 
         return after
 
@@ -189,7 +192,7 @@ class PackedTower:
         return after
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        now, last = self._pass, len(self.blocks) - 1
+        now, last = self._pass, self.num_blocks - 1
         if now is None or last not in now.totals:
             return output
         output.last_hidden_state = self._restored(last, output.last_hidden_state)
@@ -266,14 +269,14 @@ class PackedTower:
         merging = self._pass.by_block.get(index) if self._pass is not None else None
         if merging is None or len(y_SC) != merging.num_tokens * self._unit:
             return y_SC
-        return self._narrow(merging.merge(self._wide(y_SC)))
+        return self._by_units(merging.merge, y_SC)
 
     def _restored(self, index: int, y_SC: Tensor) -> Tensor:
         total, merged = self._pass.totals.get(index) if self._pass is not None else None, self._merged(index, y_SC)
         # The last of the recorded states may be the output of the tower, restored already.
         if total is None or len(merged) != total.num_slots * self._unit:
             return merged
-        return self._narrow(total.unmerge(self._wide(merged)))
+        return self._by_units(total.unmerge, merged)
 
     def _seen(self, index: int) -> Callable[[], Seen]:
         return lambda: self._pass.seen.setdefault(index, {}) if self._pass is not None else {}
@@ -285,12 +288,9 @@ class PackedTower:
     def _log_size(self, total: Merging | None) -> Tensor | None:
         return total.log_sizes[0].repeat_interleave(self._unit) if total is not None else None
 
-    def _wide(self, y_SC: Tensor) -> Tensor:
-        """Units as tokens of one row: (1, U, G * C)."""
-        return y_SC.reshape(1, -1, self._unit * y_SC.shape[-1])
-
-    def _narrow(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1] // self._unit)
+    def _by_units(self, verb: Callable[[Tensor], Tensor], y_SC: Tensor) -> Tensor:
+        """Applies a verb of a merge to units as tokens of one row, (1, U, G * C)."""
+        return verb(y_SC.reshape(1, -1, self._unit * y_SC.shape[-1])).reshape(-1, y_SC.shape[-1])
 
 
 def _places(lengths: list[int], images: list[int], device: torch.device) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -25,10 +27,10 @@ from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.packed import PackedTower
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.run import Group, Images, Reduction
-from gen_turbo.vlm.settings import placement_of
+from gen_turbo.vlm.settings import Staged, placement_of
 from gen_turbo.vlm.shrink import Shrink
 from gen_turbo.vlm.text import TEXT_ENCODER, TextMerge
-from gen_turbo.vlm.tower import Tower
+from gen_turbo.vlm.tower import EARLY, Tower
 from gen_turbo.vlm.words import PROMPT, Words
 
 
@@ -46,7 +48,7 @@ class VlmPart(OnModel):
         self._placement = placement_of(reducer)
         self._handles: list[Any] = []
         self._rows: dict[str, LayerReport] = {}
-        self._cost = self._saved = 0
+        self._segments: dict[str, tuple[int, int]] = {}
         self._counting = Lock()
         check_place(model, family, reducer)
         self._tower: Tower | PackedTower | Shrink | None = None
@@ -102,6 +104,8 @@ class VlmPart(OnModel):
             kind = PackedTower if facts.is_packed else Tower
             self._tower = kind(model, facts, self.reducer if place == "tower" else None)
             self._tower.on_block = self._note_block
+            early = getattr(self.reducer, "early_block", None)
+            self._tower.early = early(self._tower.num_blocks) if early is not None else None
         if place == "tower":
             assert isinstance(self._tower, (Tower, PackedTower))
             self._rows.update(
@@ -114,32 +118,55 @@ class VlmPart(OnModel):
             self._prepare_cross()
             return
         base, text = model.get_submodule(family.base), model.get_submodule(family.text)
-        self._cost = token_flops(text)
-        self._saved = token_flops(text, self._placement.layer if place == "decoder" else 0)
-        planner = {"pre_llm": self._plan_at_gate, "tower": self._plan_duplicates, "input": self._plan_duplicates}.get(
-            place
-        )
+        planners = dict.fromkeys(("tower", "input"), self._plan_duplicates) | {"pre_llm": self._plan_at_gate}
+        planner = self._plan_at_gate if isinstance(self.reducer, Staged) else planners.get(place)
         # What the tower or a smaller image made equal is its own mean; features of inner blocks are not.
         self._gate = Gate(base, text, family, planner, self._placement.combine == "merge")
-        self._gate.shared = self.reducer if self.reducer.adaptive else None
+        self._gate.shared = self.reducer if self.reducer.adaptive or hasattr(self.reducer, "budgets") else None
         if self.reducer.text_ratio:
             self._gate.words = Words(model, self.reducer)
             self._gate.words.on_reduction = lambda before, after, longest: self._note_text(
                 PROMPT, before, after, longest
             )
             self._rows[PROMPT] = LayerReport(PROMPT, 1, "reduced")
-        if place == "decoder":
-            first = self._placement.layer
-            self._cut = Cut(text, self._gate, first, self._plan_at_cut)
-            self._gate.has_cut = lambda length: (
-                not self.reducer.keeps_all and num_removed(length, self.reducer.ratio_of(length)) > 0
-            )
-            self._cut.on_reduction = lambda images, reduction: self._note_reduction(name, images, reduction)
-            name = f"{family.text}.layers.{first}"
-        else:
-            name = family.text
-            self._gate.on_reduction = lambda images, reduction: self._note_reduction(name, images, reduction)
-        self._rows[name] = LayerReport(name, 1, "reduced")
+        names = self._name_stages(text, family.text)
+
+        def note(first: int, images: Images, reduction: Reduction) -> None:
+            self._note_reduction(names[first], images, reduction)
+
+        self._gate.on_reduction = partial(note, 0)
+        cuts = {first: partial(self._plan_at_cut, first) for first in names if first}
+        if cuts:
+            self._cut = Cut(text, self._gate, cuts)
+            self._cut.on_reduction = note
+            self._gate.has_cut = lambda length: not self.reducer.keeps_all and self._removes(length)
+
+    def _name_stages(self, text: Any, path: str) -> dict[int, str]:
+        """Adds a row for the decoder layers from each place where tokens leave on; gives their names by first layer."""
+        self._depth: int = text.config.num_hidden_layers
+        placement = self._placement
+        firsts = [placement.layer if placement.place == "decoder" else 0]
+        if isinstance(self.reducer, Staged):
+            firsts = list(self.reducer.stages(self._depth, 1))
+        names = {first: f"{path}.layers.{first}" if first else path for first in firsts}
+        for first, end in pairwise([*firsts, self._depth]):
+            # The first row has the layers before it too, which save nothing.
+            start = 0 if first == firsts[0] else first
+            self._segments[names[first]] = token_flops(text, start, end), token_flops(text, first, end)
+            self._rows[names[first]] = LayerReport(names[first], 1, "reduced")
+        return names
+
+    def _removes(self, length: int) -> bool:
+        """Whether some tokens of an image of so many are to leave."""
+        if isinstance(self.reducer, Staged):
+            return min(self.reducer.stages(self._depth, length).values()) < length
+        return num_removed(length, self.reducer.ratio_of(length)) > 0
+
+    def _ratio(self, group: Group, first: int) -> float:
+        """The fraction of a group's tokens that leaves before a decoder layer."""
+        if not isinstance(self.reducer, Staged):
+            return group.ratio(self.reducer)
+        return group.ratio_to(self.reducer.stages(self._depth, group.whole or group.length)[first])
 
     def _prepare_image(self, model: nn.Module) -> None:
         facts = tower_facts(model, self._family)
@@ -165,29 +192,30 @@ class VlmPart(OnModel):
         if self._tower is None:
             return
         seen.plans = self._tower.plans()
-        for kind in ("class", "self"):
-            values = self._tower.values(kind) if self._wants_value(kind) else None
-            if values is not None:
-                seen.values[kind] = values
-
-    def _wants_value(self, kind: str) -> bool:
         wanted = getattr(self.reducer, "semantic", "none")
-        return self._placement.place == "pre_llm" and (wanted == kind or (wanted == "class" and kind == "self"))
+        if self._placement.place != "pre_llm" or wanted not in ("class", "self"):
+            return
+        for when in ("", EARLY) if getattr(self._tower, "early", None) is not None else ("",):
+            for kind in dict.fromkeys((wanted, "self")):
+                values = self._tower.values(when + kind)
+                if values is not None:
+                    seen.values[when + kind] = values
+                    break
 
     def _plan_at_gate(self, tokens: Tensor, group: Group) -> TokenMap:
-        ratio = group.ratio(self.reducer)
+        ratio = self._ratio(group, 0)
         site = LayerInfo("pre_llm", ratio, group.grid, semantic=lambda kind: self._value(kind, group))
         return plan_tokens(self.reducer, tokens, site, StepInfo())
 
-    def _plan_at_cut(self, tokens: Tensor, group: Group) -> TokenMap:
+    def _plan_at_cut(self, first: int, tokens: Tensor, group: Group) -> TokenMap:
         def semantic(kind: str) -> Tensor | None:
-            assert self._cut is not None and self._gate is not None and self._gate.images is not None
-            if kind != "last":
+            assert self._cut is not None and self._cut.images is not None
+            if kind not in ("last", "next"):
                 return None
-            images = self._gate.images
-            return self._cut.attention()[images.is_image_BL][images.index(group)]
+            images = self._cut.images
+            return self._cut.attention(kind)[images.is_image_BL][images.index(group)]
 
-        site = LayerInfo("decoder", group.ratio(self.reducer), group.grid, semantic=semantic)
+        site = LayerInfo("decoder", self._ratio(group, first), group.grid, semantic=semantic)
         return plan_tokens(self.reducer, tokens, site, StepInfo())
 
     def _plan_duplicates(self, tokens: Tensor, group: Group) -> TokenMap:
@@ -232,15 +260,17 @@ class VlmPart(OnModel):
             )
 
     def _note_reduction(self, name: str, images: Images, reduction: Reduction) -> None:
-        before, after = sum(images.lengths), sum(reduction.lengths())
+        wholes = images.wholes or images.lengths
+        before, after = sum(wholes), sum(reduction.lengths())
         grid = images.grids[0] if images.grids else None
-        batch, length = images.is_image_BL.shape
-        stock = batch * length * self._cost
+        columns = images.num_columns or images.is_image_BL.numel()
+        cost, saved = self._segments[name]
         # Layers before a cut run on every column.
-        cost = stock - (batch * length - reduction.num_columns) * self._saved
-        self._count(name, grid, before, after, cost, stock)
-        longest = max(images.lengths)
-        if after == before and self.reducer.removes and num_removed(longest, self.reducer.ratio_of(longest)) == 0:
+        self._count(
+            name, grid, before, after, columns * cost - (columns - reduction.num_columns) * saved, columns * cost
+        )
+        longest, is_last = max(wholes), name == next(reversed(self._segments))
+        if after == before and is_last and self.reducer.removes and not self._removes(longest):
             asked = f"keep {self.reducer.keep}" if self.reducer.keep is not None else f"ratio {self.reducer.ratio}"
             more = "lower `keep`" if self.reducer.keep is not None else "raise `ratio`"
             warnings.warn(
@@ -264,7 +294,7 @@ class VlmPart(OnModel):
             )
 
 
-def token_flops(text: nn.Module, first: int = 0) -> int:
-    """Operations of one token in the decoder layers from the first on, without attention between tokens."""
+def token_flops(text: nn.Module, first: int = 0, end: int | None = None) -> int:
+    """Operations of one token in the decoder layers from the first to the end, without attention between tokens."""
     layers: Any = text.layers
-    return 2 * sum(layer_multiplications(layer, text.config) for layer in layers[first:])
+    return 2 * sum(layer_multiplications(layer, text.config) for layer in layers[first:end])

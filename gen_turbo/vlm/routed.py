@@ -55,7 +55,7 @@ class RoutedPart(OnModel):
         drops = routing.mode == "drop" and routing.ratio > 0
         planner = self._choice.plan if drops and routing.first == 0 else None
         self._gate = Gate(model.get_submodule(family.base), text, family, planner, False)
-        self._cut = Cut(text, self._gate, routing.first, self._choice.plan) if drops and routing.first else None
+        self._cut = Cut(text, self._gate, {routing.first: self._choice.plan}) if drops and routing.first else None
         self._layers = Skipping(text, self._choice) if routing.mode == "drop" else Weighing(text, self._choice)
         self._listen(text)
 
@@ -113,7 +113,7 @@ class RoutedPart(OnModel):
         self._gate.on_prompt = self._ask
         self._gate.on_reduction = self._note_tokens
         if self._cut is not None:
-            self._cut.on_reduction = self._note_tokens
+            self._cut.on_reduction = lambda first, images, reduction: self._note_tokens(images, reduction)
         if isinstance(self._layers, Skipping):
             self._layers.on_route = self._note_route
             if self._cut is not None:

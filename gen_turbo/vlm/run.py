@@ -12,6 +12,7 @@ from torch import Tensor
 from gen_turbo.method import Grid, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.planning import shared_budgets
 
 Planner = Callable[[Tensor, "Group"], TokenMap]
@@ -27,16 +28,23 @@ class Group:
         length: Tokens of each.
         grid: (height, width) of each, where there is one.
         kept: How many tokens of each stay, where images share a budget.
+        whole: Tokens of each before any left, where some have left earlier; 0 where none has.
     """
 
     images: list[int]
     length: int
     grid: Grid | None
     kept: int | None = None
+    whole: int = 0
 
     def ratio(self, reducer: TokenReducer) -> float:
         """The fraction that leaves: what is to be kept of these images, else what the method says."""
-        return reducer.ratio_of(self.length) if self.kept is None else max(0.0, 1 - (self.kept - 0.5) / self.length)
+        return reducer.ratio_of(self.length) if self.kept is None else self.ratio_to(self.kept)
+
+    def ratio_to(self, kept: int) -> float:
+        """The fraction that leaves where so many stay."""
+        # Half a token more, so that rounding down removes exactly the number.
+        return max(0.0, 1 - (kept - 0.5) / self.length)
 
 
 @dataclass
@@ -48,20 +56,32 @@ class Images:
         lengths: Tokens of each image, in the order of the flattened mask.
         grids: (height, width) of each image, where there is one.
         origins: Which of the images that the tower saw last each one is; None for one that it did not see.
+        wholes: Tokens of each image before any left; empty where none has.
+        num_columns: Columns of the call before any left; 0 where none has.
     """
 
     is_image_BL: Tensor
     lengths: list[int]
     grids: list[Grid | None]
     origins: list[int | None] = field(default_factory=list)
+    wholes: list[int] = field(default_factory=list)
+    num_columns: int = 0
     _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def groups(self) -> list[Group]:
         """The images by size."""
-        found: dict[tuple[int, Grid | None], list[int]] = {}
-        for image, key in enumerate(zip(self.lengths, self.grids, strict=True)):
+        found: dict[tuple[int, Grid | None, int], list[int]] = {}
+        wholes = self.wholes or [0] * len(self.lengths)
+        for image, key in enumerate(zip(self.lengths, self.grids, wholes, strict=True)):
             found.setdefault(key, []).append(image)
-        return [Group(images, length, grid) for (length, grid), images in found.items()]
+        return [Group(images, length, grid, whole=whole) for (length, grid, whole), images in found.items()]
+
+    def shortened(self, here: Columns, reduction: Reduction) -> Images:
+        """The images in the columns that stay after a reduction."""
+        lengths = reduction.lengths()
+        grids: list[Grid | None] = self.grids if lengths == self.lengths else [None] * len(lengths)
+        before = self.wholes or self.lengths, self.num_columns or self.is_image_BL.numel()
+        return Images(here.mask(self.is_image_BL), lengths, grids, self.origins, *before)
 
     def index(self, group: Group) -> Tensor:
         """Places of a group's tokens among all image tokens: (K, n)."""
@@ -145,7 +165,8 @@ def reduce(images: Images, x_BLC: Tensor, planner: Planner, shared: TokenReducer
         images: The images.
         x_BLC: What is planned on.
         planner: Plans for images of one size and budget.
-        shared: The method whose budget the images of one size share; None gives each the method's own.
+        shared: The method whose budget the images of one size share, or that gives each its own; None gives all
+            what the method says.
     """
     tokens = x_BLC[images.is_image_BL]
     stays = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -162,14 +183,19 @@ def reduce(images: Images, x_BLC: Tensor, planner: Planner, shared: TokenReducer
 
 
 def _shared(group: Group, tokens: Tensor, reducer: TokenReducer) -> list[Group]:
-    """The images of a group by the budget that each gets of what they share."""
-    kept = group.length - num_removed(group.length, reducer.ratio_of(group.length))
-    if kept == group.length or len(group.images) == 1:
-        return [group]
-    budgets = shared_budgets(tokens, kept)
-    return [
-        replace(group, images=[group.images[row] for row in rows.tolist()], kept=number) for number, rows in budgets
-    ]
+    """The images of a group by the budget that each gets, of its own or of what they share."""
+    own = getattr(reducer, "budgets", None)
+    if own is not None:
+        rows: dict[int, list[int]] = {}
+        for row, number in enumerate(own(tokens)):
+            rows.setdefault(number, []).append(row)
+        budgets = list(rows.items())
+    else:
+        kept = group.length - num_removed(group.length, reducer.ratio_of(group.length))
+        if kept == group.length or len(group.images) == 1:
+            return [group]
+        budgets = [(number, chosen.tolist()) for number, chosen in shared_budgets(tokens, kept)]
+    return [replace(group, images=[group.images[row] for row in chosen], kept=number) for number, chosen in budgets]
 
 
 def _rows(anchor_BM: Tensor, index: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -43,6 +44,30 @@ class Placement:
             raise ValueError(f"combine must be 'merge' or 'prune'; got {self.combine!r}")
         if self.layer < 1:
             raise ValueError(f"layer must be at least 1, the second decoder layer; got {self.layer}")
+
+
+@dataclass
+class Staged(Placement):
+    """Settings of a method under which image tokens leave in several stages: before decoder layers, each time fewer."""
+
+    @abstractmethod
+    def stages(self, num_layers: int, num_tokens: int) -> dict[int, int]:
+        """How many of an image's tokens are left from which decoder layer on.
+
+        Args:
+            num_layers: Decoder layers.
+            num_tokens: Tokens of the image.
+
+        Returns:
+            By first layer, 0 among them, ascending; the layers do not depend on the number of tokens.
+
+        Raises:
+            ValueError: If a decoder of so many layers has no such stages.
+        """
+
+    def unread(self, place: str, has_grid: bool) -> dict[str, str]:
+        """The settings that nothing reads, and where they belong."""
+        return {"adaptive": "methods that remove tokens at one place", "layer": "methods that cut at one layer"}
 
 
 @dataclass

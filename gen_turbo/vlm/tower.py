@@ -20,6 +20,9 @@ from gen_turbo.vlm.merging import Merging
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.projections import Projections, Seen
 
+EARLY = "early "
+"""What the kinds of semantic value in the early block begin with."""
+
 
 @dataclass
 class _Pass:
@@ -47,7 +50,9 @@ class Tower:
 
     Attributes:
         reducer: Plans each block's merge; None only watches.
+        num_blocks: Blocks in use.
         patches: The plan of the whole tower on its patches in the last call, (images, patches); None without one.
+        early: A block before the last whose attention is asked for as well; None if there is none.
     """
 
     patches: CallState[TokenMap | None] = CallState(lambda: None)
@@ -60,13 +65,15 @@ class Tower:
         self.blocks: list[nn.Module] = list(getattr(self.encoder, facts.blocks))
         self.num_leading = facts.num_leading(model)
         self.last_block = facts.last_block(model) % len(self.blocks)
+        self.num_blocks = self.last_block + 1
+        self.early: int | None = None
         self.on_block: Callable[[int, int, int], None] = lambda block, before, after: None
         self._projections = [Projections(getattr(block, facts.attention), facts) for block in self.blocks]
 
     @property
     def watched(self) -> list[int]:
-        """Blocks whose queries and keys are seen: those that merge, else the last one in use."""
-        return merging_blocks(self.reducer, self.last_block + 1) if self.reducer is not None else [self.last_block]
+        """Blocks whose queries and keys are seen."""
+        return watched_blocks(self.reducer, self.num_blocks, self.early)
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""
@@ -112,8 +119,12 @@ class Tower:
         return self.patches.by_row() if self.patches is not None else []
 
     def values(self, kind: str) -> list[Tensor] | None:
-        """The semantic value of the patches of each image in the last block in use, as `value` gives it."""
-        value = self.value(kind)
+        """The semantic value of the patches of each image in the last block in use, as `value` gives it.
+
+        Args:
+            kind: As `value` knows it; behind "early ", that of the early block.
+        """
+        value = self.value(kind.removeprefix(EARLY), self.early if kind.startswith(EARLY) else None)
         return list(value[:, self.num_leading :]) if value is not None else None
 
     def _begin(self) -> None:
@@ -216,6 +227,13 @@ class Tower:
             )
         self.patches = totals[max(totals)].plan(self.num_leading)
         return output
+
+
+def watched_blocks(reducer: TokenReducer | None, num_blocks: int, early: int | None) -> list[int]:
+    """Blocks whose queries and keys are seen: those that merge, else the last one in use and an early one."""
+    if reducer is not None:
+        return merging_blocks(reducer, num_blocks)
+    return sorted({num_blocks - 1} | ({early} if early is not None else set()))
 
 
 def merging_blocks(reducer: TokenReducer, num_blocks: int) -> list[int]:

@@ -1,0 +1,78 @@
+"""E-AdaPrune: keep as many tokens of an image as its features have directions, and those that are most unlike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gen_turbo.method import LayerInfo, StepInfo
+from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.registry import METHODS
+from gen_turbo.tokens.ratios import num_removed
+from gen_turbo.tokens.select import keep_diverse
+from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.settings import Placement
+
+
+@METHODS.register("eadaprune")
+@dataclass
+class EAdaPruneProcessor(Placement, ReductionProcessor):
+    """Gives each image a budget of its own, by the spectrum of its features, and keeps its most diverse tokens.
+
+    E-AdaPrune (He and Chen, 2026, arXiv 2603.05950): an image keeps k tokens, the least number of singular values of
+    its projected features that hold a share of their energy, `sum_(i<=k) s_i^2 >= energy * sum_i s_i^2`. Images full
+    of detail keep more, plain ones fewer; what images keep on average is set by `energy`, and known by measuring.
+
+    Costs the eigenvalues of one matrix of (channels x channels) or (tokens x tokens) for each image, whichever is
+    smaller, a wait for the device, and the choice of tokens.
+
+    Differs from the paper: eigenvalues are exact, where it estimates singular values at random. It leaves the choice
+    of tokens to other methods; here it is DivPrune's. Written from the paper's abstract and introduction alone.
+
+    Attributes:
+        ratio: The most that may leave, as a fraction of an image's tokens; `keep` says the same as the least number
+            that stays. 0 is the model as it is.
+        energy: The share of energy, above 0 and at most 1. Raising it keeps more tokens.
+    """
+
+    ratio: float = 0.95
+    restore: str = "copy"
+    combine: str = "prune"
+    energy: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ValueError."""
+        super().__post_init__()
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy must be a share, 0 < energy <= 1; got {self.energy}")
+        if self.place not in ("pre_llm", "decoder"):
+            raise ValueError(
+                f"eadaprune works on image tokens of a prompt; place must be 'pre_llm', got {self.place!r}"
+            )
+
+    def unread(self, place: str, has_grid: bool) -> dict[str, str]:
+        """The settings that nothing reads, and where they belong."""
+        return {"adaptive": "methods whose images all have one budget"}
+
+    @torch.no_grad()
+    def budgets(self, tokens_KNC: Tensor) -> list[int]:
+        """How many tokens each image of (K, N, C) keeps."""
+        num_images, num_tokens, width = tokens_KNC.shape
+        least = num_tokens - num_removed(num_tokens, self.ratio_of(num_tokens))
+        if least == num_tokens:
+            return [num_tokens] * num_images
+        x = tokens_KNC.float()
+        gram = x.transpose(1, 2) @ x if width < num_tokens else x @ x.transpose(1, 2)
+        energy = torch.linalg.eigvalsh(gram).flip(1).clamp_min(0).cumsum(1)
+        kept = (energy < self.energy * energy[:, -1:]).sum(1) + 1
+        return [int(number) for number in kept.clamp(least, num_tokens).tolist()]
+
+    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
+        """Plans for tokens (B, N, C) of images of one budget, which the site's ratio says."""
+        num_tokens = tokens.shape[1]
+        removed = num_removed(num_tokens, site.ratio)
+        if removed == 0:
+            return TokenMap.identity(1, num_tokens, tokens.device)
+        return keep_diverse(tokens, num_tokens - removed)
