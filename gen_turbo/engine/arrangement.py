@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from gen_turbo.engine.attention import InsideAttention, check_backend
+from gen_turbo.engine.attention import InsideAttention
+from gen_turbo.engine.backends import check_backend
 from gen_turbo.engine.begin import Beginning
 from gen_turbo.engine.choice import chosen_layers, layers_of
 from gen_turbo.engine.layer import FeatureMapKeysLayer, FeatureMapLayer, MergedKeysLayer, ReducedLayer

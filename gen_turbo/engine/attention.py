@@ -166,28 +166,6 @@ class InsideAttention(Placed):
         return output
 
 
-def check_backend(backend: str, model: nn.Module) -> None:
-    """Tries a kernel on the model's device and type.
-
-    Raises:
-        ValueError: If there is no kernel of that name, its package is not installed, or it does not run there.
-    """
-    from diffusers.models import attention_dispatch
-
-    known = [name.value for name in attention_dispatch.AttentionBackendName]
-    if backend not in known:
-        raise ValueError(f"attention_backend must be one of {', '.join(known)}; got {backend!r}")
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    probe = torch.zeros(1, 16, 1, 64, device=parameter.device, dtype=parameter.dtype)
-    try:
-        attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(backend))
-        attention_dispatch.dispatch_attention_fn(probe, probe, probe, backend=backend)
-    except Exception as error:
-        place = f"{parameter.device.type} in {str(parameter.dtype).removeprefix('torch.')}"
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"attention_backend={backend!r} does not run on {place}: {reason}; try 'native'") from error
-
-
 def _added(given: dict[str, Any], log_size_BN: Tensor) -> Tensor:
     """The call's mask with the keys' sizes added: PyTorch's CPU kernel takes a mask at 4 % where channels cost 25."""
     batch, dtype = len(given["key"]), given["query"].dtype

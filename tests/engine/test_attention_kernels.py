@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 import torch
 from diffusers.models import attention_dispatch
@@ -60,6 +63,47 @@ def test_a_kernel_that_cannot_run_says_why_and_changes_nothing(backend, words):
     with pytest.raises(ValueError, match=words):
         attach(model, TurboProcessor(0.4, attention_backend=backend))
     assert differences(before, model_state(model)) == []
+
+
+BUILT = {
+    "flash_attn/__init__.py": "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa')",
+    "sageattention/__init__.py": "import a_package_that_nobody_has",
+    "xformers/__init__.py": "",
+    "xformers/ops.py": "def memory_efficient_attention(*_, **__): raise NotImplementedError('No operator found')",
+    "xformers/_cpp_lib.py": "class Why(Exception):\n    class build_info: torch_version = '2.10.0+cu128'\n"
+    "_cpp_library_load_exception = Why()",
+}
+"""Packages of kernels as they are where their libraries do not load."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("flash", "flash-attn 9.9 was built for another PyTorch, and this is {}; install one built for it"),
+        ("xformers", r"xformers 9.9 was built for PyTorch 2.10.0\+cu128, and this is {}; install one built for it"),
+        ("sage", "sageattention needs a_package_that_nobody_has, which is not installed"),
+    ],
+)
+def test_a_wheel_built_for_another_torch_is_refused_in_words(backend, words, tmp_path, monkeypatch):
+    """Catches "missing or too old" for a package that is there, and an operator that was not found."""
+    for place, code in BUILT.items():
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text(code)
+    for name in ("flash_attn", "sageattention", "xformers"):
+        about = tmp_path / f"{name}-9.9.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Name: {name.replace('_', '-')}\nVersion: 9.9\n")
+        for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    known, loaded = family("sd15")[0], set(sys.modules)
+    here = re.escape(torch.__version__)
+    try:
+        with pytest.raises(ValueError, match=f"attention_backend='{backend}' .* {words.format(here)}; try 'native'"):
+            attach(known, TurboProcessor(0.4, attention_backend=backend))
+    finally:
+        for module in set(sys.modules) - loaded:
+            del sys.modules[module]
 
 
 @pytest.mark.parametrize("setting", ["kv_only", "proportional_attention"])
