@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
     parser.add_argument("--workflow", default="caption-generate", help="name or YAML of a caption-generate pipeline")
-    parser.add_argument("--images", type=int, default=1, help="how many images go the whole way; 0 leaves it out")
+    parser.add_argument("--images", type=int, default=1, help="how many images go the whole way; 0 skips it")
     parser.add_argument("--workflow-output", type=Path, default=Path("outputs/demo-caption-generate.png"))
     options = parser.parse_args()
 

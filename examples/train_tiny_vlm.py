@@ -78,7 +78,7 @@ class VlmTraining:
             self.begin()
 
     def make(self, patch: int) -> list[nn.Module]:
-        """Fresh models with patches of this size: the one that is wanted, and layers that tell what the tower sees."""
+        """Fresh models with patches of this size: the one that is wanted, and layers that name what the tower sees."""
         model = tiny_vlm.make_model(patch)
         width = model.config.vision_config.hidden_size
         return [

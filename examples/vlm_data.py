@@ -34,7 +34,7 @@ from gen_turbo.scenes import (
 SHOWN = (*COLORS, *SHAPES, *SIZES, *BACKGROUNDS, *(f"{color} dot" for color in COLORS))
 """What a patch may show."""
 OUTLINE = 4
-"""Parts of a patch, along each side, whose coverage is told apart."""
+"""Parts of a patch, along each side, whose coverage is predicted."""
 _PAIRS, _DOTS = 0.55, 0.6
 _FOREGROUND_DISTANCE = 60.0
 _LEAST_COVERAGE, _LEAST_DOT_PX = 0.2, 3.0

@@ -180,7 +180,7 @@ def _exchanged(
 
 
 def _adapter_for(model: nn.Module, reducer: TokenReducer) -> Any:
-    """The family of a model; for a reducer that leaves whole calls out any model does that is told a time."""
+    """The family of a model; for a reducer that skips whole calls, any model with a time argument."""
     try:
         return adapter_of(model)
     except ValueError:

@@ -59,7 +59,7 @@ class TokenReducer(ABC):
         ratios: Ratio by downsample factor (1 is the latent's own grid, 2 half of it); overrides `ratio` and
             `max_downsample` for the levels it names.
         layer_ratios: Ratio by layer, named as in `report` or by a pattern such as `up_blocks.*`; overrides `ratios`
-            for the layers it names, the last pattern that fits. 0 leaves a layer in full.
+            for the layers it names, the last pattern that fits. 0 runs a layer in full.
         step_scale: Factor on every ratio from a step of the run on, 1 before the first step that is named:
             `{0: 0.5, 10: 1}` removes half as many in the first ten steps. With "residual" it takes effect at a
             layer's next full step.
@@ -67,7 +67,7 @@ class TokenReducer(ABC):
             full; "copy" gives every token its slot's output, as published; "auto" is "residual", or what scope "auto"
             finds best for the run's length.
         full_every: With "residual", every how many steps a layer runs in full. Raising it is faster. None is 3, or with
-            scope "auto" what the run's length asks for.
+            scope "auto" what suits the run's length.
         extrapolation_order: With "residual", 0 holds the remembered detail, 1 continues it linearly in the step.
         warmup_steps: With "residual", how many first steps run in full. Two, which None is, give order 1 its slope at
             once.
@@ -84,7 +84,7 @@ class TokenReducer(ABC):
             far as they are not given, by the shapes, the kind of device and the number of steps; nothing is timed.
         merge_span: With scope "block", how many consecutive blocks of a stack share one short sequence, restored after
             the last of them; 0 is all. Raising it remembers less, restores less often, and is further from stock.
-        kv_only: Merges keys and values only; every token still asks. Closer to stock, saves less.
+        kv_only: Merges keys and values only; every token stays a query. Closer to stock, saves less.
         proportional_attention: Lets a key that stands for several tokens weigh as much as they did.
         text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
             (SD3, Flux and its kin, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions); attention
@@ -94,7 +94,7 @@ class TokenReducer(ABC):
         reference_ratio: Fraction of the tokens removed of references beside the target (FLUX.1 Kontext, FLUX.2,
             LongCat-Image-Edit, Qwen-Image-Edit), once per run; None takes the layer's own ratio.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
-            every attention layer; None leaves the model's own.
+            every attention layer; None keeps the model's own.
         keep: In vision-language models, how many image tokens of an image stay, instead of `ratio`.
         adaptive: In vision-language models, shares the budget among the images of a call: busy ones keep more, plain
             ones fewer, as many in all as `ratio` or `keep` say. An image that comes alone keeps its own.
@@ -179,7 +179,7 @@ class TokenReducer(ABC):
             )
 
     def ratio_of(self, num_tokens: int) -> float:
-        """The fraction of so many tokens that leaves, by `keep` where it is given, else `ratio`."""
+        """The fraction of so many tokens that is removed, by `keep` where it is given, else `ratio`."""
         # Half a token more, so that rounding down removes exactly the number.
         return self.ratio if self.keep is None else max(0.0, 1 - (self.keep - 0.5) / num_tokens)
 

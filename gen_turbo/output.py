@@ -49,7 +49,7 @@ def record_path(output: str) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Tries to write into a folder that need not exist, and leaves no trace.
+    """Tries to write into a folder that need not exist, and removes its trace.
 
     Raises:
         ConfigError: If the folder cannot be made or written to.

@@ -62,8 +62,8 @@ class PipelineConfig(Loading):
     Attributes:
         steps: Denoising steps of a run.
         guidance_scale: Scale of classifier-free guidance; raising it follows the prompt more closely.
-        height: Height of the images in pixels; None leaves it to the pipeline.
-        width: Width of the images in pixels; None leaves it to the pipeline.
+        height: Height of the images in pixels; None takes the pipeline's own.
+        width: Width of the images in pixels; None takes the pipeline's own.
         max_size: The most pixels that height and width may have, so that a slip of the keyboard fills no memory.
         max_steps: The most steps, for the same reason.
     """
@@ -95,7 +95,7 @@ class CaptionConfig(Loading):
     """A pipeline that writes about images; the settings of `Loading`, and these.
 
     Attributes:
-        prompt: What the model is asked about each image; None asks nothing, as captioning models want it.
+        prompt: What the model is asked about each image; None gives no prompt, as captioning models want it.
         template: How a prompt becomes the model's input, with `{prompt}` and the model's own mark of an image in it,
             such as "USER: <image> {prompt} ASSISTANT:"; None takes the checkpoint's chat template, if it has one.
         max_new_tokens: The most tokens that are written about an image.
@@ -124,7 +124,7 @@ class CaptionGenerateConfig:
         caption: The half that reads images.
         generate: The half that draws.
         drawn: What is drawn, with `{caption}` in it, such as "{caption}, in oil".
-        strength: How far a new image leaves the old one, in (0, 1]; None draws from the caption alone.
+        strength: How far a new image may depart from the old one, in (0, 1]; None draws from the caption alone.
         batch_size: Images that are drawn at once.
     """
 

@@ -104,7 +104,7 @@ class CaptionPipeline:
 
         Args:
             images: One image or several, of any mode and size.
-            prompt: What is asked; None asks what the configuration says.
+            prompt: The prompt; None takes the configuration's.
             max_new_tokens: The most tokens that are written about an image; None as configured.
             batch_size: Images that are read at once; None as configured.
             **generate: Goes to the model's `generate`; by default the likeliest token is taken each time.

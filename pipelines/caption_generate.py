@@ -101,7 +101,7 @@ class CaptionGeneratePipeline:
 
         Args:
             images: An image, a path, a folder, a pattern, or a list of any of these.
-            prompt: What is asked about the images; None asks as configured.
+            prompt: The prompt about the images; None takes the configuration's.
             strength: How far new images leave the old ones, in (0, 1]; None as configured.
             batch_size: Images that are drawn at once; None as configured.
             seeds: Of the noise: one of each image, or one for all.

@@ -36,7 +36,7 @@ def weights_folder() -> Path:
 
 
 def prompt_of(question: str) -> str:
-    """What the processor is given as text for a question about one image; `CAPTION_PROMPT` asks for a caption."""
+    """What the processor is given as text for a question about one image; `CAPTION_PROMPT` requests a caption."""
     return f"{IMAGE}{question}"
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import diffusers
@@ -27,7 +28,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 MOST_README_LINES = 150
 BLOCK = re.compile(r"^```(?P<kind>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 OTHER_COMMANDS = ("pip install", "make ", "RAY_AUTH_MODE=token ")
-UNWANTED = re.compile(r"\b(told|tells|asks|leaves|picture|pictures|takes up where|comes off)\b", re.IGNORECASE)
+UNWANTED = re.compile(r"\b(told|tells?|asks|leaves|pictures?|takes up where|comes off)\b", re.IGNORECASE)
+STRINGS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+QUOTED = re.compile(r"`[^`]*`|describe the picture")
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
 
 
@@ -68,6 +71,21 @@ def test_words_are_those_of_the_field(page: Path) -> None:
     text = re.sub(r"<!-- table:.*?<!-- /table -->|^```.*?^```|`[^`]*`|\]\([^)]*\)|--8<--.*", "",
                   page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)  # fmt: skip
     assert UNWANTED.findall(text) == []
+
+
+SOURCES = [path for name in ("gen_turbo", "pipelines", "examples") for path in sorted((ROOT / name).glob("**/*.py"))]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_words_of_the_source_are_those_of_the_field(source: Path) -> None:
+    """Catches the same words in docstrings, comments, help texts and messages: texts of more than one word."""
+    with source.open("rb") as file:
+        texts = [
+            (token.start[0], token.string)
+            for token in tokenize.tokenize(file.readline)
+            if token.type == tokenize.COMMENT or (token.type in STRINGS and " " in token.string.strip())
+        ]
+    assert [(line, text) for line, text in texts if UNWANTED.search(QUOTED.sub("", text))] == []
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def asked(count: int, seed: int, prompt: str = "describe the picture") -> list[A
     Args:
         count: Images.
         seed: Of the scenes, their rendering and the choice of questions.
-        prompt: What asks for a caption.
+        prompt: The request for a caption.
 
     Raises:
         ValueError: If `count` is negative.

@@ -1,6 +1,6 @@
 """`gen-turbo bench caption-generate`: images drawn anew from their captions, stock and accelerated in turn.
 
-Each image leaves one line in the work folder, so a run that was interrupted goes on with the image it was at.
+Each image adds one line to the work folder, so a run that was interrupted goes on with the image it was at.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _LATENT, _FRAMES = 8, 4
 
 
 def run(options: argparse.Namespace) -> None:
-    """Asks the model of costs for every case, device and number of steps; nothing is run, so no weights are made."""
+    """Queries the model of costs for every case, device and number of steps; nothing is run, so no weights are made."""
     cells = list(itertools.product(CASES, CLASSES, STEPS))
     built: dict[str, Costs] = {}
     for case, device, steps in tqdm(cells, desc="choices"):

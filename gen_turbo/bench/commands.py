@@ -11,7 +11,7 @@ BENCHES = {
     "layer": "one attention layer, matching included",
     "step": "denoising steps of the UNets of Stable Diffusion 1.5 and XL and of Flux, random weights",
     "quality": "distance to stock against measured and counted cost, on the embedded model",
-    "flops": "counted arithmetic of whole denoisers of real size against the least that merging leaves",
+    "flops": "counted arithmetic of whole denoisers of real size against the least that merging can reach",
     "choices": "what the user's one line chooses on published configurations, and the gain that it expects",
     "check": "how many images show what their caption says",
     "understanding": "answers of the embedded vision-language model, by kind, with ever fewer tokens",

@@ -36,6 +36,6 @@ def deep_features_cached(pipe: Any, interval: int) -> Iterator[None]:
         yield
     finally:
         helper.disable()
-        # The package leaves each bound method behind as an attribute of its own.
+        # The package does not remove the bound methods that it has set as attributes.
         for module in free:
             vars(module).pop("forward", None)

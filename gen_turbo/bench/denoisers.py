@@ -50,7 +50,7 @@ class Denoiser:
     merges_text: bool = True
 
     def build(self, depths: Mapping[str, int] | None = None, device: str = "meta") -> nn.Module:
-        """Makes the model, on the meta device unless told otherwise, with its own depths or with others."""
+        """Makes the model, on the meta device by default, with its own depths or with others."""
         config = self.config | _NESTED.get(self.name, dict)(self.depths if depths is None else depths)
         of_class: Any = BY_BLOCKS.get(self.model) or getattr(import_module("diffusers"), self.model)
         with torch.device(device):

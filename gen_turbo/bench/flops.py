@@ -181,7 +181,7 @@ def _count(denoiser: Denoiser, model: nn.Module, pixels: int, counter: _Counter)
 
 
 class _ShapesTurbo(TurboProcessor):
-    """Turbo on tokens without values: the semantic value is computed as ever, but cannot be told finite or not."""
+    """Turbo on tokens without values: the semantic value is computed, but cannot be checked for being finite."""
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         if site.semantic is not None:

@@ -36,27 +36,27 @@ class _Watched(Placed):
         return self.last
 
 
-def draw_kept(pipe: Any, asks: list[Ask], settings: list[Method], path: Path) -> None:
+def draw_kept(pipe: Any, questions: list[Ask], settings: list[Method], path: Path) -> None:
     """Draws one row for each setting: what the language model is left with to answer each question.
 
-    A method that drops tokens leaves dark patches; one that merges paints each patch with the mean of its slot.
+    A method that drops tokens shows dark patches; one that merges paints each patch with the mean of its slot.
 
     Args:
         pipe: The caption pipeline.
-        asks: One column each, about one image each.
+        questions: One column each, about one image each.
         settings: Methods that work before or inside the language model.
         path: The image, by its ending.
     """
-    side = asks[0].image.width
-    sheet = Image.new("RGB", (side * len(asks), (side + _LABEL_PX) * (1 + len(settings))), "white")
+    side = questions[0].image.width
+    sheet = Image.new("RGB", (side * len(questions), (side + _LABEL_PX) * (1 + len(settings))), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, ask in enumerate(asks):
+    for column, ask in enumerate(questions):
         pen.text((column * side + 2, 2), ask.question, fill="black", font_size=9)
         sheet.paste(ask.image, (column * side, _LABEL_PX))
     for row, setting in enumerate(settings, 1):
         top = row * (side + _LABEL_PX)
         pen.text((2, top + 2), setting.name, fill="black", font_size=11)
-        for column, ask in enumerate(asks):
+        for column, ask in enumerate(questions):
             sheet.paste(_left(pipe, ask, setting), (column * side, top + _LABEL_PX))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

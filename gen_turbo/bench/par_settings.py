@@ -19,7 +19,7 @@ def par_settings() -> list[Setting]:
     """The controls, and the router that ships for the embedded model once there is one.
 
     A layout is given by its tokens and layers, so that router and controls cost the same but for the router itself;
-    a budget leaves the layout to the router's calibration.
+    with a budget the layout is that of the router's calibration.
     """
     has_router = (artefact_folder() / FOLDER / f"{_ROUTER}.safetensors").is_file()
     settings: list[Setting] = []

@@ -57,7 +57,7 @@ def plot_quality(folder: Path, path: Path) -> None:
 
 
 def plot_skipping(folder: Path, path: Path) -> None:
-    """Draws what leaves steps out of the embedded transformer's runs into a picture file, by counted cost.
+    """Draws the methods that skip steps of the embedded transformer's runs into an image file, by counted cost.
 
     Raises:
         ValueError: If there are no records.

@@ -1,6 +1,6 @@
 """`gen-turbo bench quality`: distance to stock, check rate, measured and counted cost of many settings.
 
-Each caption of each setting leaves one line in the work folder, so a run that was interrupted goes on where it
+Each caption of each setting adds one line to the work folder, so a run that was interrupted goes on where it
 stopped, and processes may share the captions (`--part 1/12`). A setting whose captions are complete becomes one record,
 by a process that has no part: it draws what is missing and, where nothing is, only reads.
 """

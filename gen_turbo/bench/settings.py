@@ -39,7 +39,7 @@ class Setting(ABC):
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether what it leaves out depends on the image."""
+        """Whether what it skips depends on the image."""
         return False
 
     def num_steps(self, steps: int) -> int:

@@ -31,7 +31,7 @@ class StepModel:
         model: Its class's own, with random weights.
         sample: What is denoised; a guided UNet gets it twice.
         arguments: Everything else but the time.
-        time_scale: From a time in thousandths to what the model is told.
+        time_scale: From a time in thousandths to the model's own scale.
     """
 
     model: nn.Module
@@ -84,7 +84,7 @@ def _scaled(denoiser: Denoiser, scale: float) -> Denoiser:
     if denoiser.model == "FluxTransformer2DModel":
         heads = int(24 * scale)
         if heads < 1:
-            raise ValueError(f"--width-scale {scale} leaves none of the 24 heads; raise it")
+            raise ValueError(f"--width-scale {scale} gives none of the 24 heads; raise it")
         return replace(denoiser, config=denoiser.config | {"num_attention_heads": heads})
     published = denoiser.config.get("block_out_channels", (320, 640, 1280, 1280))
     widths = tuple(int(width * scale) for width in published)

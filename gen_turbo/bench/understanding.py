@@ -106,7 +106,7 @@ def num_image_tokens(pipe: Any) -> int:
 
 
 def accuracy(pipe: Any, asks: Sequence[Ask], setting: Setting) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Asks everything under one setting.
+    """Poses every question under one setting.
 
     Returns:
         For each kind, 1 or 0 for every question in order; the image tokens of an image, and how many of them the
@@ -174,7 +174,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Asks under every selected setting that has no record yet.
+    """Poses the questions under every selected setting that has no record yet.
 
     Raises:
         ValueError: If there is no model in the folder, or no setting of that name.

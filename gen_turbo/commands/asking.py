@@ -25,7 +25,7 @@ _MOST_DRAWS = 1000
 
 
 def scene_prompts(pipe: Any, batch: int, seed: int) -> Batches:
-    """Rendered scenes of one and of two objects, each with a dot; one prompt in three asks for a caption.
+    """Rendered scenes of one and of two objects, each with a dot; one prompt in three requests a caption.
 
     Args:
         pipe: A captioning pipeline, which prepares them.

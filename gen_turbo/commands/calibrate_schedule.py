@@ -48,7 +48,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="search also what leaves parts of calls out and merges tokens in others, which takes many more images",
+        help="search also schedules that skip parts of calls and merge tokens in others, which takes many more images",
     )
 
 
@@ -93,7 +93,7 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
 def _add_routes(
     pipe: Any, namespace: argparse.Namespace, draw: _Draw, made: Callable[[Any], Any], add: Callable[[Any], None]
 ) -> None:
-    """Searches what leaves whole calls out, and tries it."""
+    """Searches schedules that skip whole calls, and tries them."""
     from gen_turbo.api import attach, denoisers
     from gen_turbo.methods.par import PARProcessor
     from gen_turbo.training.calibrate_route import num_images, record

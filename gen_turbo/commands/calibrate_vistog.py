@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gen_turbo.training.vistog_training import VisToGTraining
 
 Examples = Callable[[random.Random, int], "list[tuple[Image.Image, str | None]]"]
-"""Draws that many images with something to ask about each; None asks what the configuration says."""
+"""Draws that many images with a question about each; None takes the configuration's prompt."""
 _LEAST_HELD_OUT, _HELD_OUT_SHARE = 20, 10
 _JUDGED = 6
 _CAPTION_SHARE, _PAIR_SHARE = 0.2, 0.5
@@ -180,7 +180,7 @@ def _files(paths: Sequence[Path], questions: Sequence[str | None]) -> Examples:
 
 
 def _scenes(held_out: bool) -> Examples:
-    """Drawn scenes with one or two objects and often a dot; a batch asks for captions, or questions of all kinds."""
+    """Drawn scenes with one or two objects and often a dot; a batch has captions, or questions of all kinds."""
     from gen_turbo.scenes import COLORS, all_pairs, all_scenes, is_held_out, questions, render
 
     pools = [

@@ -112,7 +112,7 @@ def settings_digest(config: dict[str, Any], *rest: Any) -> str:
 
 
 def split_inputs(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tells images from `key=value`; a file whose name has an equals sign is an image."""
+    """Separates images from `key=value`; a file whose name has an equals sign is an image."""
     overrides = [text for text in texts if _OVERRIDE.fullmatch(text) and not Path(text).exists()]
     return [text for text in texts if text not in overrides], overrides
 

@@ -90,7 +90,9 @@ def run(namespace: argparse.Namespace) -> None:
     if min(namespace.trials, namespace.images) < 1:
         raise ConfigError("--trials and --images must be at least 1")
     if target.name == "check" and namespace.prompt:
-        raise ConfigError("check asks whether a scene shows its caption, so it goes without --prompt; use psnr")
+        raise ConfigError(
+            "check compares rendered scenes with their captions and cannot be used with --prompt; use psnr"
+        )
     from gen_turbo.output import check_writable
 
     check_writable(namespace.output.parent)
@@ -149,7 +151,7 @@ def search(
 
 
 def _next(done: list[dict[str, int]], study: Any, target: Target, sizes: Mapping[str, int]) -> dict[str, int]:
-    """A first guess, or what differs from the best so far in one setting; nothing, which asks Optuna, behind those."""
+    """A first guess, or the best so far with one setting changed; nothing behind those, where Optuna proposes."""
     if len(done) < len(_FIRST):
         return _FIRST[len(done)]
     best = study.best_trial

@@ -34,7 +34,7 @@ class Arrangement:
         beginning: Makes maps and memory in the first step of a run.
         program: Chooses the phase of every layer.
         left: Why a layer that could be reduced is not, by name.
-        chosen: What the cost model says of it; empty where all was told.
+        chosen: What the cost model says of it; empty where everything was given.
     """
 
     reducer: TokenReducer
@@ -143,7 +143,7 @@ def _layer(model: nn.Module, spec: LayerSpec, ratio: float, beginning: Beginning
     kind: type[ReducedLayer] = MergedKeysLayer if beginning.reducer.kv_only else ReducedLayer
     if spec.signature.is_map:
         kind = FeatureMapKeysLayer if beginning.reducer.kv_only else FeatureMapLayer
-    # A method that keeps every token leaves its layers stock.
+    # Layers of a method that keeps every token stay stock.
     return kind(spec, model.get_submodule(spec.name), 0.0 if beginning.reducer.keeps_all else ratio, beginning)
 
 

@@ -16,7 +16,7 @@ from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import LayerSpec
 
 TYPICAL_STEPS = 25
-"""Steps of a run whose length nobody tells."""
+"""Steps of a run of unknown length."""
 SHORT_RUN = 8
 """Up to so many steps a run is in full until the last quarter and copies outputs there. On the embedded transformer, 4
 steps, that is much nearer to stock than residuals of the first step, or than copies from the first or third on."""

@@ -96,7 +96,7 @@ class Beginning:
         more = terms * num_bytes(*misses)
         limit = reducer.memory_limit_mb
         if limit is not None and context.run.num_bytes + more > limit * 1e6:
-            self._leave(layer, "memory_limit_mb leaves no room")
+            self._leave(layer, "memory_limit_mb has no room for it")
             context.drop_unused()
             return
         context.residual_bytes += more

@@ -14,7 +14,7 @@ from gen_turbo.tokens.ratios import ratio_of_layer
 
 
 def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list[LayerSpec]:
-    """What the reducer's scope asks for: attention layers or blocks.
+    """What the reducer's scope covers: attention layers or blocks.
 
     Raises:
         ValueError: If blocks are asked for and the family has none, or a setting is not of denoisers.
@@ -34,7 +34,7 @@ def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list
 
 
 def without_auto(reducer: TokenReducer) -> TokenReducer:
-    """The reducer with its scope told: itself, or a copy whose scope is "attention" in place of "auto"."""
+    """The reducer with a definite scope: itself, or a copy whose scope is "attention" in place of "auto"."""
     if reducer.scope != "auto":
         return reducer
     told = copy.copy(reducer)

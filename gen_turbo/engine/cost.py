@@ -1,4 +1,4 @@
-"""What reduced layers cost and have saved, counted from the shapes of their calls when a report asks for it."""
+"""What reduced layers cost and have saved, counted from the shapes of their calls when a report is made."""
 
 from __future__ import annotations
 

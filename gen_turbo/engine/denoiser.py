@@ -57,7 +57,7 @@ class DenoiserPart(OnModel):
         reducer: What was attached.
         graphs: Whether calls are captured.
         settling: Chooses what stands in front of layers for each run; None where the settings leave nothing open.
-        skipping: What leaves units out; None where nothing does.
+        skipping: What skips units; None where nothing does.
         root: What stands in front of the model.
 
     Raises:
@@ -78,7 +78,7 @@ class DenoiserPart(OnModel):
         arranger = Arranger(lambda: self.model, adapter, text, self.skipping.units if self.skipping is not None else {})
         told = without_auto(self._tokens)
         self._arrangement = arranger.arranged(told)
-        # Schedules were calibrated beside settings that stand still; a ratio of 0 leaves nothing to choose.
+        # Schedules were calibrated beside settings that stand still; with a ratio of 0 there is nothing to choose.
         is_open = told is not self._tokens and self.skipping is None and self._tokens.removes_any
         self.settling = Settling(self._tokens, arranger, self._arrangement) if is_open else None
         self._check_units()
@@ -184,7 +184,7 @@ class DenoiserPart(OnModel):
 
     @property
     def choice(self) -> str:
-        """What `scope="auto"` chose for the last run and expects of it; empty where all was told."""
+        """What `scope="auto"` chose for the last run and expects of it; empty where everything was given."""
         return self.arrangement.chosen
 
     @property

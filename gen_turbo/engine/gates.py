@@ -38,7 +38,7 @@ class UnitMemory:
         like: A result with tensors that hold one number each.
         calls: The calls of the schedule that gave them, newest first.
         is_forecast: Whether results are remembered; of what only idles, nobody reads them.
-        error: How far the last forecast would have been off, relative, where the module ran; None if nobody asks.
+        error: How far the last forecast would have been off, relative, where the module ran; None if it is not wanted.
     """
 
     weights: list[Any]

@@ -42,7 +42,7 @@ class Captured:
         timed: Events around eager calls and around replays.
         graph: The graph; None before it was captured.
         inputs: The tensors that it reads.
-        spec: How arguments are put together of their leaves.
+        spec: The tree structure of the arguments.
         output: What it writes.
     """
 
@@ -87,7 +87,7 @@ class Graphs:
         Args:
             inner: The model.
             step: The call: `args`, `kwargs` and `context`.
-            kind: What tells the kind of the step from others.
+            kind: Identifies the kind of the step.
         """
         context, args, kwargs = step.context, step.args, step.kwargs
         why = self._refused or self._obstacle(context)
@@ -110,7 +110,7 @@ class Graphs:
             return lambda: self._replay(entry, leaves)
         num_eager = _EAGER_TIMED if self.mode == "auto" else 1
         if context.step == 0 and context.is_revived:
-            # The first step of an earlier run was eager, and one does not tell what graphs gain.
+            # The first step of an earlier run was eager, and one time does not show what graphs gain.
             num_eager = int(self.is_compiled)
         if entry.num_eager < num_eager:
             return lambda: self._eager(entry, inner, args, kwargs)

@@ -37,7 +37,7 @@ class ReducedLayer(Placed):
         writes_map: Whether it makes the map anew in the running step, for itself and the layers that share it.
         is_first: Whether it merges; inside of a span its first block alone does.
         keeps_references: Whether references beside the target stay merged as they are then.
-        step_info: What the method is told then.
+        step_info: What the method receives then.
         beginning: Makes maps and decides what a layer can take part in.
         inside: Reaches into the attention of the layer; None where nothing is asked for there.
     """
@@ -260,7 +260,7 @@ def shorten_positions(layer: ReducedLayer, name: str, key: str, given: dict[str,
         value = type(value)(items) if is_several else items[0]
     given[name] = value
     if not torch.compiler.is_compiling():
-        # Compiled code fuses the taking of rows, and a graph that asks who took them would be another one.
+        # Compiled code fuses the taking of rows, and a graph that counts who took them would be another one.
         state.base.seen[key] = before, value
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a denoiser read, told by their names, from which costs are counted."""
+"""What the parts of a denoiser read, recognized by their names, from which costs are counted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def rows_of(name: str) -> str:
 
 
 def sides_of(name: str) -> tuple[str, str]:
-    """What asks and what is asked in an attention, by its name."""
+    """Where queries and keys of an attention come from, by its name."""
     if _SOUND_KEYS in name:
         return "image", "sound"
     if _SOUND_QUERIES in name:

@@ -21,7 +21,7 @@ class Group:
     Attributes:
         ratio: The fraction of tokens that they remove.
         offset: Steps by which their refreshes come early, with `stagger`.
-        units: What leaves them out when it is skipped, by name.
+        units: The units that skip them, by name.
         layers: In the order in which the model has them.
     """
 
@@ -63,7 +63,7 @@ class Program:
     Args:
         reducer: The settings.
         layers: The layers, those of one span one after the other.
-        units: For each unit that may be skipped, the layers that it leaves out, by name.
+        units: For each unit that may be skipped, the layers that are skipped with it, by name.
     """
 
     def __init__(self, reducer: TokenReducer, layers: list[ReducedLayer], units: dict[str, list[str]]) -> None:
@@ -99,7 +99,7 @@ class Program:
                 context.states[layer] = shared.setdefault(span, LayerState(weights))
 
     def begin(self, context: Context, skipped: frozenset[str]) -> tuple[object, ...]:
-        """Sets every layer for the running step; gives what tells its kind of step from others."""
+        """Sets every layer for the running step; gives what identifies its kind of step."""
         kind: list[object] = []
         written: set[int] = set()
         self._forget_positions(context)
@@ -142,14 +142,14 @@ class Program:
         return tuple(kind)
 
     def rest(self, context: Context | None) -> None:
-        """Leaves every layer stock, and keeps nothing that belongs to the step alone."""
+        """Makes every layer stock, and keeps nothing that belongs to the step alone."""
         for layer in self.layers:
             layer.phase, layer.starts, layer.writes_map = Phase.FULL, False, False
         if context is not None:
             self._forget_positions(context)
 
     def end(self, context: Context, skipped: frozenset[str]) -> int:
-        """Counts a step that is over and leaves every layer stock; gives how many states were reduced in it."""
+        """Counts a step that is over and makes every layer stock; gives how many states were reduced in it."""
         self.rest(context)
         num_reduced, seen = 0, set[int]()
         for group, state in zip(self.groups, context.groups, strict=True):
@@ -210,7 +210,7 @@ class Program:
         return is_turn
 
     def _step_info(self, held: LayerState, context: Context) -> StepInfo:
-        """What the method is told: no more than what its choice depends on, so that graphs can be used again."""
+        """What the method receives: no more than what its choice depends on, so that graphs can be used again."""
         assert held.base is not None
         period, number = self.reducer.map_period, held.base.num_maps
         return StepInfo(0, number % period) if period else StepInfo(context.step, number)

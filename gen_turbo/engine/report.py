@@ -1,4 +1,4 @@
-"""What an attached reducer reaches, what it leaves alone and why, and what it has saved."""
+"""What an attached reducer reaches, what it does not reach and why, and what it has saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Report:
         text_tokens: Text tokens of the last prompt whose text was merged, and what was left of them; else 0.
         skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.
         graphs: What became of CUDA graphs; empty where none were wanted.
-        choice: What `scope="auto"` chose for the last run and expects of it; empty where all was told.
+        choice: What `scope="auto"` chose for the last run and expects of it; empty where everything was given.
         notes: What else has to be said, such as that a route is generic.
     """
 

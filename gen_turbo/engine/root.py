@@ -48,7 +48,7 @@ class Root(Placed):
         arrangement: What stands in front of its layers.
         settling: Chooses another one for a run; None where the settings leave nothing open.
         text: Where text is merged or cut; None where it is not.
-        skipping: What leaves units out; None where nothing does.
+        skipping: What skips units; None where nothing does.
         graphs: Captures whole calls; None where nothing is captured.
         pipeline: The pipeline attached through.
     """
@@ -170,7 +170,7 @@ class Root(Placed):
             step.run = self.graphs.run_for(self.inner, step, (kind, skips))
 
     def _rest(self) -> None:
-        """Leaves everything in front of layers stock, until the next call."""
+        """Makes everything in front of layers stock, until the next call."""
         self.program.rest(self.beginning.context)
         if self.skipping is not None:
             self.skipping.rest()
@@ -197,7 +197,7 @@ class Root(Placed):
 
     @kept_out
     def end(self, step: _Step) -> None:
-        """Counts the step and leaves every layer stock."""
+        """Counts the step and makes every layer stock."""
         context = step.context
         try:
             if context is None:

@@ -2,7 +2,7 @@
 
 A pipeline shows the beginning, the length and the times of a run on the host: by its scheduler's timesteps, another
 object in every run. Without one, a time that does not fall begins a new run. From the third step on nothing is read,
-unless a caller makes its conditioning anew in every step: values alone tell then whether a branch goes on or begins.
+unless a caller makes its conditioning anew in every step: values alone show then whether a branch goes on or begins.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RISING = (
 _MAX_CONTEXTS = 4
 _MAX_FRAMES = 60
 _SETTLED = 2
-"""Steps of a guidance branch in which what tells branches apart may be read from the device."""
+"""Steps of a guidance branch in which what distinguishes branches may be read from the device."""
 
 
 class _Here(threading.local):
@@ -43,7 +43,7 @@ class _Here(threading.local):
 
 
 class Runs:
-    """Tells runs, guidance branches and steps apart. Every thread has runs of its own.
+    """Distinguishes runs, guidance branches and steps. Every thread has runs of its own.
 
     Args:
         pipeline: The pipeline that a processor was attached through; its scheduler is looked at where no other
@@ -216,7 +216,7 @@ class Runs:
             context.condition = weakref.ref(condition, died)
 
     def _same_branch(self, alike: list[Context], call: ModelCall, run: Run) -> tuple[Context | None, float | None]:
-        """The branch of a conditioning tensor that was not seen before; waits for the device where it asks."""
+        """The branch of a conditioning tensor that was not seen before; waits for the device to compare values."""
         is_bare = run.marker is None or run.is_over
         is_settled = min(context.step for context in alike) + 1 >= _SETTLED
         if is_settled and not is_bare and not run.recreates:

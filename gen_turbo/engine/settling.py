@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Settling:
-    """Asks the cost model in the first call of a run and changes what is in place where the run wants something else.
+    """Queries the cost model in the first call of a run, and changes what is in place where the run wants another.
 
     Args:
         reducer: The settings, of which some are open.

@@ -54,7 +54,7 @@ class Skipping:
     Attributes:
         units: What the schedules skip, by name.
         gates: The gates of all their modules but the whole model.
-        kind: What tells the kind of the running step from others.
+        kind: Identifies the kind of the running step.
         notes: What the schedules are, in words, for reports.
 
     Raises:

@@ -52,7 +52,7 @@ def merge_text(arguments: Mapping[str, Any], signature: TextSignature | MaskedTe
     Args:
         arguments: Those of the model, by name.
         signature: Which of them hold the text.
-        ratio: Fraction of text tokens that leaves; None for all that repeat their neighbour, if they are half.
+        ratio: Fraction of text tokens that is removed; None for all that repeat their neighbour, if they are half.
 
     Returns:
         The merged text; where there are positions, one map serves the whole batch.
@@ -77,7 +77,7 @@ def merge_text(arguments: Mapping[str, Any], signature: TextSignature | MaskedTe
 
 
 def _cut(arguments: Mapping[str, Any], signature: MaskedText) -> MergedText:
-    """Leaves out the tokens that every row hides; what is left has the order that it had."""
+    """Drops the tokens that every row hides; the rest keeps its order."""
     short: dict[str, Any] = {}
     num_before = num_left = 0
     hides = False
@@ -97,7 +97,7 @@ def _cut(arguments: Mapping[str, Any], signature: MaskedText) -> MergedText:
 
 
 def _rows(text: Tensor, positions: Tensor | None, mask: Tensor | None, hides: bool) -> Tensor:
-    """All that tells text tokens apart, (B, T, C), or (1, T, C) where positions have no batch."""
+    """All that distinguishes text tokens, (B, T, C), or (1, T, C) where positions have no batch."""
     rows = text.detach().to(torch.promote_types(text.dtype, torch.float32))
     if mask is not None:
         shown = mask[:, : text.shape[1], None].to(rows.dtype)

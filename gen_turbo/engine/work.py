@@ -154,7 +154,7 @@ class LayerWork:
         products: For each matrix product what it reads ("image", "text", "sound" or "one" row), which share of that,
             weights, inputs plus outputs.
         width: Channels of its tokens.
-        attentions: For each attention what asks and what is asked ("joined" is image and text), and channels of all
+        attentions: Of each attention the source of its queries and keys ("joined" is both), and channels of all
             heads together.
     """
 

@@ -38,9 +38,9 @@ class PARProcessor(Routed, ReductionProcessor):
     Differs from the paper, which is about language models: denoisers, forecasts and schedules are ours.
 
     Attributes:
-        budget: Share of the stock model's cost that may be spent, in (0, 1]; 1 leaves the model as it is.
+        budget: Share of the stock model's cost that may be spent, in (0, 1]; 1 keeps the model as it is.
         schedule: For denoisers, the path of a file of schedules, or what `read` gives of it; "generic" is a rule that
-            leaves whole calls out by their place in the run, for any model, sampler and number of steps; None takes
+            skips whole calls by their place in the run, for any model, sampler and number of steps; None takes
             the schedules that ship for this model, and the rule for runs that none of them is for. `report` says where
             the rule is at work. `gen-turbo calibrate par` makes schedules that lose less.
         router: For vision-language models, the file of a trained router; None takes the one that ships for this model;

@@ -44,7 +44,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         beta: Base of the block's weight; 1 weighs all blocks alike.
         gamma: The block of greatest weight.
         threshold: A block with fewer tokens, class token included, merges none.
-        num_merges: In a tower, how many blocks merge, evenly spaced, where `ratio` or `keep` says how much leaves in
+        num_merges: In a tower, how many blocks merge, evenly spaced, where `ratio` or `keep` says how much goes in
             all; 0 is every block, as published. Raising it costs operators, which small batches wait for.
     """
 

@@ -46,7 +46,7 @@ def patches_of(model: Any, sample: Tensor) -> Regions:
 
 
 def sizes_given(model: Any, arguments: Mapping[str, Any]) -> Regions:
-    """As the call says; none where it leaves that to coordinates."""
+    """As the call says; none where coordinates say it."""
     frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
     return (Region(frames, (height, width)),) if frames and height and width else ()
 

@@ -89,10 +89,10 @@ class UNetAdapter:
 
 
 def _text_value(attn: nn.Module, tokens: Tensor, text: Tensor | None) -> Tensor | None:
-    """Asks the block's cross-attention what its tokens, as self-attention is about to see them, find in the text.
+    """Computes what the block's tokens, as self-attention is about to see them, find in the text by cross-attention.
 
     The first text token begins every text and takes what no word claims; rows of zeros are padding. Padding that the
-    text encoder gave a state of its own, as CLIP does, cannot be told from words, is attended to by the model and
+    text encoder gave a state of its own, as CLIP does, looks like words, is attended to by the model and
     counts. With guidance the conditional half is last, in the text as in the tokens.
     """
     cross = _CROSS.get(attn)

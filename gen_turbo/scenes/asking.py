@@ -19,7 +19,7 @@ QUESTION_WORDS = tuple(sorted({*_ASKED.split(), *_PLURAL.values(), *_ANSWERS}))
 
 
 class Question(NamedTuple):
-    """A question, its answer of one word, and what it asks about."""
+    """A question, its answer of one word, and its subject."""
 
     question: str
     answer: str
@@ -27,12 +27,12 @@ class Question(NamedTuple):
 
 
 def questions(caption: str, seed: int, dot: str | None = None) -> list[Question]:
-    """Asks everything that a caption answers, in random order.
+    """Makes every question that a caption answers, in random order.
 
     Args:
         caption: A sentence of the grammar.
         seed: Decides the order, and which shape is counted.
-        dot: The colour of the dot that `render` was told to draw; then the one question of fine detail asks for it.
+        dot: The colour of the dot that `render` draws; then the one question of fine detail is about it.
 
     Raises:
         ValueError: If the caption is not of the grammar.
@@ -52,7 +52,7 @@ def questions(caption: str, seed: int, dot: str | None = None) -> list[Question]
 
 
 def counts(caption: str) -> list[Question]:
-    """Asks of each shape how many there are.
+    """Makes the question how many there are, of each shape.
 
     Raises:
         ValueError: If the caption is not of the grammar.

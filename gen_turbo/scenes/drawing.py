@@ -38,7 +38,7 @@ def render(caption: str, seed: int, dot: str | None = None) -> Image.Image:
     Args:
         caption: A sentence of the grammar.
         seed: Decides lighting, stripes, exact places and sizes.
-        dot: The colour of a dot of 4 to 5 pixels that is put somewhere on the background; captions do not tell of it.
+        dot: The colour of a dot of 4 to 5 pixels that is put somewhere on the background; captions do not mention it.
 
     Raises:
         ValueError: If the caption is not of the grammar or there is no such colour.

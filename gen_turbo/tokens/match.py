@@ -36,7 +36,7 @@ def bipartite_soft_matching(
 
     Bipartite soft matching (Bolya et al., 2022, arXiv 2210.09461, Section 3): source i scores
     `max_j cos(i, j) - penalty_i`, the highest scores leave, each into `argmax_j cos(i, j)`. The penalty is that of
-    Turbo (Ju et al., 2023, arXiv 2312.07408): a token's semantic value decides whether it leaves, never where to.
+    Turbo (Ju et al., 2023, arXiv 2312.07408): a token's semantic value decides whether it merges, never into which.
 
     Args:
         metric_BNC: What similarity is measured on, by cosine in at least float32. All-zero tokens are similar to none,

@@ -147,4 +147,4 @@ def shrink_cells(grid: tuple[int, int], smaller: tuple[int, int], device: torch.
 
 def _check(num_kept: int, num_tokens: int) -> None:
     if not 1 <= num_kept <= num_tokens:
-        raise ValueError(f"cannot keep {num_kept} of {num_tokens} tokens; choose a ratio that leaves at least one")
+        raise ValueError(f"cannot keep {num_kept} of {num_tokens} tokens; choose a ratio that keeps at least one")

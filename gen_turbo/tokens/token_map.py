@@ -173,7 +173,7 @@ class TokenMap:
         """
         if later.num_tokens != self.num_slots:
             raise ValueError(
-                f"the later plan reads {later.num_tokens} tokens but this one leaves {self.num_slots} slots; "
+                f"the later plan reads {later.num_tokens} tokens but this one has {self.num_slots} slots; "
                 "make the later plan on merged tokens"
             )
         batch = max(self.slot_BN.shape[0], later.slot_BN.shape[0])

@@ -1,8 +1,8 @@
-"""Calibration of PAR on a diffusion pipeline: its own runs of a few prompts tell what can be skipped, and when.
+"""Calibration of PAR on a diffusion pipeline: its own runs of a few prompts show what can be skipped, and when.
 
 Nothing is trained and no images are needed. Stock runs are recorded; at a few calls every group of units is forecast
-and the model run again, which tells how far the output moves; at the same calls the whole output is forecast and the
-run finished, which tells how far that moves the result. With these prices, and with what each unit takes while tokens
+and the model run again, which shows how far the output moves; at the same calls the whole output is forecast and the
+run finished, which shows how far that moves the result. With these prices, and with what each unit takes while tokens
 are merged, a greedy search fills every budget. What it finds is then run for real, timed and compared with stock: the
 cost and the distance in the file are those of real runs.
 """
@@ -31,7 +31,7 @@ _LEAST = 1e-12
 
 @dataclass
 class Prices:
-    """What the recordings tell.
+    """What the recordings show.
 
     Attributes:
         recordings: Stock runs; the first one was probed.
@@ -116,7 +116,7 @@ def measure(probe: Probe, draw: Draw, num_calls: int, num_prompts: int, note: Ca
         draw: Makes an image.
         num_calls: Calls of the model in a run.
         num_prompts: Runs that are recorded; the first one is probed.
-        note: Told what goes on.
+        note: Receives messages about progress.
 
     Raises:
         ValueError: If the run has too few calls for a skip.

@@ -76,20 +76,20 @@ class RouterCalibration:
         self.untrained, router = (self._fresh(sizes or RouterSizes()) for _ in range(2))
         self.trainer = RouterTrainer(router, self._teacher, prompts, training, folder)
 
-    def run(self, on_step: Callable[[int, float, float], None], tell: Callable[[str], None]) -> RouterArtefact:
+    def run(self, on_step: Callable[[int, float, float], None], note: Callable[[str], None]) -> RouterArtefact:
         """Trains what is left to train, then measures.
 
         Args:
-            on_step: Is told the step, its loss and its mean KL.
-            tell: Is told in words what was measured.
+            on_step: Receives the step, its loss and its mean KL.
+            note: Receives messages about what was measured.
         """
         self.trainer.fit(on_step)
         lessons = [self._teacher.lesson(self._prompts(_HELD_BACK + index)) for index in range(self._num_batches)]
         reached = self._compared(lessons)
-        tell("mean KL at the budget of training: " + ", ".join(f"{name} {kl:.4f}" for name, kl in reached.items()))
+        note("mean KL at the budget of training: " + ", ".join(f"{name} {kl:.4f}" for name, kl in reached.items()))
         length = max(int(lesson.prompt.real_BL.sum(1).max()) for lesson in lessons)
         image_tokens = int(lessons[0].prompt.is_image_BL.sum(1).max())
-        layouts = self._layouts(lessons, length, image_tokens, tell)
+        layouts = self._layouts(lessons, length, image_tokens, note)
         notes = {
             "training": json.dumps(asdict(self.training)),
             "steps": str(self.trainer.step),
@@ -119,7 +119,7 @@ class RouterCalibration:
         return {name: self._measured(lessons, chooser, routing) for name, chooser in choosers.items()}
 
     def _layouts(
-        self, lessons: list[Lesson], length: int, image_tokens: int, tell: Callable[[str], None]
+        self, lessons: list[Lesson], length: int, image_tokens: int, note: Callable[[str], None]
     ) -> dict[float, Layout]:
         """The best layout at each budget."""
         router = self.trainer.router
@@ -136,7 +136,7 @@ class RouterCalibration:
             ]
             if measured:
                 best[budget] = one = min(measured, key=lambda layout: layout.divergence or 0.0)
-                tell(
+                note(
                     f"budget {budget:.0%}: {one.tokens:.1%} of the image tokens from layer {one.first} on, "
                     f"{one.layers} layers, mean KL {one.divergence:.4f}"
                 )

@@ -70,7 +70,7 @@ class PromptCost:
     def fit(self, budget: float, layers: int, first: int) -> Layout | None:
         """The most image tokens that a budget allows beside these layers; None if not even one."""
         for kept in range(self.image_tokens, 0, -1):
-            # Half a token less, so that rounding down the number that leaves keeps exactly `kept`.
+            # Half a token less, so that rounding down the number of removed tokens keeps exactly `kept`.
             layout = Layout((kept - 0.5) / self.image_tokens if kept < self.image_tokens else 1.0, layers, first)
             if self.share(layout) <= budget:
                 return layout

@@ -1,7 +1,7 @@
 """Which calls of a run the whole model is left out at, and what earlier results weigh there: a search without a model.
 
 Between two calls that run, results are forecast from the last ones by least squares over recorded runs. Their errors
-lead the sampler astray by a known sum, most of which the next result tells: it is given to the sampler with weights
+lead the sampler astray by a known sum, most of which the next result reveals: it is given to the sampler with weights
 that undo what they can, as the corrector of a multistep solver does (UniPC, Zhao et al., NeurIPS 2023, arXiv
 2302.04867, has fixed weights for fixed solvers; these are of the model and the sampler at hand).
 """

@@ -163,8 +163,8 @@ def carried_over(schedule: Schedule, times: Sequence[float]) -> Schedule:
 
     Args:
         schedule: What was calibrated.
-        times: The denoising time of every call of the other run, falling. A call leaves out what the last call of
-            `schedule` at or before its time leaves out; the first call runs in full.
+        times: The denoising time of every call of the other run, falling. A call skips what the last call of
+            `schedule` at or before its time skips; the first call runs in full.
     """
     begun = [max(sum(known >= time for known in schedule.times) - 1, 0) for time in times]
     skips = {

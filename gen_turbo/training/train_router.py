@@ -42,11 +42,11 @@ class RouterTraining:
         objective: "preference" learns the best of several prunings against the worst; "reward" learns each by its
             advantage over their mean; "divergence" follows the gradient of the KL through soft weights.
         tokens: Share of the image tokens that is kept in training. Any share can be asked for later.
-        layers: Decoder layers that run in training; 0 leaves out as many as the paper, one in eight.
+        layers: Decoder layers that run in training; 0 skips as many as the paper, one in eight.
         first: The first decoder layer without the dropped tokens.
         samples: Prunings of each prompt, the first without noise; "divergence" takes one.
         noise: Scale of normal noise on the router's attention logits.
-        spread: Scale of Gumbel noise on its scores; 0 leaves exploration to `noise` alone, as in the paper. Prunings
+        spread: Scale of Gumbel noise on its scores; with 0 only `noise` explores, as in the paper. Prunings
             of one step differ in tokens or in layers.
         beta: Sharpness of the preference.
         margin: Smallest difference in KL that a preference is drawn from.
@@ -122,7 +122,7 @@ class RouterTrainer:
         return Routing(self.router, 1 - self.training.tokens, self.layers, self.training.first, mode)
 
     def fit(self, on_step: Callable[[int, float, float], None], save_every: int = 25) -> None:
-        """Trains what is left of the steps; `on_step` is told the step, its loss and its mean KL."""
+        """Trains what is left of the steps; `on_step` receives the step, its loss and its mean KL."""
         self.router.train()
         while self.step < self.training.steps:
             inputs = self.prompts(self.step)

@@ -21,7 +21,7 @@ class CrossGate:
     tokens stay in front.
 
     Attributes:
-        on_reduction: Is told the number of patches of all images before and after.
+        on_reduction: Receives the number of patches of all images before and after.
     """
 
     def __init__(self, tower: Tower, reducer: TokenReducer, is_merged: bool) -> None:

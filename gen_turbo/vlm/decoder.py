@@ -33,7 +33,7 @@ class Cut:
     Attributes:
         attention: Attention of the last token around the cut that is planned, for methods that ask for it.
         images: The images in the columns that enter the layer that runs; None in calls that bring none.
-        on_reduction: Is told the first layer of a cut, the images before it and what left.
+        on_reduction: Receives the first layer of a cut, the images before it and what left.
         is_skipped: Whether no row of this call runs a layer, which then needs no mask.
 
     Args:

@@ -50,7 +50,7 @@ class Gate:
         dropped: What spreads the output of the last decoder layer back; set by the decoder.
         words: Chooses words that leave with the image tokens of a prompt; None lets all of them pass.
         has_cut: Whether some of so many image tokens leave inside the language model.
-        on_prompt: Is told the images, embeddings and mask of a call that brings images, before they are planned.
+        on_prompt: Receives the images, embeddings and mask of a call that brings images, before they are planned.
         joined: Stages whose state begins and ends with a call of the base model.
     """
 
@@ -108,7 +108,7 @@ class Gate:
                 self._features = images
             return output.to_tuple() if is_tuple else output
 
-        # A compiled model leaves the tower to eager code: what its blocks show must be that of this call.
+        # A compiled model runs the tower in eager code: what its blocks show must be that of this call.
         eager = torch.compiler.disable(watched)  # type: ignore[no-untyped-call]
         return InstanceMethod(self._base, "get_image_features", eager)
 
@@ -204,7 +204,7 @@ class Gate:
         return args, {**kwargs, **changed}
 
     def _reduction(self, images: Images, embeds: Tensor, mask: Any) -> Reduction | None:
-        """What leaves of a prompt; None where nothing can."""
+        """What is removed from a prompt; None where nothing can be."""
         self.on_prompt(images, embeds, mask)
         reduction = None if self.planner is None else reduce(images, embeds, self.planner, self.shared)
         if self.words is None:
@@ -213,7 +213,7 @@ class Gate:
         return self.words.added(reduction, self._given.get("input_ids"), real_columns(mask, embeds), embeds)
 
     def _make_columns(self, reduction: Reduction, mask: Any, embeds: Tensor, cache: Any) -> None:
-        """Makes the rows of what stays; padding leaves too, but for what makes them of one length."""
+        """Makes the rows of what stays; padding is removed too, but for what makes them of one length."""
         reduction.num_columns = embeds.shape[0] * embeds.shape[1]
         if not reduction.is_identity:
             if isinstance(mask, dict):

@@ -110,4 +110,4 @@ class _Same(partial[Any], NotPickled):
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """A hook that leaves arguments and outputs alone."""
+    """A hook that changes neither arguments nor outputs."""

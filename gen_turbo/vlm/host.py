@@ -1,4 +1,4 @@
-"""What `attach` asks of a family of vision-language models: the part that works on one model."""
+"""What `attach` needs of a family of vision-language models: the part that works on one model."""
 
 from __future__ import annotations
 

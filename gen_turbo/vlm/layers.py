@@ -70,7 +70,7 @@ class Skipping:
     is a prompt and chooses anew.
 
     Attributes:
-        on_route: Is told the route of a prompt; None where every row runs every layer.
+        on_route: Receives the route of a prompt; None where every row runs every layer.
     """
 
     _route: CallState[Route | None] = CallState(lambda: None)

@@ -56,7 +56,7 @@ class PackedTower:
 
     Attributes:
         reducer: Plans each block's merge; None only watches.
-        on_block: Is told the block and the units of all images before and after it.
+        on_block: Receives the block and the units of all images before and after it.
         early: A block before the last whose attention is asked for as well; None if there is none.
     """
 

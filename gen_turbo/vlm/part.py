@@ -163,7 +163,7 @@ class VlmPart(OnModel):
         return num_removed(length, self.reducer.ratio_of(length)) > 0
 
     def _ratio(self, group: Group, first: int) -> float:
-        """The fraction of a group's tokens that leaves before a decoder layer."""
+        """The fraction of a group's tokens that is removed before a decoder layer."""
         if not isinstance(self.reducer, Staged):
             return group.ratio(self.reducer)
         return group.ratio_to(self.reducer.stages(self._depth, group.whole or group.length)[first])

@@ -35,7 +35,7 @@ def plan_tokens(reducer: TokenReducer, tokens_BNC: Tensor, site: LayerInfo, step
         num_now = total.num_slots
         leaving = min(num_now - left, num_removed(num_now, most))
         if leaving == 0:
-            raise ValueError(f"{left} of {length} tokens is fewer than this method leaves; raise keep or lower ratio")
+            raise ValueError(f"{left} of {length} tokens is fewer than this method can keep; raise keep or lower ratio")
         ratio = min((leaving + 0.5) / num_now, most)
         here = replace(site, ratio=ratio, semantic=_merged(site, total))
         here = here if total.is_identity else replace(here, grid=None)

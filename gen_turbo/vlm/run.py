@@ -38,11 +38,11 @@ class Group:
     whole: int = 0
 
     def ratio(self, reducer: TokenReducer) -> float:
-        """The fraction that leaves: what is to be kept of these images, else what the method says."""
+        """The fraction that is removed: what is to be kept of these images, else what the method says."""
         return reducer.ratio_of(self.length) if self.kept is None else self.ratio_to(self.kept)
 
     def ratio_to(self, kept: int) -> float:
-        """The fraction that leaves where so many stay."""
+        """The fraction that is removed where so many stay."""
         # Half a token more, so that rounding down removes exactly the number.
         return max(0.0, 1 - (kept - 0.5) / self.length)
 
@@ -137,7 +137,7 @@ class Reduction:
         return not self.words and all(plan.is_identity for _, plan in self.plans)
 
     def apply(self, x_BLC: Tensor, is_merged: bool) -> Tensor:
-        """Puts the mean of each slot at its anchor, or leaves anchors as they are; no column leaves yet."""
+        """Puts the mean of each slot at its anchor, or keeps anchors as they are; no column is removed yet."""
         if not is_merged:
             return x_BLC
         is_image = self.images.is_image_BL

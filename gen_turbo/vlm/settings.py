@@ -74,7 +74,7 @@ class Staged(Placement):
 class Grouped(Placement):
     """Settings of a method whose own tokens pass through the vision tower and gather the patches, as in VisToG.
 
-    A ratio of 0 leaves the model as it is, whatever these say.
+    A ratio of 0 keeps the model as it is, whatever these say.
 
     Attributes:
         num_tokens: Image tokens that the language model reads; 0 takes them from `weights`, else from the ratio.

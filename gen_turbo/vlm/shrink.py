@@ -26,7 +26,7 @@ class Shrink:
 
     Attributes:
         patches: The plan of the last call, (images, patches); None where nothing was made smaller.
-        on_shrink: Is told the grid and the number of patches before and after.
+        on_shrink: Receives the grid and the number of patches before and after.
     """
 
     patches: CallState[TokenMap | None] = CallState(lambda: None)

@@ -17,7 +17,7 @@ from gen_turbo.vlm.columns import Columns
 class ShortenedStaticCache(StaticCache):  # type: ignore[misc]  # transformers has no types here
     """A static cache whose layers hold only some of the tokens seen, all layers the same.
 
-    It counts in tokens, as a conversation does; what was dropped leaves its places free for later tokens.
+    It counts in tokens, as a conversation does; what was dropped frees its places for later tokens.
 
     Attributes:
         columns: Which of the tokens of the prompts its first places hold; later tokens follow one by one.

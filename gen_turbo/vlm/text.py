@@ -30,7 +30,7 @@ class TextMerge:
     takes from the shortest, so that padding is what it was in the stock model.
 
     Attributes:
-        on_merge: Is told the number of tokens of a row before and after, and how many words the shortest row had.
+        on_merge: Receives the number of tokens of a row before and after, and how many words the shortest row had.
     """
 
     _attention: CallState[Tensor | None] = CallState(lambda: None)
@@ -114,5 +114,5 @@ def check_text(model: nn.Module, reducer: TokenReducer) -> None:
         raise ValueError(f"text_ratio concerns text that is read in both directions, which {name} has not; leave it 0")
     if len(encoder.encoder.layer) <= _FIRST:
         raise ValueError(
-            f"the text encoder of this {name} has one layer, which leaves none to merge for; leave text_ratio 0"
+            f"the text encoder of this {name} has one layer, so there is none to merge for; set text_ratio to 0"
         )

@@ -45,7 +45,7 @@ class Tower:
     """The hooks on one vision tower.
 
     Merging happens where the norm between attention and MLP is entered: the MLP runs on slots, its output is copied
-    back to the tokens that the block's own sum still has, and what leaves the block is merged by the same plan. For
+    back to the tokens that the block's own sum still has, and the block's output is merged by the same plan. For
     a weighted mean that equals merging in between, and needs no block of our own.
 
     Attributes:
@@ -159,7 +159,7 @@ class Tower:
         return before
 
     def _merged(self, index: int, y: Tensor) -> Tensor:
-        """What leaves a block, merged by the block's plan; its weights are the sizes before the block."""
+        """A block's output, merged by the block's plan; its weights are the sizes before the block."""
         merging = self._pass.by_block.get(index)
         return y if merging is None or y.shape[1] != merging.num_tokens else merging.merge(y)
 
@@ -202,7 +202,7 @@ class Tower:
         return Merging.of(plan, len(metric), leading, total.sizes if total is not None else None)
 
     def _restored(self, index: int, y: Tensor) -> Tensor:
-        """What leaves a block as the rest of the model wants it."""
+        """A block's output as the rest of the model wants it."""
         merged = self._merged(index, y)
         total = self._pass.totals.get(index)
         # The last of the recorded states may be the output of the tower, restored already.
@@ -248,7 +248,7 @@ def merging_blocks(reducer: TokenReducer, num_blocks: int) -> list[int]:
 
 
 def block_ratio(start: int, num_now: int, ratio: float, step: int, num_steps: int) -> float:
-    """A block's share: the same number leaves in every block that merges, so that the whole ratio has left at the end.
+    """A block's share: the same number is removed in every block that merges, the whole ratio by the end.
 
     Args:
         start: Tokens of one image that entered the tower.

@@ -9,7 +9,7 @@ from gen_turbo.vlm.run import Images, Reduction
 
 
 def watch_reductions(part: Any, listener: Callable[[Reduction], None]) -> bool:
-    """Tells a listener of every reduction of image tokens, from the next call on until the attachment is made anew.
+    """Notifies a listener of every reduction of image tokens, from the next call on until the attachment is made anew.
 
     Returns:
         Whether there is any place where this attachment reduces the tokens of a prompt.

@@ -25,13 +25,13 @@ PROMPT = "prompt"
 class Words:
     """Chooses, in a prompt that brings images, the words that leave, row by row.
 
-    The same part of the words of every row with an image leaves; what stays keeps its position. Never leave the
-    first token of a row, its last, padding, image tokens, those whose logits the call asks for (tokens that assisted
+    The same part of the words of every row with an image is removed; others keep their position. Never removed are the
+    first token of a row, its last, padding, image tokens, those whose logits the call requests (tokens that assisted
     generation guesses), and special tokens: those that the model's configurations name, and added ones, whose ids
     begin with the first that is named in the upper half of the vocabulary.
 
     Attributes:
-        on_reduction: Is told the number of words of all rows before and after, and of the longest row.
+        on_reduction: Receives the number of words of all rows before and after, and of the longest row.
     """
 
     _asked: CallState[int | Tensor] = CallState(int)
@@ -42,7 +42,7 @@ class Words:
         self._special, self._first_added = special_ids(model)
 
     def install(self, model: nn.Module) -> list[Any]:
-        """Puts the hooks in place that read which logits a call asks for, and gives back their handles."""
+        """Puts the hooks in place that read which logits a call requests, and gives back their handles."""
         return [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(lambda model, args, output: end(self), always_call=True),
@@ -56,7 +56,7 @@ class Words:
         """Adds the words that leave to what happens to the images of a prompt.
 
         Raises:
-            ValueError: If the prompt came as embeddings, which do not tell words from special tokens.
+            ValueError: If the prompt came as embeddings, which do not distinguish words from special tokens.
         """
         if ids_BL is None:
             raise ValueError("text_ratio has to know words from special tokens; pass input_ids, not inputs_embeds")

@@ -36,7 +36,7 @@ def counted(run, times: tuple[int, ...]) -> int:
 
 
 LOOSE = {
-    "controlnet": 0.04,  # its picture of conditions in pixels, its convolutions of the coarser levels
+    "controlnet": 0.04,  # its image of conditions in pixels, its convolutions of the coarser levels
     "wan-animate": 0.025,  # frames of the pose and the face
     "z-image": 0.02,  # the last layer runs on text too
     "hunyuan-dit": 0.015,  # what pools the text is no linear layer that is called

@@ -182,7 +182,7 @@ def test_it_is_made_once_per_prompt(monkeypatch):
         ("wan", "its image tokens share no attention with text"),
         ("qwen-image", "it gives text its positions inside"),
         ("cogvideox", "its table of positions fixes the length of the text"),
-        ("mochi", "its attention leaves padding out by itself"),
+        ("mochi", "its attention drops padding by itself"),
     ],
 )
 def test_models_without_such_text_refuse(name, why):

@@ -279,7 +279,7 @@ def test_wrong_shapes_raise_with_the_numbers() -> None:
             verb(torch.zeros(shape))
     with pytest.raises(ValueError, match="weight"):
         plan.merge(torch.zeros(2, 6, 1), torch.ones(2, 5))
-    with pytest.raises(ValueError, match="leaves 3 slots"):
+    with pytest.raises(ValueError, match="has 3 slots"):
         plan.then(plan)
 
 

@@ -42,7 +42,7 @@ def test_budgets_equal_singular_values():
 @pytest.mark.parametrize(
     ("settings", "expected"), [({"keep": 8}, [8, 9]), ({"ratio": 0.25}, [12, 12]), ({"ratio": 0}, [16, 16])]
 )
-def test_no_picture_keeps_fewer_than_asked(settings, expected):
+def test_no_image_keeps_fewer_than_asked(settings, expected):
     """Catches a bound that nothing reads, and one that all images are cut to."""
     images = torch.stack([of_rank(rank) for rank in (3, 9)])
     assert EAdaPruneProcessor(energy=0.999, **settings).budgets(images) == expected

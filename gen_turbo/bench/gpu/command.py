@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     """
     deadline = time.monotonic() + 60 * options.minutes
     torch.set_num_threads(options.threads)
-    # Asking how many there are leaves the device alone, so that forks can use it.
+    # Counting the devices does not initialize them, so that forks can use them.
     has_gpu = torch.cuda.device_count() > 0
     if not has_gpu:
         print(f"{NO_GPU}: these records never enter the GPU table", flush=True)

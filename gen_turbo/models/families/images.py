@@ -100,7 +100,7 @@ LUMINA2 = TransformerAdapter(
 
 
 def _lists(arguments: Mapping[str, Any]) -> ModelCall:
-    """Lists of latents and texts, of which the first tells the branches of guidance apart."""
+    """Lists of latents and texts, of which the first distinguishes the guidance branches."""
     return ModelCall(_stacked(arguments["x"]), arguments["t"], arguments["cap_feats"][0])
 
 

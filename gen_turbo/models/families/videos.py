@@ -39,7 +39,7 @@ MOCHI = TransformerAdapter(
     {"transformer_blocks.*": block(none=(), token_args=ROTARY)},
     to_time=lambda time: -time,
     num_text=text_length,
-    text="its attention leaves padding out by itself",
+    text="its attention drops padding by itself",
 )
 
 

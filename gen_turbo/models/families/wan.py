@@ -13,9 +13,9 @@ _WAN_CONDITIONS = {"condition_embedder.image_embedder.": "encoder_hidden_states_
 
 
 def _wan_counts(arguments: Mapping[str, Any]) -> dict[str, int]:
-    """Cross-attention reads text and, from image to video, a picture."""
-    picture, text = lengths(arguments, _WAN_CONDITIONS), lengths(arguments, {TEXT: "encoder_hidden_states"})
-    return picture | {TEXT: sum(picture.values()) + text[TEXT]}
+    """Cross-attention reads text and, from image to video, an image."""
+    image, text = lengths(arguments, _WAN_CONDITIONS), lengths(arguments, {TEXT: "encoder_hidden_states"})
+    return image | {TEXT: sum(image.values()) + text[TEXT]}
 
 
 _WAN_ROTARY = TokenArg("rotary_emb", axis=1)
