@@ -28,8 +28,8 @@ class EAdaPruneProcessor(Placement, ReductionProcessor):
     Costs the eigenvalues of one matrix of (channels x channels) or (tokens x tokens) for each image, whichever is
     smaller, a wait for the device, and the choice of tokens.
 
-    Differs from the paper: eigenvalues are exact, where it estimates singular values at random. It does not fix the choice
-    of tokens to other methods; here it is DivPrune's. Written from the paper's abstract and introduction alone.
+    Differs from the paper: eigenvalues are exact, where it estimates singular values at random. Other methods may
+    choose the tokens there; here it is DivPrune. Written from the paper's abstract and introduction alone.
 
     Attributes:
         ratio: The most that may leave, as a fraction of an image's tokens; `keep` says the same as the least number
