@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import gen_turbo
-from gen_turbo.engine.devices import CLASSES
+from gen_turbo.engine.costs.devices import CLASSES
 
 FAST = replace(CLASSES["cpu"], kernel_s=0.0, launch_s=0.0, bandwidth=1e15)
 """A device on which merging gains at any size."""

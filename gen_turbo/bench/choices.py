@@ -14,10 +14,10 @@ from gen_turbo.api import adapter_of
 from gen_turbo.bench import records
 from gen_turbo.bench.gpu.cases import CASES, PUBLISHED, Case
 from gen_turbo.bench.markdown import table
-from gen_turbo.engine.auto import Choice, choose
-from gen_turbo.engine.devices import CLASSES
-from gen_turbo.engine.expected import Costs, RunFacts
-from gen_turbo.engine.work import Workload
+from gen_turbo.engine.costs.auto import Choice, choose
+from gen_turbo.engine.costs.devices import CLASSES
+from gen_turbo.engine.costs.expected import Costs, RunFacts
+from gen_turbo.engine.costs.work import Workload
 from gen_turbo.methods.turbo import TurboProcessor
 
 BENCH = "choices"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -45,6 +46,11 @@ class Arrangement:
     program: Program
     left: Mapping[str, str] = field(default_factory=dict)
     chosen: str = ""
+
+    @cached_property
+    def has_spans(self) -> bool:
+        """Whether blocks share one short sequence."""
+        return any(hasattr(layer, "span") for layer in self.layers)
 
     @property
     def placed(self) -> list[Any]:

@@ -14,7 +14,7 @@ from gen_turbo.engine.arrangement import Arrangement, Arranger
 from gen_turbo.engine.attention import InsideAttention
 from gen_turbo.engine.base import LayerReport, NoEffectWarning, OnModel
 from gen_turbo.engine.choice import without_auto
-from gen_turbo.engine.cost import Cost
+from gen_turbo.engine.costs.saved import Cost
 from gen_turbo.engine.graphs import Graphs, Mode
 from gen_turbo.engine.layer import ReducedLayer
 from gen_turbo.engine.root import Root
@@ -56,7 +56,6 @@ class DenoiserPart(OnModel):
     Attributes:
         reducer: What was attached.
         graphs: Whether calls are captured.
-        settling: Chooses what stands in front of layers for each run; None where the settings leave nothing open.
         skipping: What skips units; None where nothing does.
         root: What stands in front of the model.
 
@@ -77,16 +76,16 @@ class DenoiserPart(OnModel):
         self.skipping = self._skipping(model, adapter)
         arranger = Arranger(lambda: self.model, adapter, text, self.skipping.units if self.skipping is not None else {})
         told = without_auto(self._tokens)
-        self._arrangement = arranger.arranged(told)
+        self._first = arranger.arranged(told)
         # Schedules were calibrated beside settings that stand still; with a ratio of 0 there is nothing to choose.
         is_open = told is not self._tokens and self.skipping is None and self._tokens.removes_any
-        self.settling = Settling(self._tokens, arranger, self._arrangement) if is_open else None
+        settling = Settling(self._tokens, arranger) if is_open else None
         self._check_units()
         self.root = Root(
             model,
             adapter,
-            self._arrangement,
-            self.settling,
+            self._first,
+            settling,
             text,
             self.skipping,
             Graphs(model, adapter.read, graphs) if graphs is not False else None,
@@ -123,7 +122,7 @@ class DenoiserPart(OnModel):
     @property
     def arrangement(self) -> Arrangement:
         """What stands in front of the layers now."""
-        return self.settling.current if self.settling is not None else self._arrangement
+        return self.root.arrangement
 
     @property
     def layers(self) -> list[ReducedLayer]:
@@ -170,7 +169,7 @@ class DenoiserPart(OnModel):
     def _check_units(self) -> None:
         """Raises ValueError where a schedule skips a block out of a span."""
         units = self.skipping.units if self.skipping is not None else ()
-        inside = [unit for unit in units if any(unit == b.name and hasattr(b, "span") for b in self.layers)]
+        inside = [unit for unit in units if any(unit == b.name and hasattr(b, "span") for b in self._first.layers)]
         if inside:
             raise ValueError(
                 f"the schedule skips {', '.join(inside)}, but merge_span={self._tokens.merge_span} joins blocks "
@@ -180,7 +179,7 @@ class DenoiserPart(OnModel):
     @property
     def layer_names(self) -> tuple[str, ...]:
         """The layers whose tokens are reduced and the units that are skipped; before a run those that may be."""
-        return (*(layer.name for layer in self._arrangement.layers), *(self.skipping.units if self.skipping else ()))
+        return (*(layer.name for layer in self._first.layers), *(self.skipping.units if self.skipping else ()))
 
     @property
     def choice(self) -> str:

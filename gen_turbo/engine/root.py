@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +11,23 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from gen_turbo.engine.arrangement import Arrangement
 from gen_turbo.engine.base import NoEffectWarning
-from gen_turbo.engine.context import Context, Run
+from gen_turbo.engine.context import Context
 from gen_turbo.engine.graphs import Graphs
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
-from gen_turbo.engine.runs import NUM_RISES, RISING, Runs
+from gen_turbo.engine.runs import NUM_RISES, RISING, Runs, no_effect
 from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
 from gen_turbo.engine.span import check_between
 from gen_turbo.engine.text import MergedText, merge_text
-from gen_turbo.engine.values import kept_out
+from gen_turbo.engine.values import kept_out, skipped
 from gen_turbo.models.adapter import Adapter, MaskedText, TextSignature
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _NOTHING: frozenset[str] = frozenset()
 _CHECKPOINTED = (
     "calls that record gradients run in full while gradient checkpointing is on, which runs blocks once more in the "
     "backward pass; call disable_gradient_checkpointing to reduce tokens while training"
 )
-
-
-def _skipped(function: _F) -> _F:
-    """Keeps a function alone out of graphs, so that what it calls is compiled."""
-    disable: Any = torch.compiler.disable
-    skipped: _F = disable(function, recursive=False)
-    return skipped
 
 
 class Root(Placed):
@@ -45,12 +36,15 @@ class Root(Placed):
     Args:
         model: The model.
         adapter: Its family.
-        arrangement: What stands in front of its layers.
+        arrangement: What stands in front of its layers before the first run.
         settling: Chooses another one for a run; None where the settings leave nothing open.
         text: Where text is merged or cut; None where it is not.
         skipping: What skips units; None where nothing does.
         graphs: Captures whole calls; None where nothing is captured.
         pipeline: The pipeline attached through.
+
+    Attributes:
+        arrangement: What stands in front of its layers now.
     """
 
     _is_on = False
@@ -68,7 +62,7 @@ class Root(Placed):
     ) -> None:
         super().__init__("", model)
         self.adapter, self.settling = adapter, settling
-        self.take(arrangement)
+        self._take(arrangement)
         self.text, self.skipping, self.graphs = text, skipping, graphs
         self.runs = Runs(pipeline, adapter.time, self._fold, bool(adapter.models))
         self.names = argument_names(model)
@@ -78,10 +72,19 @@ class Root(Placed):
         self.owner: object = None
         self._one, self._is_compiled = torch.zeros(()), False
 
-    def take(self, arrangement: Arrangement) -> None:
-        """Decides from now on over these layers."""
+    def _change(self, arrangement: Arrangement) -> None:
+        """Puts an arrangement in the place of the one before."""
+        if arrangement is self.arrangement:
+            return
+        self.arrangement.remove()
+        if self.graphs is not None:
+            self.graphs.drop()
+        self._take(arrangement)
+        arrangement.install()
+
+    def _take(self, arrangement: Arrangement) -> None:
+        self.arrangement = arrangement
         self.beginning, self.program, self.insides = arrangement.beginning, arrangement.program, arrangement.insides
-        self.has_spans = any(hasattr(layer, "span") for layer in arrangement.layers)
 
     def install(self) -> None:
         """Replaces the model's forward."""
@@ -96,7 +99,7 @@ class Root(Placed):
         if self.graphs is not None:
             self.graphs.drop()
 
-    @_skipped
+    @skipped
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with every layer set for the running step; torch.compile sees what is inside alone."""
         if not self._is_on:
@@ -140,7 +143,8 @@ class Root(Placed):
             if context.run.num_rises == NUM_RISES and self._expects_effect():
                 warnings.warn(RISING, NoEffectWarning, stacklevel=4)
         if self.settling is not None:
-            self.settling.settle(self, context, call)
+            is_captured = self.graphs is not None and call.sample.is_cuda
+            self._change(self.settling.wanted(context, call, is_captured))
         self.beginning.context = context
         step, starts = _Step(context, args, kwargs), False
         if self.text is not None:
@@ -214,7 +218,7 @@ class Root(Placed):
                 for other in (self, *self.siblings) if has_failed else self.siblings:
                     other.runs.forget_run(context.run.marker)
             if over is not None and over.num_reduced == 0 and self._expects_effect():
-                warnings.warn(_no_effect(over), NoEffectWarning, stacklevel=4)
+                warnings.warn(no_effect(over), NoEffectWarning, stacklevel=4)
         finally:
             # A call's arguments live no longer than the call: a pipeline's run ends with its text.
             step.run, step.args, step.kwargs = None, (), {}
@@ -241,7 +245,7 @@ class Root(Placed):
     def _check(self, arguments: dict[str, Any]) -> None:
         if not self._expects_effect():
             return
-        if self.has_spans:
+        if self.arrangement.has_spans:
             check_between(arguments)
         model, scope = self.module, self.beginning.reducer.scope
         if scope != "attention" and self.settling is None and getattr(model, "is_cache_enabled", False):
@@ -291,10 +295,3 @@ def _eagerly(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def _touched(x: Tensor) -> Tensor:
     """An operation to compile: with `fullgraph=True` PyTorch refuses a call in which nothing compiled has run."""
     return x + 0
-
-
-def _no_effect(run: Run) -> str:
-    return (
-        f"no token was removed in this run of {run.num_steps} steps: every step ran in full; take more steps, a "
-        "smaller `warmup_steps`, a larger `memory_limit_mb`, or restore='copy'"
-    )

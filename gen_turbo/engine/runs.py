@@ -262,3 +262,11 @@ def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+
+
+def no_effect(run: Run) -> str:
+    """What is said of a run in which nothing was reduced."""
+    return (
+        f"no token was removed in this run of {run.num_steps} steps: every step ran in full; take more steps, a "
+        "smaller `warmup_steps`, a larger `memory_limit_mb`, or restore='copy'"
+    )

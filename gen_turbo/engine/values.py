@@ -18,6 +18,13 @@ def kept_out(function: _F) -> _F:
     return outside
 
 
+def skipped(function: _F) -> _F:
+    """Keeps a function alone out of graphs, so that what it calls is compiled."""
+    disable: Any = torch.compiler.disable
+    outside: _F = disable(function, recursive=False)
+    return outside
+
+
 def tensors(value: Any) -> list[Tensor]:
     """All tensors in a result, in order."""
     found: list[Tensor] = []

@@ -22,10 +22,10 @@ from gen_turbo.bench.flops import count_stock
 from gen_turbo.bench.gpu.cases import CASES, PUBLISHED
 from gen_turbo.bench.records import load
 from gen_turbo.engine import settling
-from gen_turbo.engine.auto import LEAST_GAIN, choose, expected
-from gen_turbo.engine.devices import CLASSES
-from gen_turbo.engine.expected import Costs, Rhythm, RunFacts
-from gen_turbo.engine.work import Workload, stock_work
+from gen_turbo.engine.costs.auto import LEAST_GAIN, choose, expected
+from gen_turbo.engine.costs.devices import CLASSES
+from gen_turbo.engine.costs.expected import Costs, Rhythm, RunFacts
+from gen_turbo.engine.costs.work import Workload, stock_work
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import sd_pipeline
 

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from gen_turbo import attach
 from gen_turbo.api import adapter_of
-from gen_turbo.engine.cost import Cost
+from gen_turbo.engine.costs.saved import Cost
+from gen_turbo.engine.costs.work import Workload, stock_work
 from gen_turbo.engine.runs import Runs
 from gen_turbo.engine.state import SequenceShape
-from gen_turbo.engine.work import Workload, stock_work
 from tests.engine.families import NAMES, family
 from tests.tiny_family import NUM_TEXT
 

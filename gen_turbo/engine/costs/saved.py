@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from gen_turbo.engine.base import LayerReport
-from gen_turbo.engine.names import rows_of, self_attentions, shares_of
+from gen_turbo.engine.costs.names import rows_of, self_attentions, shares_of
 from gen_turbo.engine.state import Phase, SequenceShape, Totals
 from gen_turbo.models.adapter import LayerSpec
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gen_turbo.engine.devices import DeviceClass
-from gen_turbo.engine.work import LayerWork, Work, Workload, stock_work
+from gen_turbo.engine.costs.devices import DeviceClass
+from gen_turbo.engine.costs.work import LayerWork, Work, Workload, stock_work
 from gen_turbo.models.adapter import Adapter, LayerSpec
 
 _APPLY, _KEEP = (9.0, 3.0), (14.0, 10.0)

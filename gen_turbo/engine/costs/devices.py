@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gen_turbo.engine.work import Work
+from gen_turbo.engine.costs.work import Work
 
 
 @dataclass(frozen=True)

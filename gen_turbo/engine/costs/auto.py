@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gen_turbo.engine.choice import chosen_layers
-from gen_turbo.engine.expected import Costs, Kinds, Rhythm, RunFacts
+from gen_turbo.engine.costs.expected import Costs, Kinds, Rhythm, RunFacts
 from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import LayerSpec
 

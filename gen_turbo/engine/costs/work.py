@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_turbo.engine.names import IMAGE_ALONE, QUERIES, TIMES, rows_of, self_attentions, shares_of, sides_of
+from gen_turbo.engine.costs.names import IMAGE_ALONE, QUERIES, TIMES, rows_of, self_attentions, shares_of, sides_of
 from gen_turbo.models.adapter import TEXT, Adapter, Geometry, ModelCall, coarsened
 from gen_turbo.models.unet import level_of
 
