@@ -47,9 +47,22 @@ class Projections:
         Args:
             log_size: Gives the logarithm of each token's size, (B, N); None if all are of size one.
         """
+
+        def give() -> Tensor | None:
+            log_size_BN = log_size()
+            return None if log_size_BN is None else log_size_BN[:, None, None, :]
+
+        return self.bias(give)
+
+    def bias(self, give: Callable[[], Tensor | None]) -> Any:
+        """Adds to the logits of attention; gives back what takes the hook off.
+
+        Args:
+            give: Gives what is added, of a shape that (B, H, N, N) is made of by repeating; None if nothing is.
+        """
         if self._has_qkv:
-            return InstanceMethod(self._attn, "forward", self._proportional(log_size))
-        return self._attn.register_forward_pre_hook(_masked(log_size), with_kwargs=True)
+            return InstanceMethod(self._attn, "forward", self._biased(give))
+        return self._attn.register_forward_pre_hook(_masked(give), with_kwargs=True)
 
     def mean_key(self, seen: Seen) -> Tensor:
         """The mean over heads of the keys, (B, N, D)."""
@@ -83,15 +96,15 @@ class Projections:
         found: nn.Module = getattr(self._attn, f"{kind}_proj")
         return found if norm is None else norm
 
-    def _proportional(self, log_size: Callable[[], Tensor | None]) -> Any:
-        """The attention of a layer with fused projections, keys weighed by their sizes."""
+    def _biased(self, give: Callable[[], Tensor | None]) -> Any:
+        """The attention of a layer with fused projections, with something added to its logits."""
 
         def run(forward: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
-            log_size_BN, attn = log_size(), self._attn
-            if log_size_BN is None:
+            bias, attn = give(), self._attn
+            if bias is None:
                 return forward(hidden_states, **kwargs)
             mixed = attn.qkv(hidden_states).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            mask = log_size_BN.to(mixed.dtype)[:, None, None, :]
+            mask = bias.to(mixed.dtype)
             out = F.scaled_dot_product_attention(mixed[0], mixed[1], mixed[2], attn_mask=mask, scale=attn.scale)
             return attn.projection(out.transpose(1, 2).flatten(2)), None
 
@@ -105,16 +118,16 @@ def _keeper(name: str, seen: Callable[[], Seen]) -> Any:
     return after
 
 
-def _masked(log_size: Callable[[], Tensor | None]) -> Any:
+def _masked(give: Callable[[], Tensor | None]) -> Any:
     def before(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        log_size_BN = log_size()
-        if log_size_BN is None:
+        bias = give()
+        if bias is None:
             return None
         given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if given is not None and not _allows_all(given):
-            raise ValueError("padded images cannot be merged in the vision tower; use place='pre_llm'")
+            raise ValueError("tokens of padded images cannot be reduced in the vision tower; use place='pre_llm'")
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
-        return args[:1], {**kwargs, "attention_mask": log_size_BN.to(dtype)[:, None, None, :]}
+        return args[:1], {**kwargs, "attention_mask": bias.to(dtype)}
 
     return before
 

@@ -66,6 +66,7 @@ def operators(model, batch):
         ("divprune", {}, 1.1),
         ("fastv", {}, 1.1),
         ("visionzip", {}, 1.1),
+        ("vistog_vit", {}, 1.1),
         ("stride", {}, 1.1),
         ("pool", {}, 1.1),
         ("resize", {}, 1.1),
