@@ -33,7 +33,8 @@ def test_every_option_has_a_help_text_that_names_its_default() -> None:
             if action.option_strings and not isinstance(action, (argparse._HelpAction, argparse._VersionAction)):
                 text = formatter._get_help_string(action)
                 assert action.help, (parser.prog, action.option_strings)
-                assert action.default in (None, False, []) or "(default: " in text, (parser.prog, text)
+                is_flag = isinstance(action, argparse._StoreTrueAction)
+                assert is_flag or action.required or "(default: " in text, (parser.prog, action.option_strings, text)
                 assert text.count("default: ") <= 1, (parser.prog, text)
                 seen += 1
         parser.format_help()

@@ -73,6 +73,27 @@ def test_an_own_method_works(capsys, monkeypatch):
     assert "4096 -> 2048 tokens" in capsys.readouterr().out
 
 
+def test_tuned_settings_are_loaded_again(tmp_path, monkeypatch, capsys):
+    """Catches a search whose result no pipeline reads."""
+    pytest.importorskip("optuna", reason="the tune extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--tiny"])
+    load("tune").main()
+    assert "auto" not in (printed := capsys.readouterr().out) and "layers reduced" in printed
+    assert (tmp_path / "tuned.png").stat().st_size > 0
+
+
+def test_a_batch_on_ray_gives_its_results(tmp_path):
+    """Catches a script whose items, command and results do not fit each other."""
+    pytest.importorskip("ray", reason="the ray extra is not installed")
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / "ray_batch.py"), "--tiny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["fox-0", "fox-1"]
+    assert len(list((tmp_path / "animals").glob("*.png"))) == 2
+
+
 @pytest.mark.parametrize("name", MODEL_PAGES)
 def test_the_script_of_a_model_page_runs(name, tmp_path, monkeypatch, capsys):
     """Catches a script that works for its author's checkpoint alone, and one that reduces nothing."""
@@ -143,5 +164,5 @@ def test_a_custom_pipeline_of_diffusers_is_accelerated(tiny_checkpoint, monkeypa
 def test_every_example_is_run_by_a_test():
     """Catches an example that rots."""
     trainings = {"train_tiny", "train_tiny_dit", "train_tiny_vlm", "training", "tiny_data", "vlm_data", "muon"}
-    tested = trainings | {"own_method", "demo", "gain", "tiny_models", *MODEL_PAGES}
+    tested = trainings | {"own_method", "demo", "gain", "tiny_models", "tune", "ray_batch", *MODEL_PAGES}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested

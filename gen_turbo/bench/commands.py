@@ -37,10 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         children[name].add_argument("--rounds", type=_positive, default=rounds, help="alternating timed rounds")
     for name in ("step", "quality", "check", "understanding", "vlm-step", "gpu"):
         children[name].add_argument(
-            "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns; all by default"
+            "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns (default: all)"
         )
-    children["flops"].add_argument("--models", nargs="*", default=[], help="denoisers by name; all by default")
-    children["flops"].add_argument("--pixels", nargs="*", type=_positive, default=[], help="sides of the images")
+    children["flops"].add_argument("--models", nargs="*", default=[], help="denoisers by name (default: all)")
+    children["flops"].add_argument(
+        "--pixels", nargs="*", type=_positive, default=[], help="sides of the images (default: each model's own)"
+    )
     _add_step_arguments(children["step"])
     _add_vlm_step_arguments(children["vlm-step"])
     _add_gpu_arguments(children["gpu"])
@@ -55,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     understanding.add_argument(
         "--images", type=_positive, default=100, help="held-out scenes, six or so questions each"
     )
-    understanding.add_argument("--rounds", type=_positive, default=0, help="rounds timed beside stock; none without")
-    understanding.add_argument("--image", type=Path, help="image to draw of the tokens that the settings keep")
-    understanding.add_argument("--model", type=Path, help="folder of a trained model; the embedded one by default")
+    understanding.add_argument("--rounds", type=_positive, default=0, help="rounds timed beside stock (default: none)")
+    understanding.add_argument("--image", type=Path, help="image of the tokens kept (default: not drawn)")
+    understanding.add_argument("--model", type=Path, help="folder of a trained model (default: the embedded one)")
     text = "rewrite the tables of Markdown pages from the records"
     _add_readme_arguments(subparsers.add_parser("readme", help=text, description=text))
 
@@ -74,7 +76,7 @@ def run(namespace: argparse.Namespace) -> None:
 
 def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=("sd15", "sdxl", "flux"), default="sd15", help="the published configuration")
-    parser.add_argument("--blocks", type=_positive, help="the most equal blocks of each kind; all by default")
+    parser.add_argument("--blocks", type=_positive, help="the most equal blocks of each kind (default: all)")
     parser.add_argument("--latents", type=_positive, default=64, help="side of the latent image")
     parser.add_argument("--width-scale", type=float, default=1.0, help="factor on all widths of the model")
     parser.add_argument("--steps", type=_positive, default=5, help="consecutive steps of one run")
@@ -90,21 +92,33 @@ def _add_vlm_step_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="when to stop; the same command goes on later")
     parser.add_argument(
-        "--models", nargs="*", default=[], metavar="PATTERN", help="names such as sd15-1024, flux or llava*; all"
+        "--models",
+        nargs="*",
+        default=[],
+        metavar="PATTERN",
+        help="names such as sd15-1024, flux or llava* (default: all)",
     )
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help="your own pipeline or model folder instead")
-    parser.add_argument("--pixels", type=_positive, help="side of your own model's images")
+    parser.add_argument(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="your own model instead (default: published configurations)",
+    )
+    parser.add_argument("--pixels", type=_positive, help="side of your own model's images (default: its own)")
     modes = ("eager", "captured", "compiled", "compiled + captured")
-    parser.add_argument("--modes", nargs="*", default=[], choices=modes, metavar="MODE", help=f"of {', '.join(modes)}")
+    parser.add_argument(
+        "--modes", nargs="*", default=[], choices=modes, metavar="MODE", help=f"of {', '.join(modes)} (default: all)"
+    )
     parser.add_argument("--steps", type=_steps, default=10, help="of a timed run, at least 3")
-    parser.add_argument("--rounds", type=_positive, help="alternating timed rounds; 2 or 3 by default")
+    parser.add_argument("--rounds", type=_positive, help="alternating timed rounds (default: 2 or 3)")
 
 
 def _add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", default="caption-generate", help="name or YAML of such a pipeline")
     parser.add_argument("--images", type=_positive, default=50, help="held-out scenes")
     parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="objects in every scene")
-    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th image, from the I-th")
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th image, from the I-th (default: 1/1, all)"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/bench/work"), help="folder of unfinished runs")
 
 
@@ -123,13 +137,13 @@ def _add_image_arguments(parser: argparse.ArgumentParser, captions: int) -> None
     parser.add_argument("--steps", type=_positive, default=25, help="denoising steps of stock")
     parser.add_argument("--guidance", type=float, default=3.0, help="scale of classifier-free guidance")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda or cuda:1, in float32 without TF32")
-    parser.add_argument("--pixels", type=_positive, help="side of the images; the pipeline's own by default")
+    parser.add_argument("--pixels", type=_positive, help="side of the images (default: the pipeline's own)")
     parser.add_argument(
         "--part",
         type=_part,
         default=(1, 1),
         metavar="I/N",
-        help="every N-th caption, from the I-th; the same command without it makes the records of all parts",
+        help="every N-th caption, from the I-th (default: 1/1); the command without it records all parts",
     )
     parser.add_argument("--work", type=Path, default=Path("runs/bench/work"), help="folder of unfinished settings")
 
@@ -139,7 +153,7 @@ def _add_readme_arguments(parser: argparse.ArgumentParser) -> None:
         "files", type=Path, nargs="+", metavar="FILE", help="Markdown pages, or folders of them, with table markers"
     )
     parser.add_argument("--records", type=Path, default=Path("gen_turbo/bench/records"), help="folder of the records")
-    parser.add_argument("--plots", type=Path, help="folder to draw the plots in")
+    parser.add_argument("--plots", type=Path, help="folder to draw the plots in (default: not drawn)")
 
 
 def _positive(text: str) -> int:

@@ -15,14 +15,16 @@ _OBJECTIVES = ("preference", "reward", "divergence")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--config", default="caption", help="a pipeline: a name or a YAML file (caption)")
-    parser.add_argument("--output", type=Path, help="the .safetensors or .yaml file (in runs/par)")
+    parser.add_argument("--output", type=Path, help="the .safetensors or .yaml file (default: a name in runs/par)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts (0)")
     group = parser.add_argument_group("vision-language models")
     group.add_argument("--images", nargs="+", default=[], metavar="PATH", help="your images (default: rendered scenes)")
-    group.add_argument("--ask", nargs="+", default=[], metavar="PROMPT", help="prompts for --images")
+    group.add_argument("--ask", nargs="+", default=[], metavar="PROMPT", help="prompts for --images (default: none)")
     group.add_argument("--objective", choices=_OBJECTIVES, default="preference", help="what the router is trained on")
     group.add_argument("--tokens", type=float, default=0.4, help="share of image tokens kept in training (0.4)")
-    group.add_argument("--layers", type=int, default=0, help="decoder layers that run in training (seven in eight)")
+    group.add_argument(
+        "--layers", type=int, default=0, help="decoder layers that run in training (default: 0, seven in eight)"
+    )
     group.add_argument("--first", type=int, default=2, help="first layer without the dropped tokens (2)")
     group.add_argument("--samples", type=int, default=8, help="prunings of each prompt (8)")
     group.add_argument("--updates", type=int, default=300, help="steps of training (300)")
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--depth", type=int, default=1, help="blocks of the router (1)")
     group.add_argument("--eval-batches", type=int, default=8, help="batches of other prompts to measure on (8)")
     group.add_argument("--causal", action="store_true", help="let the router's tokens see earlier ones only")
-    group.add_argument("--folder", type=Path, help="keep checkpoints here, and continue from them")
+    group.add_argument("--folder", type=Path, help="checkpoints, also to continue from (default: none)")
     add_schedule_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the pipeline")
     parser.set_defaults(run=run)

@@ -35,13 +35,19 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that concern diffusion pipelines."""
     group = parser.add_argument_group("diffusion pipelines")
     group.add_argument(
-        "--prompt", action="append", default=[], help="what to generate meanwhile; may be given several times"
+        "--prompt",
+        action="append",
+        default=[],
+        help="a prompt to record; repeatable (default: captions of scenes)",
     )
     group.add_argument("--prompts", type=int, default=2, help="how many prompts are recorded and compared (2)")
-    group.add_argument("--steps", type=int, help="the same as steps=...")
+    group.add_argument("--steps", type=int, help="the same as steps=... (default: as configured)")
     group.add_argument("--budgets", type=float, nargs="+", default=_COSTS, help="shares of the stock cost to fill")
     group.add_argument(
-        "--init-schedule", type=Path, metavar="FILE", help="carry over its schedules of other steps without a search"
+        "--init-schedule",
+        type=Path,
+        metavar="FILE",
+        help="carry over schedules of other steps (default: search)",
     )
     group.add_argument("--inner", nargs="+", default=["turbo", "none"], help="merging methods meanwhile (turbo none)")
     group.add_argument(

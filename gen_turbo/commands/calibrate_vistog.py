@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--config", default="caption", help="a captioning pipeline: a name or a YAML file (caption)")
     parser.add_argument("--num-tokens", type=int, required=True, help="image tokens that the language model will read")
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="files, folders or patterns; drawn scenes without")
-    parser.add_argument("--questions", type=Path, help="a text file with one question a line; the prompt without")
+    parser.add_argument("--images", nargs="+", metavar="PATH", help="files, folders, patterns (default: drawn scenes)")
+    parser.add_argument("--questions", type=Path, help="a text file, one question a line (default: the prompt)")
     parser.add_argument(
-        "--output", type=Path, help="folder; a run with the same one continues (runs/vistog-NUM_TOKENS)"
+        "--output", type=Path, help="folder; a run with the same one continues (default: runs/vistog-NUM_TOKENS)"
     )
     parser.add_argument(
         "--steps",
@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="N questions are drawn for each one that is learned from, which is the hardest of them (1)",
     )
     parser.add_argument("--first-block", type=int, default=0, help="where the semantic tokens enter the tower (0)")
-    parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on the language model (0: none)")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of the language model's adapter (default: 0, none)")
     parser.add_argument("--no-connector", action="store_true", help="do not train the projector")
-    parser.add_argument("--start", help="weights to begin from, of as many tokens")
+    parser.add_argument("--start", help="weights to begin from, of as many tokens (default: random)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and questions (0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the pipeline")
     parser.set_defaults(run=run)

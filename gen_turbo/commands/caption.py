@@ -50,14 +50,14 @@ class Tally:
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gen-turbo caption`."""
     _add_inputs(parser, "caption")
-    parser.add_argument("--output", help="a .jsonl file for the captions; a run with the same one goes on")
+    parser.add_argument("--output", help="a .jsonl file; a run with the same one continues (default: print only)")
     parser.set_defaults(run=run_caption)
 
 
 def add_caption_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gen-turbo caption-generate`."""
     _add_inputs(parser, "caption-generate")
-    parser.add_argument("--output", default="outputs", help="a folder; a run with the same one goes on (outputs)")
+    parser.add_argument("--output", default="outputs", help="a folder; a run with the same one continues (outputs)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise of every image (0)")
     parser.add_argument(
         "--strength", help="how far to go from the old image, 0 to 1 (default: generate from the caption)"

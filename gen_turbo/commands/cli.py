@@ -119,7 +119,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="outputs", help="a folder, or a .png file for one image (outputs)")
     parser.add_argument("--compare", action="store_true", help="also generate without the processor, side by side")
     for name, kind in (("steps", int), ("height", int), ("width", int)):
-        parser.add_argument(f"--{name}", type=kind, help=f"the same as {name}=...")
+        parser.add_argument(f"--{name}", type=kind, help=f"the same as {name}=... (default: as configured)")
     _add_config(parser)
     parser.set_defaults(run=_generate)
 
@@ -132,7 +132,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="the same as processor.preset=...: fidelity, balanced or fast")
+    parser.add_argument("--preset", help="the same as processor.preset=...: fidelity, balanced or fast (default: none)")
     add_model_arguments(parser, "tiny")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as processor=tome or processor.ratio=0.3"

@@ -90,7 +90,7 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processor", required=True, help="a method's name or YAML file")
     parser.add_argument("--output", type=Path, default=Path("explain.png"), help="a .png file (explain.png)")
     parser.add_argument("--config", default="caption", help="a pipeline that reads images or draws them (caption)")
-    parser.add_argument("--prompt", help="what is asked about the image, or what it shows")
+    parser.add_argument("--prompt", help="a question about the image, or what it shows (default: as configured)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as processor.ratio=0.75")
     parser.set_defaults(run=run)
 

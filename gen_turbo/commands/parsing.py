@@ -18,7 +18,8 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        is_known = default in (None, False, argparse.SUPPRESS, [], ()) or "(default:" in text
+        # A flag is off by default; what has no default of its own says what happens without it.
+        is_known = default is None or default is False or default in (argparse.SUPPRESS, [], ()) or "(default:" in text
         if is_known or not action.option_strings:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)

@@ -66,7 +66,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--config", default="tiny", help="a pipeline: a name or a YAML file (tiny)")
     parser.add_argument("--target", required=True, help="speedup>=2, psnr>=35 or check>=0.98 (check: embedded models)")
-    parser.add_argument("--prompt", action="append", default=[], help="own prompts; captions of scenes without")
+    parser.add_argument("--prompt", action="append", default=[], help="own prompts (default: captions of scenes)")
     parser.add_argument("--images", type=int, default=2, help="images of each trial without --prompt (2)")
     parser.add_argument("--trials", type=int, default=12, help="settings to try, with those of an earlier call (12)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
