@@ -8,8 +8,10 @@ that undo what they can, as the corrector of a multistep solver does (UniPC, Zha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ _FELT = 0.1
 _RIDGE = 1e-9
 _GAIN = 0.999
 _NUM_RESULTS = 3
+"""Results that a forecast is made of; a correction has the next one too."""
+_MOST_EXACT, _NUM_STARTS = 64, 6
+"""Calls of a run up to which all routes are compared, and how many of the best are moved."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,24 @@ class RouteSearch:
         self._one = np.eye(self.num_calls)
 
     def best(self, count: int, start: Sequence[int] | None = None) -> Route:
-        """A route with so many calls that run: the cheapest left out one by one, then moved while that gains.
+        """A route with so many calls that run: those best if errors of gaps added up, then moved while that gains.
 
         Args:
             count: Calls that run, at least 2.
-            start: A route with more of them to begin from; all calls by default.
+            start: For runs of many calls, a route with more of them that run to begin from; all calls by default.
         """
-        runs = set(range(self.num_calls) if start is None else start)
-        while len(runs) > max(count, 2):
-            runs.remove(min(runs - {0}, key=lambda call: self._error(runs - {call})))
+        count = max(count, 2)
+        if self.num_calls <= _MOST_EXACT:
+            starts = self._added(count)
+        else:
+            runs = set(range(self.num_calls) if start is None else start)
+            while len(runs) > count:
+                runs.remove(min(runs - {0}, key=lambda call: self._error(runs - {call})))
+            starts = [runs]
+        return min((self._moved(runs) for runs in starts), key=lambda route: route.error)
+
+    def _moved(self, runs: set[int]) -> Route:
+        """The route after single runs were moved for as long as that gains."""
         error = self._error(runs)
         moved = True
         while moved:
@@ -91,12 +105,84 @@ class RouteSearch:
             gain = self.gain[min(following, self.num_calls - 1)]
             if following < self.num_calls:
                 felt += _FELT**2 * gain**2 * self._square(off)
-                seen = [following, *known[: _NUM_RESULTS - 1]]
+                seen = [following, *known]
                 undone = self._fitted(self._differences(seen), off)
                 weights[following] = self._weights(self._one[following] - undone / self.effect[following], seen)
                 off = off - undone
             total += gain * off
         return Route(tuple(runs), weights, self._square(total) + felt)
+
+    def _added(self, count: int) -> list[set[int]]:
+        """Calls that run where the sum of the squared errors of all gaps is least: dynamic programming.
+
+        Given are the best of those that end in different ways, the best first.
+
+        What a gap costs depends on the two runs before it begins, so a state is the last three runs.
+        """
+        num = self.num_calls
+        cost = np.full((num, num, num), np.inf)
+        cost[0, 0, 0] = 0.0
+        came: list[Array] = []
+        for _ in range(count - 1):
+            further = np.full_like(cost, np.inf)
+            oldest = np.zeros((num, num, num), dtype=np.int64)
+            for newest, following in itertools.combinations(range(num), 2):
+                total = cost[: newest + 1, : newest + 1, newest] + self._gaps[newest, following]
+                further[: newest + 1, newest, following] = total.min(0)
+                oldest[: newest + 1, newest, following] = total.argmin(0)
+            came.append(oldest)
+            cost = further
+        for newest in range(num):
+            cost[: newest + 1, : newest + 1, newest] += self._gaps[newest, num]
+        found = []
+        for place in np.argsort(cost, axis=None)[:_NUM_STARTS]:
+            state = tuple(int(index) for index in np.unravel_index(place, cost.shape))
+            if np.isinf(cost[state]):
+                break
+            runs = {state[2]}
+            for oldest in came[::-1]:
+                state = int(oldest[state]), state[0], state[1]
+                runs.add(state[2])
+            found.append(runs)
+        return found
+
+    @cached_property
+    def _gaps(self) -> dict[tuple[int, int], Array]:
+        """By the last call that runs and the next one, the error of the gap for every two runs before: (c + 1, c + 1).
+
+        The earlier of them comes first; equal ones stand for a run that is not there.
+        """
+        num, found = self.num_calls, {}
+        for newest, following in itertools.combinations(range(num + 1), 2):
+            oldest, older = np.indices((newest + 1, newest + 1))
+            errors = np.where((oldest <= older) & ((older < newest) | (newest == 0)), 0.0, np.inf)
+            if newest > 0:
+                # Only the first run has none before it.
+                errors[(oldest == older) & (older > 0)] = np.inf
+            if following > newest + 1:
+                left_out = slice(newest + 1, following)
+                wanted = self.effect[left_out] @ (self._one[left_out] - self._one[newest])
+                bases = [self._one[newest] - self._one[older], self._one[older] - self._one[oldest]]
+                gain = self.gain[min(following, num - 1)] ** 2
+                before = self._left(np.stack(bases, -2), wanted)
+                if following == num:
+                    errors = errors + gain * before
+                else:
+                    seen = np.broadcast_to(self._one[following] - self._one[newest], bases[0].shape)
+                    errors = errors + gain * (self._left(np.stack([seen, *bases], -2), wanted) + _FELT**2 * before)
+            found[newest, following] = errors
+        return found
+
+    def _left(self, bases: Array, wanted: Array) -> Array:
+        """Squared distance of what is wanted (T,) to the nearest combination of each basis (..., N, T)."""
+        mixed = bases @ self.products
+        square = mixed @ bases.swapaxes(-1, -2)
+        size = np.trace(square, axis1=-2, axis2=-1)[..., None, None]
+        square = square + (_RIDGE * size + 1e-300) * np.eye(bases.shape[-2])
+        given = (mixed @ wanted)[..., None]
+        solved = np.linalg.solve(square, given)
+        left: Array = wanted @ self.products @ wanted - (given * solved).sum((-1, -2))
+        return left.clip(min=0.0)
 
     def _error(self, runs: set[int]) -> float:
         return self.route(sorted(runs)).error
