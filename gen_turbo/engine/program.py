@@ -149,8 +149,7 @@ class Program:
             self._forget_positions(context)
 
     def end(self, context: Context, skipped: frozenset[str]) -> int:
-        """Counts a step that is over and makes every layer stock; gives how many states were reduced in it."""
-        self.rest(context)
+        """Counts a step that is over; gives how many states were reduced in it."""
         num_reduced, seen = 0, set[int]()
         for group, state in zip(self.groups, context.groups, strict=True):
             runs = not (group.units & skipped)

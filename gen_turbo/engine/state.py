@@ -23,6 +23,9 @@ class Phase(Enum):
     REDUCED = "reduced"
     """Runs on merged tokens and adds what is remembered."""
 
+    # That of an enumeration is written in Python, and every layer counts its calls by phase in every step.
+    __hash__ = object.__hash__
+
 
 class SequenceShape(NamedTuple):
     """Tokens of a layer's sequence: image tokens, and others before and behind them; text that shares attention."""
