@@ -26,6 +26,18 @@ class Ask(NamedTuple):
 
 
 @dataclass(frozen=True)
+class InTower(Method):
+    """A method that plans any tokens, in the vision tower."""
+
+    place: str = "tower"
+
+    def applied(self, target: Any) -> AbstractContextManager[object]:
+        """Attaches the method's processor at its place."""
+        processor: Any = build_processor({"method": self.method, **self.options})
+        return attach(target, Placed(processor, place=self.place))
+
+
+@dataclass(frozen=True)
 class Selecting(Method):
     """A method whose slots keep their anchor alone, so that a random one drops tokens and mixes none."""
 

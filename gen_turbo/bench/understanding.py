@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gen_turbo import scenes
 from gen_turbo.bench import records
-from gen_turbo.bench.asks import Ask, Selecting, asked
+from gen_turbo.bench.asks import Ask, InTower, Selecting, asked
 from gen_turbo.bench.par_settings import par_settings
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
 from gen_turbo.bench.timing import Timing, clocked
@@ -29,6 +29,8 @@ from gen_turbo.training.files import artefact_folder
 
 KEPT = (0.5, 0.33, 0.22, 0.11)
 """Share of the image tokens that are kept; whole numbers of tokens are rounded."""
+ENERGIES = (0.999995, 0.99998)
+"""Shares of the energy of features, of which the mean image is nearly all, that leave 39 and 29 tokens on average."""
 BENCH = "understanding"
 _ROWS = 16
 _DRAWN = 6
@@ -50,10 +52,25 @@ def catalogue(total: int = 256) -> list[Setting]:
         settings.append(Selecting(f"random-{percent}", "random", "random", options))
         settings += [
             Method(f"{method}-{percent}", method, method, options)
-            for method in ("stride", "pool", "resize", "fastv", "visionzip", "divprune")
+            for method in ("stride", "pool", "resize", "fastv", "visionzip", "divprune", "pyramiddrop", "vscan")
         ]
+        adaptive = options | {"adaptive": True}
+        settings.append(Method(f"divprune-adaptive-{percent}", "divprune, adaptive", "divprune", adaptive))
         settings.append(Method(f"vistog_vit-untrained-{percent}", "vistog_vit, untrained", "vistog_vit", options))
+        settings += _chosen(percent, ratio)
+    for energy in ENERGIES:
+        settings.append(Method(f"eadaprune-{energy}", "eadaprune", "eadaprune", {"energy": energy}))
     return _apart([*settings, *_trained_groups(total), *par_settings()])
+
+
+def _chosen(name: str, ratio: float) -> list[Setting]:
+    """What keeps most in the tower without training, chosen on questions of the seeds 2000 and 2001."""
+    own = {"ratio": ratio, "semantic": "self", "value_weight": 0.05}
+    groups = {"ratio": ratio, "num_refinements": 3}
+    return [
+        Method(f"turbo_vit-self-{name}", "turbo_vit, tower, self", "turbo_vit", own),
+        InTower(f"vistog-tower-{name}", "vistog, tower", "vistog", groups),
+    ]
 
 
 def _apart(settings: Sequence[Setting]) -> list[Setting]:
@@ -85,6 +102,10 @@ def _trained_groups(total: int) -> list[Setting]:
         settings.append(
             Method(f"vistog_vit-untrained-{number}", "vistog_vit, untrained", "vistog_vit", {"ratio": ratio})
         )
+        adaptive = {"ratio": ratio, "adaptive": True}
+        settings.append(Method(f"divprune-{number}", "divprune", "divprune", {"ratio": ratio}))
+        settings.append(Method(f"divprune-adaptive-{number}", "divprune, adaptive", "divprune", adaptive))
+        settings += _chosen(str(number), ratio)
     return settings
 
 

@@ -60,6 +60,8 @@ class Family:
             of each in tokens; None where it has none.
         pieces: Gives, for a base model, how many tokens one image has at most, where features of several images
             come in one; None where each image's come alone.
+        frames: Gives, for a base model and the arguments of its `get_video_features`, the tokens and the (height,
+            width) of every frame, by the tokens of their video; None where it has no videos.
         masks_in_base: Whether the base model turns the 2D mask into a 4D one before the language model sees it.
         is_cross: Whether text reads the image by cross-attention, so that image tokens are in no prompt.
     """
@@ -69,6 +71,7 @@ class Family:
     tower: TowerFacts | None = None
     grids: Callable[[nn.Module, dict[str, Any], list[int]], list[Grid | None]] | None = None
     pieces: Callable[[nn.Module], int] | None = None
+    frames: Callable[[nn.Module, dict[str, Any]], dict[int, list[tuple[int, Grid | None]]]] | None = None
     masks_in_base: bool = False
     is_cross: bool = False
 
@@ -84,10 +87,9 @@ def square_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) ->
     return [square(length) for length in lengths]
 
 
-def image_token_mask(base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+def image_token_mask(base: nn.Module, kwargs: dict[str, Any], kind: str = "image") -> Tensor | None:
     """Marks the placeholders of a call of the base model: (B, L); None if the call has neither ids nor embeddings."""
-    config: Any = base.config
-    token = config.image_token_id
+    token = getattr(base.config, f"{kind}_token_id")
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if ids is not None:
         mask: Tensor = ids == token

@@ -31,8 +31,7 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
             raise ValueError(f"this {name} reads no smaller images; use the method pool instead")
         return
     reads_patches = facts is not None and bool(facts.projector or facts.is_packed or family.is_cross)
-    wanted = {"class", "self"} & set(getattr(inner_of(reducer), "needs", ()))
-    if wanted and (placement.place in ("decoder", "projector") or not reads_patches):
+    if tower_needs(reducer) and (placement.place in ("decoder", "projector") or not reads_patches):
         raise ValueError(
             f"at place={placement.place!r} the tokens of {name} are no patches of its vision tower, whose attention "
             "this method reads; use place='pre_llm' or a method without it, such as divprune"
@@ -40,6 +39,11 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
     if placement.place == "tower" and facts is None:
         raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='pre_llm' or place='decoder'")
     _check_decoder(model, family, reducer, name)
+
+
+def tower_needs(reducer: TokenReducer) -> set[str]:
+    """The kinds of attention of a vision tower without which a method cannot work."""
+    return {"class", "self"} & set(getattr(inner_of(reducer), "needs", ()))
 
 
 def _check_decoder(model: nn.Module, family: Family, reducer: TokenReducer, name: str) -> None:

@@ -22,10 +22,11 @@ from gen_turbo.vlm.family import Family, image_token_mask
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.layers import real_columns
 from gen_turbo.vlm.masks import check_mask, deepstack, held, mask_2d, masks_by_kind, short_mask, uses_cache
-from gen_turbo.vlm.origin import Seen, tell_of_features
+from gen_turbo.vlm.origin import Seen, seen_images, tell_of_features
 from gen_turbo.vlm.recorded import whole
 from gen_turbo.vlm.run import Group, Images, Planner, Reduction, reduce
 from gen_turbo.vlm.static import check_kernel, refuse_static
+from gen_turbo.vlm.videos import Videos
 from gen_turbo.vlm.words import Words
 
 
@@ -41,6 +42,7 @@ class Gate:
     Attributes:
         planner: Plans for the image tokens before the language model; None lets all of them pass.
         is_merged: Whether slots of image tokens and of words are averaged or only their anchors stay.
+        videos: Finds the frames of videos.
         shared: The method whose budget images share, or that gives each its own; None where all have one.
         images: The image tokens of this call as the first decoder layer sees them; None where there are none.
         held: Columns that the first layer's cache held when this call began.
@@ -79,11 +81,13 @@ class Gate:
         self._base, self._text, self._family = base, text, family
         self._arguments = list(inspect.signature(base.forward).parameters)
         self._sight = _Sight()
-        self.joined: list[object] = []
+        self.videos = Videos(base, family.frames)
+        self.joined: list[object] = [self.videos]
 
     def install(self) -> list[Any]:
         """Puts the hooks in place and gives back their handles."""
         return [
+            *self.videos.install(),
             self._base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             self._base.register_forward_hook(lambda module, args, output: self._end(), always_call=True),
             self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
@@ -95,6 +99,8 @@ class Gate:
         signature = inspect.signature(self._base.get_image_features)  # type: ignore[arg-type]
 
         def watched(get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self.videos.is_encoding:
+                return get_image_features(*args, **kwargs)
             is_tuple = kwargs.get("return_dict") is False
             output = get_image_features(*args, **(kwargs | {"return_dict": True} if is_tuple else kwargs))
             pooled = output.pooler_output if hasattr(output, "pooler_output") else output
@@ -145,8 +151,10 @@ class Gate:
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             self._features = self._images_of(encoded.pooler_output)
-        if encoded is not None or given.get("pixel_values") is not None:
-            self._given = {**given, "is_image": image_token_mask(base, given)}
+        has_images = encoded is not None or given.get("pixel_values") is not None
+        has_videos = self.videos.are_in(given)
+        if has_images or has_videos:
+            self._given = {**given, "has_images": has_images, "has_videos": has_videos}
         else:
             tell_of_features(given)
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
@@ -162,18 +170,11 @@ class Gate:
         return args, {**kwargs, **changed}
 
     def _images(self, embeds_BLC: Tensor) -> Images | None:
-        is_image = self._given.get("is_image")
-        if is_image is None or not self._features:
-            return None
-        lengths = [len(features) for features in self._features]
-        origins = self.seen.find(self._features)
-        if int(is_image.sum()) != sum(lengths):
-            raise ValueError(
-                f"{int(is_image.sum())} image placeholders for {sum(lengths)} image features; pass every image of "
-                "the prompt, and only those"
-            )
-        grids = [None if origin is None else self.seen.grids[origin] for origin in origins]
-        return Images(is_image.to(embeds_BLC.device), lengths, grids, origins)
+        given, device = self._given, embeds_BLC.device
+        is_image = image_token_mask(self._base, given) if given.get("has_images") and self._features else None
+        images = None if is_image is None else seen_images(is_image.to(device), self._features, self.seen)
+        is_video = image_token_mask(self._base, given, "video") if given.get("has_videos") else None
+        return self.videos.beside(images, None if is_video is None else is_video.to(device))
 
     def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         embeds = kwargs.get("inputs_embeds")

@@ -14,6 +14,7 @@ from torch import nn
 from gen_turbo.method import Grid
 from gen_turbo.vlm.family import Family, TowerFacts, square_grids
 from gen_turbo.vlm.host import VlmHost
+from gen_turbo.vlm.videos import pooled_frames
 
 KINDS = ("clip_vision_model", "siglip_vision_model")
 
@@ -53,6 +54,6 @@ _PROJECTED = replace(_TOWER, projector="model.multi_modal_projector")
 _TILED = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
 
 LLAVA = VlmHost(("LlavaForConditionalGeneration",), Family(tower=_PROJECTED, grids=_grids))
-LLAVA_TILED = VlmHost(_TILED, Family(tower=_TOWER))
+LLAVA_TILED = VlmHost(_TILED, Family(tower=_TOWER, frames=pooled_frames))
 AYA = VlmHost(("AyaVisionForConditionalGeneration",), Family(tower=_TOWER, grids=square_grids))
 MISTRAL = VlmHost(("Mistral3ForConditionalGeneration",), Family(grids=_grids))

@@ -13,6 +13,7 @@ from torch import Tensor
 from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.method import Grid
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.run import Images
 
 
 @dataclass
@@ -59,11 +60,25 @@ class Seen:
         return None
 
 
+def seen_images(is_image_BL: Tensor, features: list[Tensor], seen: Seen) -> Images:
+    """The images of a call, whose features stand where placeholders were.
+
+    Raises:
+        ValueError: If there are not as many placeholders as features.
+    """
+    lengths, count = [len(one) for one in features], int(is_image_BL.sum())
+    origins = seen.find(features)
+    if count != sum(lengths):
+        raise ValueError(
+            f"{count} image placeholders for {sum(lengths)} image features; pass every image of the prompt, and only "
+            "those"
+        )
+    grids = [None if origin is None else seen.grids[origin] for origin in origins]
+    return Images(is_image_BL, lengths, grids, origins)
+
+
 def tell_of_features(given: dict[str, Any]) -> None:
-    """Warns where a call without images brings a video, or embeddings in which there may be image features."""
-    if given.get("pixel_values_videos") is not None or "video" in (given.get("mm_encoder_outputs") or {}):
-        words = "video tokens are not reduced, the video is read in full; pass its frames as images to reduce them"
-        warnings.warn(words, NoEffectWarning, stacklevel=3)
+    """Warns where a call without images brings embeddings in which there may be image features."""
     embeds = given.get("inputs_embeds")
     if given.get("input_ids") is None and embeds is not None and embeds.shape[1] > 1:
         warnings.warn(

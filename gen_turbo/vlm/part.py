@@ -20,13 +20,13 @@ from gen_turbo.training.layouts import layer_multiplications
 from gen_turbo.vlm.cross import CrossGate
 from gen_turbo.vlm.decoder import Cut
 from gen_turbo.vlm.family import Family, tower_facts
-from gen_turbo.vlm.fits import check_place
+from gen_turbo.vlm.fits import check_place, tower_needs
 from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.hooks import settled
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.packed import PackedTower
 from gen_turbo.vlm.planning import plan_tokens
-from gen_turbo.vlm.run import Group, Images, Reduction
+from gen_turbo.vlm.run import FRAME, Group, Images, Reduction
 from gen_turbo.vlm.settings import Staged, placement_of
 from gen_turbo.vlm.shrink import Shrink
 from gen_turbo.vlm.text import TEXT_ENCODER, TextMerge
@@ -112,7 +112,7 @@ class VlmPart(OnModel):
                 {name: LayerReport(name, 1, "reduced") for name in map(self._block_name, self._tower.watched)}
             )
         if self._text is not None:
-            self._text.on_merge = lambda before, after, words: self._note_text(TEXT_ENCODER, before, after, words)
+            self._text.on_merge = partial(self._note_text, TEXT_ENCODER)
             self._rows[TEXT_ENCODER] = LayerReport(TEXT_ENCODER, 1, "reduced")
         if family.is_cross:
             self._prepare_cross()
@@ -122,12 +122,11 @@ class VlmPart(OnModel):
         planner = self._plan_at_gate if isinstance(self.reducer, Staged) else planners.get(place)
         # What the tower or a smaller image made equal is its own mean; features of inner blocks are not.
         self._gate = Gate(base, text, family, planner, self._placement.combine == "merge")
+        self._gate.videos.is_taken = place in ("pre_llm", "decoder") and not tower_needs(self.reducer)
         self._gate.shared = self.reducer if self.reducer.adaptive or hasattr(self.reducer, "budgets") else None
         if self.reducer.text_ratio:
             self._gate.words = Words(model, self.reducer)
-            self._gate.words.on_reduction = lambda before, after, longest: self._note_text(
-                PROMPT, before, after, longest
-            )
+            self._gate.words.on_reduction = partial(self._note_text, PROMPT)
             self._rows[PROMPT] = LayerReport(PROMPT, 1, "reduced")
         names = self._name_stages(text, family.text)
 
@@ -203,8 +202,7 @@ class VlmPart(OnModel):
                     break
 
     def _plan_at_gate(self, tokens: Tensor, group: Group) -> TokenMap:
-        ratio = self._ratio(group, 0)
-        site = LayerInfo("pre_llm", ratio, group.grid, semantic=lambda kind: self._value(kind, group))
+        site = LayerInfo("pre_llm", self._ratio(group, 0), group.grid, semantic=lambda kind: self._value(kind, group))
         return plan_tokens(self.reducer, tokens, site, StepInfo())
 
     def _plan_at_cut(self, first: int, tokens: Tensor, group: Group) -> TokenMap:
@@ -233,7 +231,8 @@ class VlmPart(OnModel):
         values = self._gate.seen.values.get(kind, [])
         if all(len(value) != group.length for value in values):
             return None
-        return torch.stack([values[origin] for origin in self._origins(group)])
+        origins = self._origins(group)
+        return None if FRAME in origins else torch.stack([values[origin] for origin in origins])
 
     def _origins(self, group: Group) -> list[int]:
         """Which of the tower's images each of a group's is; beam search repeats them."""

@@ -9,6 +9,7 @@ from torch import nn
 from gen_turbo.method import Grid
 from gen_turbo.vlm.family import Family, TowerFacts
 from gen_turbo.vlm.host import VlmHost
+from gen_turbo.vlm.videos import packed_frames
 
 
 def _grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
@@ -32,7 +33,7 @@ _TOWER = TowerFacts(
     has_qkv=True,
     is_packed=True,
 )
-_FAMILY = Family(grids=_grids, tower=_TOWER)
+_FAMILY = Family(grids=_grids, tower=_TOWER, frames=packed_frames)
 
 QWEN = VlmHost(
     (

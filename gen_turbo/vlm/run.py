@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.planning import shared_budgets
 
+FRAME = -1
+"""The origin of a frame of a video."""
 Planner = Callable[[Tensor, "Group"], TokenMap]
 """Plans for tokens (K, n, C) of K images of one size."""
 
@@ -55,7 +58,8 @@ class Images:
         is_image_BL: Which columns are image tokens.
         lengths: Tokens of each image, in the order of the flattened mask.
         grids: (height, width) of each image, where there is one.
-        origins: Which of the images that the tower saw last each one is; None for one that it did not see.
+        origins: Which of the images that the tower saw last each one is; None for one that it did not see, `FRAME` for
+            a frame of a video, of which nothing else is known.
         wholes: Tokens of each image before any left; empty where none has.
         num_columns: Columns of the call before any left; 0 where none has.
     """
@@ -70,11 +74,13 @@ class Images:
 
     def groups(self) -> list[Group]:
         """The images by size."""
-        found: dict[tuple[int, Grid | None, int], list[int]] = {}
-        wholes = self.wholes or [0] * len(self.lengths)
-        for image, key in enumerate(zip(self.lengths, self.grids, wholes, strict=True)):
+        found: dict[tuple[Any, ...], list[int]] = {}
+        count = len(self.lengths)
+        frames = [origin == FRAME for origin in self.origins or [None] * count]
+        keys = zip(self.lengths, self.grids, self.wholes or [0] * count, frames, strict=True)
+        for image, key in enumerate(keys):
             found.setdefault(key, []).append(image)
-        return [Group(images, length, grid, whole=whole) for (length, grid, whole), images in found.items()]
+        return [Group(images, length, grid, whole=whole) for (length, grid, whole, _), images in found.items()]
 
     def shortened(self, here: Columns, reduction: Reduction) -> Images:
         """The images in the columns that stay after a reduction."""
@@ -172,6 +178,10 @@ def reduce(images: Images, x_BLC: Tensor, planner: Planner, shared: TokenReducer
     stays = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     plans = []
     for group in images.groups():
+        if group.length == 1:
+            # Nothing can leave, as of the newline behind a video.
+            plans.append((group, TokenMap.identity(1, 1, tokens.device)))
+            continue
         parts = [group] if shared is None else _shared(group, tokens[images.index(group)], shared)
         for part in parts:
             plans.append((part, planner(tokens[images.index(part)], part)))

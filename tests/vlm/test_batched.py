@@ -169,7 +169,7 @@ def test_adaptive_budgets_share_what_there_is(place):
         part = attachment.parts[0]
         stage = part._gate if place == "pre_llm" else part._cut
         told = stage.on_reduction
-        stage.on_reduction = lambda images, reduction: (told(images, reduction), kept.append(reduction.lengths()))
+        stage.on_reduction = lambda *found: (told(*found), kept.append(found[-1].lengths()))
         model(**inputs)
     assert len(set(kept[0])) > 1 and sum(kept[0]) == 4 * 6
     assert kept[0][0] == min(kept[0])

@@ -11,7 +11,6 @@ from PIL import Image
 
 import gen_turbo
 from gen_turbo import PARProcessor, TurboProcessor, attach
-from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
@@ -200,33 +199,6 @@ def test_flash_attention_with_a_static_cache_is_refused_in_words():
         model.model.language_model.config._attn_implementation = "flash_attention_2"
         with pytest.raises(ValueError, match="flash_attention_2 takes no mask"):
             generate(model, inputs, cache_implementation="static")
-
-
-def test_videos_are_told():
-    """Catches a video that runs in full in silence."""
-    model, ids = VLMS["qwen2_5"].make(), torch.tensor([[5, 6, 97] + [98] * 16 + [96, 7, 8]])
-    video = {
-        "input_ids": ids,
-        "pixel_values_videos": torch.randn(64, 384),
-        "video_grid_thw": torch.tensor([[1, 8, 8]]),
-        "mm_token_type_ids": (ids == 98).int() * 2,
-    }
-    with attach(model, TurboProcessor(0.6)), pytest.warns(NoEffectWarning, match="video"):
-        model(**video)
-
-
-def test_frames_of_llava_onevision_are_told_and_run_in_full():
-    """Catches a video that runs in full in silence, and frames taken for the images seen last."""
-    vlm, frames = VLMS["llava_onevision"], 2
-    model = vlm.make()
-    # Frames of 4 x 4 tokens are halved, and a newline follows the last.
-    ids = torch.tensor([[5, 6] + [98] * (frames * 4 + 1) + [7, 8]])
-    video = {"input_ids": ids, "pixel_values_videos": torch.randn(1, frames, 3, 32, 32)}
-    stock = model(**video).logits
-    with attach(model, TurboProcessor(0.6)):
-        model(**PROMPTS["one"].inputs(vlm))
-        with pytest.warns(NoEffectWarning, match="video"):
-            assert torch.equal(model(**video).logits, stock)
 
 
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm", "llava"])

@@ -1,0 +1,144 @@
+"""Videos in a prompt: each frame, or pair of frames, that has tokens of its own is an image like others."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_turbo.engine.base import NoEffectWarning
+from gen_turbo.method import Grid
+from gen_turbo.vlm.call import CallState, begin_anew
+from gen_turbo.vlm.hooks import InstanceMethod
+from gen_turbo.vlm.run import FRAME, Images
+
+Frame = tuple[int, Grid | None]
+"""Tokens of a frame and their (height, width)."""
+Frames = dict[int, list[Frame]]
+"""The frames of videos by how many tokens these have: beams repeat videos in an order of their own."""
+
+
+class _Film:
+    """What was encoded last; videos may be encoded before the call that reads them."""
+
+    frames: CallState[Frames] = CallState(dict)
+
+
+class Videos:
+    """Finds the frames of the videos of a call.
+
+    Attributes:
+        is_taken: Whether frames are planned as images are.
+        is_encoding: Whether a video is being encoded, by some families as images are.
+
+    Args:
+        base: The base model.
+        frames: Gives the frames of the videos in a call of its `get_video_features`; None in families without videos.
+    """
+
+    is_encoding: CallState[bool] = CallState(bool)
+    _lengths: CallState[list[int]] = CallState(list)
+
+    def __init__(self, base: nn.Module, frames: Callable[[nn.Module, dict[str, Any]], Frames] | None) -> None:
+        self.is_taken = False
+        self._base, self._frames, self._film = base, frames, _Film()
+
+    def install(self) -> list[Any]:
+        """Stands before the base model's `get_video_features`; gives back what takes it off."""
+        if not hasattr(self._base, "get_video_features"):
+            return []
+        signature = inspect.signature(self._base.get_video_features)  # type: ignore[arg-type]
+
+        def encoded(get_video_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self.is_encoding = True
+            try:
+                output = get_video_features(*args, **kwargs)
+            finally:
+                self.is_encoding = False
+            if self._frames is not None:
+                begin_anew(self._film)
+                self._film.frames = self._frames(self._base, signature.bind_partial(*args, **kwargs).arguments)
+                self._lengths = [len(one) for one in getattr(output, "pooler_output", ())]
+            return output
+
+        # A compiled model leaves the tower to eager code, as with images.
+        eager = torch.compiler.disable(encoded)  # type: ignore[no-untyped-call]
+        return [InstanceMethod(self._base, "get_video_features", eager)]
+
+    def are_in(self, given: dict[str, Any]) -> bool:
+        """Whether a call of the base model brings videos whose frames are planned; warns if they are read in full."""
+        encoded = (given.get("mm_encoder_outputs") or {}).get("video")
+        self._lengths = [] if encoded is None else [len(one) for one in encoded.pooler_output]
+        if encoded is None and given.get("pixel_values_videos") is None:
+            return False
+        is_known = all(length in self._film.frames for length in self._lengths)
+        if self.is_taken and self._frames is not None and is_known:
+            return True
+        words = (
+            "video tokens are not reduced here, the video is read in full; use place='pre_llm' or place='decoder' and "
+            "a method that reads no attention of the tower, such as turbo or divprune, or pass frames as images"
+        )
+        warnings.warn(words, NoEffectWarning, stacklevel=3)
+        return False
+
+    def beside(self, images: Images | None, is_video_BL: Tensor | None) -> Images | None:
+        """The images of a call and the frames of its videos, whose tokens stand where placeholders were."""
+        if is_video_BL is None:
+            return images
+        return with_frames(images, is_video_BL, [frame for one in self._lengths for frame in self._film.frames[one]])
+
+
+def packed_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
+    """The frames of Qwen's videos: two of the video's make one of tokens."""
+    config: Any = base.config
+    side: int = config.vision_config.spatial_merge_size
+    found: Frames = {}
+    for count, height, width in given["video_grid_thw"].tolist():
+        grid = (height // side, width // side)
+        found[count * grid[0] * grid[1]] = [(grid[0] * grid[1], grid)] * count
+    return found
+
+
+def pooled_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
+    """The frames of LLaVA-OneVision's videos, each pooled to half its sides, and the newline behind the last."""
+    config: Any = base.config
+    side = -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
+    count = given["pixel_values_videos"].shape[1]
+    return {count * side**2 + 1: [*[(side**2, (side, side))] * count, (1, None)]}
+
+
+def with_frames(images: Images | None, is_video_BL: Tensor, frames: list[Frame]) -> Images:
+    """The images of a call and the frames of its videos, in the order of their columns.
+
+    Args:
+        images: The images; None where there are none.
+        is_video_BL: Which columns are tokens of videos.
+        frames: Every frame, in the order of the flattened mask.
+
+    Raises:
+        ValueError: If there are not as many placeholders as tokens of frames.
+    """
+    lengths, count = [length for length, _ in frames], int(is_video_BL.sum())
+    if count != sum(lengths):
+        raise ValueError(
+            f"{count} video placeholders for {sum(lengths)} video features; pass every video of the prompt, and only "
+            "those"
+        )
+    videos = Images(is_video_BL, lengths, [grid for _, grid in frames], [FRAME] * len(frames))
+    if images is None:
+        return videos
+    entries = []
+    for part in (images, videos):
+        columns = part.is_image_BL.flatten().nonzero()[:, 0].tolist()
+        starts = [0, *accumulate(part.lengths)]
+        entries += [(columns[starts[one]], part, one) for one in range(len(part.lengths))]
+    order = sorted(entries, key=lambda entry: entry[0])
+    lengths, grids, origins = (
+        [getattr(part, name)[one] for _, part, one in order] for name in ("lengths", "grids", "origins")
+    )
+    return Images(images.is_image_BL | is_video_BL, lengths, grids, origins)

@@ -1,0 +1,180 @@
+"""Videos: tokens of every frame are reduced as those of an image, against slow right answers, or it is told."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from gen_turbo import TurboProcessor, attach, report
+from gen_turbo.engine.base import NoEffectWarning
+from gen_turbo.methods.divprune import DivPruneProcessor
+from gen_turbo.methods.eadaprune import EAdaPruneProcessor
+from gen_turbo.methods.pyramiddrop import PyramidDropProcessor
+from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from gen_turbo.methods.visionzip import VisionZipProcessor
+from gen_turbo.vlm.settings import Placed
+from tests.snapshots import differences, model_state
+from tests.vlm import oracle
+from tests.vlm.test_generate import TOLERANCE, generate
+from tests.vlm.tiny_vlms import IMAGE, VLMS
+
+VIDEO = 98
+FRAMES = 3
+QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe")
+FAMILIES = (*QWEN, "llava_onevision")
+
+
+def call(family, parts):
+    """A call of one row: numbers of words, "i" for an image and "v" for a video of three frames."""
+    is_qwen, generator = family in QWEN, torch.Generator().manual_seed(4)
+    frame = 16 if is_qwen else 4
+    sizes = {"i": VLMS[family].num_tokens, "v": FRAMES * frame + (not is_qwen)}
+    # Qwen3-VL has times between the frames of a video; one word stands for one.
+    pause = [7] if family.startswith("qwen3") else []
+    tokens = {"i": [IMAGE] * sizes["i"], "v": [VIDEO] * sizes["v"]}
+    if pause:
+        tokens["v"] = [token for _ in range(FRAMES) for token in [*pause, *[VIDEO] * frame]]
+    ids = [token for part in parts for token in tokens.get(part, list(range(10, 10 + (part if part in (2, 3) else 0))))]
+    given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+    if "i" in parts:
+        given |= VLMS[family].images([parts.count("i")])
+    if "v" in parts and is_qwen:
+        patches = torch.randn(parts.count("v") * FRAMES * 64, 3 * 2 * 8 * 8, generator=generator)
+        given |= {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[FRAMES, 8, 8]] * parts.count("v"))}
+    elif "v" in parts:
+        given["pixel_values_videos"] = torch.randn(parts.count("v"), FRAMES, 3, 32, 32, generator=generator)
+    if is_qwen:
+        types = (given["input_ids"] == IMAGE).int() + 2 * (given["input_ids"] == VIDEO).int()
+        given["mm_token_type_ids"] = types
+    return given
+
+
+def runs_of(ids, family):
+    """The columns of every image and of every frame of a row, in order; a newline behind a video is its own."""
+    frame, size = (16 if family in QWEN else 4), VLMS[family].num_tokens
+    found, at = [], 0
+    while at < len(ids):
+        token = int(ids[at])
+        if token not in (IMAGE, VIDEO):
+            at += 1
+            continue
+        left = next((n for n in range(at, len(ids)) if ids[n] != token), len(ids)) - at
+        length = min(left, size if token == IMAGE else frame)
+        found.append(list(range(at, at + length)))
+        at += length
+    return found
+
+
+@torch.no_grad()
+def last_logits(model, family, given, plan):
+    """Logits after one row whose images and frames are reduced by a plan each, everything recomputed."""
+    seen = {}
+    text = model.get_submodule(VLMS[family].text)
+    hook = text.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    model(**given)
+    hook.remove()
+    ids, hidden = given["input_ids"][0], seen["inputs_embeds"][0]
+    marks, deep = seen.get("visual_pos_masks"), seen.get("deepstack_visual_embeds") or []
+    streams = [hidden, *(torch.zeros_like(hidden).masked_scatter(marks[0, :, None], level) for level in deep)]
+    positions = seen.get("position_ids")
+    positions = torch.arange(len(ids))[None] if positions is None else positions
+    # Qwen's text positions stand in front of those in three axes.
+    positions = positions[1:] if positions.ndim == 3 and len(positions) == 4 else positions
+    keep, out = [True] * len(ids), [stream.clone() for stream in streams]
+    for run in runs_of(ids, family):
+        made = plan(hidden[run][None].detach())
+        for stream, target in zip(streams, out, strict=True):
+            target[[run[anchor] for anchor in made.anchor_BM[0].tolist()]] = oracle.reduce_row(stream[run], made, True)
+        for place, column in enumerate(run):
+            keep[column] = place in made.anchor_BM[0].tolist()
+    columns = [column for column in range(len(ids)) if keep[column]]
+    hidden, *added = (stream[columns] for stream in out)
+    depth = text.config.num_hidden_layers
+    done = oracle.run_layers(text, hidden[None], positions[..., columns], 0, depth, 0, added)
+    return model.lm_head(text.norm(done)[0, -1])
+
+
+def reducer_plan(method, family):
+    """What a method does to the tokens of one image or frame."""
+    grids = {16: (4, 4), 4: (2, 2)}
+    if family not in QWEN:
+        # Tiles with newlines make no grid, but a frame does.
+        grids = {4: (2, 2)}
+    return lambda tokens: method.plan_tokens(tokens, grid=grids.get(tokens.shape[1]) if tokens.shape[1] > 1 else None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parts", [[2, "v", 3], [2, "v", 3, "i", 2, "v", 2], [3, "i", 2, "v", 2]])
+@torch.no_grad()
+def test_frames_are_reduced_as_images_are(family, parts):
+    """Catches frames planned as one image, features of videos taken for images, and another order than the prompt's."""
+    model, given = VLMS[family].make("sdpa"), call(family, parts)
+    method = TurboProcessor(0.5, semantic="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, method), torch.no_grad():
+            logits = model(**given).logits[0, -1]
+            row = report(model).layers[0]
+    runs = runs_of(given["input_ids"][0], family)
+    assert row.num_tokens == sum(map(len, runs))
+    assert row.num_kept == sum(len(run) - len(run) // 2 for run in runs)
+    expected = last_logits(model, family, given, reducer_plan(method, family))
+    assert float((logits - expected).abs().max()) < TOLERANCE
+    assert float((logits - model(**given).logits[0, -1]).abs().max()) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llava_onevision"])
+def test_generate_goes_on_from_reduced_frames(family):
+    """Catches features made before the call, as `generate` makes them, whose frames nobody finds."""
+    model, given = VLMS[family].make("sdpa"), call(family, [2, "v", 3, "i", 2])
+    with attach(model, DivPruneProcessor(0.5)), torch.no_grad():
+        _, logits, _ = generate(model, given)
+        first = model(**given).logits[:, -1]
+        row = report(model).layers[0]
+    assert row.num_kept < row.num_tokens
+    assert float((logits[:, 0] - first).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", [PyramidDropProcessor(0.75, cuts=[1, 2]), EAdaPruneProcessor(energy=0.6)])
+@pytest.mark.parametrize("family", ["qwen3", "llava_onevision"])
+def test_stages_and_budgets_take_frames(family, method):
+    """Catches frames that only a plan before the language model knows."""
+    model, given = VLMS[family].make("sdpa"), call(family, [2, "v", 3, "i", 2])
+    with attach(model, method), torch.no_grad():
+        model(**given)
+        row = report(model).layers[-1]
+    assert 0 < row.num_kept < row.num_tokens == sum(map(len, runs_of(given["input_ids"][0], family)))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llava_onevision"])
+def test_nothing_removed_is_bit_identical_and_detach_exact(family):
+    """Catches a wrapper of the video encoder that changes features, or stays."""
+    model, given = VLMS[family].make("sdpa"), call(family, [2, "v", 3, "i", 2])
+    stock = model(**given).logits
+    # The first call leaves hooks of transformers' own, and every call of Qwen's the places that it counted.
+    deltas, before = getattr(model.model, "rope_deltas", None), model_state(model)
+    with attach(model, TurboProcessor(0.0)):
+        assert torch.equal(model(**given).logits, stock)
+    if deltas is not None:
+        model.model.rope_deltas = deltas
+    assert differences(before, model_state(model)) == []
+
+
+@pytest.mark.parametrize("method", [TurboVisionProcessor(0.5), VisionZipProcessor(0.5)])
+@pytest.mark.parametrize("parts", [[2, "v", 3], [2, "v", 3, "i", 2]])
+def test_what_leaves_videos_in_full_says_so(method, parts):
+    """Catches a video that runs in full in silence, beside images too."""
+    model, given = VLMS["qwen2_5"].make("sdpa"), call("qwen2_5", parts)
+    with attach(model, method), torch.no_grad(), pytest.warns(NoEffectWarning, match="video is read in full"):
+        model(**given)
+
+
+def test_a_cut_in_the_decoder_takes_frames():
+    """Catches frames that a cut keeps because no tower has seen them."""
+    model, given = VLMS["qwen2_5"].make("sdpa"), call("qwen2_5", [2, "v", 3])
+    with attach(model, Placed(TurboProcessor(0.5), place="decoder", layer=2)), torch.no_grad():
+        model(**given)
+        row = report(model).layers[0]
+    assert (row.num_tokens, row.num_kept) == (FRAMES * 16, FRAMES * 8)
