@@ -10,12 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
+from gen_turbo.commands import ui_work
+from gen_turbo.commands.ui_code import as_python, as_yaml
+from gen_turbo.commands.ui_wish import Wish, settings_of
+from gen_turbo.commands.ui_work import Stop, Studio
 from gen_turbo.config import ConfigError, PipelineConfig, load_config
 from gen_turbo.factory import load_pipeline
 
@@ -183,18 +188,27 @@ def test_no_file_of_the_server_can_be_read(page: Any, address: str, folder: Path
 )
 def test_the_server_checks_what_the_page_sends(changed: dict[str, Any], message: str) -> None:
     """Catches limits that only the browser keeps."""
-    from gen_turbo.commands.ui_work import Wish
-
     given = {"prompt": "x", "preset": "default", "ratio": 0.5, "steps": 4, "seed": 0} | changed
     with pytest.raises(ConfigError, match=message):
         Wish(**given)
 
 
+def test_the_first_run_is_warmed_up_before_the_clock_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a stock image that is slow because it came first, and a warm-up before every run."""
+    monkeypatch.chdir(folder)
+    config = load_config("tiny.yaml")
+    assert isinstance(config, PipelineConfig)
+    image = Image.new("RGB", (8, 8))
+    studio, called = Studio(config, None), list[int]()  # type: ignore[arg-type]
+    monkeypatch.setattr(studio, "_call", lambda pipe, wish, on_step: called.append(wish.steps) or image)
+    monkeypatch.setattr(ui_work, "finest_layer", lambda layers: SimpleNamespace(num_tokens=4, num_kept=2))
+    said = [shown.status for _ in range(2) for shown in studio.compare(Wish("x", "default", 0.5, 4, 3), Stop())]
+    assert called == [2, 4, 4, 4, 4]
+    assert said.count("warming up") == 1 and said.count("done") == 2
+
+
 def test_what_is_copied_generates_the_same_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches Python and YAML that differ from what the page ran."""
-    from gen_turbo.commands.ui_code import as_python, as_yaml
-    from gen_turbo.commands.ui_work import Stop, Studio, Wish, settings_of
-
     monkeypatch.chdir(folder)
     config = load_config("tiny.yaml")
     assert isinstance(config, PipelineConfig)

@@ -85,8 +85,8 @@ class BenchRecord:
     origin: Origin = field(default_factory=Origin.here)
 
     def to_line(self) -> str:
-        """The record as one line of JSON; seconds and values keep five significant digits."""
-        return json.dumps(_rounded(dataclasses.asdict(self)), allow_nan=False)
+        """The record as one line of JSON without spaces; seconds and values keep five significant digits."""
+        return json.dumps(_rounded(dataclasses.asdict(self)), allow_nan=False, separators=(",", ":"))
 
     @classmethod
     def from_line(cls, line: str) -> BenchRecord:
@@ -126,7 +126,7 @@ def load(folder: Path, bench: str) -> list[BenchRecord]:
 
 def found(folder: Path, bench: str, setting: str, params: Mapping[str, Any], seed: int) -> BenchRecord | None:
     """The record of this setting with exactly these `params` and this seed, if there is one."""
-    key = _key(setting, _rounded(dict(params)), seed)
+    key = _key(setting, params, seed)
     return next((r for r in load(folder, bench) if _key(r.setting, r.params, r.seed) == key), None)
 
 
@@ -146,12 +146,14 @@ def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
 
 
 def _key(setting: str, params: Mapping[str, Any], seed: int) -> str:
-    return json.dumps([setting, params, seed], sort_keys=True)
+    return json.dumps([setting, _rounded(dict(params)), seed], sort_keys=True)
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        rounded = float(f"{value:.5g}")
+        # Answers are right or wrong, thousands of times: 1 instead of 1.0.
+        return int(rounded) if rounded in (0.0, 1.0) else rounded
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -92,7 +92,7 @@ def build(gradio: Any, studio: Any, name: str) -> Any:
 
 
 def _settings(gradio: Any) -> tuple[Any, Any]:
-    from gen_turbo.commands.ui_work import PRESETS
+    from gen_turbo.commands.ui_wish import PRESETS
 
     preset = gradio.Dropdown(list(PRESETS), value="default", label="Setting")
     ratio = gradio.Slider(0.1, 0.75, 0.7, step=0.05, label="Ratio: fraction of tokens removed")
@@ -101,7 +101,8 @@ def _settings(gradio: Any) -> tuple[Any, Any]:
 
 def _add_generate(gradio: Any, studio: Any, name: str) -> None:
     from gen_turbo.commands.ui_code import as_python, as_yaml
-    from gen_turbo.commands.ui_work import MOST_PROMPT, MOST_STEPS, PRESETS, Stop, Wish, settings_of
+    from gen_turbo.commands.ui_wish import MOST_PROMPT, MOST_STEPS, PRESETS, Wish, settings_of
+    from gen_turbo.commands.ui_work import Stop
 
     config, wants_stop = studio.config, gradio.State(Stop())
     prompt = gradio.Textbox(_EXAMPLE, label="Prompt", max_length=MOST_PROMPT, elem_id="prompt")
@@ -120,7 +121,13 @@ def _add_generate(gradio: Any, studio: Any, name: str) -> None:
         stock = gradio.Image(label="Stock", type="pil", format="png", elem_id="stock", buttons=["download"])
         image = gradio.Image(label="Accelerated", type="pil", format="png", elem_id="image", buttons=["download"])
     figures = gradio.Dataframe(
-        headers=["", "stock", "accelerated"], label="Figures", interactive=False, elem_id="figures", type="array"
+        headers=["", "stock", "accelerated"],
+        column_widths=["40%", "30%", "30%"],
+        wrap=True,
+        label="Figures",
+        interactive=False,
+        elem_id="figures",
+        type="array",
     )
 
     def go(*given: Any) -> Iterator[tuple[Any, ...]]:
