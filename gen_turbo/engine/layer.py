@@ -89,7 +89,7 @@ class ReducedLayer(Placed):
             shorten_also(self, given, tokens)
         for name, key in self.positions:
             value, seen = given.get(name), state.base.seen.get(key)
-            if seen is not None and seen[0] is value:
+            if seen is not None and not torch.compiler.is_compiling() and seen[0] is value:
                 given[name] = seen[1]
             elif value is not None:
                 shorten_positions(self, name, key, given)
@@ -226,7 +226,7 @@ def shorten(layer: ReducedLayer, given: dict[str, Any], tokens: Tensor) -> None:
     assert layer.state.base is not None
     for name, key in layer.positions:
         value, seen = given.get(name), layer.state.base.seen.get(key)
-        if seen is not None and seen[0] is value:
+        if seen is not None and not torch.compiler.is_compiling() and seen[0] is value:
             given[name] = seen[1]
         elif value is not None:
             shorten_positions(layer, name, key, given)
@@ -260,7 +260,8 @@ def shorten_positions(layer: ReducedLayer, name: str, key: str, given: dict[str,
         value = type(value)(items) if is_several else items[0]
     given[name] = value
     if not torch.compiler.is_compiling():
-        # Compiled code fuses the taking of rows, and a graph that counts who took them would be another one.
+        # Compiled code fuses the taking of rows, and a graph that counts who took them would be another; it neither
+        # keeps them nor looks for what layers that are not compiled have kept.
         state.base.seen[key] = before, value
 
 

@@ -123,13 +123,14 @@ def restore(
         ValueError: If the Triton kernel is given a tensor of another shape.
     """
     restored = list(outputs)
+    # Not `in`, which torch.compile takes for false where it has made the places symbols.
     for index, y in enumerate(outputs):
-        detail, is_merged = details[index] if details else None, index in merged
+        detail, is_merged = details[index] if details else None, merged.count(index) > 0
         if y is None or not (is_merged or detail is not None):
             continue
         out = y
         if is_merged:
-            before, off = (None, None) if index in plain else (base, minus)
+            before, off = (None, None) if plain.count(index) else (base, minus)
             launched = _launched(y, slot, before, off, detail, weights) if y.is_cuda and _HAS_TRITON else None
             if launched is not None:
                 restored[index] = launched
