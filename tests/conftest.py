@@ -45,3 +45,17 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tiny_vlm.make_processor().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with three images in `in`, and a model that draws them."""
+    from gen_turbo.commands import caption
+    from tests.stub_pipelines import GenerateStub, image
+
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        image(number).save(tmp_path / "in" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(caption, "build_pipeline", lambda config, processor: GenerateStub())
+    return tmp_path
