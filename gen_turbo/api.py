@@ -108,7 +108,14 @@ def detach(target: Any) -> None:
 
     Of a pipeline also off models that were replaced in it after they were attached through it.
     """
-    parts, followed = attachments(target), _followed(target)
+    followed = _followed(target)
+    try:
+        parts = attachments(target)
+    except TypeError:
+        # A pipeline that has given its model away.
+        if followed is None:
+            raise
+        parts = []
     if followed is not None:
         parts += [part for record in followed.records if (part := record.part()) is not None]
         followed.records = []

@@ -142,6 +142,20 @@ def test_detach_reaches_the_model_that_was_replaced():
     assert torch.equal(image(pipe), stock) and "progress_bar" not in set(vars(pipe)) - names
 
 
+def test_a_pipeline_without_its_model_can_be_detached():
+    """Catches a model that was taken out of its pipeline, as to free memory, and keeps its processor for good."""
+    pipe = sd_pipeline()
+    unet, pipe.unet = pipe.unet, None
+    with pytest.raises(TypeError, match="expected a diffusers pipeline"):
+        detach(pipe)
+    pipe.unet = unet
+    state = model_state(unet)
+    attach(pipe, TurboProcessor(0.5))
+    pipe.unet = None
+    detach(pipe)
+    assert differences(state, model_state(unet)) == [] and "progress_bar" not in vars(pipe)
+
+
 def test_nothing_is_told_of_a_model_that_was_only_wrapped_or_detached():
     """Catches a warning about `torch.compile` and adapters around the same model, copies, and what was taken off."""
     pipe = sd_pipeline()

@@ -12,11 +12,11 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from gen_turbo.engine.context import Context, Layout, Run
 from gen_turbo.models.adapter import Geometry, ModelCall
@@ -186,10 +186,10 @@ class Runs:
     def _watch(self, run: Run, frame: Any | None) -> None:
         """Ends a run with the call of the pipeline, whose progress bar lives as long, though a caller holds its text.
 
-        A pipeline that has no such variable ends it by the text alone.
+        Of a pipeline that has no such variable the text alone ends it.
         """
         bar = None if frame is None else frame.f_locals.get("progress_bar")
-        if bar is None or isinstance(bar, MethodType):
+        if not isinstance(bar, tqdm):
             return
         contexts = self._here.contexts
 
