@@ -98,25 +98,27 @@ class Gate:
         """Stands before the base model's `get_image_features` so that the features of each image are seen."""
         signature = inspect.signature(self._base.get_image_features)  # type: ignore[arg-type]
 
+        # What is noted belongs to this call: no compiled code may know of it. The tower itself may be compiled.
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def see(output: Any, given: dict[str, Any]) -> None:
+            images = self._images_of(output.pooler_output if hasattr(output, "pooler_output") else output)
+            lengths = [len(features) for features in images]
+            grids = self._family.grids or (lambda base, given, lengths: [None] * len(lengths))
+            self.seen = Seen(images, grids(self._base, {**given, **given.get("kwargs", {})}, lengths))
+            note(self.seen)
+            if self._is_running:
+                self._features = images
+
         def watched(get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self.videos.is_encoding:
                 return get_image_features(*args, **kwargs)
             is_tuple = kwargs.get("return_dict") is False
             output = get_image_features(*args, **(kwargs | {"return_dict": True} if is_tuple else kwargs))
-            pooled = output.pooler_output if hasattr(output, "pooler_output") else output
-            images = self._images_of(pooled)
-            lengths = [len(features) for features in images]
-            grids = self._family.grids or (lambda base, given, lengths: [None] * len(lengths))
-            given = signature.bind_partial(*args, **kwargs).arguments
-            self.seen = Seen(images, grids(self._base, {**given, **given.get("kwargs", {})}, lengths))
-            note(self.seen)
-            if self._is_running:
-                self._features = images
+            see(output, signature.bind_partial(*args, **kwargs).arguments)
             return output.to_tuple() if is_tuple else output
 
-        # A compiled model runs the tower in eager code: what its blocks show must be that of this call.
-        eager = torch.compiler.disable(watched)  # type: ignore[no-untyped-call]
-        return InstanceMethod(self._base, "get_image_features", eager)
+        apart = torch.compiler.disable(watched, recursive=False)  # type: ignore[no-untyped-call]
+        return InstanceMethod(self._base, "get_image_features", apart)
 
     def _images_of(self, pooled: Any) -> list[Tensor]:
         """Features of each image on its own."""

@@ -129,6 +129,7 @@ class GroupingPart(VlmPart):
         self.connector = connector
         return connector
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _project(self, forward: Any, patches: Tensor) -> Tensor:
         assert self._grouper is not None
         groups, self._seats = self._grouper.groups(patches, _grid(patches))

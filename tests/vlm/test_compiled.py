@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -14,11 +16,13 @@ TOWERS = {"llava": "model.vision_tower", "qwen2_5": "model.visual"}
 SETTINGS = {
     "tower": ("turbo_vit", {}),
     "pre_llm": ("turbo", {}),
+    "grouped": ("vistog_vit", {}),
     "decoder": ("fastv", {}),
     "layers": ("par", {"router": "uniform", "tokens": 0.5, "layers": 3}),
 }
 CASES = [
     ("llava", "whole", "pre_llm"),
+    ("llava", "whole", "grouped"),
     ("llava", "tower", "pre_llm"),
     ("llava", "text", "decoder"),
     ("llava", "text", "layers"),
@@ -65,6 +69,33 @@ def test_a_compiled_model_is_reduced_like_an_eager_one(family, part, place):
     ran, before, *attached, after = lengths
     assert before == after and attached == [ran, ran] and ran.numel() < before.numel()
     assert compiled[part]._compiled_call_impl is not None
+
+
+@torch.no_grad()
+def test_every_layer_of_a_compiled_model_is_compiled_while_attached():
+    """Catches a tower in eager code, and modules with hooks that share one frame, whose graphs meet a limit."""
+    vlm = VLMS["llava"]
+    model, ran = vlm.make("sdpa"), []
+
+    def counted(module, given):
+        linear = sum("linear" in str(node.target) for node in module.graph.nodes)
+
+        def run(*args):
+            ran.append(linear)
+            return module.forward(*args)
+
+        return run
+
+    model.compile(backend=counted, dynamic=False)
+    compiled = []
+    for prompt in ("one", "even"):
+        inputs = PROMPTS[prompt].inputs(vlm)
+        for method in (None, METHODS["turbo"](0.6)):
+            ran.clear()
+            with attach(model, method) if method else contextlib.nullcontext():
+                model(**inputs)
+            compiled.append(sum(ran))
+    assert compiled[0] > 0 and compiled == [compiled[0]] * len(compiled)
 
 
 @torch.no_grad()
