@@ -14,6 +14,8 @@ from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread
 
 CONTROLS = ("uniform", "random")
+_OPERATORS = "operators"
+"""The phase of records that count operators."""
 _TRAINED = "trained"
 
 _WHAT = "Share of right answers, in per cent; medians of CPU seconds (lower to upper quartile), image and answer"
@@ -144,7 +146,7 @@ def _all(record: BenchRecord) -> str:
 
 def vlm_step(folder: Path) -> str:
     """Times and counted arithmetic of seeing an image, reading it, and reading it and writing, against stock."""
-    records = load(folder, "vlm-step")
+    records = [record for record in load(folder, "vlm-step") if record.params["phase"] != _OPERATORS]
     phases = {(r.setting, r.params["phase"]): r for r in records}
     rows = []
     for name in dict.fromkeys(record.setting for record in records):
@@ -155,6 +157,17 @@ def vlm_step(folder: Path) -> str:
     timed = [f"{what}, times faster" for what in ("tower alone", "prefill", "with answer")]
     head = ("", *(title for what in timed for title in (what, "times fewer FLOPs")), "cache of stock's")
     return table(head, rows, records)
+
+
+def vlm_operators(folder: Path) -> str:
+    """Operators of one call of a LLaVA-1.5 of all layers against stock, by batch."""
+    records = [record for record in load(folder, "vlm-step") if record.params["phase"] == _OPERATORS]
+    batches = [name for name in (records[0].counts if records else ()) if not name.startswith("stock_")]
+    rows = [("stock", *(f"{records[0].counts[f'stock_{name}']:,}" for name in batches))] if records else []
+    for record in records:
+        cells = [f"{record.counts[name] / record.counts[f'stock_{name}']:.2f} times" for name in batches]
+        rows.append((record.setting, *cells))
+    return table(("", *(name.replace("operators_", "batch ") for name in batches)), rows, records, "Counted, not timed")
 
 
 def _fewer(record: BenchRecord | None) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from gen_turbo.bench import records
-from gen_turbo.bench.arithmetic import counted
+from gen_turbo.bench.arithmetic import counted, operators
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
 from gen_turbo.bench.timing import Timing, alternate
 
@@ -23,6 +23,12 @@ SIDE_PX, PATCH_PX = 336, 14
 NUM_IMAGE_TOKENS = (SIDE_PX // PATCH_PX) ** 2
 PHASES = ("tower", "prefill", "generate")
 """The vision tower alone, the whole prompt, the prompt and the answer."""
+OPERATORS = "operators"
+"""The phase of records that count the operators of one call."""
+BATCHES = (1, 8, 16)
+"""At which operators are counted."""
+_WHOLE: dict[str, Any] = {"layers": 32, "tower_layers": 24, "scale": 0.0625}
+"""As many layers as LLaVA-1.5 7B, of which operators depend, at the smallest width, of which they do not."""
 _IMAGE = 3
 _TEXT_BEFORE, _TEXT_AFTER = 35, 20
 _TOWER, _TEXT = (1024, 4096, 64), (4096, 11008, 128)
@@ -50,8 +56,11 @@ def catalogue(tower_layers: int = 24) -> list[Setting]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Times the selected settings in alternating rounds with stock, each phase apart."""
+    """Times the selected settings in alternating rounds with stock, each phase apart, or counts operators."""
     torch.set_num_threads(options.threads)
+    if options.operators:
+        _count_operators(options)
+        return
     params = {
         "layers": options.layers,
         "tower_layers": options.tower_layers,
@@ -110,18 +119,18 @@ def make_model(width_scale: float, layers: int, tower_layers: int, seed: int) ->
     return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-def _inputs(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
-    """A prompt as long as LLaVA-1.5's with a short question."""
+def _inputs(batch: int = 1) -> dict[str, Tensor]:
+    """Prompts as long as LLaVA-1.5's with a short question, each with another image."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, 64, (1, _TEXT_BEFORE + NUM_IMAGE_TOKENS + _TEXT_AFTER), generator=generator)
+    ids = torch.randint(4, 64, (batch, _TEXT_BEFORE + NUM_IMAGE_TOKENS + _TEXT_AFTER), generator=generator)
     ids[:, _TEXT_BEFORE : _TEXT_BEFORE + NUM_IMAGE_TOKENS] = _IMAGE
-    pixels = torch.randn(1, 3, SIDE_PX, SIDE_PX, generator=generator)
+    pixels = torch.randn(batch, 3, SIDE_PX, SIDE_PX, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
 def _running(model: LlavaForConditionalGeneration, setting: Setting, phase: str, new_tokens: int) -> Callable[[], Any]:
     """One phase under a setting, which is applied anew each time; gives the cache, where there is one."""
-    inputs, steps = _inputs(model), new_tokens if phase == "generate" else 1
+    inputs, steps = _inputs(), new_tokens if phase == "generate" else 1
 
     def encode() -> Any:
         with torch.inference_mode(), setting.applied(model):
@@ -148,6 +157,40 @@ def _counted(model: LlavaForConditionalGeneration, setting: Setting, new_tokens:
         cache, counts[phase] = counted(_running(model, setting, phase, new_tokens))
         if phase == "prefill":
             counts["kv_bytes"] = num_bytes(cache)
+    return counts
+
+
+def _count_operators(options: argparse.Namespace) -> None:
+    """Records the operators of one call, stock and the settings of the smallest budget unless others are selected."""
+    settings = selected(catalogue(_WHOLE["tower_layers"]), options.settings or [f"*-{KEPT[-1]}"])
+    missing = [s for s in settings if not _is_finished(options, s, _WHOLE, OPERATORS)]
+    model = make_model(_WHOLE["scale"], _WHOLE["layers"], _WHOLE["tower_layers"], options.seed)
+    stock = _operators(model, Stock()) if missing else {}
+    for setting in tqdm(missing, desc="counting"):
+        counts = _operators(model, setting) | {f"stock_{name}": number for name, number in stock.items()}
+        record = records.BenchRecord(
+            bench=BENCH,
+            setting=setting.name,
+            family=setting.family,
+            params=_WHOLE | setting.params() | {"phase": OPERATORS},
+            cpu_s=[],
+            baseline_cpu_s=[],
+            wall_s=[],
+            baseline_wall_s=[],
+            counts=counts,
+            seed=options.seed,
+        )
+        records.append(options.records, record)
+
+
+def _operators(model: LlavaForConditionalGeneration, setting: Setting) -> dict[str, int]:
+    """Operators of one call by batch, once the setting has made what it keeps between calls."""
+    with torch.inference_mode(), setting.applied(model):
+        model(**_inputs())
+        counts = {}
+        for batch in BATCHES:
+            given = _inputs(batch)
+            counts[f"operators_{batch}"] = operators(lambda given=given: model(**given))  # type: ignore[misc]
     return counts
 
 

@@ -11,6 +11,7 @@ import torch
 from gen_turbo import TurboProcessor, scenes
 from gen_turbo.bench import caption_generate, tables, vlm_step
 from gen_turbo.bench.commands import add_arguments, run
+from gen_turbo.bench.markdown import NO_RECORDS
 from gen_turbo.bench.records import load
 from gen_turbo.bench.settings import Stock
 from gen_turbo.pipelines import tiny_vlm
@@ -154,3 +155,18 @@ def test_counted_attention_is_that_of_the_formula():
     attention = 4 * (577**2 * tower + tokens**2 * text)
     rest = with_one - (weights + projector + patches + head + attention)
     assert 0 <= rest < 0.001 * with_one
+
+
+def test_operators_are_counted_at_every_batch(tmp_path, monkeypatch):
+    """Catches a count of the first call, of one batch for all, and counts in the table of times."""
+    monkeypatch.setattr(vlm_step, "_WHOLE", {"layers": 2, "tower_layers": 2, "scale": 0.0625})
+    monkeypatch.setattr(vlm_step, "BATCHES", (1, 2))
+    _run("vlm-step", "--operators", "--records", str(tmp_path), "--settings", "pool-64")
+    (record,) = load(tmp_path, "vlm-step")
+    counts = record.counts
+    assert counts["stock_operators_1"] == counts["stock_operators_2"] < counts["operators_1"]
+    assert counts["operators_2"] - counts["operators_1"] < 10
+    assert tables.TABLES["vlm-step"](tmp_path) == NO_RECORDS
+    stock, own = tables.TABLES["vlm-operators"](tmp_path).splitlines()[2:4]
+    assert stock == f"| stock | {counts['stock_operators_1']:,} | {counts['stock_operators_2']:,} |"
+    assert own.startswith(f"| pool-64 | {counts['operators_1'] / counts['stock_operators_1']:.2f} times |")
