@@ -18,6 +18,7 @@ from tqdm import tqdm
 import gen_turbo
 from gen_turbo import scenes
 from gen_turbo.config import ConfigError
+from gen_turbo.factory import quiet_loading
 from gen_turbo.metrics.image import psnr
 
 SCALE = 2
@@ -58,6 +59,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Threads that wait for each other are many times slower than one wherever anything else runs.
     torch.set_num_threads(1)
+    quiet_loading()
     pipes = [gen_turbo.load_pipeline(options.pipeline, processor=None) for _ in range(2)]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
@@ -127,7 +129,7 @@ def print_table(captions: list[str], pairs: list[tuple[Drawing, Drawing]], pipe:
     print(f"TurboProcessor() chose {report.choice}")
     for (height, width), (before, kept, layers) in report.tokens_by_grid.items():
         print(f"  {height} x {width} tokens: {before} -> {kept} in {layers} layers")
-    if report.graphs:
+    if report.graphs and pipe.device.type == "cuda":
         print(f"  CUDA graphs: {report.graphs}")
 
 

@@ -66,7 +66,7 @@ class Videos:
                 self._lengths = [len(one) for one in getattr(output, "pooler_output", ())]
             return output
 
-        # A compiled model leaves the tower to eager code, as with images.
+        # A compiled model runs the tower in eager code, as with images.
         eager = torch.compiler.disable(encoded)  # type: ignore[no-untyped-call]
         return [InstanceMethod(self._base, "get_video_features", eager)]
 
