@@ -10,7 +10,7 @@ from stated import TurboProcessor
 
 from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine import settling
-from gen_turbo.engine.devices import CLASSES
+from gen_turbo.engine.costs.devices import CLASSES
 from gen_turbo.engine.graphs import GraphsWarning
 from tests import tiny_transformers
 from tests.engine.cuda import StandIn, stand_in
