@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.routes import Route
@@ -107,20 +107,25 @@ class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no
         self.cuts = {number: cut.rows(index) for number, cut in self.cuts.items()}
 
 
+class ShortenedQuantizedCache(ShortenedCache, QuantizedCache):  # type: ignore[misc]  # transformers has no types here
+    """The same where keys and values are quantized."""
+
+
+_SHORTER = {DynamicCache: ShortenedCache, QuantizedCache: ShortenedQuantizedCache}
 SHORTENED = (ShortenedCache, ShortenedStaticCache)
 """Caches that may hold fewer columns than tokens were seen."""
 
 
 def shortened(cache: Any) -> Any:
-    """Makes a default dynamic cache, or a static one, one that may hold fewer columns than tokens were seen, in place.
+    """Makes a dynamic, quantized or static cache one that may hold fewer columns than tokens were seen, in place.
 
     Raises:
         ValueError: If the cache is of another kind, whose lengths are fixed or kept elsewhere.
     """
     if isinstance(cache, StaticCache):
         return shortened_static(cache)
-    if type(cache) is DynamicCache:
-        cache.__class__ = ShortenedCache
+    if type(cache) in _SHORTER:
+        cache.__class__ = _SHORTER[type(cache)]
         cache.cuts = {}
     if not isinstance(cache, ShortenedCache):
         raise ValueError(

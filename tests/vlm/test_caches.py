@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import QuantizedCache
+from transformers.cache_utils import Fp8QuantizedLayer
 
 import gen_turbo
 from gen_turbo import PARProcessor, TurboProcessor, attach
@@ -53,6 +55,22 @@ def test_a_static_cache_gives_what_the_dynamic_one_gives(family, prompt, attenti
     layer = out.past_key_values.layers[0]
     assert int(layer.cumulative_length) < inputs["input_ids"].shape[1]
     assert int(out.past_key_values.get_seq_length()) == inputs["input_ids"].shape[1] + logits.shape[1] - 1
+
+
+@pytest.mark.parametrize("place", SHORT)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5"])
+def test_a_quantized_cache_holds_what_the_dynamic_one_holds(family, place, monkeypatch):
+    """Catches a quantized cache that counts in columns; what quantizing itself loses is taken away."""
+    vlm = VLMS[family]
+    model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
+    monkeypatch.setattr(Fp8QuantizedLayer, "_quantize", lambda layer, x, scale=None: (x, torch.ones(())))
+    monkeypatch.setattr(Fp8QuantizedLayer, "_dequantize", lambda layer, pair: pair[0])
+    with attach(model, SHORT[place]):
+        new, expected, _ = generate(model, inputs)
+        cache = QuantizedCache(backend="fp8", config=model.config.get_text_config())
+        again, logits, out = generate(model, inputs, past_key_values=cache)
+    assert torch.equal(new, again) and (logits - expected).abs().max() < TOLERANCE
+    assert out.past_key_values.num_held(3) < inputs["input_ids"].shape[1] <= out.past_key_values.get_seq_length()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2", "qwen2_5", "internvl"])
