@@ -46,6 +46,8 @@ WHOLE = [
     ("pixart-sigma", "residual"),
     ("pixart-sigma", "model copied"),
     ("wan", "copied"),
+    ("flux2", "residual"),
+    ("kandinsky5", "residual"),
 ]
 IN_OPERATORS = [
     ("unet", "block copied"),
