@@ -165,6 +165,8 @@ class Graphs:
             return f"the model runs on {device.type}, which has no CUDA graphs"
         if torch.is_grad_enabled():
             return "gradients are recorded"
+        if torch._C._len_torch_dispatch_stack():
+            return "operators are watched, as when FLOPs are counted, and a replay shows none"
         if self.is_whole:
             return "the whole model is compiled; compile its repeated blocks, which graphs can hold"
         if getattr(self._model, "is_cache_enabled", False):

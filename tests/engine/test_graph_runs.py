@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from stated import TurboProcessor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine import settling
@@ -118,6 +119,20 @@ def test_a_pool_whose_graphs_have_gone_takes_no_other(cuda):
                 model(tiny_transformers.random(2, *kind.latents((8, 8))), **call, **kind.time(time, 2))
             assert cuda.since()[1] >= len(TIMES) // 2 and report(model).graphs == "captured"
     assert len(cuda.pools) == 3
+
+
+def test_flops_are_counted_in_full(cuda):
+    """Catches a count of the calls before the capture alone, for a replay shows a counter nothing."""
+    pipe, draw = made("unet")
+    counts = []
+    for graphs in (False, True):
+        with attach(pipe, IdentityProcessor(0.4), graphs=graphs), warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphsWarning)
+            draw(4)
+            with FlopCounterMode(display=False) as counter:
+                draw(4)
+            counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0 and cuda.num_replayed > 0
 
 
 @pytest.mark.parametrize(("mode", "told"), [(True, "cpu, which has no CUDA graphs"), ("auto", "cpu"), (False, "")])
