@@ -19,7 +19,8 @@ from gen_turbo.methods.visionzip import VisionZipProcessor
 from tests.engine.pipelines import made
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
-from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS
+from tests.vlm.tiny_kit import IMAGE
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda unet: get_peft_model(unet, lora())])

@@ -18,7 +18,8 @@ from gen_turbo.vlm.teacher import Teacher
 from tests.snapshots import differences, model_state
 from tests.training.damage import damaged
 from tests.vlm.test_generate import generate
-from tests.vlm.tiny_vlms import PROMPTS, VLMS, pixels
+from tests.vlm.tiny_kit import pixels
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 IDLE = 2
 QUICK = RouterTraining(samples=4, steps=3, layers=3, tokens=0.5)

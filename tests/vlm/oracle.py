@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.tokens.token_map import TokenMap
-from tests.vlm.tiny_vlms import IMAGE, TinyVlm
+from tests.vlm.tiny_kit import IMAGE, TinyVlm
 
 NOT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 

@@ -13,7 +13,7 @@ from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.routes import Prompt, Routed, Routing, Scores
 from tests.vlm import oracle
-from tests.vlm.tiny_vlms import IMAGE, TinyVlm
+from tests.vlm.tiny_kit import IMAGE, TinyVlm
 
 
 class Linear:

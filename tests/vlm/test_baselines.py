@@ -19,7 +19,8 @@ from gen_turbo.vlm.decoder import last_attention
 from gen_turbo.vlm.settings import Placed
 from tests.vlm import oracle
 from tests.vlm.test_generate import TOLERANCE, generate
-from tests.vlm.tiny_vlms import PROMPTS, TEXT, VISION, VLMS
+from tests.vlm.tiny_kit import TEXT, VISION
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 METHODS = [StrideProcessor, PoolProcessor, FastVProcessor, VisionZipProcessor, DivPruneProcessor, TurboVisionProcessor]
 

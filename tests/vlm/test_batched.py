@@ -16,7 +16,8 @@ from gen_turbo.vlm.part import token_flops
 from gen_turbo.vlm.routes import Prompt as Read
 from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_generate import TOLERANCE
-from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS, Prompt, ready
+from tests.vlm.tiny_kit import IMAGE, ready
+from tests.vlm.tiny_vlms import PROMPTS, VLMS, Prompt
 
 TOKENS = 576
 KEEP = 64

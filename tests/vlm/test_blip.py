@@ -21,7 +21,7 @@ from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import tower_oracle
-from tests.vlm.tiny_vlms import PAD, TEXT, VISION, pixels, ready
+from tests.vlm.tiny_kit import PAD, TEXT, VISION, pixels, ready
 
 TOLERANCE = 1e-4
 PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5)

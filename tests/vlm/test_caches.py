@@ -17,7 +17,8 @@ from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm.test_generate import TOLERANCE, generate
-from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS
+from tests.vlm.tiny_kit import IMAGE
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 SHORT = {"pre_llm": TurboProcessor(0.6), "decoder": Placed(TurboProcessor(0.6), place="decoder")}
 

@@ -10,7 +10,8 @@ from gen_turbo.vlm.llava import MISTRAL
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
-from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS, Prompt
+from tests.vlm.tiny_kit import IMAGE
+from tests.vlm.tiny_vlms import PROMPTS, VLMS, Prompt
 
 # Float32 sums in another order over a few layers; what a wrong mask or position does is a thousand times more.
 TOLERANCE = 1e-4

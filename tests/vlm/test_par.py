@@ -9,7 +9,8 @@ from gen_turbo import attach, report
 from tests.snapshots import differences, model_state
 from tests.vlm.par_oracle import Forced, chooser_for, generated_logits
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate
-from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS
+from tests.vlm.tiny_kit import IMAGE
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 CUT = [family for family, vlm in VLMS.items() if vlm.cuts]
 WHOLE = ("llava", "qwen3", "paligemma")

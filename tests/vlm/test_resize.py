@@ -14,7 +14,8 @@ from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_blip import MODELS, run
 from tests.vlm.test_generate import TOLERANCE, generate
-from tests.vlm.tiny_vlms import PROMPTS, VLMS, pixels
+from tests.vlm.tiny_kit import pixels
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 FAMILIES = ["llava", "llava_siglip", "paligemma"]
 

@@ -12,7 +12,8 @@ import torch
 from gen_turbo import attach
 from gen_turbo.registry import METHODS
 from tests.vlm.test_blip import MODELS
-from tests.vlm.tiny_vlms import PROMPTS, VLMS, pixels
+from tests.vlm.tiny_kit import pixels
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 OTHER = {
     "ratio": 0.4, "max_downsample": 2, "ratios": {1: 0.5}, "layer_ratios": {"*": 0.2}, "step_scale": {0: 0.5},

@@ -15,7 +15,8 @@ from gen_turbo.methods.vscan import VScanProcessor
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_generate import TOLERANCE, generate
-from tests.vlm.tiny_vlms import IMAGE, PROMPTS, VLMS
+from tests.vlm.tiny_kit import IMAGE
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 FAMILIES = [name for name, vlm in VLMS.items() if vlm.cuts]
 

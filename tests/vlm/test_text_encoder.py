@@ -13,7 +13,7 @@ from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm.test_blip import MODELS, TOLERANCE
-from tests.vlm.tiny_vlms import pixels
+from tests.vlm.tiny_kit import pixels
 
 IDS = torch.tensor([[1, 11, 12, 13, 14, 15, 16, 17, 2, 0, 0], [1, 21, 22, 23, 24, 25, 26, 27, 28, 29, 2]])
 LENGTHS = (9, 11)

@@ -15,7 +15,8 @@ from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle, tower_oracle
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate
-from tests.vlm.tiny_vlms import PROMPTS, VLMS, pixels
+from tests.vlm.tiny_kit import pixels
+from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 TOWERS = ["llava", "llava_siglip"]
 PACKED = ["qwen2", "qwen2_5", "qwen3", "qwen3_moe"]

@@ -18,7 +18,8 @@ from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_generate import TOLERANCE, generate
-from tests.vlm.tiny_vlms import IMAGE, VLMS
+from tests.vlm.tiny_kit import IMAGE
+from tests.vlm.tiny_vlms import VLMS
 
 VIDEO = 98
 FRAMES = 3

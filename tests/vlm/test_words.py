@@ -13,7 +13,8 @@ from gen_turbo.vlm.words import special_ids
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate, oracle_method
-from tests.vlm.tiny_vlms import IMAGE, PAD, PROMPTS, VLMS, Prompt
+from tests.vlm.tiny_kit import IMAGE, PAD
+from tests.vlm.tiny_vlms import PROMPTS, VLMS, Prompt
 
 RATIO = 0.4
 # Rows of other lengths, an image in the middle, a row of words alone; special tokens are put in by `prompt`.

@@ -1,0 +1,92 @@
+"""Tiny models whose language model reads fewer tokens than patches, or images that see all of the prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+
+from tests.vlm.tiny_kit import IMAGE, PAD, TEXT, VISION, TinyVlm, maker, wide_images
+
+
+def _rows_of_images(counts: list[int]) -> dict[str, Tensor]:
+    """Images in rows (B, most, 3, 64, 64), rows with fewer filled up with zeros."""
+    rows = torch.zeros(len(counts), max(counts), 3, 64, 64)
+    generator = torch.Generator().manual_seed(0)
+    for row, count in enumerate(counts):
+        rows[row, :count] = torch.randn(count, 3, 64, 64, generator=generator)
+    return {"pixel_values": rows}
+
+
+_TILES = {
+    "vision_config": lambda: {**VISION, "image_size": 64},
+    "text_config": lambda: {**TEXT, "model_type": "llama"},
+    "image_token_id": IMAGE,
+    "scale_factor": 2,
+    "pad_token_id": PAD,
+}
+POOLED = {
+    "internvl": TinyVlm(
+        maker(
+            InternVLForConditionalGeneration,
+            InternVLConfig,
+            vision_config=lambda: {**VISION, "image_size": [64, 64], "patch_size": [8, 8]},
+            text_config=lambda: Qwen2Config(**TEXT),
+            image_token_id=IMAGE,
+            downsample_ratio=0.5,
+        ),
+        images=wide_images,
+    ),
+    "idefics3": TinyVlm(
+        maker(Idefics3ForConditionalGeneration, Idefics3Config, **_TILES),
+        text="model.text_model",
+        images=_rows_of_images,
+    ),
+    "smolvlm": TinyVlm(
+        maker(SmolVLMForConditionalGeneration, SmolVLMConfig, **_TILES),
+        text="model.text_model",
+        images=_rows_of_images,
+    ),
+    "gemma3": TinyVlm(
+        maker(
+            Gemma3ForConditionalGeneration,
+            Gemma3Config,
+            vision_config=lambda: SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
+            text_config=lambda: Gemma3TextConfig(
+                **TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=9, sliding_window_pattern=2
+            ),
+            image_token_index=IMAGE,
+            mm_tokens_per_image=16,
+        ),
+        cuts=(),
+        images=wide_images,
+        extra=lambda ids, mask: {"token_type_ids": (ids == IMAGE).int()},
+    ),
+    "paligemma": TinyVlm(
+        maker(
+            PaliGemmaForConditionalGeneration,
+            PaliGemmaConfig,
+            vision_config=lambda: SiglipVisionConfig(**VISION),
+            text_config=lambda: GemmaConfig(**TEXT, head_dim=8),
+            image_token_index=IMAGE,
+            projection_dim=32,
+            hidden_size=32,
+        ),
+        extra=lambda ids, mask: {"token_type_ids": torch.zeros_like(ids)},
+    ),
+}
