@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_turbo.kernels import restore
+from gen_turbo.kernels import merge, restore
 
 
 class FlatMap(NamedTuple):
@@ -52,3 +52,15 @@ def unmerge(y: Tensor, slot: Tensor, detail: Tensor | None = None, **terms: Any)
     restored = restore([y], slot, details=[detail], **terms)[0]
     assert restored is not None
     return restored
+
+
+def merged(x: Tensor, flat: FlatMap) -> Tensor:
+    """The verb on a map."""
+    return merge(x, flat.order, flat.offsets, flat.share)
+
+
+def terms(flat: FlatMap, channels: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Every optional term."""
+    batch, num_tokens = flat.slot_BN.shape
+    made = {n: values(batch, m, channels, dtype=dtype) for n, m in (("base", num_tokens), ("minus", flat.num_slots))}
+    return made | {"detail": values(2, batch, num_tokens, channels, dtype=dtype), "weights": torch.tensor([1.0, 3.0])}

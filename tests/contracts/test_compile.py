@@ -19,8 +19,8 @@ from tests import tiny_transformers
 from tests.engine.families import family
 from tests.schedules import by_hand
 from tests.snapshots import differences, model_state
+from tests.tiny_flux import flux
 from tests.tiny_hosts import TEXT_WIDTH, image, run_unet, sd_pipeline, unet_inputs
-from tests.tiny_images import flux
 from tests.tiny_transformers import FAMILIES, random
 
 TIMES = tuple(range(900, 300, -50))

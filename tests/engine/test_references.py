@@ -16,7 +16,8 @@ from PIL import Image
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
 from tests.engine.families import relative
 from tests.tiny_family import random
-from tests.tiny_images import flux2_inputs, flux_inputs, image_positions, longcat_inputs, qwen
+from tests.tiny_flux import flux2_inputs, flux_inputs, image_positions, longcat_inputs
+from tests.tiny_images import qwen
 from tests.tiny_transformers import FAMILIES, build
 
 TARGET, REFERENCES = (8, 8), ((6, 10), (4, 4))
