@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gen_turbo.engine.values import num_bytes
 from gen_turbo.models.adapter import TokenArg
+from gen_turbo.tokens.bags import flat_rows, sorted_bags
 from gen_turbo.tokens.token_map import TokenMap
 
 _INDEX = ("order", "offsets", "share", "slot", "size")
@@ -114,12 +114,8 @@ class RunMap:
         num_slots = wide.num_slots
         size = torch.zeros(self.batch, num_slots, dtype=slot.dtype, device=slot.device)
         size = size.scatter_add(1, slot, torch.ones_like(slot))
-        first = torch.arange(self.batch, device=slot.device)[:, None] * num_slots
-        flat = (slot + first).reshape(-1)
-        # A stable sort sums each merged token in token order, the same in every process.
-        joined, order = flat.sort(stable=True)
-        share = size.reshape(-1).to(self.dtype).reciprocal().index_select(0, joined)
-        return order, F.pad(size.reshape(-1).cumsum(0), (1, 0)), share, flat, size
+        flat = flat_rows(slot, num_slots)
+        return *sorted_bags(flat, size.reshape(-1), self.dtype), flat, size
 
 
 def taken(value: Tensor, rows: Tensor, axis: int) -> Tensor:
@@ -133,5 +129,4 @@ def _rows(value: TokenMap, before: int, after: int, batch: int) -> Tensor:
     anchor = value.between(before, after).anchor_BM
     if batch == 0:
         return anchor[0].clone()
-    first = torch.arange(batch, device=anchor.device)[:, None] * (before + value.num_tokens + after)
-    return (anchor.repeat(batch // len(anchor), 1) + first).reshape(-1)
+    return flat_rows(anchor.repeat(batch // len(anchor), 1), before + value.num_tokens + after)

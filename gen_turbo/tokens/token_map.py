@@ -7,19 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class _Bags(NamedTuple):
-    """Tokens sorted by slot: flat rows in order, where each slot begins (and the end), 1 / size of each row's slot."""
-
-    order: Tensor
-    offsets: Tensor
-    share: Tensor
+from gen_turbo.tokens.bags import Bags, flat_rows, sorted_bags
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +36,7 @@ class TokenMap:
     slot_BN: Tensor
     anchor_BM: Tensor
     _flat_cache: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, repr=False)
-    _bag_cache: dict[tuple[int, torch.dtype], _Bags] = field(default_factory=dict, init=False, repr=False)
+    _bag_cache: dict[tuple[int, torch.dtype], Bags] = field(default_factory=dict, init=False, repr=False)
     _wide_cache: dict[tuple[int, int], TokenMap] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -232,21 +225,17 @@ class TokenMap:
         """Gives slot or anchor as rows of the flattened (b * M) or (b * N) matrix."""
         if (name, repeats) not in self._flat_cache:
             index, stride = (self.slot_BN, self.num_slots) if name == "slot" else (self.anchor_BM, self.num_tokens)
-            first_row = torch.arange(repeats * index.shape[0], device=index.device)[:, None] * stride
-            self._flat_cache[name, repeats] = (index.repeat(repeats, 1) + first_row).reshape(-1)
+            self._flat_cache[name, repeats] = flat_rows(index.repeat(repeats, 1), stride)
         return self._flat_cache[name, repeats]
 
-    def _bags(self, repeats: int, dtype: torch.dtype) -> _Bags:
+    def _bags(self, repeats: int, dtype: torch.dtype) -> Bags:
         if (repeats, dtype) not in self._bag_cache:
             sizes = self.sizes().repeat(repeats, 1).reshape(-1)
-            # A stable sort sums each slot in token order, the same in every process.
-            flat, order = self._flat("slot", repeats).sort(stable=True)
-            share = sizes.to(dtype).reciprocal().index_select(0, flat)
-            self._bag_cache[repeats, dtype] = _Bags(order, F.pad(sizes.cumsum(0), (1, 0)), share)
+            self._bag_cache[repeats, dtype] = sorted_bags(self._flat("slot", repeats), sizes, dtype)
         return self._bag_cache[repeats, dtype]
 
 
-def _bag_sum(rows: Tensor, bags: _Bags, scale: Tensor) -> Tensor:
+def _bag_sum(rows: Tensor, bags: Bags, scale: Tensor) -> Tensor:
     # One kernel that gathers, scales and sums, without atomics: measurably faster than mode "mean" and index_add_.
     return F.embedding_bag(
         bags.order, rows, bags.offsets, mode="sum", per_sample_weights=scale, include_last_offset=True

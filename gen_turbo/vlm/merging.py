@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_turbo.tokens.bags import flat_rows
 from gen_turbo.tokens.token_map import TokenMap
 
 
@@ -70,8 +71,7 @@ class Merging:
     @cached_property
     def _flat(self) -> Tensor:
         """The slot of each token among all slots of the batch, (B * N,)."""
-        batch, slots = self.anchor_BM.shape
-        return (self.slot_BN + torch.arange(0, batch * slots, slots, device=self.slot_BN.device)[:, None]).view(-1)
+        return flat_rows(self.slot_BN, self.num_slots)
 
     @cached_property
     def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
