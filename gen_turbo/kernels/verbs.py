@@ -143,8 +143,11 @@ def restore(
         if detail is not None and weights is not None:
             if detail.shape[0] == 2 and detail.dtype == weights.dtype and not y.is_cuda:
                 # Both terms in one pass over memory; half types have no fast product of this kind on a CPU.
-                flat, columns = out.reshape(-1), detail.flatten(1).t()
-                out = (flat.addmv_ if is_merged else flat.addmv)(columns, weights).view(out.shape)
+                columns = detail.flatten(1).t()
+                if is_merged:
+                    out.view(-1).addmv_(columns, weights)
+                else:
+                    out = y.reshape(-1).addmv(columns, weights).view(y.shape)
             else:
                 missed, *slopes = detail.unbind()
                 out = out.add_(missed) if is_merged else out + missed
