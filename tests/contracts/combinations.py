@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 import accelerate
 import torch
 from diffusers import (
-    DDIMScheduler,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
@@ -29,7 +26,8 @@ from stated import TurboProcessor
 from torch import Tensor
 
 from gen_turbo import attach
-from tests.contracts import quantised
+from tests.contracts import quantised, sharing
+from tests.contracts.sharing import draw_image
 from tests.tiny_hosts import TEXT_WIDTH, UNETS, image, sd_pipeline
 from tests.tiny_pipelines import (
     adapter_pipeline,
@@ -43,8 +41,6 @@ from tests.tiny_pipelines import (
 from tests.tiny_transformers import NUM_TEXT, random
 
 CPU = torch.device("cpu")
-STEPS = 3
-draw_image = partial(image, steps=STEPS)
 
 
 @dataclass(frozen=True)
@@ -123,40 +119,6 @@ def _mixed(pipe: Any) -> Tensor:
     for call in ({"height": 48, "width": 24}, {"num_images_per_prompt": 2}, {"guidance_scale": 1.0}):
         draw_image(pipe, **call)
     return draw_image(pipe)
-
-
-def _with_another() -> Any:
-    """Two pipelines of one UNet, each with a scheduler of its own."""
-    first = sd_pipeline()
-    rest = first.components | {"scheduler": DDIMScheduler(clip_sample=False)}
-    first.other = StableDiffusionImg2ImgPipeline(**rest, requires_safety_checker=False)
-    first.other.set_progress_bar_config(disable=True)
-    return first
-
-
-def _alternating(pipe: Any) -> Tensor:
-    first = draw_image(pipe, seed=1)
-    return torch.cat([first, draw_image(pipe.other, image=prompt_image(), seed=2), draw_image(pipe)])
-
-
-def _two_pipelines() -> list[Any]:
-    pipe = sd_pipeline()
-    return [pipe, _sharing(pipe)]
-
-
-def _sharing(pipe: Any) -> Any:
-    # A tokenizer pads as the last caller in any thread asked it to, so threads need one each.
-    scheduler, tokenizer = DDIMScheduler(clip_sample=False, steps_offset=1), copy.deepcopy(pipe.tokenizer)
-    own = {"scheduler": scheduler, "tokenizer": tokenizer}
-    other = type(pipe)(**pipe.components | own, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def _in_threads(pipes: list[Any]) -> Tensor:
-    # What computes on one core in the main thread does so in these from their first operation on.
-    with ThreadPoolExecutor(len(pipes), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return torch.cat(list(pool.map(draw_image, pipes, range(len(pipes)))))
 
 
 def _flux() -> Any:
@@ -272,8 +234,8 @@ COMBINATIONS: dict[str, Combination] = {
     "several images of a prompt": _drawn(num_images_per_prompt=3),
     "72 x 104 latents": _drawn(height=144, width=208, guidance_scale=1.0),
     "other sizes and batches between": Combination(draw=_mixed),
-    "two pipelines of one UNet": Combination(_with_another, _alternating),
-    "two threads, one UNet": Combination(_two_pipelines, _in_threads, target=lambda pipes: pipes[0].unet),
+    "two pipelines of one UNet": Combination(sharing.with_another, sharing.alternating),
+    "two threads, one UNet": Combination(sharing.two_pipelines, sharing.in_threads, target=lambda pipes: pipes[0].unet),
     "a guider of its own": Combination(UNETS["sd15"], _by_guider),
     "Flux, separate calls for guidance": Combination(_flux, _true_guidance),
     "Flux, padded text": Combination(_padded, _draw_flux),
