@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from stated import TurboProcessor
 
+import gen_turbo
 from gen_turbo import ToMeProcessor, attach, report
 from tests.engine.coverage import read
 from tests.engine.families import COLUMNS, NAMES, Keys, cell, family, relative
@@ -186,6 +190,17 @@ def test_text_only_layers_and_cross_attention_are_left_alone():
         model = build(name)
         with attach(model, TurboProcessor(0.4)):
             assert {layer.name: layer.status for layer in report(model).layers}[layer] == "not over image tokens"
+
+
+def test_a_family_is_an_entry_in_one_file():
+    """Catches an engine, a method or a command that asks for a class of models; benches count published ones."""
+    from gen_turbo.models.families import ADAPTERS
+
+    package = Path(gen_turbo.__file__).parent
+    sources = {path.relative_to(package): path.read_text() for path in package.rglob("*.py")}
+    for name in (model for adapter in ADAPTERS for model in adapter.models):
+        found = [path for path, text in sources.items() if re.search(rf"\b{name}\b", text) and path.parts[0] != "bench"]
+        assert len(found) == 1 and found[0].parts[0] == "models", (name, found)
 
 
 def test_names_are_all_here():
