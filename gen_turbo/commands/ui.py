@@ -122,7 +122,7 @@ def _add_generate(gradio: Any, studio: Any, name: str) -> None:
         image = gradio.Image(label="Accelerated", type="pil", format="png", elem_id="image", buttons=["download"])
     figures = gradio.Dataframe(
         headers=["", "stock", "accelerated"],
-        column_widths=["40%", "30%", "30%"],
+        column_widths=["34%", "26%", "40%"],
         wrap=True,
         label="Figures",
         interactive=False,
