@@ -112,7 +112,9 @@ class Gate:
         def watched(get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self.videos.is_encoding:
                 return get_image_features(*args, **kwargs)
-            is_tuple = kwargs.get("return_dict") is False
+            # As transformers reads it: the call's own word, then the configuration's.
+            asked = kwargs.get("return_dict")
+            is_tuple = (getattr(self._base.config, "return_dict", True) if asked is None else asked) is False
             output = get_image_features(*args, **(kwargs | {"return_dict": True} if is_tuple else kwargs))
             see(output, signature.bind_partial(*args, **kwargs).arguments)
             return output.to_tuple() if is_tuple else output

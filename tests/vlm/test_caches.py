@@ -220,16 +220,18 @@ def test_flash_attention_with_a_static_cache_is_refused_in_words():
             generate(model, inputs, cache_implementation="static")
 
 
+@pytest.mark.parametrize("is_told", [True, False], ids=["by the call", "by the configuration"])
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm", "llava"])
-def test_features_come_as_tuples_where_asked(family):
-    """Catches a wrapper of `get_image_features` that knows one form of its output."""
+def test_features_come_as_tuples_where_asked(family, is_told):
+    """Catches a wrapper of `get_image_features` that knows one form of its output, or one way to ask for the other."""
     vlm = VLMS[family]
     model, inputs = vlm.make(), PROMPTS["one"].inputs(vlm)
-    pixels = {"pixel_values": inputs["pixel_values"]}
-    stock = model.model.get_image_features(**pixels, return_dict=False)
+    asked = {"pixel_values": inputs["pixel_values"]} | ({"return_dict": False} if is_told else {})
+    model.model.config.return_dict = is_told
+    stock = model.model.get_image_features(**asked)
     with attach(model, TurboProcessor(0.6)):
-        found = model.model.get_image_features(**pixels, return_dict=False)
-    assert type(found) is type(stock) and len(found) == len(stock)
+        found = model.model.get_image_features(**asked)
+    assert type(found) is type(stock) is tuple and len(found) == len(stock)
 
 
 @torch.no_grad()
