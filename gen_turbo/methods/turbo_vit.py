@@ -38,7 +38,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
     Attributes:
         num_removed: Tokens that leave in each block, `r` of the paper; 0 spreads `ratio` over the blocks evenly.
         semantic: Where `A` comes from: "class", "self" (also used by "class" where there is no class token), "none".
-            The class token tells what matters where it was trained to. Where nothing reads it, as in the embedded
+            The class token shows what matters where it was trained to. Where nothing reads it, as in the embedded
             model, "self" with a `value_weight` of 0.05 keeps far more of the answers.
         value_weight: Weight of `N * A` where `alpha` is None. Raising it protects attended tokens more.
         alpha: The paper's weight of `A`; None uses `value_weight`.
