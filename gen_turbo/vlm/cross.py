@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,9 +28,9 @@ class CrossGate:
         self.on_reduction: Callable[[int, int], None] = lambda before, after: None
         self._tower, self._reducer, self._is_merged = tower, reducer, is_merged
 
-    def install(self) -> list[Any]:
-        """Puts the hook in place and gives back its handle."""
-        return [self._tower.module.register_forward_hook(self._after)]
+    def install(self) -> Iterator[Any]:
+        """Puts the hook in place and gives its handle."""
+        yield self._tower.module.register_forward_hook(self._after)
 
     def _after(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         leading = self._tower.num_leading

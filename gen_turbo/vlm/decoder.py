@@ -6,7 +6,7 @@ Shape names: B rows, L columns that reach the first layer, M of them that stay, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,17 +55,15 @@ class Cut:
         self._layers: list[nn.Module] = list(stack.layers)[: stack.config.num_hidden_layers]
         gate.joined.append(self)
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back their handles."""
-        handles = []
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives the handle of each."""
         for index in range(self._first - 1, len(self._layers)):
             layer = self._layers[index]
             if index >= self._first:
-                handles.append(layer.register_forward_pre_hook(self._hook(index), with_kwargs=True))
+                yield layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
             if index + 1 in self._planners:
                 # Behind the hook above, so that it sees what the layer will.
-                handles.append(layer.register_forward_pre_hook(self._before_cut(index + 1), with_kwargs=True))
-        return handles
+                yield layer.register_forward_pre_hook(self._before_cut(index + 1), with_kwargs=True)
 
     def _before_cut(self, first: int) -> Any:
         """Remembers what enters the layer before a cut until the cut is made."""

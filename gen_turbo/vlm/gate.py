@@ -6,7 +6,7 @@ Shape names: B rows, L columns of the call, M of them that stay, C channels.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,15 +84,13 @@ class Gate:
         self.videos = Videos(base, family.frames)
         self.joined: list[object] = [self.videos]
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back their handles."""
-        return [
-            *self.videos.install(),
-            self._base.register_forward_pre_hook(self._before_base, with_kwargs=True),
-            self._base.register_forward_hook(lambda module, args, output: self._end(), always_call=True),
-            self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
-            self._text.register_forward_hook(self._after_text, with_kwargs=True),
-        ]
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives the handle of each."""
+        yield from self.videos.install()
+        yield self._base.register_forward_pre_hook(self._before_base, with_kwargs=True)
+        yield self._base.register_forward_hook(lambda module, args, output: self._end(), always_call=True)
+        yield self._text.register_forward_pre_hook(self._before_text, with_kwargs=True)
+        yield self._text.register_forward_hook(self._after_text, with_kwargs=True)
 
     def watch(self, note: Callable[[Seen], None]) -> InstanceMethod:
         """Stands before the base model's `get_image_features` so that the features of each image are seen."""

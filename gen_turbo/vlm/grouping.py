@@ -5,6 +5,7 @@ Shape names: B images, N patches, M groups, D channels of the tower.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from gen_turbo.training.vistog import SemanticGrouping, VisToGArtefact, VisToGSh
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.family import Family, TowerFacts, square, tower_facts
 from gen_turbo.vlm.gate import Gate
-from gen_turbo.vlm.hooks import InstanceMethod, settled
+from gen_turbo.vlm.hooks import InstanceMethod, placed, settle
 from gen_turbo.vlm.part import VlmPart
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.run import Group
@@ -32,8 +33,8 @@ from gen_turbo.vlm.settings import Grouped
 class Grouper(Protocol):
     """Makes M tokens of N patches."""
 
-    def install(self) -> list[Any]:
-        """Puts hooks in place and gives back what takes them off."""
+    def install(self) -> Iterable[Any]:
+        """Puts hooks in place, one after the other, and gives what takes each off."""
         ...
 
     def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
@@ -47,8 +48,8 @@ class _Planned:
     def __init__(self, reducer: TokenReducer) -> None:
         self._reducer = reducer
 
-    def install(self) -> list[Any]:
-        return []
+    def install(self) -> Iterable[Any]:
+        return ()
 
     def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
         site = LayerInfo("projector", self._reducer.ratio_of(patches_BND.shape[1]), grid)
@@ -79,14 +80,14 @@ class GroupingPart(VlmPart):
         super().install()
         if self._grouper is None:
             return
-        self._handles += self._grouper.install()
+        placed(self._grouper.install(), self._handles)
         if self._family.is_cross:
             tower = self.model.get_submodule(self._facts.module)
             self._handles.append(tower.register_forward_hook(self._after_tower))
         else:
             projector = self.model.get_submodule(self._facts.projector)
             self._handles.append(InstanceMethod(projector, "forward", self._project))
-        self._handles = settled(self.model, self._handles)
+        settle(self.model, self._handles)
 
     def slots(self) -> Tensor | None:
         """The group of each patch of the images seen last, (B, N); None before the first."""

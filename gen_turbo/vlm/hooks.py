@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any
@@ -15,8 +15,14 @@ from torch.utils.hooks import RemovableHandle
 from gen_turbo.engine.placed import NotPickled
 
 
-def settled(model: nn.Module, handles: list[Any]) -> list[Any]:
-    """Makes hooks, just registered, known to copies of their modules and to compilers; gives back every handle.
+def placed(handles: Iterable[Any], known: list[Any]) -> None:
+    """Adds handles to those that are known, each as its hook is placed: one that fails leaves none unknown."""
+    for handle in handles:
+        known.append(handle)
+
+
+def settle(model: nn.Module, handles: list[Any]) -> None:
+    """Makes hooks, just registered, known to copies of their modules and to compilers; adds to their handles.
 
     Hooks do nothing in copies of their modules, and refuse to be pickled. Each module that carries one has a `forward`
     of its own as long: compiled graphs are not checked for hooks that came or went since they were made
@@ -31,7 +37,7 @@ def settled(model: nn.Module, handles: list[Any]) -> list[Any]:
     carriers = [
         module for module in model.modules() if {id(module._forward_hooks), id(module._forward_pre_hooks)} & changed
     ]
-    return handles + [_Marked(module) for module in carriers]
+    placed(map(_Marked, carriers), handles)
 
 
 class InstanceMethod(NotPickled):

@@ -5,7 +5,7 @@ Shape names: B rows, L columns of the call, D decoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -80,14 +80,13 @@ class Skipping:
         self.on_route: Callable[[Route | None], None] = lambda route: None
         self._text, self._choice = text, choice
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives what takes each off, with a method `remove`."""
         layers: Any = self._text.layers
-        return [
-            self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
-            self._text.register_forward_hook(self._after_text, with_kwargs=True),
-            *(InstanceMethod(layer, "forward", self._run(index)) for index, layer in enumerate(layers) if index > 0),
-        ]
+        yield self._text.register_forward_pre_hook(self._before_text, with_kwargs=True)
+        yield self._text.register_forward_hook(self._after_text, with_kwargs=True)
+        for index, layer in list(enumerate(layers))[1:]:
+            yield InstanceMethod(layer, "forward", self._run(index))
 
     def is_skipped(self, layer: int) -> bool:
         """Whether no row of this call runs a layer."""

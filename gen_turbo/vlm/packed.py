@@ -5,7 +5,7 @@ Shape names: S tokens of all images, U units of G tokens that become one feature
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -100,29 +100,29 @@ class PackedTower:
         raster = received if now.order is None else torch.empty_like(received).index_copy(0, now.order, received)
         return list(raster.split_with_sizes(now.left))
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives what takes each off, with a method `remove`."""
         tower = self.module
-        handles: list[Any] = [tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)]
+        yield tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)
         watched = self.watched
         for index in watched:
-            handles += self._attention[index].watch(self._seen(index))
+            yield from self._attention[index].watch(self._seen(index))
         if self.reducer is None:
-            return handles
+            return
         for index, block in enumerate(self.blocks):
-            handles.append(self._attention[index].weigh(self._size_before(index)))
-            handles.append(block.register_forward_pre_hook(self._before_block(index), with_kwargs=True))
+            yield self._attention[index].weigh(self._size_before(index))
+            yield block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
             if index in watched:
                 norm2 = getattr(block, self.facts.norm2)
-                handles.append(norm2.register_forward_pre_hook(self._before_norm2(index)))
-                handles.append(block.mlp.register_forward_hook(self._after_mlp(index)))
+                yield norm2.register_forward_pre_hook(self._before_norm2(index))
+                yield block.mlp.register_forward_hook(self._after_mlp(index))
         deep = zip(
             getattr(tower, "deepstack_visual_indexes", ()), getattr(tower, "deepstack_merger_list", ()), strict=True
         )
         for index, merger in [(self.num_blocks - 1, tower.merger), *deep]:
-            handles.append(merger.register_forward_pre_hook(self._before_merger(index)))
-            handles.append(merger.register_forward_hook(self._after_merger(index)))
-        return [*handles, tower.register_forward_hook(self._after_tower)]
+            yield merger.register_forward_pre_hook(self._before_merger(index))
+            yield merger.register_forward_hook(self._after_merger(index))
+        yield tower.register_forward_hook(self._after_tower)
 
     def _before_tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         begin_anew(self)

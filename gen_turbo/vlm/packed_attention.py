@@ -6,7 +6,7 @@ Shape names: S tokens of all images, H heads, D channels of one, G segments of o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class PackedAttention:
         self._attn = attn
         self._rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb_vision
 
-    def watch(self, seen: Callable[[], Seen]) -> list[Any]:
-        """Keeps what is given and projected; gives back what takes the hooks off."""
+    def watch(self, seen: Callable[[], Seen]) -> Iterator[Any]:
+        """Keeps what is given and projected; gives what takes each hook off as it is placed."""
 
         def before(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen()["given"] = kwargs
@@ -42,10 +42,8 @@ class PackedAttention:
         def after(qkv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             seen()["mixed"] = self._split(output)
 
-        return [
-            self._attn.register_forward_pre_hook(before, with_kwargs=True),
-            self._attn.qkv.register_forward_hook(after),
-        ]
+        yield self._attn.register_forward_pre_hook(before, with_kwargs=True)
+        yield self._attn.qkv.register_forward_hook(after)
 
     def weigh(self, log_size: Callable[[], Tensor | None]) -> Any:
         """Weighs keys by the logarithm of their sizes, (S,), which is None if all are one; gives what takes it off."""

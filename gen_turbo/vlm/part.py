@@ -22,7 +22,7 @@ from gen_turbo.vlm.decoder import Cut
 from gen_turbo.vlm.family import Family, tower_facts
 from gen_turbo.vlm.fits import check_place, tower_needs
 from gen_turbo.vlm.gate import Gate
-from gen_turbo.vlm.hooks import settled
+from gen_turbo.vlm.hooks import placed, settle
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.packed import PackedTower
 from gen_turbo.vlm.planning import plan_tokens
@@ -81,11 +81,12 @@ class VlmPart(OnModel):
         """Puts every hook in place."""
         for stage in (self._tower, self._cross, self._gate, self._cut, self._text):
             if stage is not None:
-                self._handles += stage.install()
+                placed(stage.install(), self._handles)
         if self._gate is not None:
-            self._handles += self._gate.words.install(self.model) if self._gate.words is not None else []
+            if self._gate.words is not None:
+                placed(self._gate.words.install(self.model), self._handles)
             self._handles.append(self._gate.watch(self._note))
-        self._handles = settled(self.model, self._handles)
+        settle(self.model, self._handles)
 
     def remove(self) -> None:
         """Takes every hook off; doing it twice is harmless."""

@@ -5,7 +5,7 @@ Shape names: B images, N tokens, H heads, D channels of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,14 +32,15 @@ class Projections:
     def __init__(self, attn: Any, facts: TowerFacts) -> None:
         self._attn, self._has_qkv = attn, facts.has_qkv
 
-    def watch(self, seen: Callable[[], Seen]) -> list[Any]:
-        """Keeps what is projected; gives back what takes the hooks off.
+    def watch(self, seen: Callable[[], Seen]) -> Iterator[Any]:
+        """Keeps what is projected; gives what takes each hook off as it is placed.
 
         Args:
             seen: Gives what is kept of the running call.
         """
         modules = {"qkv": self._attn.qkv} if self._has_qkv else {kind: self._module(kind) for kind in ("q", "k")}
-        return [module.register_forward_hook(_keeper(name, seen)) for name, module in modules.items()]
+        for name, module in modules.items():
+            yield module.register_forward_hook(_keeper(name, seen))
 
     def weigh(self, log_size: Callable[[], Tensor | None]) -> Any:
         """Weighs keys by the sizes of their tokens; gives back what takes the hook off.

@@ -15,7 +15,7 @@ from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.decoder import Cut, check_cut
 from gen_turbo.vlm.family import Family
 from gen_turbo.vlm.gate import Gate
-from gen_turbo.vlm.hooks import settled
+from gen_turbo.vlm.hooks import placed, settle
 from gen_turbo.vlm.layers import Choice, Skipping
 from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.routes import Route, Routed, Routing
@@ -83,10 +83,10 @@ class RoutedPart(OnModel):
         if not self._is_whole:
             self._handles.append(self._gate.watch(lambda seen: None))
             for stage in (self._gate, self._layers, self._cut):
-                self._handles += stage.install() if stage is not None else []
+                placed(stage.install() if stage is not None else (), self._handles)
             text = self.model.get_submodule(self._family.text)
             self._handles.append(text.register_forward_hook(lambda module, args, output: self._after_text()))
-            self._handles = settled(self.model, self._handles)
+            settle(self.model, self._handles)
 
     def remove(self) -> None:
         """Takes every hook off; doing it twice is harmless."""

@@ -5,6 +5,7 @@ Shape names: B images, T tokens of the tower (class tokens first), N patches, M 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -47,15 +48,14 @@ class SemanticStream:
         self._leading = facts.num_leading(model)
         self._norm = getattr(tower, facts.output_norm) if facts.output_norm else nn.Identity()
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back their handles."""
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives the handle of each."""
         projections = [Projections(getattr(block, self._facts.attention), self._facts) for block in self._blocks]
-        return [
-            self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
-            *(one.bias(lambda: self._mask) for one in projections),
-            self._blocks[-1].register_forward_hook(self._leave),
-            self._tower.register_forward_hook(self._after_tower),
-        ]
+        yield self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        for one in projections:
+            yield one.bias(lambda: self._mask)
+        yield self._blocks[-1].register_forward_hook(self._leave)
+        yield self._tower.register_forward_hook(self._after_tower)
 
     def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
         """The groups (B, M, D) of the images that the tower has just seen, and the cells where they take place.

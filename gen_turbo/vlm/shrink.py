@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,12 +38,10 @@ class Shrink:
         self.num_leading = facts.num_leading(model)
         self.on_shrink: Callable[[Grid, int, int], None] = lambda grid, before, after: None
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back their handles."""
-        return [
-            self.module.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.module.register_forward_hook(self._after),
-        ]
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives the handle of each."""
+        yield self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+        yield self.module.register_forward_hook(self._after)
 
     def plans(self) -> list[TokenMap]:
         """The plan of each image of the last call; empty where none was made smaller."""

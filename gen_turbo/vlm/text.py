@@ -5,7 +5,7 @@ Shape names: B rows, N tokens with padding, M slots, C channels, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,12 +42,11 @@ class TextMerge:
         layers: Any = model.get_submodule(f"{TEXT_ENCODER}.encoder.layer")
         self._layers: list[Any] = list(layers)
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back their handles."""
-        handles = [self._layers[_FIRST - 1].attention.self.register_forward_hook(self._watch)]
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives the handle of each."""
+        yield self._layers[_FIRST - 1].attention.self.register_forward_hook(self._watch)
         for index, layer in enumerate(self._layers[_FIRST:], _FIRST):
-            handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
-        return handles
+            yield layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
 
     def _watch(self, attention: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         begin_anew(self)

@@ -5,7 +5,7 @@ Shape names: B images, N tokens of the tower (class tokens first), P of them pat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,26 +75,23 @@ class Tower:
         """Blocks whose queries and keys are seen."""
         return watched_blocks(self.reducer, self.num_blocks, self.early)
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""
-        handles: list[Any] = [
-            self.module.register_forward_pre_hook(lambda module, args: self._begin()),
-            self.encoder.register_forward_hook(self._after_encoder),
-            self.module.register_forward_hook(self._after_tower),
-        ]
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives what takes each off, with a method `remove`."""
+        yield self.module.register_forward_pre_hook(lambda module, args: self._begin())
+        yield self.encoder.register_forward_hook(self._after_encoder)
+        yield self.module.register_forward_hook(self._after_tower)
         watched = self.watched
         for index in watched:
-            handles += self._projections[index].watch(self._seen(index))
+            yield from self._projections[index].watch(self._seen(index))
         if self.reducer is None:
-            return handles
+            return
         for index, block in enumerate(self.blocks):
-            handles.append(self._projections[index].weigh(self._log_size(index)))
-            handles.append(block.register_forward_pre_hook(self._before_block(index), with_kwargs=True))
+            yield self._projections[index].weigh(self._log_size(index))
+            yield block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
             if index in watched:
                 norm2 = getattr(block, self.facts.norm2)
-                handles.append(norm2.register_forward_pre_hook(self._before_norm2(index)))
-                handles.append(block.mlp.register_forward_hook(self._after_mlp(index)))  # type: ignore[union-attr]
-        return handles
+                yield norm2.register_forward_pre_hook(self._before_norm2(index))
+                yield block.mlp.register_forward_hook(self._after_mlp(index))  # type: ignore[union-attr]
 
     def value(self, kind: str, index: int | None = None) -> Tensor | None:
         """The semantic value of the tokens that reach a block, class tokens included.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -48,10 +48,10 @@ class Videos:
         self.is_taken = False
         self._base, self._frames, self._film = base, frames, _Film()
 
-    def install(self) -> list[Any]:
-        """Stands before the base model's `get_video_features`; gives back what takes it off."""
+    def install(self) -> Iterator[Any]:
+        """Stands before the base model's `get_video_features`; gives what takes it off."""
         if not hasattr(self._base, "get_video_features"):
-            return []
+            return
         signature = inspect.signature(self._base.get_video_features)  # type: ignore[arg-type]
 
         def encoded(get_video_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ class Videos:
 
         # A compiled model runs the tower in eager code, as with images.
         eager = torch.compiler.disable(encoded)  # type: ignore[no-untyped-call]
-        return [InstanceMethod(self._base, "get_video_features", eager)]
+        yield InstanceMethod(self._base, "get_video_features", eager)
 
     def are_in(self, given: dict[str, Any]) -> bool:
         """Whether a call of the base model brings videos whose frames are planned; warns if they are read in full."""

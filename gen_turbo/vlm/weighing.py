@@ -7,6 +7,7 @@ Shape names: B rows, L columns of the call, C channels, D decoder layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,14 +32,13 @@ class Weighing:
     def __init__(self, text: nn.Module, choice: Choice) -> None:
         self._text, self._choice = text, choice
 
-    def install(self) -> list[Any]:
-        """Puts the hooks in place and gives back what takes them off, each with a method `remove`."""
+    def install(self) -> Iterator[Any]:
+        """Puts the hooks in place, one after the other, and gives what takes each off, with a method `remove`."""
         layers: Any = self._text.layers
-        return [
-            self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
-            self._text.register_forward_hook(lambda text, args, output: self._choice.forget()),
-            *(InstanceMethod(layer, "forward", self._run(index)) for index, layer in enumerate(layers)),
-        ]
+        yield self._text.register_forward_pre_hook(self._before_text, with_kwargs=True)
+        yield self._text.register_forward_hook(lambda text, args, output: self._choice.forget())
+        for index, layer in enumerate(layers):
+            yield InstanceMethod(layer, "forward", self._run(index))
 
     def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")

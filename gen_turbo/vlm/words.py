@@ -5,7 +5,7 @@ Shape names: B rows, L columns of the call, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -41,12 +41,10 @@ class Words:
         self._reducer = reducer
         self._special, self._first_added = special_ids(model)
 
-    def install(self, model: nn.Module) -> list[Any]:
-        """Puts the hooks in place that read which logits a call requests, and gives back their handles."""
-        return [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            model.register_forward_hook(lambda model, args, output: end(self), always_call=True),
-        ]
+    def install(self, model: nn.Module) -> Iterator[Any]:
+        """Puts the hooks in place that read which logits a call requests, and gives the handle of each."""
+        yield model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        yield model.register_forward_hook(lambda model, args, output: end(self), always_call=True)
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         begin(self)
