@@ -52,12 +52,13 @@ class PackedTower:
     every feature is made as in the stock model. A unit may merge with one of another window; the slot then stands
     in the window, and at the position, of the unit that lends it its place. As in `Tower` merging happens where the
     norm between attention and MLP is entered. Features, also those of inner blocks, are copied back to every unit.
-    Videos of more than two frames pass as they are.
+    Videos pass as they are.
 
     Attributes:
         reducer: Plans each block's merge; None only watches.
         on_block: Receives the block and the units of all images before and after it.
         early: A block before the last whose attention is asked for as well; None if there is none.
+        is_video: Tells whether the tower is given frames of a video now, which pass as they are.
     """
 
     _pass: CallState[_Pass | None] = CallState(lambda: None)
@@ -70,6 +71,7 @@ class PackedTower:
         self.blocks: list[Any] = list(getattr(tower, facts.blocks))
         self.num_blocks = len(self.blocks)
         self.early: int | None = None
+        self.is_video: Callable[[], bool] = lambda: False
         self.on_block: Callable[[int, int, int], None] = lambda block, before, after: None
         self._side: int = tower.spatial_merge_size
         self._unit = self._side**2
@@ -126,9 +128,8 @@ class PackedTower:
 
     def _before_tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         begin_anew(self)
-        sizes = args[1] if len(args) > 1 else kwargs["grid_thw"]
-        side = self._side
-        if bool((sizes[:, 0] > 1).any()):
+        sizes, side = args[1] if len(args) > 1 else kwargs["grid_thw"], self._side
+        if self.is_video() or bool((sizes[:, 0] > 1).any()):
             return None
         grids, order = [(height // side, width // side) for _, height, width in sizes.tolist()], None
         if hasattr(tower, "window_size"):
@@ -196,8 +197,7 @@ class PackedTower:
         if now is None or last not in now.totals:
             return output
         output.last_hidden_state = self._restored(last, output.last_hidden_state)
-        states = getattr(output, "hidden_states", None)
-        if states is not None:
+        if (states := getattr(output, "hidden_states", None)) is not None:
             output.hidden_states = tuple(self._restored(index - 1, state) for index, state in enumerate(states))
         self._plans = self._raster_plans(now, now.totals[last])
         return output

@@ -105,6 +105,7 @@ class VlmPart(OnModel):
             kind = PackedTower if facts.is_packed else Tower
             self._tower = kind(model, facts, self.reducer if place == "tower" else None)
             self._tower.on_block = self._note_block
+            self._tower.is_video = lambda: self._gate is not None and self._gate.videos.is_encoding
             early = getattr(self.reducer, "early_block", None)
             self._tower.early = early(self._tower.num_blocks) if early is not None else None
         if place == "tower":
@@ -135,8 +136,7 @@ class VlmPart(OnModel):
             self._note_reduction(names[first], images, reduction)
 
         self._gate.on_reduction = partial(note, 0)
-        cuts = {first: partial(self._plan_at_cut, first) for first in names if first}
-        if cuts:
+        if cuts := {first: partial(self._plan_at_cut, first) for first in names if first}:
             self._cut = Cut(text, self._gate, cuts)
             self._cut.on_reduction = note
             self._gate.has_cut = lambda length: not self.reducer.keeps_all and self._removes(length)

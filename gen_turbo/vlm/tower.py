@@ -53,6 +53,7 @@ class Tower:
         num_blocks: Blocks in use.
         patches: The plan of the whole tower on its patches in the last call, (images, patches); None without one.
         early: A block before the last whose attention is asked for as well; None if there is none.
+        is_video: Tells whether the tower is given frames of a video now, which pass as they are.
     """
 
     patches: CallState[TokenMap | None] = CallState(lambda: None)
@@ -67,6 +68,7 @@ class Tower:
         self.last_block = facts.last_block(model) % len(self.blocks)
         self.num_blocks = self.last_block + 1
         self.early: int | None = None
+        self.is_video: Callable[[], bool] = lambda: False
         self.on_block: Callable[[int, int, int], None] = lambda block, before, after: None
         self._projections = [Projections(getattr(block, facts.attention), facts) for block in self.blocks]
 
@@ -162,7 +164,7 @@ class Tower:
 
     def _before_norm2(self, index: int) -> Any:
         def before(norm: nn.Module, args: tuple[Any, ...]) -> Any:
-            now, merging = self._pass, self._plan(index)
+            now, merging = self._pass, None if self.is_video() else self._plan(index)
             if merging is None:
                 return None
             earlier = now.totals.get(index - 1)

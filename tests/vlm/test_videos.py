@@ -27,25 +27,25 @@ QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe")
 FAMILIES = (*QWEN, "llava_onevision")
 
 
-def call(family, parts):
-    """A call of one row: numbers of words, "i" for an image and "v" for a video of three frames."""
+def call(family, parts, frames=FRAMES):
+    """A call of one row: numbers of words, "i" for an image and "v" for a video of some frames."""
     is_qwen, generator = family in QWEN, torch.Generator().manual_seed(4)
     frame = 16 if is_qwen else 4
-    sizes = {"i": VLMS[family].num_tokens, "v": FRAMES * frame + (not is_qwen)}
+    sizes = {"i": VLMS[family].num_tokens, "v": frames * frame + (not is_qwen)}
     # Qwen3-VL has times between the frames of a video; one word stands for one.
     pause = [7] if family.startswith("qwen3") else []
     tokens = {"i": [IMAGE] * sizes["i"], "v": [VIDEO] * sizes["v"]}
     if pause:
-        tokens["v"] = [token for _ in range(FRAMES) for token in [*pause, *[VIDEO] * frame]]
+        tokens["v"] = [token for _ in range(frames) for token in [*pause, *[VIDEO] * frame]]
     ids = [token for part in parts for token in tokens.get(part, list(range(10, 10 + (part if part in (2, 3) else 0))))]
     given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
     if "i" in parts:
         given |= VLMS[family].images([parts.count("i")])
     if "v" in parts and is_qwen:
-        patches = torch.randn(parts.count("v") * FRAMES * 64, 3 * 2 * 8 * 8, generator=generator)
-        given |= {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[FRAMES, 8, 8]] * parts.count("v"))}
+        patches = torch.randn(parts.count("v") * frames * 64, 3 * 2 * 8 * 8, generator=generator)
+        given |= {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[frames, 8, 8]] * parts.count("v"))}
     elif "v" in parts:
-        given["pixel_values_videos"] = torch.randn(parts.count("v"), FRAMES, 3, 32, 32, generator=generator)
+        given["pixel_values_videos"] = torch.randn(parts.count("v"), frames, 3, 32, 32, generator=generator)
     if is_qwen:
         types = (given["input_ids"] == IMAGE).int() + 2 * (given["input_ids"] == VIDEO).int()
         given["mm_token_type_ids"] = types
@@ -170,6 +170,24 @@ def test_what_leaves_videos_in_full_says_so(method, parts):
     model, given = VLMS["qwen2_5"].make("sdpa"), call("qwen2_5", parts)
     with attach(model, method), torch.no_grad(), pytest.warns(NoEffectWarning, match="video is read in full"):
         model(**given)
+
+
+@pytest.mark.parametrize(("family", "frames"), [("qwen2_5", 1), ("qwen3", 1), ("qwen3", 3), ("llava_onevision", 3)])
+def test_the_tower_reads_videos_in_full_too(family, frames):
+    """Catches frames that merge in a tower like images, where no token leaves and a warning says: in full."""
+    method = Placed(TurboProcessor(0.5), place="tower")
+    for parts in ([2, "v", 3], [2, "v", 3, "i", 2]):
+        model, given = VLMS[family].make("sdpa"), call(family, parts, frames)
+        with torch.no_grad():
+            stock = model(**given).logits
+            with attach(model, method), pytest.warns(NoEffectWarning, match="video is read in full"):
+                logits = model(**given).logits
+                rows = report(model).layers
+        assert torch.equal(logits, stock) == ("i" not in parts)
+        assert any(row.num_reduced for row in rows) == ("i" in parts)
+        # The frames stand before the image: what a token knows of them alone is stock's, within rounding.
+        end = int((given["input_ids"][0] == VIDEO).nonzero()[-1]) + 1
+        assert float((logits[:, :end] - stock[:, :end]).abs().max()) < TOLERANCE
 
 
 def test_a_cut_in_the_decoder_takes_frames():
