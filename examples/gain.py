@@ -6,6 +6,7 @@ python examples/gain.py --output docs/images/gain.png
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 import demo
@@ -48,8 +49,11 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     rows: list[tuple[str, list[tuple[str, Image.Image]]]] = []
     for seed, caption in enumerate(captions(options.captions, 3)):
-        drawn = [(label(key), demo.draw(pipe, caption, seed, options.steps, one)) for key, one in COLUMNS.items()]
-        rows.append((caption, [(title, drawing.image) for title, drawing in drawn]))
+        drawn = []
+        for setting, processor in COLUMNS.items():
+            with gen_turbo.attach(pipe, processor) if processor is not None else nullcontext():
+                drawn.append((label(setting), demo.draw(pipe, caption, seed, options.steps).image))
+        rows.append((caption, drawn))
     demo.save(options.output, rows)
 
 

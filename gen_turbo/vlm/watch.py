@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gen_turbo.vlm.run import Images, Reduction
+from gen_turbo.vlm.run import Reduction
 
 
 def watch_reductions(part: Any, listener: Callable[[Reduction], None]) -> bool:
@@ -20,11 +20,9 @@ def watch_reductions(part: Any, listener: Callable[[Reduction], None]) -> bool:
     return bool(stages)
 
 
-def _both(
-    first: Callable[[Images, Reduction], None], second: Callable[[Reduction], None]
-) -> Callable[[Images, Reduction], None]:
-    def told(images: Images, reduction: Reduction) -> None:
-        first(images, reduction)
-        second(reduction)
+def _both(first: Callable[..., None], second: Callable[[Reduction], None]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        first(*arguments)
+        second(arguments[-1])
 
-    return told
+    return call

@@ -45,6 +45,9 @@ PROCESSORS = {
     "turbo_vit pre_llm": METHODS["turbo_vit"](0.6, place="pre_llm"),
     "vistog_vit": METHODS["vistog_vit"](0.5),
     "adaptive": METHODS["divprune"](keep=6, adaptive=True),
+    "eadaprune": METHODS["eadaprune"](energy=0.5),
+    "pyramiddrop": METHODS["pyramiddrop"](0.6, cuts=[1]),
+    "vscan": METHODS["vscan"](0.6),
 }
 
 
