@@ -21,18 +21,26 @@ def placed(handles: Iterable[Any], known: list[Any]) -> None:
         known.append(handle)
 
 
-def settle(model: nn.Module, handles: list[Any]) -> None:
+def settle(model: nn.Module, handles: list[Any], is_idle: bool = False) -> None:
     """Makes hooks, just registered, known to copies of their modules and to compilers; adds to their handles.
 
     Hooks do nothing in copies of their modules, and refuse to be pickled. Each module that carries one has a `forward`
     of its own as long: compiled graphs are not checked for hooks that came or went since they were made
     (`skip_nnmodule_hook_guards` of torch.compile), but they are for methods of an instance.
+
+    Args:
+        model: The model.
+        handles: What takes the hooks off; modules that carry any add to it.
+        is_idle: Whether nothing is ever reduced. Compilers then leave the hooks out, so that one graph holds the model
+            and nothing is counted.
     """
-    changed = set()
+    kind, changed = _Idle if is_idle else _Hook, set()
     for handle in handles:
+        if isinstance(handle, InstanceMethod):
+            handle.is_idle = is_idle
         hooks: Any = handle.hooks_dict_ref() if isinstance(handle, RemovableHandle) else None
         if hooks is not None and not isinstance(hooks[handle.id], _Hook):
-            hooks[handle.id] = _Hook(hooks[handle.id])
+            hooks[handle.id] = kind(hooks[handle.id])
             changed.add(id(hooks))
     carriers = [
         module for module in model.modules() if {id(module._forward_hooks), id(module._forward_pre_hooks)} & changed
@@ -43,6 +51,9 @@ def settle(model: nn.Module, handles: list[Any]) -> None:
 class InstanceMethod(NotPickled):
     """Takes the place of a method of one module until `remove`; copies of the module have what it had before.
 
+    Attributes:
+        is_idle: Whether compiled code calls the method that was there.
+
     Args:
         module: The module.
         name: The method's name.
@@ -52,13 +63,15 @@ class InstanceMethod(NotPickled):
     def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
         self._module, self._name, self._replacement = module, name, replacement
         self._had, self._method = vars(module).get(name), getattr(module, name)
-        self._is_on = True
+        self._is_on, self.is_idle = True, False
         update_wrapper(self, self._method)
         setattr(module, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What a call of the method gives."""
-        return self._replacement(self._method, *args, **kwargs) if self._is_on else self._method(*args, **kwargs)
+        if not self._is_on or (self.is_idle and torch.compiler.is_compiling()):
+            return self._method(*args, **kwargs)
+        return self._replacement(self._method, *args, **kwargs)
 
     def remove(self) -> None:
         """Puts back what was there; where another function was placed over this one, it stays and this is stock."""
@@ -91,6 +104,13 @@ class _Hook(NotPickled):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _nothing
+
+
+class _Idle(_Hook):
+    """A hook that changes nothing, and is not there in compiled code."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if torch.compiler.is_compiling() else super().__call__(*args, **kwargs)
 
 
 class _Marked:

@@ -27,7 +27,7 @@ from gen_turbo.vlm.origin import Seen
 from gen_turbo.vlm.packed import PackedTower
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.run import FRAME, Group, Images, Reduction
-from gen_turbo.vlm.settings import Staged, placement_of
+from gen_turbo.vlm.settings import Staged, may_remove, placement_of
 from gen_turbo.vlm.shrink import Shrink
 from gen_turbo.vlm.text import TEXT_ENCODER, TextMerge
 from gen_turbo.vlm.tower import EARLY, Tower
@@ -86,7 +86,7 @@ class VlmPart(OnModel):
             if self._gate.words is not None:
                 placed(self._gate.words.install(self.model), self._handles)
             self._handles.append(self._gate.watch(self._note))
-        settle(self.model, self._handles)
+        settle(self.model, self._handles, is_idle=not may_remove(self.reducer))
 
     def remove(self) -> None:
         """Takes every hook off; doing it twice is harmless."""
@@ -139,7 +139,7 @@ class VlmPart(OnModel):
         if cuts := {first: partial(self._plan_at_cut, first) for first in names if first}:
             self._cut = Cut(text, self._gate, cuts)
             self._cut.on_reduction = note
-            self._gate.has_cut = lambda length: not self.reducer.keeps_all and self._removes(length)
+            self._gate.has_cut = lambda length: may_remove(self.reducer) and self._removes(length)
 
     def _name_stages(self, text: Any, path: str) -> dict[int, str]:
         """Adds a row for the decoder layers from each place where tokens leave on; gives their names by first layer."""

@@ -138,6 +138,11 @@ def inner_of(reducer: TokenReducer) -> TokenReducer:
     return reducer.reducer if isinstance(reducer, Placed) else reducer
 
 
+def may_remove(reducer: TokenReducer) -> bool:
+    """Whether a method, placed or not, ever removes tokens or words of a vision-language model."""
+    return not inner_of(reducer).keeps_all and (reducer.removes or bool(reducer.text_ratio))
+
+
 def changed_settings(reducer: TokenReducer) -> dict[str, Any]:
     """The settings that are not a method's own defaults, by name."""
     method, found = inner_of(reducer), {}

@@ -7,8 +7,9 @@ import contextlib
 import pytest
 import torch
 
-from gen_turbo import attach
+from gen_turbo import IdentityProcessor, TurboProcessor, attach
 from gen_turbo.registry import METHODS
+from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_generate import TOLERANCE
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
@@ -96,6 +97,47 @@ def test_every_layer_of_a_compiled_model_is_compiled_while_attached():
                 model(**inputs)
             compiled.append(sum(ran))
     assert compiled[0] > 0 and compiled == [compiled[0]] * len(compiled)
+
+
+IDLE = {
+    "identity": IdentityProcessor(0.5),
+    "ratio 0": TurboProcessor(0.0),
+    "tower": Placed(IdentityProcessor(0.5), place="tower"),
+    "decoder": Placed(TurboProcessor(0.0), place="decoder"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "name"), [("llava", "identity"), ("llava", "decoder"), ("internvl", "tower"), ("idefics3", "ratio 0")]
+)
+def test_one_graph_holds_a_model_of_which_nothing_is_removed(family, name):
+    """Catches hooks that do nothing and yet break the graph, for which `fullgraph=True` refuses the model."""
+    model, inputs = VLMS[family].make("sdpa"), PROMPTS["even"].inputs(VLMS[family])
+    stock = model(**inputs).logits
+    with attach(model, IDLE[name]):
+        assert torch.equal(torch.compile(model.forward, backend="eager", fullgraph=True)(**inputs).logits, stock)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "qwen2_5"])
+def test_graphs_without_hooks_serve_nothing_but_what_removes_nothing(family):
+    """Catches graphs that left hooks out and go on once tokens are to leave, and calls that begin and never end."""
+    model, inputs = VLMS[family].make("sdpa"), PROMPTS["one"].inputs(VLMS[family])
+    stock = model(**inputs).logits
+    with attach(model, TurboProcessor(0.6)):
+        reduced = model(**inputs).logits
+    model.compile(backend="eager")
+    for method, expected in [
+        (IdentityProcessor(), stock),
+        (TurboProcessor(0.6), reduced),
+        (TurboProcessor(0.0), stock),
+    ]:
+        with attach(model, method) as attachment:
+            for _ in range(2):
+                assert (model(**inputs).logits - expected).abs().max() < TOLERANCE
+                assert not attachment.parts[0]._gate._is_running
+    assert (reduced - stock).abs().max() > 100 * TOLERANCE
 
 
 @torch.no_grad()
