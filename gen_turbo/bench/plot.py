@@ -25,6 +25,8 @@ except ImportError as error:
 
 _OWN = ("turbo", "par", "vistog")
 _MARKERS = "osD^v<>Pp*Xhd"
+_MOST_ROWS = 26
+"""Names that a legend has room for, one below the other."""
 _COLORS = [*color_sequences["tab20"], *color_sequences["tab20b"]]
 
 
@@ -75,7 +77,7 @@ def plot_skipping(folder: Path, path: Path) -> None:
         panel.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
         panel.set(xlabel="all arithmetic, counted (stock: 1)", ylabel="PSNR to stock, dB (median)")
         panel.set_xlim(1, 0.2)
-    axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    _legend(*axes)
     _save(figure, path)
 
 
@@ -137,7 +139,16 @@ def is_own(family: str) -> bool:
 def _finish(axes: Any, what: str) -> None:
     axes.set(xlabel=what)
     axes.invert_xaxis()
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    _legend(axes)
+
+
+def _legend(*panels: Any) -> None:
+    """The curves of all panels beside the last, in as many columns as fit its height."""
+    curves = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    columns = -(-len(curves) // _MOST_ROWS)
+    panels[-1].legend(
+        curves.values(), curves, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), ncols=columns
+    )
 
 
 def _save(figure: Figure, path: Path) -> None:
