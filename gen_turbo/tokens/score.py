@@ -8,12 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MOST_LOGITS, _MOST_ON_CPU = 2**24, 2**18
+"""Logits of attention held at once; on a CPU as many as its caches hold."""
+
 
 def attention_column_mean(q_BHSD: Tensor, k_BHND: Tensor, log_size_BN: Tensor | None = None) -> Tensor:
     """Averages over heads and queries the attention that each token receives.
 
     The semantic value of Turbo (Ju et al., 2023, arXiv 2312.07408) where there is no class token: the column mean
-    of `softmax(q k^T / sqrt(D))`. A strided subset of queries is enough; memory is B * S * N floats.
+    of `softmax(q k^T / sqrt(D))`. A strided subset of queries is enough. Heads are taken together,
+    as many as have 2^24 logits, on a CPU 2^18, at least one.
 
     Args:
         q_BHSD: Queries, of all tokens or of a few.
@@ -24,12 +28,16 @@ def attention_column_mean(q_BHSD: Tensor, k_BHND: Tensor, log_size_BN: Tensor | 
         (B, N), at least float32, every row summing to one.
     """
     dtype = torch.promote_types(q_BHSD.dtype, torch.float32)
+    batch, num_heads, num_queries, dim = q_BHSD.shape
+    most = _MOST_ON_CPU if q_BHSD.device.type == "cpu" else _MOST_LOGITS
+    at_once = max(1, most // max(1, batch * num_queries * k_BHND.shape[2]))
     total = torch.zeros(1, dtype=dtype, device=q_BHSD.device)
-    for q_BSD, k_BND in zip(q_BHSD.unbind(1), k_BHND.unbind(1), strict=True):
-        logits = (q_BSD * q_BSD.shape[-1] ** -0.5) @ k_BND.transpose(-1, -2)
-        logits = logits.to(dtype) if log_size_BN is None else logits.to(dtype) + log_size_BN[:, None, :]
-        total = total + logits.softmax(-1).mean(1)
-    return total / q_BHSD.shape[1]
+    for q, k in zip(torch.split(q_BHSD, at_once, 1), torch.split(k_BHND, at_once, 1), strict=True):
+        logits = ((q * dim**-0.5) @ k.transpose(-1, -2)).to(dtype)
+        if log_size_BN is not None:
+            logits = logits + log_size_BN[:, None, None, :]
+        total = total + logits.softmax(-1).mean(2).sum(1)
+    return total / num_heads
 
 
 def text_attention(q_BHND: Tensor, k_BHTD: Tensor, is_word_BT: Tensor) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import oracles
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gen_turbo.tokens import score
 from gen_turbo.tokens.score import attention_column_mean, information_penalty, mean_one
 
 # Softmax in float32 against Python's float64.
@@ -28,6 +32,38 @@ def test_column_mean_equals_the_loop(is_sized: bool) -> None:
         biases = log_size[b].tolist() if is_sized else [0.0] * 6
         expected = oracles.attention_column_mean(q[b].tolist(), k[b].tolist(), biases)
         torch.testing.assert_close(value[b], torch.tensor(expected), **ROUNDING)
+
+
+def test_column_mean_of_heads_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches heads left out, or parts of another number of heads that count as much, where memory parts them."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 5, 3, 4, generator=generator), torch.randn(2, 5, 6, 4, generator=generator)
+    whole = attention_column_mean(q, k)
+    for most in (1, 2 * 3 * 6 * 2, 2 * 3 * 6 * 4):
+        monkeypatch.setattr(score, "_MOST_ON_CPU", most)
+        torch.testing.assert_close(attention_column_mean(q, k), whole, **ROUNDING)
+    for row in range(2):
+        expected = oracles.attention_column_mean(q[row].tolist(), k[row].tolist(), [0.0] * 6)
+        torch.testing.assert_close(whole[row], torch.tensor(expected), **ROUNDING)
+
+
+class _Counted(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_do_not_grow_with_heads() -> None:
+    """Catches a loop over heads in Python: on an accelerator every operator is a launch."""
+    counts = []
+    for heads in (1, 16):
+        q, k = (torch.empty(1, heads, count, 8, device="meta") for count in (64, 256))
+        with _Counted() as counted:
+            attention_column_mean(q, k)
+        counts.append(counted.count)
+    assert counts[0] == counts[1]
 
 
 def test_half_attention_is_summed_in_float32() -> None:
