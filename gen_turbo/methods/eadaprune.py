@@ -7,18 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gen_turbo.method import LayerInfo, StepInfo
-from gen_turbo.methods.base import ReductionProcessor
+from gen_turbo.methods.divprune import DivPruneProcessor
 from gen_turbo.registry import METHODS
 from gen_turbo.tokens.ratios import num_removed
-from gen_turbo.tokens.select import keep_diverse
-from gen_turbo.tokens.token_map import TokenMap
-from gen_turbo.vlm.settings import Placement
 
 
 @METHODS.register("eadaprune")
 @dataclass
-class EAdaPruneProcessor(Placement, ReductionProcessor):
+class EAdaPruneProcessor(DivPruneProcessor):
     """Gives each image a budget of its own, by the spectrum of its features, and keeps its most diverse tokens.
 
     E-AdaPrune (He and Chen, 2026, arXiv 2603.05950): an image keeps k tokens, the least number of singular values of
@@ -38,8 +34,6 @@ class EAdaPruneProcessor(Placement, ReductionProcessor):
     """
 
     ratio: float = 0.95
-    restore: str = "copy"
-    combine: str = "prune"
     energy: float = 0.9
 
     def __post_init__(self) -> None:
@@ -69,11 +63,3 @@ class EAdaPruneProcessor(Placement, ReductionProcessor):
         energy = torch.linalg.eigvalsh(gram).flip(1).clamp_min(0).cumsum(1)
         kept = (energy < self.energy * energy[:, -1:]).sum(1) + 1
         return [int(number) for number in kept.clamp(least, num_tokens).tolist()]
-
-    def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
-        """Plans for tokens (B, N, C) of images of one budget, which the site's ratio says."""
-        num_tokens = tokens.shape[1]
-        removed = num_removed(num_tokens, site.ratio)
-        if removed == 0:
-            return TokenMap.identity(1, num_tokens, tokens.device)
-        return keep_diverse(tokens, num_tokens - removed)

@@ -1,4 +1,4 @@
-"""`bench gpu` at tiny width, where nothing is captured, and its tables from records as a GPU would write them."""
+"""`bench gpu` at tiny width, where nothing is captured."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ from gen_turbo.bench.gpu.tables import denoisers, reading
 from gen_turbo.bench.gpu.variants import Mode, prepared, repeated_blocks, twin
 from gen_turbo.bench.markdown import NO_RECORDS
 from gen_turbo.bench.records import BenchRecord, append, load
-from gen_turbo.bench.tables import TABLES
+from tests.bench.test_gpu_tables import gpu_record
 from tests.stated import TurboProcessor
 from tests.tiny_hosts import sd_pipeline
 from tests.tiny_pipelines import sd3_with_text
@@ -144,7 +144,7 @@ def test_stock_is_asked_whether_it_repeats_itself(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(repeats, "build_processor", lambda given: TurboProcessor(0.5))
     counts = repeats.differing(readers.made(0), 1)
     assert {name for name, number in counts.items() if number} == {"logits", "attached", "deterministic_attached"}
-    said = _record("identity", params=found[0].params | {"device": "NVIDIA H200"}, wall_s=[], counts=counts)
+    said = gpu_record("identity", params=found[0].params | {"device": "NVIDIA H200"}, wall_s=[], counts=counts)
     append(tmp_path, said)
     assert f"as torch comes 0 in its first run, {counts['attached']} with ratio 0 attached, 0 after" in reading(
         tmp_path
@@ -265,9 +265,9 @@ def test_a_process_that_dies_costs_one_setting(tmp_path: Path, capsys: pytest.Ca
 
     def work(announce: Any, deadline: float) -> int:
         if not load(tmp_path, "gpu"):
-            announce(_record("block-copy-r0.5", failure="the process ended").to_line())
+            announce(gpu_record("block-copy-r0.5", failure="the process ended").to_line())
             os.kill(os.getpid(), signal.SIGKILL)
-        append(tmp_path, _record("spans-copy-r0.5"))
+        append(tmp_path, gpu_record("spans-copy-r0.5"))
         return 0
 
     command._supervised(work, time.monotonic() + 30, wishes)
@@ -280,48 +280,6 @@ def test_a_process_that_hangs_is_ended() -> None:
     began = time.monotonic()
     assert apart(lambda announce: time.sleep(60) or 0, 0.2).code < 0
     assert time.monotonic() - began < 20
-
-
-def _record(setting: str, mode: str = "eager", device: str = "NVIDIA H200", **changes: Any) -> BenchRecord:
-    values: dict[str, Any] = {
-        "bench": "gpu",
-        "setting": setting,
-        "family": "",
-        "params": {"model": "sd15", "pixels": "512x512", "mode": mode, "device": device},
-        "cpu_s": [],
-        "baseline_cpu_s": [],
-        "wall_s": [0.010, 0.010, 0.010],
-        "baseline_wall_s": [0.012, 0.012, 0.012],
-        "values": {"eager_s": [0.025] * 3, "typical_step_s": [0.008] * 3, "peak_mib": [2048.0]},
-        "counts": {"kernels": 900, "host_waits": 0},
-        "seed": 0,
-    }
-    return BenchRecord(**values | changes)
-
-
-def test_the_table_compares_within_a_mode_and_with_eager_stock(tmp_path: Path) -> None:
-    """Catches a gain of capture that is told as one of merging, and a failure that looks like nothing measured."""
-    for record in (
-        _record("block-copy-r0.5", "captured"),
-        _record("block-copy-r0.5", "compiled", failure="TimeoutError: stopped"),
-        _record("stock", "captured", baseline_wall_s=[0.010] * 3),
-        _record("stock", "eager", device="cpu"),
-    ):
-        append(tmp_path, record)
-    text = TABLES["gpu"](tmp_path)
-    assert text.startswith("NVIDIA H200:\n")
-    assert text.splitlines()[4:6] == [
-        "| sd15 512x512 stock |  | 10.0 (10.0 to 10.0) ms; 2.50 |  |  | 900 | 0 | 2.0 |",
-        "| sd15 512x512 block-copy-r0.5 |  | 1.20 (1.20 to 1.20), 1.50; 2.50 | failed |  | 900 | 0 | 2.0 |",
-    ]
-    assert len(text.splitlines()) == 8
-
-
-def test_two_cards_have_two_tables(tmp_path: Path) -> None:
-    """Catches figures of two cards in one block."""
-    for device in ("NVIDIA H100", "NVIDIA H200"):
-        append(tmp_path, _record("stock", device=device))
-    assert denoisers(tmp_path).count("| sd15 512x512 stock |") == 2
 
 
 def test_the_users_line_is_measured_over_whole_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

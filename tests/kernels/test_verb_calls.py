@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from flat_maps import merged, random_map, terms, unmerge, values
+from op_names import OpNames
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_turbo.kernels import merge, restore, verbs
 
@@ -35,20 +35,6 @@ def frames(function: Callable[[], Any]) -> list[str]:
     finally:
         sys.setprofile(None)
     return names[1:]
-
-
-class OpNames(TorchDispatchMode):
-    """Writes down the kernels that run."""
-
-    def __init__(self) -> None:
-        """Begins an empty list."""
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and notes its name."""
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 VIEWS = {"view", "_unsafe_view", "t", "select", "unbind", "detach", "device"}

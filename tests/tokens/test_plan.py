@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from op_names import OpNames
 
 from gen_turbo.tokens.token_map import TokenMap
 
@@ -62,20 +60,6 @@ def test_weights_of_the_plan_rows_are_tiled_like_the_plan() -> None:
     plan = random_plan(2, 9, 4, 0)
     x, weight = values(4, 9, 3), values(2, 9, seed=1).abs() + 0.1
     assert torch.equal(plan.merge(x, weight), plan.merge(x, torch.cat([weight, weight])))
-
-
-class OpNames(TorchDispatchMode):
-    """Writes down the kernels that run."""
-
-    def __init__(self) -> None:
-        """Begins an empty list."""
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and notes its name."""
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def test_warm_verbs_are_one_kernel_each() -> None:
