@@ -134,5 +134,5 @@ def check_followed(cache: Any) -> None:
     if is_short and not cache.is_followed:
         raise ValueError(
             "this cache holds a prompt without the image tokens that a gen_turbo reducer dropped; go on with it while "
-            "a reducer is attached (gen_turbo.attach), or begin with a new cache"
+            "a reducer that removes tokens is attached (gen_turbo.attach), or begin with a new cache"
         )

@@ -141,6 +141,18 @@ def test_graphs_without_hooks_serve_nothing_but_what_removes_nothing(family):
 
 
 @torch.no_grad()
+def test_a_compiled_call_without_hooks_refuses_a_shortened_cache():
+    """Catches a step that goes on with fewer columns than its mask says, because no hook tells it."""
+    model, inputs = VLMS["llava"].make("sdpa"), PROMPTS["padded"].inputs(VLMS["llava"])
+    with attach(model, TurboProcessor(0.6)):
+        cache = model(**inputs).past_key_values
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": mask, "past_key_values": cache}
+    with attach(model, IdentityProcessor()), pytest.raises(ValueError, match="a reducer that removes tokens"):
+        torch.compile(model.forward, backend="eager")(**step)
+
+
+@torch.no_grad()
 def test_a_stock_model_beside_an_attached_one_keeps_its_graphs():
     """Catches graphs of an attached model that serve another one of its class, and the other way round."""
     vlm = VLMS["llava"]
