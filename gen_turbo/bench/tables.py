@@ -89,7 +89,7 @@ def quality(folder: Path, steps: int, pipeline: str = EMBEDDED) -> str:
 
 def scopes(folder: Path) -> str:
     """What merging costs and saves by what it is applied to, at every ratio and on every pipeline."""
-    found = [r for r in load(folder, "quality") if r.family in scope_catalogue.FAMILIES]
+    found = [r for r in load(folder, "quality") if r.family in scope_catalogue.FAMILIES and r.cpu_s]
     records = [record for group in _by_pipeline(found) for record in group]
     cells = {(_run_of(r), r.family, r.params["options"]["ratio"]): _gain(r) for r in records}
     ratios = sorted({ratio for _, _, ratio in cells})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gen_turbo.training.schedule import WHOLE, Schedule
 
-_LEAST_CALLS, _FIRST, _FIRST_OF_FEW, _FEW = 4, 3, 2, 10
+_LEAST_CALLS, _FIRST, _FIRST_OF_FEW, _FEW = 4, 3, 2, 7
 _UNKNOWN = 10_000
 _WHOLE_SLOPE = 2
 """The gap between calls that run over which the line is continued by its whole slope."""
@@ -18,11 +18,12 @@ _WHOLE_SLOPE = 2
 class Generic:
     """A rule instead of a calibrated schedule.
 
-    The first three calls run (two of runs of fewer than ten), the last one does, and others between, as many as the
-    budget allows: twice as close at both ends as in the middle, for errors at the first steps grow and the last steps
-    are large. Where the model is left out its result continues the line through the last two results in time, the less
-    steeply the longer the gap: by the whole slope where one call is left out, by two thirds of it where two are, and so
-    on. Both were chosen on recorded runs of the embedded models, of which one changes smoothly and one does not.
+    The first three calls run (two where no more than seven run in all), the last one does, and others between, as many
+    as the budget allows: twice as close at both ends as in the middle, for errors at the first steps grow and the last
+    steps are large. Where the model is left out its result continues the line through the last two results in time, the
+    less steeply the longer the gap: by the whole slope where one call is left out, by two thirds of it where two are,
+    and so on. The first result of a run, of noise alone, gives no slope: the second is held. All were chosen on runs of
+    the embedded models, of which one changes smoothly and one does not.
 
     Attributes:
         budget: Share of calls that may run.
@@ -46,7 +47,7 @@ class Generic:
         for before, newest, following in zip([None, *places], places, [*places[1:], num_calls], strict=False):
             for call in range(newest + 1, following):
                 weights[call] = (1.0,)
-                if before is not None and times[newest] != times[before]:
+                if before is not None and before > 0 and times[newest] != times[before]:
                     share = _WHOLE_SLOPE / (following - newest)
                     reach = share * (times[call] - times[newest]) / (times[newest] - times[before])
                     weights[call] = (1 + reach, -reach)
@@ -58,8 +59,9 @@ class Generic:
         """The calls that run."""
         if num_calls < _LEAST_CALLS:
             return list(range(num_calls))
-        first = _FIRST if num_calls >= _FEW else _FIRST_OF_FEW
-        between = min(max(int(self.budget * num_calls + 1e-9), first + 1), num_calls) - first
+        num_run = int(self.budget * num_calls + 1e-9)
+        first = _FIRST if num_run > _FEW else _FIRST_OF_FEW
+        between = min(max(num_run, first + 1), num_calls) - first
         # Where the calls between end that are as far into the rest of the run as their number is among them.
         shares = [_place(number / between) for number in range(1, between + 1)]
         return [*range(first), *_apart([first - 1 + round((num_calls - first) * share) for share in shares], first)]

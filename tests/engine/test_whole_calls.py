@@ -132,7 +132,10 @@ def test_a_late_start_forecasts_by_the_slope(pipe):
 
 
 def test_the_rule_runs_what_the_budget_allows():
-    """Catches a first or last call that is left out, a budget that is passed, even distances, lines of one slope."""
+    """Catches a first or last call that is left out, a budget that is passed, even distances, lines of one slope.
+
+    And a line through the first result of all, which at 8 steps and half of the calls costs 21 dB on tiny-dit.
+    """
     for steps, budget in ((28, 0.5), (28, 0.34), (50, 0.25), (8, 0.5), (14, 0.5), (4, 0.75)):
         schedule = Generic(budget).schedule([float(steps - step) for step in range(steps)])
         left_out = schedule.skips[WHOLE]
@@ -141,11 +144,12 @@ def test_the_rule_runs_what_the_budget_allows():
         assert len(runs) == int(budget * steps) and schedule.cost == pytest.approx(len(runs) / steps)
         gaps = [after - before for before, after in zip(runs, runs[1:], strict=False)]
         assert max(gaps) > gaps[-1] or len(runs) < 7
-        for call, (newest, older) in schedule.weights[WHOLE].items():
+        assert (runs[2] == 2) == (len(runs) > 7)
+        for call, weights in schedule.weights[WHOLE].items():
             last, before = schedule.ran_before(WHOLE, call)[:2]
             gap = next(run for run in runs if run > call) - last
             reach = 2 / gap * (call - last) / (last - before)
-            assert (newest, older) == pytest.approx((1 + reach, -reach))
+            assert weights == (pytest.approx((1 + reach, -reach)) if before else (1.0,))
     assert Generic(0.5).schedule([3.0, 2.0, 1.0]).skips == {}
     endless = Generic(0.34).schedule(())
     assert [call for call in range(12) if call not in endless.skips[WHOLE]] == [0, 1, 2, 5, 8, 11]
