@@ -16,7 +16,7 @@ from gen_turbo.engine.placed import NotPickled
 
 
 def placed(handles: Iterable[Any], known: list[Any]) -> None:
-    """Adds handles to those that are known, each as its hook is placed: one that fails leaves none unknown."""
+    """Adds handles to those that are known, each as its hook is placed, so that none is unknown where one fails."""
     for handle in handles:
         known.append(handle)
 
