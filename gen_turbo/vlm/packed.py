@@ -58,7 +58,7 @@ class PackedTower:
         reducer: Plans each block's merge; None only watches.
         on_block: Receives the block and the units of all images before and after it.
         early: A block before the last whose attention is asked for as well; None if there is none.
-        is_video: Tells whether the tower is given frames of a video now, which pass as they are.
+        is_video: Says whether the tower is given frames of a video now, which pass as they are.
     """
 
     _pass: CallState[_Pass | None] = CallState(lambda: None)

@@ -53,7 +53,7 @@ class Tower:
         num_blocks: Blocks in use.
         patches: The plan of the whole tower on its patches in the last call, (images, patches); None without one.
         early: A block before the last whose attention is asked for as well; None if there is none.
-        is_video: Tells whether the tower is given frames of a video now, which pass as they are.
+        is_video: Says whether the tower is given frames of a video now, which pass as they are.
     """
 
     patches: CallState[TokenMap | None] = CallState(lambda: None)
