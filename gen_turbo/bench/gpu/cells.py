@@ -134,13 +134,11 @@ class Cells:
     @contextlib.contextmanager
     def _ready(self, variant: Variant, mode: Mode) -> Iterator[_Ready]:
         graphs, breaks = num_graphs()
-        # What is decided for a run depends on its length.
-        warm_steps = self._run_steps if variant.is_automatic else _WARM_STEPS
         with prepared(self._eager, variant, mode) as pipeline:
             with warnings.catch_warnings():
                 # Where capture is refused, figures of eager steps would stand under its name.
                 warnings.filterwarnings("error", message="CUDA graphs were asked for")
-                first = meter.first_run(pipeline, warm_steps, _more_runs(variant, mode))
+                first = meter.first_run(pipeline, self._steps(variant, _WARM_STEPS), _more_runs(variant, mode))
             now = num_graphs()
             yield _Ready(pipeline, first, (now[0] - graphs, now[1] - breaks))
 
@@ -166,7 +164,7 @@ class Cells:
         if stock is not None:
             is_short = mode is Mode.EAGER or self._is_slow
             loops["stock"] = (stock.pipeline, _BASELINE_STEPS if is_short else self._wishes.steps)
-        loops["own"] = (own.pipeline, self._steps(variant))
+        loops["own"] = (own.pipeline, self._steps(variant, self._wishes.steps))
         if mode is not Mode.EAGER:
             loops["eager"] = (self._eager, _BASELINE_STEPS)
         traces = meter.alternated(loops, self._rounds)
@@ -181,8 +179,8 @@ class Cells:
             "first_run_s": [own.first.seconds],
             "peak_mib": [own.first.peak_mib],
         }
-        watched = self._run_steps if variant.is_automatic else _WATCHED_STEPS
-        counts = {"host_waits": meter.host_waits(own.pipeline, watched), "finite": int(own.first.is_finite)}
+        watched_steps = self._steps(variant, _WATCHED_STEPS)
+        counts = {"host_waits": meter.host_waits(own.pipeline, watched_steps), "finite": int(own.first.is_finite)}
         if mode.is_compiled:
             counts |= {"graphs": own.graphs[0], "graph_breaks": own.graphs[1]}
         record = self._record(
@@ -228,13 +226,15 @@ class Cells:
         )
 
     def _full(self, variant: Variant, mode: Mode) -> dict[str, Any]:
-        return self._params | {"steps": self._steps(variant), "mode": mode.value} | variant.setting.params()
+        steps = self._steps(variant, self._wishes.steps)
+        return self._params | {"steps": steps, "mode": mode.value} | variant.setting.params()
 
     def _is_finished(self, variant: Variant, mode: Mode) -> bool:
         return is_finished(self._wishes, variant.setting.name, self._full(variant, mode))
 
-    def _steps(self, variant: Variant) -> int:
-        return self._run_steps if variant.is_automatic else self._wishes.steps
+    def _steps(self, variant: Variant, others: int) -> int:
+        """A whole run of what is decided for a run by its length, and so many steps of all else."""
+        return self._run_steps if variant.is_automatic else others
 
     def _clean(self) -> None:
         gc.collect()
