@@ -1,12 +1,106 @@
-"""The families of transformers vision-language models that can be reduced."""
+"""The families of transformers vision-language models that can be reduced: one entry each."""
 
-from gen_turbo.vlm.blip import BLIP
-from gen_turbo.vlm.gemma import GEMMA
-from gen_turbo.vlm.host import VlmHost
-from gen_turbo.vlm.idefics import IDEFICS
-from gen_turbo.vlm.internvl import INTERNVL
-from gen_turbo.vlm.llava import AYA, LLAVA, LLAVA_TILED, MISTRAL
-from gen_turbo.vlm.paligemma import PALIGEMMA
-from gen_turbo.vlm.qwen import QWEN
+from dataclasses import replace
 
-ADAPTERS: tuple[VlmHost, ...] = (LLAVA, LLAVA_TILED, AYA, MISTRAL, GEMMA, QWEN, INTERNVL, IDEFICS, PALIGEMMA, BLIP)
+from gen_turbo.vlm.family import (
+    Family,
+    TowerFacts,
+    clip_class_tokens,
+    feature_block,
+    one_class_token,
+    packed_grids,
+    sized_grids,
+    square_grids,
+    tile_length,
+)
+from gen_turbo.vlm.videos import packed_frames, pooled_frames
+
+_CLIP = TowerFacts(
+    "model.vision_tower",
+    ("clip_vision_model", "siglip_vision_model"),
+    num_leading=clip_class_tokens,
+    last_block=feature_block,
+)
+_SIGLIP = TowerFacts("model.vision_tower", ("siglip_vision_model",), output_norm="post_layernorm")
+_PROJECTOR = "model.multi_modal_projector"
+
+FAMILIES = (
+    Family(
+        ("LlavaForConditionalGeneration",),
+        tower=replace(_CLIP, projector=_PROJECTOR),
+        grids=sized_grids,
+    ),
+    # The features of an image are a thumbnail and tiles with newlines between, which make no grid.
+    Family(
+        ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"),
+        tower=_CLIP,
+        frames=pooled_frames,
+    ),
+    Family(("AyaVisionForConditionalGeneration",), tower=_CLIP, grids=square_grids),
+    Family(("Mistral3ForConditionalGeneration",), grids=sized_grids),
+    Family(("Gemma3ForConditionalGeneration",), tower=_SIGLIP, grids=square_grids, masks_in_base=True),
+    Family(
+        ("PaliGemmaForConditionalGeneration",),
+        tower=replace(_SIGLIP, projector=_PROJECTOR),
+        grids=square_grids,
+        masks_in_base=True,
+    ),
+    Family(
+        (
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3VLMoeForConditionalGeneration",
+        ),
+        tower=TowerFacts(
+            "model.visual",
+            ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision"),
+            encoder="",
+            blocks="blocks",
+            attention="attn",
+            norm2="norm2",
+            has_qkv=True,
+            is_packed=True,
+        ),
+        grids=packed_grids,
+        frames=packed_frames,
+    ),
+    Family(
+        ("InternVLForConditionalGeneration",),
+        tower=TowerFacts(
+            "model.vision_tower",
+            ("internvl_vision",),
+            blocks="layer",
+            attention="attention",
+            norm2="layernorm_after",
+            num_leading=one_class_token,
+            last_block=feature_block,
+        ),
+        grids=square_grids,
+    ),
+    Family(
+        ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+        text="model.text_model",
+        tower=TowerFacts("model.vision_model", ("idefics3_vision", "smolvlm_vision")),
+        grids=square_grids,
+        pieces=tile_length,
+    ),
+    Family(
+        (
+            "BlipForConditionalGeneration",
+            "BlipForQuestionAnswering",
+            "BlipForImageTextRetrieval",
+            "Blip2ForConditionalGeneration",
+            "InstructBlipForConditionalGeneration",
+        ),
+        tower=TowerFacts(
+            "vision_model",
+            ("blip_vision_model", "blip_2_vision_model", "instructblip_vision_model"),
+            num_leading=one_class_token,
+            has_qkv=True,
+            is_restored=False,
+            output_norm="post_layernorm",
+        ),
+        is_cross=True,
+    ),
+)

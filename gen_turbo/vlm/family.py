@@ -53,6 +53,7 @@ class Family:
     """One family.
 
     Attributes:
+        models: Names of its classes.
         base: Path of the module that puts image features in place of the placeholders and calls the language model.
         text: Path of the language model, which has `layers`.
         tower: The vision tower; None where it cannot be reduced.
@@ -66,6 +67,7 @@ class Family:
         is_cross: Whether text reads the image by cross-attention, so that image tokens are in no prompt.
     """
 
+    models: tuple[str, ...]
     base: str = "model"
     text: str = "model.language_model"
     tower: TowerFacts | None = None
@@ -108,3 +110,53 @@ def tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
         return None
     config: Any = model.get_submodule(facts.module).config
     return facts if config.model_type in facts.kinds else None
+
+
+def sized_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
+    """Square, but for Pixtral's towers, whose images have the sizes of the call. Beams repeat them: sizes decide."""
+    sizes = kwargs.get("image_sizes")
+    if sizes is None:
+        return square_grids(base, kwargs, lengths)
+    config: Any = base.config
+    side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+    found: dict[int, set[Grid]] = {}
+    for height, width in torch.as_tensor(sizes).tolist():
+        grid = (height // side, width // side)
+        found.setdefault(grid[0] * grid[1], set()).add(grid)
+    # Of images with as many tokens in other shapes, none is known to have which.
+    return [next(iter(found[length])) if len(found.get(length, ())) == 1 else None for length in lengths]
+
+
+def packed_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
+    """The grids of Qwen's merged patches. Beams repeat images in an order of their own, so sizes decide."""
+    sizes = kwargs.get("image_grid_thw")
+    if sizes is None:
+        return [None] * len(lengths)
+    config: Any = base.config
+    merge = config.vision_config.spatial_merge_size
+    grids = {t * h * w // merge**2: (t * h // merge, w // merge) for t, h, w in sizes.tolist()}
+    return [grids.get(length) for length in lengths]
+
+
+def tile_length(base: nn.Module) -> int:
+    """Tokens of one tile of Idefics3."""
+    length: int = base.image_seq_len  # type: ignore[assignment]
+    return length
+
+
+def feature_block(model: nn.Module) -> int:
+    """The block whose output is projected; hidden state 0 is what enters the first block."""
+    config: Any = model.config
+    layer = config.vision_feature_layer
+    last: int = max(layer) if isinstance(layer, (list, tuple)) else layer
+    return last if last < 0 else last - 1
+
+
+def clip_class_tokens(model: nn.Module) -> int:
+    """One for CLIP, none for SigLIP."""
+    return 1 if hasattr(model.get_submodule("model.vision_tower.embeddings"), "class_embedding") else 0
+
+
+def one_class_token(model: nn.Module) -> int:
+    """One, whatever the model."""
+    return 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach
-from gen_turbo.vlm.llava import MISTRAL
+from gen_turbo.vlm.family import sized_grids
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
@@ -284,4 +284,4 @@ def test_images_of_one_length_and_other_shapes_have_no_grid():
         ([[32, 128], [96, 64], [32, 128]], [(2, 8), (6, 4), (2, 8)]),
     ):
         lengths = [height * width // 256 for height, width in sizes]
-        assert MISTRAL.family.grids(base, {"image_sizes": torch.tensor(sizes)}, lengths) == grids
+        assert sized_grids(base, {"image_sizes": torch.tensor(sizes)}, lengths) == grids
