@@ -11,6 +11,8 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
+from numbers import Number
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,8 @@ from gen_turbo.models.adapter import ModelCall
 Mode = Literal["auto"] | bool
 _MAX_IDLE = 4
 _EAGER_TIMED = 2
+_VALUES = (Tensor, Number, str, bytes, tuple, Enum, torch.dtype, torch.device, type(None))
+"""What a call may be given and may give: of anything else a graph would keep and show for ever what was captured."""
 _GAIN = 0.97
 """A replay has to take no more than this share of the eager call, else graphs only hold memory."""
 
@@ -44,6 +48,7 @@ class Captured:
         inputs: The tensors that it reads.
         spec: The tree structure of the arguments.
         output: What it writes.
+        object_given: What the call gives that no graph can give, in words; empty for nothing.
     """
 
     num_eager: int = 0
@@ -52,6 +57,7 @@ class Captured:
     inputs: list[Tensor] = field(default_factory=list)
     spec: Any = None
     output: Any = None
+    object_given: str = ""
 
 
 class Graphs:
@@ -100,11 +106,14 @@ class Graphs:
         for stale in [key for key in context.captured if key[0] != self._epoch]:
             del context.captured[stale]
         leaves, spec = pytree.tree_flatten(self._with_time(args, kwargs))
+        why = _object_in(leaves)
+        if why:
+            self._note(why)
+            return None
         key = self._epoch, kind, tuple(_sign(leaf) for leaf in leaves), torch.is_inference_mode_enabled()
-        try:
-            entry = context.captured.setdefault(key, Captured(spec=spec))
-        except TypeError:
-            self._note("an argument that is neither a tensor nor a plain value")
+        entry = context.captured.setdefault(key, Captured(spec=spec))
+        if entry.object_given:
+            self._note(entry.object_given)
             return None
         if entry.graph is not None:
             return lambda: self._replay(entry, leaves)
@@ -199,8 +208,13 @@ class Graphs:
                 entry.output = inner(*args, **kwargs)
         except Exception as error:  # whatever a model does that a capture forbids
             torch.cuda.synchronize()
-            self._refused = f"this model cannot be captured: {str(error).splitlines()[0] if str(error) else error!r}"
+            self._refused = f"this model cannot be captured: {(str(error) or repr(error)).splitlines()[0]}"
             self._note(self._refused)
+            return inner(*call[0], **call[1])
+        entry.object_given = _object_in(pytree.tree_leaves(entry.output))
+        if entry.object_given:
+            entry.inputs, entry.output = [], None
+            self._note(entry.object_given)
             return inner(*call[0], **call[1])
         entry.graph = graph
         self._alive.add(graph)
@@ -240,6 +254,12 @@ class Graphs:
 def _sign(leaf: Any) -> object:
     """What a graph depends on of an argument: of a tensor all but its values, of another value that itself."""
     return (tuple(leaf.shape), leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+def _object_in(leaves: list[Any]) -> str:
+    """Says of which class an argument or a result is that is neither a tensor nor a plain value; empty for none."""
+    names = (type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _VALUES))
+    return next((f"its calls hand on an object, here of the class {name}" for name in names), "")
 
 
 def _static(leaf: Tensor, device: torch.device) -> Tensor:

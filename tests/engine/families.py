@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 
+import pytest
 import torch
 import torch.nn.functional as F
 from stated import TurboProcessor
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gen_turbo import IdentityProcessor, attach, report
+from gen_turbo.engine.graphs import GraphsWarning
 from tests import tiny_hosts, tiny_transformers
+from tests.engine.cuda import stand_in
 from tests.snapshots import differences, model_state
 
 UNETS = tuple(tiny_hosts.UNETS)
@@ -20,6 +24,7 @@ CONTROL_NET = "controlnet"
 NAMES = (*UNETS, CONTROL_NET, *tiny_transformers.FAMILIES)
 TIMES = (900, 700, 500)
 """With two full steps at the beginning, the third is the first that is corrected."""
+CAPTURED_TIMES = (900, 750, 600, 450, 300)
 VARIANTS: dict[str, dict[str, object]] = {
     "corrected": {},
     "copied": {"restore": "copy"},
@@ -35,7 +40,9 @@ CELLS = {
     "nothing removed": "bit-identical",
     "detached": "every object as before",
 }
-COLUMNS = (*CELLS, *VARIANTS, "text merged")
+CAPTURED = ("corrected", "block copied", "whole model")
+"""What CUDA graphs are made of, by the stand-in for a GPU."""
+COLUMNS = (*CELLS, *VARIANTS, "text merged", "CUDA graphs")
 NO_SPANS = ("hunyuan-dit", "hidream")
 """Blocks that are linked to each other by more than their tokens, or between which the model reads every token."""
 NO_BLOCKS = ("kandinsky",)
@@ -94,6 +101,8 @@ def cell(name: str, column: str) -> str:
         return _nothing_removed(name)
     if column == "detached":
         return _detached(name)
+    if column == "CUDA graphs":
+        return _captured(name)
     if column == "text merged":
         return _variant(name, {"text_ratio": 0.4, "restore": "copy"})
     return _variant(name, VARIANTS[column])
@@ -133,6 +142,32 @@ def _detached(name: str) -> str:
             attachment.detach()
         assert [key for key in differences(before, model_state(model)) if key not in own] == []
     return CELLS["detached"]
+
+
+def _captured(name: str) -> str:
+    """Runs each of `CAPTURED` three times with graphs; every output must be the eager one."""
+    model, run = _kept(name)
+    told, num_scopes = set(), 0
+    with pytest.MonkeyPatch.context() as patches, warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphsWarning)
+        cuda = stand_in(patches)
+        for settings in (VARIANTS[variant] for variant in CAPTURED):
+            if is_refused(name, settings) or (name in NO_SPANS and settings.get("scope") == "model"):
+                continue
+            processor = TurboProcessor(0.4, **settings)
+            with attach(model, processor, graphs=False):
+                expected = run(times=CAPTURED_TIMES)
+            with attach(model, processor, graphs=True):
+                for _ in range(2):
+                    assert torch.equal(run(times=CAPTURED_TIMES), expected)
+                cuda.since()
+                assert torch.equal(run(times=CAPTURED_TIMES), expected)
+                seen, status = cuda.since(), report(model).graphs
+            assert seen == ((0, len(CAPTURED_TIMES)) if status == "captured" else (0, 0))
+            told.add(status)
+            num_scopes += 1
+    (status,) = told
+    return f"bit-identical in {num_scopes} scope{'s' * (num_scopes > 1)}" if status == "captured" else status
 
 
 def _break(module: nn.Module, args: object) -> None:

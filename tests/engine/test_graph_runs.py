@@ -190,6 +190,53 @@ def test_a_replay_on_a_gpu_is_bit_identical(name, reducer):
         torch.set_default_device("cpu")
 
 
+NEWER = (
+    "flux2",
+    "longcat-image",
+    "ovis-image",
+    "hunyuan-image",
+    "hidream",
+    "qwen-image-2.1",
+    "wan-ti2v",
+    "wan-vace",
+    "wan-animate",
+    "chrono-edit",
+    "skyreels-v2",
+    "skyreels-v2-forcing",
+    "hunyuan-video-1.5",
+    "kandinsky5",
+    "ltx2",
+    "ltx2-split",
+)
+NOT_CAPTURED = {
+    "hidream": "this model cannot be captured",
+    "hunyuan-video-1.5": "this model cannot be captured",
+    "qwen-image-2.1": "its calls hand on an object",
+}
+"""Models that count experts or words on the host, or whose prefix is in an object."""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_models_are_captured_on_a_gpu_or_say_why_not(name):
+    """Catches numbers that are copied to the device in a call, and a capture that failed and left the device unusable."""
+    model, _ = family(name)
+    torch.set_default_device("cuda")
+    try:
+        model.to("cuda")
+        for settings in ({}, {"scope": "block", "restore": "copy"}):
+            reducer = TurboProcessor(0.4, **settings)
+            with attach(model, reducer, graphs=False):
+                expected = on_gpu(name, model)
+            with warnings.catch_warnings(), attach(model, reducer, graphs=True):
+                warnings.simplefilter("ignore", GraphsWarning)
+                assert all(torch.equal(on_gpu(name, model), expected) for _ in range(3))
+                assert report(model).graphs.startswith(NOT_CAPTURED.get(name, "captured"))
+    finally:
+        torch.set_default_device("cpu")
+
+
 @torch.no_grad()
 def on_gpu(name: str, model: torch.nn.Module) -> torch.Tensor:
     """A run whose inputs are made on the CPU, the same on every device."""
@@ -202,17 +249,19 @@ def on_gpu(name: str, model: torch.nn.Module) -> torch.Tensor:
             outputs.append(model(sample, torch.tensor(time, device="cuda"), **inputs).sample)
         return torch.stack(outputs)
     kind = tiny_transformers.FAMILIES[name]
-    for time in TIMES:
-        with torch.device("cpu"):
-            given = kind.inputs(2, (8, 8)) | kind.time(time, 2)
-            latents = tiny_transformers.random(2, *kind.latents((8, 8)))
-        outputs.append(model(hidden_states=latents.to("cuda"), **_moved(given), return_dict=False)[0])
+    with torch.device("cpu"):
+        inputs, latents = _moved(kind.inputs(2, (8, 8))), _moved(tiny_transformers.random(2, *kind.latents((8, 8))))
+        times = [_moved(kind.time(time, 2)) for time in TIMES]
+    if kind.first:
+        model(hidden_states=latents, **inputs, **kind.first, **times[0])
+    for time in times[bool(kind.first) :]:
+        outputs.append(model(hidden_states=latents, **inputs, **kind.then, **time, return_dict=False)[0])
     return torch.stack(outputs)
 
 
 def _moved(given):
     if isinstance(given, dict):
         return {key: _moved(value) for key, value in given.items()}
-    if isinstance(given, tuple):
-        return tuple(map(_moved, given))
+    if isinstance(given, tuple | list):
+        return type(given)(map(_moved, given))
     return given.to("cuda") if isinstance(given, torch.Tensor) else given

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
+
 import pytest
 import torch
 from diffusers import (
@@ -10,10 +13,16 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
-from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2KVAttnProcessor,
+    Flux2KVCache,
+    Flux2KVParallelSelfAttnProcessor,
+)
 from PIL import Image
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo.engine.graphs import GraphsWarning
+from tests.engine.cuda import stand_in
 from tests.engine.families import relative
 from tests.tiny_family import random
 from tests.tiny_flux import flux2_inputs, flux_inputs, image_positions, longcat_inputs
@@ -155,6 +164,27 @@ def test_cached_references_keep_their_keys(scope):
         assert 0 < relative(reduced[1:], stock[1:]) < 0.8
         assert {(row.num_tokens, row.num_kept, row.grid) for row in rows} == {(64, 39, TARGET)}
     assert torch.equal(_denoised(model)[0], stock)
+
+
+def test_objects_that_calls_hand_on_are_in_no_graph(monkeypatch):
+    """Catches a graph, and the references' keys with it, that is kept for the object of every run; also a stale one."""
+    stand_in(monkeypatch)
+    alive, made = weakref.WeakSet(), Flux2KVCache.__init__
+
+    def noted(self, *args, **kwargs):
+        alive.add(self)
+        made(self, *args, **kwargs)
+
+    monkeypatch.setattr(Flux2KVCache, "__init__", noted)
+    model = _klein_kv()
+    for reducer in (IdentityProcessor(0.4), TurboProcessor(0.4, warmup_steps=1, scope="block")):
+        with attach(model, reducer, graphs=False):
+            expected, _ = _denoised(model)
+        with attach(model, reducer, graphs=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphsWarning)
+            assert all(torch.equal(_denoised(model)[0], expected) for _ in range(3))
+            assert report(model).graphs == "its calls hand on an object, here of the class Flux2KVCache"
+            assert not alive
 
 
 def _klein_kv() -> Flux2Transformer2DModel:
