@@ -220,7 +220,7 @@ NOT_CAPTURED = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NEWER)
 def test_newer_models_are_captured_on_a_gpu_or_say_why_not(name):
-    """Catches numbers that are copied to the device in a call, and a capture that failed and left the device unusable."""
+    """Catches numbers that a call copies to the device, and a failed capture that leaves the device unusable."""
     model, _ = family(name)
     torch.set_default_device("cuda")
     try:
