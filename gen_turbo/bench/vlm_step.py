@@ -15,6 +15,7 @@ from gen_turbo.bench import records
 from gen_turbo.bench.arithmetic import counted, operators
 from gen_turbo.bench.settings import Method, Setting, Stock, selected
 from gen_turbo.bench.timing import Timing, alternate
+from gen_turbo.vlm.cache_argument import cache_in
 
 BENCH = "vlm-step"
 KEPT = (448, 192, 128, 64)
@@ -145,7 +146,7 @@ def _running(model: LlavaForConditionalGeneration, setting: Setting, phase: str,
                 do_sample=False,
                 return_dict_in_generate=True,
             )
-        return done.past_key_values
+        return cache_in(done)
 
     return encode if phase == "tower" else read
 

@@ -130,6 +130,6 @@ def shortened(cache: Any) -> Any:
     if not isinstance(cache, ShortenedCache):
         raise ValueError(
             f"a {type(cache).__name__} cannot hold a prompt with dropped image tokens; use the default DynamicCache "
-            "(leave out cache_implementation and past_key_values), or detach"
+            "(leave out cache_implementation and your own cache), or detach"
         )
     return cache

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from gen_turbo.vlm.cache import ShortenedCache
+from gen_turbo.vlm.cache_argument import cache_in
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.gate import Gate
@@ -84,7 +85,7 @@ class Cut:
             hidden = args[0] if args else kwargs["hidden_states"]
             if index in self._planners and self.images is not None:
                 hidden = self._cut(index, layer, hidden, kwargs, self.images)
-            total = self._total(index, kwargs.get("past_key_values"))
+            total = self._total(index, cache_in(kwargs))
             if total is None:
                 return None
             changed = dict(kwargs)
@@ -99,7 +100,7 @@ class Cut:
 
     def _cut(self, first: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], images: Images) -> Tensor:
         """Plans one cut; gives back the columns that enter its first layer."""
-        gate, mask, cache = self._gate, kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        gate, mask, cache = self._gate, kwargs.get("attention_mask"), cache_in(kwargs)
         real, before = self._real(mask), self.attention
 
         def attention(name: str) -> Tensor:
@@ -160,7 +161,7 @@ class Cut:
         if mask is None:
             if not total.is_ragged:
                 return None
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             made: Tensor | None = create_causal_mask(
                 self._text.config, hidden, total.valid_BM.long(), cache, layer_idx=index
             )

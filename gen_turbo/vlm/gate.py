@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 from gen_turbo.method import TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import SHORTENED, ShortenedCache, shortened
+from gen_turbo.vlm.cache_argument import cache_in, with_cache
 from gen_turbo.vlm.call import CallState, begin, begin_anew, end
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.family import Family, image_token_mask
@@ -159,7 +160,7 @@ class Gate:
             self._given = {**given, "has_images": has_images, "has_videos": has_videos}
         else:
             tell_of_features(given)
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        cache, mask = cache_in(given), given.get("attention_mask")
         if not self._family.masks_in_base or not isinstance(cache, ShortenedCache) or cache.columns is None:
             return None
         length = next(given[name].shape[1] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
@@ -182,7 +183,7 @@ class Gate:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is None and uses_cache(text, kwargs):
             cache = DynamicCache(config=text.config)
         if isinstance(cache, SHORTENED):
@@ -202,9 +203,9 @@ class Gate:
             self._make_columns(reduction, mask, embeds, cache)
         if self._here is None and not is_shortened:
             self.real_BM = kwargs.get("attention_mask")
-            return (args, {**kwargs, "past_key_values": cache}) if cache is not None else None
+            return (args, with_cache(kwargs, cache)) if cache is not None else None
         changed = self._shortened(embeds, cache, kwargs, reduction)
-        return args, {**kwargs, **changed}
+        return args, {**with_cache(kwargs, cache), **changed}
 
     def _reduction(self, images: Images, embeds: Tensor, mask: Any) -> Reduction | None:
         """What is removed from a prompt; None where nothing can be."""
@@ -238,7 +239,7 @@ class Gate:
         batch, length = embeds.shape[:2]
         here, is_static = self._here, isinstance(cache, StaticCache)
         known = cache.columns if cache is not None else None
-        changed: dict[str, Any] = {"past_key_values": cache}
+        changed: dict[str, Any] = {}
         mask = kwargs.get("attention_mask")
         if is_static and here is None:
             seen, self._total = 0, known
@@ -275,7 +276,7 @@ class Gate:
         return changed
 
     def _after_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is not None and (self._total is not None or self.cuts):
             cache = shortened(cache)
             cache.columns = self._total if self._total is not None else cache.columns

@@ -15,6 +15,7 @@ from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.select import keep_highest
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import ShortenedCache, shortened
+from gen_turbo.vlm.cache_argument import cache_in
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.routes import Prompt, Route, Routing, Scores
@@ -93,7 +94,7 @@ class Skipping:
         return self._route is not None and self._route.count(layer) == 0
 
     def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         self._route = cache.route if isinstance(cache, ShortenedCache) else None
         self._is_new = self._choice.scores is not None and (cache is None or cache.get_seq_length() == 0)
         if self._is_new:
@@ -107,7 +108,7 @@ class Skipping:
             self.on_route(self._route)
 
     def _after_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if self._is_new and self._route is not None and cache is not None:
             shortened(cache).route = self._route
         self._route, self._is_new = None, False

@@ -102,7 +102,7 @@ def shortened_static(cache: StaticCache) -> ShortenedStaticCache:
     if any(cache.is_sliding):
         raise ValueError(
             "a StaticCache with sliding windows cannot hold a prompt with dropped image tokens; use the default "
-            "DynamicCache (leave out cache_implementation and past_key_values), or detach"
+            "DynamicCache (leave out cache_implementation and your own cache), or detach"
         )
     if type(cache) is StaticCache:
         cache.__class__ = ShortenedStaticCache
@@ -115,7 +115,7 @@ def refuse_static(cache: Any) -> None:
     if isinstance(cache, StaticCache):
         raise ValueError(
             "a StaticCache cannot hold a prompt with dropped image tokens or rows in some of its layers only; use "
-            "place='pre_llm', the default DynamicCache (leave out cache_implementation and past_key_values), or detach"
+            "place='pre_llm', the default DynamicCache (leave out cache_implementation and your own cache), or detach"
         )
 
 

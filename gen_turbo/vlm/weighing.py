@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gen_turbo.vlm.cache_argument import cache_in
 from gen_turbo.vlm.call import CallState
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.layers import Choice
@@ -41,7 +42,7 @@ class Weighing:
             yield InstanceMethod(layer, "forward", self._run(index))
 
     def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is not None and cache.get_seq_length():
             raise ValueError("hidden tokens are known to the call that brings them only; pass use_cache=False")
         self._key_BL = self._layer_BD = None

@@ -14,6 +14,7 @@ from transformers.cache_utils import Fp8QuantizedLayer
 import gen_turbo
 from gen_turbo import PARProcessor, TurboProcessor, attach
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
+from gen_turbo.vlm.cache_argument import CACHE, cache_in
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm.test_generate import TOLERANCE, generate
@@ -53,9 +54,9 @@ def test_a_static_cache_gives_what_the_dynamic_one_gives(family, prompt, attenti
             return
         again, logits, out = generate(model, inputs, cache_implementation="static")
     assert torch.equal(new, again) and (logits - expected).abs().max() < TOLERANCE
-    layer = out.past_key_values.layers[0]
+    layer = cache_in(out).layers[0]
     assert int(layer.cumulative_length) < inputs["input_ids"].shape[1]
-    assert int(out.past_key_values.get_seq_length()) == inputs["input_ids"].shape[1] + logits.shape[1] - 1
+    assert int(cache_in(out).get_seq_length()) == inputs["input_ids"].shape[1] + logits.shape[1] - 1
 
 
 @pytest.mark.parametrize("place", SHORT)
@@ -69,9 +70,9 @@ def test_a_quantized_cache_holds_what_the_dynamic_one_holds(family, place, monke
     with attach(model, SHORT[place]):
         new, expected, _ = generate(model, inputs)
         cache = QuantizedCache(backend="fp8", config=model.config.get_text_config())
-        again, logits, out = generate(model, inputs, past_key_values=cache)
+        again, logits, out = generate(model, inputs, **{CACHE: cache})
     assert torch.equal(new, again) and (logits - expected).abs().max() < TOLERANCE
-    assert out.past_key_values.num_held(3) < inputs["input_ids"].shape[1] <= out.past_key_values.get_seq_length()
+    assert cache_in(out).num_held(3) < inputs["input_ids"].shape[1] <= cache_in(out).get_seq_length()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2", "qwen2_5", "internvl"])
@@ -96,18 +97,18 @@ def test_a_second_turn_with_a_image_goes_on_in_a_static_cache():
     more = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
     turn = torch.tensor([[5, 6] + [IMAGE] * 16 + [7]] * 3)
     found = []
-    for settings in ({}, {"past_key_values": "static"}):
+    for settings in ({}, {CACHE: "static"}):
         with attach(model, TurboProcessor(0.6, semantic="none")):
             if settings:
                 from transformers import StaticCache
 
-                settings = {"past_key_values": StaticCache(model.config.get_text_config(), max_cache_len=120)}
+                settings = {CACHE: StaticCache(model.config.get_text_config(), max_cache_len=120)}
             first = generate(model, inputs, **settings)[2]
             ids = torch.cat([first.sequences, turn], 1)
             grown = torch.ones(3, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
             mask = torch.cat([inputs["attention_mask"], grown], 1)
             new = {"input_ids": ids, "attention_mask": mask, "pixel_values": more}
-            found.append(generate(model, new, past_key_values=first.past_key_values)[1])
+            found.append(generate(model, new, **{CACHE: cache_in(first)})[1])
     assert (found[0] - found[1]).abs().max() < TOLERANCE
 
 
@@ -156,8 +157,8 @@ def test_a_cache_that_outlives_its_attachment_says_so(place, prompt):
         ids = torch.cat([first.sequences, torch.arange(10, 12).repeat(rows, 1)], 1)
         grown = torch.ones(rows, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
         given = {"input_ids": ids, "attention_mask": torch.cat([inputs["attention_mask"], grown], 1)}
-        cache = copy.deepcopy(first.past_key_values)
-        return generate(model, given, past_key_values=cache, max_new_tokens=1)[1]
+        cache = copy.deepcopy(cache_in(first))
+        return generate(model, given, **{CACHE: cache}, max_new_tokens=1)[1]
 
     attached = second(caches[0])
     attachment.detach()

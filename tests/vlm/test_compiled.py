@@ -9,6 +9,7 @@ import torch
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach
 from gen_turbo.registry import METHODS
+from gen_turbo.vlm.cache_argument import CACHE, cache_in
 from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_generate import TOLERANCE
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
@@ -145,9 +146,9 @@ def test_a_compiled_call_without_hooks_refuses_a_shortened_cache():
     """Catches a step that goes on with fewer columns than its mask says, because no hook tells it."""
     model, inputs = VLMS["llava"].make("sdpa"), PROMPTS["padded"].inputs(VLMS["llava"])
     with attach(model, TurboProcessor(0.6)):
-        cache = model(**inputs).past_key_values
+        cache = cache_in(model(**inputs))
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
-    step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": mask, "past_key_values": cache}
+    step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": mask, CACHE: cache}
     with attach(model, IdentityProcessor()), pytest.raises(ValueError, match="a reducer that removes tokens"):
         torch.compile(model.forward, backend="eager")(**step)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach
+from gen_turbo.vlm.cache_argument import CACHE, cache_in
 from gen_turbo.vlm.family import sized_grids
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
@@ -211,12 +212,12 @@ def test_a_second_turn_goes_on_with_the_cache(prompt, family, cut, attention):
             [inputs["attention_mask"], torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1])], 1
         )
         second = {"input_ids": ids, "attention_mask": mask.long()}
-        held = first.past_key_values.get_seq_length()
+        held = cache_in(first).get_seq_length()
         calls = []
         handle = model.model.language_model.layers[0].register_forward_pre_hook(
             lambda m, a: calls.append(a[0].shape[1])
         )
-        again, logits, _ = generate(model, second, past_key_values=first.past_key_values)
+        again, logits, _ = generate(model, second, **{CACHE: cache_in(first)})
         handle.remove()
     assert calls[0] == ids.shape[1] - held
     continued = {**inputs, "input_ids": ids, "attention_mask": mask.long()}
@@ -240,7 +241,7 @@ def test_a_image_in_the_second_turn_is_reduced_too(family, cut):
         more = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(9))
         new = {"input_ids": ids, "attention_mask": mask, "pixel_values": more, **vlm.extra(ids, mask)}
         # The ids of the whole conversation are sliced by generate; the images are those of this turn.
-        again, logits, _ = generate(model, new, past_key_values=first.past_key_values)
+        again, logits, _ = generate(model, new, **{CACHE: cache_in(first)})
     old = inputs["pixel_values"]
     order = torch.cat([old[:2], more[:1], old[2:3], more[1:2], more[2:]])
     expected = oracle.generated_logits(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gen_turbo import attach, report
+from gen_turbo.vlm.cache_argument import CACHE, cache_in
 from tests.snapshots import differences, model_state
 from tests.vlm.par_oracle import Forced, chooser_for, generated_logits
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate
@@ -71,7 +72,7 @@ def test_skipped_layers_hold_nothing(attention, num_layers):
     processor = forced(model, num_layers=num_layers)
     with attach(model, processor):
         new, logits, out = generate(model, inputs)
-    held = [0 if layer.keys is None else len(layer.keys) for layer in out.past_key_values.layers]
+    held = [0 if layer.keys is None else len(layer.keys) for layer in cache_in(out).layers]
     assert sum(held) == 2 * num_layers and held[0] == 2
     assert (logits - generated_logits(model, vlm, inputs, new, processor)).abs().max() < TOLERANCE
 
@@ -138,9 +139,7 @@ def test_a_second_turn_keeps_the_route(prompt, first):
         ids = torch.cat([out.sequences, extra], 1)
         grown = torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
         mask = torch.cat([inputs["attention_mask"], grown], 1)
-        again, logits, _ = generate(
-            model, {"input_ids": ids, "attention_mask": mask}, past_key_values=out.past_key_values
-        )
+        again, logits, _ = generate(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE: cache_in(out)})
     later = torch.cat([ids[:, inputs["input_ids"].shape[1] :], again], 1)
     expected = generated_logits(model, vlm, inputs, later, processor)[:, -again.shape[1] :]
     assert (logits - expected).abs().max() < TOLERANCE

@@ -12,6 +12,7 @@ from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.pyramiddrop import PyramidDropProcessor
 from gen_turbo.methods.vscan import VScanProcessor
+from gen_turbo.vlm.cache_argument import CACHE
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_generate import TOLERANCE, generate
@@ -104,8 +105,8 @@ def test_a_second_turn_goes_on_with_every_stage():
     more = torch.tensor([[11, 12, 13]])
     with attach(model, method), torch.no_grad():
         cache = DynamicCache(config=model.config.get_text_config())
-        model(**inputs, past_key_values=cache)
-        logits = model(input_ids=more, past_key_values=cache).logits[0, -1]
+        model(**inputs, **{CACHE: cache})
+        logits = model(input_ids=more, **{CACHE: cache}).logits[0, -1]
     own, deep = oracle.features_of(model, vlm, inputs)
     row = torch.cat([inputs["input_ids"][0], more[0]])
     expected = staged_logits(model, vlm, row, own, deep, inputs["input_ids"].shape[1], kept)
@@ -209,4 +210,4 @@ def test_static_caches_are_refused_before_the_call():
     model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     with attach(model, VScanProcessor(0.5)), pytest.raises(ValueError, match="StaticCache"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})

@@ -12,6 +12,7 @@ from gen_turbo.methods.pool import PoolProcessor
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.tokens.select import pool_cells
 from gen_turbo.training.vistog import VisToGArtefact
+from gen_turbo.vlm.cache_argument import cache_in
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_blip import MODELS, run
@@ -104,7 +105,7 @@ def test_the_language_model_reads_groups_alone(family, prompt):
     hook.remove()
     columns = int((inputs["input_ids"] != 99).sum(1).max()) + 5 * max(row.count("i") for row in PROMPTS[prompt].rows)
     if prompt == "one":
-        assert out.past_key_values.layers[0].keys.shape[2] == columns + STEPS - 1
+        assert cache_in(out).layers[0].keys.shape[2] == columns + STEPS - 1
     expected = oracle.generated_logits(
         model, vlm, inputs, new, oracle.Method(lambda x: seats, 0, False), (features, [])
     )

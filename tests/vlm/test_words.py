@@ -8,6 +8,7 @@ import torch
 from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach, report
 from gen_turbo.engine.denoiser import NoEffectWarning
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from gen_turbo.vlm.cache_argument import CACHE, cache_in
 from gen_turbo.vlm.settings import Placed
 from gen_turbo.vlm.words import special_ids
 from tests.snapshots import differences, model_state
@@ -170,9 +171,7 @@ def test_a_second_turn_goes_on_with_the_cache(prompted):
         ids = torch.cat([first.sequences, torch.arange(10, 16).repeat(len(inputs["input_ids"]), 1)], 1)
         grown = torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
         mask = torch.cat([inputs["attention_mask"], grown], 1)
-        again, logits, _ = generate(
-            model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values
-        )
+        again, logits, _ = generate(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE: cache_in(first)})
     first_turn = inputs["attention_mask"].sum(1)
 
     def logits_of(model, vlm, row, own, levels, count, method):

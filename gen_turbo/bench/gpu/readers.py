@@ -14,6 +14,7 @@ from gen_turbo.bench.gpu import variants
 from gen_turbo.bench.gpu.cases import default_dtype
 from gen_turbo.bench.settings import Setting
 from gen_turbo.bench.vlm_step import NUM_IMAGE_TOKENS, SIDE_PX, make_model, num_bytes
+from gen_turbo.vlm.cache_argument import CACHE, cache_in
 
 _IMAGE, _VOCABULARY, _TEXT_BEFORE, _TEXT_AFTER = 3, 64, 35, 20
 _LENGTH = _TEXT_BEFORE + NUM_IMAGE_TOKENS + _TEXT_AFTER
@@ -79,7 +80,7 @@ class Reader:
         given: dict[str, Any] = dict(self._inputs)
         if self._cache is not None:
             self._cache.reset()
-            given["past_key_values"] = self._cache
+            given[CACHE] = self._cache
         with ExitStack() as stack:
             if self._applied is not None:
                 stack.enter_context(self._applied(self._model))
@@ -92,7 +93,7 @@ class Reader:
                 return_dict_in_generate=True,
             )
             before(1)
-        self.cache_bytes = num_bytes(done.past_key_values)
+        self.cache_bytes = num_bytes(cache_in(done))
         sequences: Tensor = done.sequences
         return sequences
 
