@@ -46,6 +46,12 @@ def tower_needs(reducer: TokenReducer) -> set[str]:
     return {"class", "self"} & set(getattr(inner_of(reducer), "needs", ()))
 
 
+def tower_attention(reducer: TokenReducer) -> str:
+    """The kind of attention of a vision tower that a method reads before the language model; empty for none."""
+    wanted: str = getattr(reducer, "semantic", "")
+    return wanted if wanted in ("class", "self") and placement_of(reducer).place == "pre_llm" else ""
+
+
 def _check_decoder(model: nn.Module, family: Family, reducer: TokenReducer, name: str) -> None:
     """Says why tokens cannot leave inside the language model where a method wants that."""
     is_staged, placement = isinstance(reducer, Staged), placement_of(reducer)

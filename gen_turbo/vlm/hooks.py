@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial, update_wrapper
 from types import MethodType
@@ -34,12 +35,13 @@ def settle(model: nn.Module, handles: list[Any], is_idle: bool = False) -> None:
         is_idle: Whether nothing is ever reduced. Compilers then leave the hooks out, so that one graph holds the model
             and nothing is counted.
     """
-    kind, changed = _Idle if is_idle else _Hook, set()
+    changed = set()
     for handle in handles:
         if isinstance(handle, InstanceMethod):
             handle.is_idle = is_idle
         hooks: Any = handle.hooks_dict_ref() if isinstance(handle, RemovableHandle) else None
         if hooks is not None and not isinstance(hooks[handle.id], _Hook):
+            kind = _Idle if is_idle else _Traced if isinstance(hooks[handle.id], Keeper) else _Hook
             hooks[handle.id] = kind(hooks[handle.id])
             changed.add(id(hooks))
     carriers = [
@@ -93,6 +95,22 @@ class InstanceMethod(NotPickled):
         )
 
 
+class Keeper:
+    """A hook that keeps what a module gives, without a break in the graph of compiled code.
+
+    Args:
+        kept: Has it as an attribute.
+        name: Of the attribute.
+    """
+
+    def __init__(self, kept: threading.local, name: str) -> None:
+        self._kept, self._name = kept, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Keeps the output."""
+        setattr(self._kept, self._name, output)
+
+
 class _Hook(NotPickled):
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -104,6 +122,13 @@ class _Hook(NotPickled):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _nothing
+
+
+class _Traced(_Hook):
+    """A hook that compiled code has in its graph."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
 
 
 class _Idle(_Hook):

@@ -20,7 +20,7 @@ from gen_turbo.training.layouts import layer_multiplications
 from gen_turbo.vlm.cross import CrossGate
 from gen_turbo.vlm.decoder import Cut
 from gen_turbo.vlm.family import Family, tower_facts
-from gen_turbo.vlm.fits import check_place, tower_needs
+from gen_turbo.vlm.fits import check_place, tower_attention, tower_needs
 from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.hooks import placed, settle
 from gen_turbo.vlm.origin import Seen
@@ -101,7 +101,7 @@ class VlmPart(OnModel):
         facts = tower_facts(model, family)
         if place == "input":
             self._prepare_image(model)
-        elif facts is not None and place != "decoder":
+        elif facts is not None and (place == "tower" or family.is_cross or tower_attention(self.reducer)):
             kind = PackedTower if facts.is_packed else Tower
             self._tower = kind(model, facts, self.reducer if place == "tower" else None)
             self._tower.on_block = self._note_block
@@ -192,8 +192,8 @@ class VlmPart(OnModel):
         if self._tower is None:
             return
         seen.plans = self._tower.plans()
-        wanted = getattr(self.reducer, "semantic", "none")
-        if self._placement.place != "pre_llm" or wanted not in ("class", "self"):
+        wanted = tower_attention(self.reducer)
+        if not wanted:
             return
         for when in ("", EARLY) if getattr(self._tower, "early", None) is not None else ("",):
             for kind in dict.fromkeys((wanted, "self")):

@@ -5,6 +5,7 @@ Shape names: B images, N tokens, H heads, D channels of one.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +15,8 @@ from torch import Tensor, nn
 
 from gen_turbo.tokens.score import attention_column_mean
 from gen_turbo.vlm.family import TowerFacts
-from gen_turbo.vlm.hooks import InstanceMethod
+from gen_turbo.vlm.hooks import InstanceMethod, Keeper
 
-Seen = dict[str, Tensor]
-"""What one attention layer projected in one call, by name."""
 _MOST_QUERIES = 256
 
 
@@ -31,16 +30,14 @@ class Projections:
 
     def __init__(self, attn: Any, facts: TowerFacts) -> None:
         self._attn, self._has_qkv = attn, facts.has_qkv
+        # What is projected is read by the thread that projects it, before it does so again.
+        self._seen = threading.local()
 
-    def watch(self, seen: Callable[[], Seen]) -> Iterator[Any]:
-        """Keeps what is projected; gives what takes each hook off as it is placed.
-
-        Args:
-            seen: Gives what is kept of the running call.
-        """
+    def watch(self) -> Iterator[Any]:
+        """Keeps what is projected; gives what takes each hook off as it is placed."""
         modules = {"qkv": self._attn.qkv} if self._has_qkv else {kind: self._module(kind) for kind in ("q", "k")}
         for name, module in modules.items():
-            yield module.register_forward_hook(_keeper(name, seen))
+            yield module.register_forward_hook(Keeper(self._seen, name))
 
     def weigh(self, log_size: Callable[[], Tensor | None]) -> Any:
         """Weighs keys by the sizes of their tokens; gives back what takes the hook off.
@@ -65,13 +62,13 @@ class Projections:
             return InstanceMethod(self._attn, "forward", self._biased(give))
         return self._attn.register_forward_pre_hook(_masked(give), with_kwargs=True)
 
-    def mean_key(self, seen: Seen) -> Tensor:
+    def mean_key(self) -> Tensor:
         """The mean over heads of the keys, (B, N, D)."""
-        return self._heads(seen, "k").mean(2)
+        return self._heads("k").mean(2)
 
-    def class_attention(self, seen: Seen, log_size_BN: Tensor | None) -> Tensor:
+    def class_attention(self, log_size_BN: Tensor | None) -> Tensor:
         """What the first token attends to, averaged over heads: (B, N), every row summing to one."""
-        query, key = self._heads(seen, "q")[:, :1], self._heads(seen, "k")
+        query, key = self._heads("q")[:, :1], self._heads("k")
         wide = torch.promote_types(key.dtype, torch.float32)
         # One query has no use for a matrix product.
         logits_BNH = (key * (query * self._attn.head_dim**-0.5)).sum(-1, dtype=wide)
@@ -80,14 +77,14 @@ class Projections:
         attention_BN: Tensor = logits_BNH.softmax(1).mean(-1)
         return attention_BN
 
-    def received(self, seen: Seen, log_size_BN: Tensor | None) -> Tensor:
+    def received(self, log_size_BN: Tensor | None) -> Tensor:
         """What each token receives from a few evenly spaced ones, (B, N), every row summing to one."""
-        query, key = (self._heads(seen, kind).transpose(1, 2) for kind in ("q", "k"))
+        query, key = (self._heads(kind).transpose(1, 2) for kind in ("q", "k"))
         return attention_column_mean(query[:, :, :: max(1, query.shape[2] // _MOST_QUERIES)], key, log_size_BN)
 
-    def _heads(self, seen: Seen, kind: str) -> Tensor:
+    def _heads(self, kind: str) -> Tensor:
         """Queries or keys of every head, (B, N, H, D), with their norms."""
-        x = seen[kind if not self._has_qkv else "qkv"]
+        x: Tensor = getattr(self._seen, kind if not self._has_qkv else "qkv")
         if not self._has_qkv:
             return x.reshape(*x.shape[:2], self._attn.num_heads, -1)
         return x.reshape(*x.shape[:2], 3, self._attn.num_heads, -1)[:, :, "qkv".index(kind)]
@@ -110,13 +107,6 @@ class Projections:
             return attn.projection(out.transpose(1, 2).flatten(2)), None
 
         return run
-
-
-def _keeper(name: str, seen: Callable[[], Seen]) -> Any:
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen()[name] = output
-
-    return after
 
 
 def _masked(give: Callable[[], Tensor | None]) -> Any:

@@ -18,7 +18,7 @@ from gen_turbo.vlm.call import CallState, begin_anew
 from gen_turbo.vlm.family import TowerFacts, square
 from gen_turbo.vlm.merging import Merging
 from gen_turbo.vlm.planning import plan_tokens
-from gen_turbo.vlm.projections import Projections, Seen
+from gen_turbo.vlm.projections import Projections
 
 EARLY = "early "
 """What the kinds of semantic value in the early block begin with."""
@@ -32,13 +32,11 @@ class _Pass:
         num_tokens: Tokens of an image that entered the first block, class tokens included.
         by_block: Each block's merge of the tokens that entered it.
         totals: The tokens after each block, as a merge of those that the call began with; none before the first.
-        seen: What the watched blocks projected.
     """
 
     num_tokens: int = 0
     by_block: dict[int, Merging] = field(default_factory=dict)
     totals: dict[int, Merging] = field(default_factory=dict)
-    seen: dict[int, Seen] = field(default_factory=dict)
 
 
 class Tower:
@@ -79,14 +77,14 @@ class Tower:
 
     def install(self) -> Iterator[Any]:
         """Puts the hooks in place, one after the other, and gives what takes each off, with a method `remove`."""
+        watched = self.watched
+        for index in watched:
+            yield from self._projections[index].watch()
+        if self.reducer is None:
+            return
         yield self.module.register_forward_pre_hook(lambda module, args: self._begin())
         yield self.encoder.register_forward_hook(self._after_encoder)
         yield self.module.register_forward_hook(self._after_tower)
-        watched = self.watched
-        for index in watched:
-            yield from self._projections[index].watch(self._seen(index))
-        if self.reducer is None:
-            return
         for index, block in enumerate(self.blocks):
             yield self._projections[index].weigh(self._log_size(index))
             yield block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
@@ -108,10 +106,8 @@ class Tower:
         index = self.last_block if index is None else index
         if kind not in ("class", "self") or (kind == "class" and not self.num_leading):
             return None
-        seen = self._pass.seen[index]
-        log_size = self._log_size(index)()
-        projections = self._projections[index]
-        return projections.class_attention(seen, log_size) if kind == "class" else projections.received(seen, log_size)
+        log_size, projections = self._log_size(index)(), self._projections[index]
+        return projections.class_attention(log_size) if kind == "class" else projections.received(log_size)
 
     def plans(self) -> list[TokenMap]:
         """The plan of the whole tower on the patches of each image of the last call; empty where none merged."""
@@ -129,9 +125,6 @@ class Tower:
     def _begin(self) -> None:
         begin_anew(self)
         self._pass = _Pass()
-
-    def _seen(self, index: int) -> Callable[[], Seen]:
-        return lambda: self._pass.seen.setdefault(index, {})
 
     def _log_size(self, index: int) -> Callable[[], Tensor | None]:
         """Gives the logarithm of how many tokens each token of a block's attention stands for; None if all are one."""
@@ -185,7 +178,7 @@ class Tower:
         """Plans one block's merge on the mean of the keys over heads, class tokens apart."""
         assert self.reducer is not None
         now, leading, merging = self._pass, self.num_leading, self.watched
-        metric = self._projections[index].mean_key(now.seen[index])[:, leading:]
+        metric = self._projections[index].mean_key()[:, leading:]
         num_patches, total = metric.shape[1], now.totals.get(index - 1)
         start = now.num_tokens - leading
         site = LayerInfo(

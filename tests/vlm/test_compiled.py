@@ -100,6 +100,28 @@ def test_every_layer_of_a_compiled_model_is_compiled_while_attached():
     assert compiled[0] > 0 and compiled == [compiled[0]] * len(compiled)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["turbo", "turbo_vit"])
+def test_a_tower_whose_attention_is_read_stays_one_graph(method):
+    """Catches hooks that break the tower's graph: every layer of it is then launched, and captured, on its own."""
+    vlm, ran = VLMS["llava"], []
+
+    def counted(graph, given):
+        return lambda *args: ran.append(graph) or graph.forward(*args)
+
+    model, inputs = vlm.make("sdpa"), PROMPTS["one"].inputs(vlm)
+    reducer = METHODS[method](**{"ratio": 0.6} | ({"place": "pre_llm"} if method == "turbo_vit" else {}))
+    with attach(model, reducer):
+        expected = model(**inputs).logits
+    tower = model.model.vision_tower
+    tower.compile(backend=counted, dynamic=False)
+    with attach(model, reducer):
+        for _ in range(2):
+            ran.clear()
+            assert (model(**inputs).logits - expected).abs().max() < TOLERANCE
+    assert len(ran) == 1
+
+
 IDLE = {
     "identity": IdentityProcessor(0.5),
     "ratio 0": TurboProcessor(0.0),
