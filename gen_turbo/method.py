@@ -70,7 +70,7 @@ class TokenReducer(ABC):
             scope "auto" what suits the run's length.
         extrapolation_order: With "residual", 0 holds the remembered detail, 1 continues it linearly in the step.
         warmup_steps: With "residual", how many first steps run in full. Two, which None is, give order 1 its slope at
-            once.
+            once; with scope "auto" None is one.
         stagger: With "residual", spreads the full steps of the layers over the steps, which evens out their times.
         match_every: How many steps a plan serves; 0 means the whole run. With "residual" a new plan waits for the
             layer's next full step. None takes 1 with "copy", for a plan made in the noise of the first step serves

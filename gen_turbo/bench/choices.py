@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,13 +21,14 @@ from gen_turbo.methods.turbo import TurboProcessor
 
 BENCH = "choices"
 RATIO = 0.4
-STEPS = (4, 25, 50)
+_SHORT = 4
+"""Steps of distilled models; beside them each case has the default length of its pipeline."""
 _LATENT, _FRAMES = 8, 4
 
 
 def run(options: argparse.Namespace) -> None:
-    """Queries the model of costs for every case, device and number of steps; nothing is run, so no weights are made."""
-    cells = list(itertools.product(CASES, CLASSES, STEPS))
+    """Queries the model of costs for every case, device and length; nothing is run, so no weights are made."""
+    cells = [(case, device, n) for case in CASES for device in CLASSES for n in (_SHORT, case.run_steps or _SHORT)]
     built: dict[str, Costs] = {}
     for case, device, steps in tqdm(cells, desc="choices"):
         params = {"model": case.model, "pixels": case.pixels, "batch": case.batch, "ratio": RATIO}

@@ -22,7 +22,7 @@ from gen_turbo.bench.flops import count_stock
 from gen_turbo.bench.gpu.cases import CASES, PUBLISHED
 from gen_turbo.bench.records import load
 from gen_turbo.engine import settling
-from gen_turbo.engine.costs.auto import LEAST_GAIN, choose, expected
+from gen_turbo.engine.costs.auto import LEAST_GAIN, LEAST_REFRESHES, TARGET, choose, expected
 from gen_turbo.engine.costs.devices import CLASSES
 from gen_turbo.engine.costs.expected import Costs, Rhythm, RunFacts
 from gen_turbo.engine.costs.work import Workload, stock_work
@@ -104,6 +104,11 @@ def test_what_gained_in_the_records_is_chosen_and_what_lost_is_not():
     assert num_signs >= 6 and mean(errors) < 0.05
 
 
+def rhythm_of_old(steps: int) -> dict[str, int]:
+    """What was chosen for records that do not say it."""
+    return {"full_every": max(3, round(steps / 8)), "warmup_steps": 2}
+
+
 def test_the_users_line_gains_on_a_gpu_as_expected():
     """Catches records in which the default is slower than stock, and a model of costs that a later measurement refutes.
 
@@ -113,7 +118,9 @@ def test_the_users_line_gains_on_a_gpu_as_expected():
     gains = {}
     for row in rows:
         case = next(c for c in CASES if (c.model, c.pixels) == (row.params["model"], row.params["pixels"]))
-        found = choose(costs(case.model), TurboProcessor(0.4), facts(case, row.params["steps"], is_captured=True))
+        told = {key: row.counts.get(key, old) for key, old in rhythm_of_old(row.params["steps"]).items()}
+        line = TurboProcessor(0.4, **told)
+        found = choose(costs(case.model), line, facts(case, row.params["steps"], is_captured=True))
         gains[case.name] = median(row.baseline_wall_s) / median(row.wall_s), found.gain
     assert len(gains) == len(CASES) and all(gain >= 1 for gain, _ in gains.values())
     bound = [pair for name, pair in gains.items() if name not in ("sd15-512", "sdxl-1024")]
@@ -129,6 +136,32 @@ def test_no_choice_is_expected_to_lose(case, device):
             found = choose(costs(case.model), TurboProcessor(0.4), facts(case, steps, device, is_captured))
             assert min(found.gain, found.merging_gain) > 1 - 1e-9
             assert not found.layers or found.merging_gain > LEAST_GAIN - 1e-9
+
+
+@pytest.mark.parametrize("device", CLASSES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layers_run_in_full_less_often_only_as_far_as_the_target_needs(case, device):
+    """Catches a rhythm longer than needed, one beyond the bound, and one longer where the target is out of reach."""
+    run = facts(case, case.run_steps, device, device != "cpu")
+    found = choose(costs(case.model), TurboProcessor(0.4), run)
+    assert found.rhythm.refreshes >= LEAST_REFRESHES
+    first = max(3, round(run.steps / 8))
+    nearer = [
+        choose(costs(case.model), TurboProcessor(0.4, full_every=every), run)
+        for every in range(first, found.rhythm.full_every)
+    ]
+    assert all(choice.gain < TARGET for choice in nearer)
+    if found.gain < TARGET:
+        assert not any(choice.layers for choice in nearer) and "is not reached" in str(found)
+    elif nearer:
+        assert f"to reach {TARGET}" in str(found)
+
+
+def test_the_users_line_is_expected_to_reach_the_target_everywhere_on_a_data_centre_gpu():
+    """Catches a rule under which the default gains little on half of the published models, as it did."""
+    runs = [(case.model, facts(case, case.run_steps, is_captured=True)) for case in CASES]
+    gains = [choose(costs(model), TurboProcessor(0.4), run).gain for model, run in runs]
+    assert min(gains) >= TARGET
 
 
 def test_attention_of_flux_is_not_chosen_on_the_card_where_it_lost():
@@ -168,7 +201,7 @@ def test_runs_of_other_lengths_are_arranged_anew_and_nothing_stays(on_a_fast_dev
     short = draw(pipe, 4)
     assert "copied from step 3 of 4" in str(report(pipe))
     long = draw(pipe, 12)
-    assert "full steps first" in str(report(pipe))
+    assert "one full step in 3" in str(report(pipe))
     assert torch.equal(short, draw(pipe, 4)) and torch.equal(long, draw(pipe, 12))
     assert not torch.equal(short, stock)
     pipe.reset_attn_processor()
@@ -185,7 +218,7 @@ def test_a_choice_equals_the_same_settings_told(on_a_fast_device):
     image = draw(pipe, 12)
     (part,) = gen_turbo.api.attachments(pipe)
     chosen = part.arrangement.reducer
-    told = TurboProcessor(0.4, scope=chosen.scope, restore="residual", full_every=3, warmup_steps=2)
+    told = TurboProcessor(0.4, scope=chosen.scope, restore="residual", full_every=3, warmup_steps=1)
     ratios = {layer.name: 0.4 for layer in part.layers}
     told = replace(told, layer_ratios={"*": 0.0, **ratios})
     pipe.set_attn_processor(told)

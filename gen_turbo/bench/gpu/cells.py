@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gen_turbo.api import attachments
 from gen_turbo.bench import records
 from gen_turbo.bench.gpu import meter
 from gen_turbo.bench.gpu.journal import (
@@ -183,6 +184,8 @@ class Cells:
         counts = {"host_waits": meter.host_waits(own.pipeline, watched_steps), "finite": int(own.first.is_finite)}
         if mode.is_compiled:
             counts |= {"graphs": own.graphs[0], "graph_breaks": own.graphs[1]}
+        if variant.is_automatic:
+            counts |= _chosen(own.pipeline)
         record = self._record(
             variant,
             mode,
@@ -240,6 +243,13 @@ class Cells:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _chosen(pipeline: BarePipeline) -> dict[str, int]:
+    """What the package decided for the last run: how many layers are merged, and every how many steps in full."""
+    part: Any = attachments(pipeline.model)[0]
+    reducer = part.arrangement.reducer
+    return {"layers": len(part.layers), "full_every": reducer.refresh_every, "warmup_steps": reducer.num_warmup}
 
 
 def _more_runs(variant: Variant, mode: Mode) -> int:

@@ -1,14 +1,15 @@
 """What `scope="auto"` chooses for a run: the layers, how they merge and how often they run in full.
 
 The choice follows from counted work, a table of devices and the number of steps; nothing is timed, so the same model,
-shape, card and length always give the same choice and the same image.
+shape, card and length always give the same choice and the same image. Of the programs that are near enough to stock it
+is the nearest that is expected to reach a target; where none reaches it, the nearest that gains at all.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gen_turbo.engine.choice import chosen_layers
 from gen_turbo.engine.costs.expected import Costs, Kinds, Rhythm, RunFacts
@@ -20,10 +21,14 @@ TYPICAL_STEPS = 25
 SHORT_RUN = 8
 """Up to so many steps a run is in full until the last quarter and copies outputs there. On the embedded transformer, 4
 steps, that is much nearer to stock than residuals of the first step, or than copies from the first or third on."""
-_STEPS_PER_REFRESH = 8
-"""Layers run in full so often in a run, but no more often than every third step."""
-LEAST_GAIN, _LEAST_GAIN_OF_LEVEL = 1.02, 1.05
-"""What a choice must gain over none, and a coarser level over the levels above it, which matter less to the image."""
+TARGET = 1.15
+"""Times faster than stock that is worth running layers in full less often."""
+_MOST_REFRESHES, LEAST_REFRESHES = 8, 5
+"""Layers run in full about eight times in a run, and no fewer than five times where that is needed for the target."""
+_LEAST_PERIOD = 3
+LEAST_GAIN = 1.04
+"""What merging must gain over none, and a coarser level, which matters more to the image, over the finer ones: more
+than the model of costs may be wrong by."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Choice:
         device: The name of the device's class.
         left: Why other layers that could be reduced are left alone, by name.
         flops: FLOPs of the run over those of stock.
+        why: Why this rhythm and no other; empty where there was no other.
     """
 
     scope: str
@@ -49,16 +55,17 @@ class Choice:
     device: str
     left: Mapping[str, str]
     flops: float
+    why: str = ""
 
     def __str__(self) -> str:
         where = f"in {self.rhythm.steps} steps on a {self.device}"
+        why = f"; {self.why}" if self.why else ""
         if not self.layers:
-            return (
-                f"no image token is merged {where}, for that would gain nothing; expected {self.gain:.2f} times faster"
-            )
+            gain = f"expected {self.gain:.2f} times faster"
+            return f"no image token is merged {where}, for that would gain nothing; {gain}{why}"
         return (
             f"scope={self.scope!r} in {len(self.layers)} layers, {self.rhythm}; expected {self.gain:.2f} times faster "
-            f"{where}, {self.merging_gain:.2f} by merging, with {self.flops:.0%} of the FLOPs"
+            f"{where}, {self.merging_gain:.2f} by merging, with {self.flops:.0%} of the FLOPs{why}"
         )
 
     def settled(self, reducer: TokenReducer) -> TokenReducer:
@@ -72,13 +79,27 @@ class Choice:
 
 
 def choose(costs: Costs, reducer: TokenReducer, run: RunFacts) -> Choice:
-    """The fastest of the choices that stay near stock; one without layers where merging gains nothing.
+    """The program with the most full steps that is expected to reach the target.
+
+    Where none reaches it, that with the most full steps that merges anything: a few percent are not worth a visible
+    change of the image. One without layers where merging gains nothing.
 
     Raises:
         ValueError: If a level or a layer that is named is not there.
     """
-    found = [expected(costs, reducer, run, scope, rhythm) for scope, rhythm in _candidates(costs, reducer, run)]
-    return max(found, key=lambda choice: (bool(choice.layers), choice.gain))
+    found: list[Choice] = []
+    for rhythm in _rhythms(reducer, run):
+        both = [expected(costs, reducer, run, scope, rhythm) for scope in _scopes(costs, reducer, run)]
+        found.append(max(both, key=lambda choice: (bool(choice.layers), choice.gain)))
+        if found[-1].gain >= TARGET:
+            break
+    reached = found[-1].gain >= TARGET
+    chosen = found[-1] if reached else next((choice for choice in found if choice.layers), found[0])
+    if reached and len(found) > 1:
+        return replace(chosen, why=f"in full less often than every {_nth(found[0])} step, to reach {TARGET}")
+    if not reached and len(found) > 1:
+        return replace(chosen, why=f"{TARGET} is not reached even in full every {_nth(found[-1])} step")
+    return chosen
 
 
 def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
@@ -98,18 +119,32 @@ def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
     return f"{why}, and copied outputs would gain nothing either; merging gains on larger images"
 
 
-def _candidates(costs: Costs, reducer: TokenReducer, run: RunFacts) -> Iterator[tuple[str, Rhythm]]:
+def _scopes(costs: Costs, reducer: TokenReducer, run: RunFacts) -> tuple[str, ...]:
     is_inside = reducer.kv_only or reducer.proportional_attention
-    is_short = run.steps <= SHORT_RUN
     # With residuals, and in the last steps of short runs, whole blocks are as near to stock as attention alone.
     with_blocks = run.has_blocks and not is_inside and costs.specs("block")
+    return ("attention", "block") if with_blocks else ("attention",)
+
+
+def _rhythms(reducer: TokenReducer, run: RunFacts) -> Iterator[Rhythm]:
+    """What may be chosen, with ever fewer full steps."""
+    is_short = run.steps <= SHORT_RUN
     restore = reducer.restore if reducer.restore != "auto" else "copy" if is_short else "residual"
     is_late = is_short and restore == "copy" and not reducer.step_scale
     start = run.steps - max(1, run.steps // 4) if is_late else 0
-    every = reducer.full_every or (max(2, run.steps) if is_short else max(3, round(run.steps / _STEPS_PER_REFRESH)))
-    warmup = reducer.warmup_steps or (1 if is_short else 2)
-    for scope in ("attention", "block") if with_blocks else ("attention",):
-        yield scope, Rhythm(run.steps, restore, every, warmup, start)
+    shortest = max(2, run.steps) if is_short else max(_LEAST_PERIOD, round(run.steps / _MOST_REFRESHES))
+    # One full step first, not two: a slope over one step of noise, continued over several, is worse than none.
+    rhythm = Rhythm(run.steps, restore, reducer.full_every or shortest, reducer.warmup_steps or 1, start)
+    yield rhythm
+    if restore == "copy" or reducer.full_every:
+        return
+    while (rhythm := replace(rhythm, full_every=rhythm.full_every + 1)).refreshes >= LEAST_REFRESHES:
+        yield rhythm
+
+
+def _nth(choice: Choice) -> str:
+    every = choice.rhythm.full_every
+    return f"{every}{'rd' if every == 3 else 'th'}"
 
 
 def expected(costs: Costs, reducer: TokenReducer, run: RunFacts, scope: str, rhythm: Rhythm) -> Choice:
@@ -136,7 +171,7 @@ def expected(costs: Costs, reducer: TokenReducer, run: RunFacts, scope: str, rhy
         with_map = total + Kinds(matching=costs.matching(layers[0][0], run.load))
         with_level = sum((kinds[name] for name in gaining), with_map)
         seconds = run.seconds(rhythm, stock, with_level)
-        if is_named or seconds * (_LEAST_GAIN_OF_LEVEL if taken else LEAST_GAIN) <= best:
+        if is_named or seconds * LEAST_GAIN <= best:
             best, total = seconds, with_level
             taken += gaining
     able = [spec.name for layers in levels.values() for spec, _ in layers]

@@ -50,7 +50,8 @@ class Rhythm:
     def __str__(self) -> str:
         if self.restore == "copy":
             return "outputs copied" + (f" from step {self.start} of {self.steps} on" if self.start else "")
-        return f"{self.warmup_steps} full steps first, then one in {self.full_every}"
+        first = f"{self.warmup_steps} full steps first, then one" if self.warmup_steps > 1 else "one full step"
+        return f"{first} in {self.full_every}"
 
 
 @dataclass(frozen=True)
