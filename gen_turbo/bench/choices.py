@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         stock = costs.stock(facts.load).flops * steps
         values = {"gain": [found.gain], "merging_gain": [found.merging_gain]}
         counts = {"stock_flops": round(stock), "flops": round(stock * found.flops), "layers": len(found.layers)}
-        params["choice"] = _short(found)
+        params["choice"] = short(found)
         name = f"{case.name}-{device}-{steps}"
         if not records.is_finished(options.records, BENCH, name, params, options.seed):
             record = records.BenchRecord(
@@ -85,7 +85,8 @@ def _cell(row: records.BenchRecord) -> str:
     return f"{gain}, {share:.0%}, {row.params['choice']}"
 
 
-def _short(choice: Choice) -> str:
+def short(choice: Choice) -> str:
+    """A choice in a few words."""
     if not choice.layers:
         return "nothing merged"
     rhythm = choice.rhythm

@@ -13,6 +13,7 @@ BENCHES = {
     "quality": "distance to stock against measured and counted cost, on the embedded model",
     "flops": "counted arithmetic of whole denoisers of real size against the least that merging can reach",
     "choices": "what the user's one line chooses on published configurations, and the gain that it expects",
+    "cpu": "the user's one line beside stock on a CPU, at published widths and numbers of tokens",
     "check": "how many images show what their caption says",
     "understanding": "answers of the embedded vision-language model, by kind, with ever fewer tokens",
     "gpu": "whole denoisers and LLaVA-1.5 on a GPU, eager, captured and compiled, beside stock",
@@ -33,12 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("primitives", "layer"):
         children[name].add_argument("--side", type=_positive, default=64, help="tokens along each side of the grid")
         children[name].add_argument("--width", type=_positive, default=320, help="channels of a token")
-    for name, rounds in (("primitives", 30), ("layer", 7), ("step", 3), ("vlm-step", 3)):
+    for name, rounds in (("primitives", 30), ("layer", 7), ("step", 3), ("vlm-step", 3), ("cpu", 3)):
         children[name].add_argument("--rounds", type=_positive, default=rounds, help="alternating timed rounds")
     for name in ("step", "quality", "check", "understanding", "vlm-step", "gpu"):
         children[name].add_argument(
             "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns (default: all)"
         )
+    children["cpu"].add_argument(
+        "--models", nargs="*", default=[], metavar="PATTERN", help="of bench gpu (default: all)"
+    )
     children["flops"].add_argument("--models", nargs="*", default=[], help="denoisers by name (default: all)")
     children["flops"].add_argument(
         "--pixels", nargs="*", type=_positive, default=[], help="sides of the images (default: each model's own)"

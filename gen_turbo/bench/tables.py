@@ -12,6 +12,7 @@ from gen_turbo.bench import skipping_tables
 from gen_turbo.bench.batch import throughput
 from gen_turbo.bench.cells import median_speedup, milliseconds, of_one_workload, passed, speedups_of
 from gen_turbo.bench.choices import choices
+from gen_turbo.bench.cpu import line
 from gen_turbo.bench.gpu import tables as gpu_tables
 from gen_turbo.bench.markdown import table
 from gen_turbo.bench.reading_tables import caption_generate, routing, understanding, unseen, vlm_operators, vlm_step
@@ -149,6 +150,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality-dit4": lambda folder: quality(folder, 4, EMBEDDED_TRANSFORMER),
     "presets": preset_catalogue.presets,
     "choices": choices,
+    "cpu": line,
     "scopes": scopes,
     "check": check,
     "flops": flops,
