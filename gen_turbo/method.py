@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gen_turbo.schemas import check_finite
+from gen_turbo.schemas import check_finite, check_kinds
 from gen_turbo.tokens.token_map import TokenMap
 
 Grid = tuple[int, int]
@@ -128,6 +128,7 @@ class TokenReducer(ABC):
         Raises:
             ValueError: Naming the setting, its value and what it may be.
         """
+        check_kinds(self)
         check_finite(self)
         self._check_ratios()
         for name in ("text_ratio", "reference_ratio"):

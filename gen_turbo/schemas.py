@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from omegaconf import MISSING
@@ -14,6 +15,13 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 SIZE_MULTIPLE = 8
 MOST = 1_000_000
 """More of anything is a slip of the keyboard."""
+_KINDS: dict[str, tuple[type, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "str": (str, "a text"),
+}
+"""What a value annotated so may be, and how to say so."""
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?")
 
 
@@ -192,6 +200,29 @@ def check_finite(settings: Any) -> None:
         for number in value.values() if isinstance(value, Mapping) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{one.name} must be a finite number; got {value}")
+
+
+def check_kinds(settings: Any) -> None:
+    """Refuses settings of a dataclass whose values are of another kind than their annotations say.
+
+    Raises:
+        ConfigError: Naming the setting and its value.
+    """
+    for one in fields(settings):
+        value, annotated = getattr(settings, one.name), str(one.type).removesuffix(" | None")
+        if annotated.startswith("list["):
+            if not isinstance(value, list | tuple):
+                raise ConfigError(f"{one.name} must be a list; got {value!r}")
+            annotated, values = annotated[5:-1], list(value)
+        else:
+            values = [value]
+        kind, what = _KINDS.get(annotated, (object, ""))
+        for given in values:
+            is_none = given is None and str(one.type).endswith(" | None")
+            if not is_none and (
+                not isinstance(given, kind) or (isinstance(given, bool) and annotated != "bool" and what)
+            ):
+                raise ConfigError(f"{one.name} must be {what}; got {value!r}")
 
 
 def check_strength(strength: float | None) -> None:

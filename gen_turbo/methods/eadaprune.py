@@ -57,8 +57,9 @@ class EAdaPruneProcessor(DivPruneProcessor):
         least = num_tokens - num_removed(num_tokens, self.ratio_of(num_tokens))
         if least == num_tokens:
             return [num_tokens] * num_images
-        # Shares of energy near one need every digit; MPS has no more of them.
+        # Shares of energy near one need every digit; MPS has no more of them. What is no number has no energy.
         x = tokens_KNC.to(torch.float32 if tokens_KNC.device.type == "mps" else torch.float64)
+        x = x.nan_to_num(0.0, 0.0, 0.0)
         gram = x.transpose(1, 2) @ x if width < num_tokens else x @ x.transpose(1, 2)
         energy = torch.linalg.eigvalsh(gram).flip(1).clamp_min(0).cumsum(1)
         kept = (energy < self.energy * energy[:, -1:]).sum(1) + 1

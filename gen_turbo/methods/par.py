@@ -169,16 +169,19 @@ class PARProcessor(Routed, ReductionProcessor):
                     f"the schedule was calibrated for another model, a {file.model}; calibrate one for this "
                     f"{type(model).__name__} by gen-turbo calibrate par"
                 )
-            return [file.at(self.budget, is_merged)]
-        found, reasons = [], []
+            found = file.at(self.budget, is_merged)
+            if self.inner == AUTO and found.inner not in (None, "turbo"):
+                raise ValueError(f"the schedule was measured with tokens merged by {found.inner!r}; name it as inner")
+            return [found]
+        schedules, reasons = [], []
         for file in shipped(model):
             try:
-                found.append(file.at(self.budget, is_merged))
+                schedules.append(file.at(self.budget, is_merged))
             except ValueError as error:
                 reasons.append(error)
-        if reasons and not found:
+        if reasons and not schedules:
             raise reasons[0]
-        return found
+        return schedules
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C) as the inner method does."""

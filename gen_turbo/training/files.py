@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -132,6 +132,14 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     is_small = not isinstance(value, int | float) or (math.isfinite(value) and abs(value) <= MOST)
     if isinstance(value, bool) or not isinstance(value, wanted) or not is_small:
         raise ValueError(f"{name} is {str(value)[:80]}")
+
+
+def check_keys(tree: Any, keys: Sequence[str], more: Sequence[str] = ()) -> None:
+    """Refuses what lacks a key, or has one that nobody reads; raises ValueError."""
+    missing = [key for key in keys if not isinstance(tree, dict) or key not in tree]
+    unread = [] if missing else [str(key)[:80] for key in tree if key not in (*keys, *more)]
+    if missing or unread:
+        raise ValueError(f"it lacks {', '.join(missing)}" if missing else f"nothing reads {', '.join(unread)}")
 
 
 def save_artefact(path: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from gen_turbo.models.adapter import WHOLE as WHOLE
 from gen_turbo.output import write_text
-from gen_turbo.training.files import ODD_NOTES, check_value, reason_of
+from gen_turbo.training.files import ODD_NOTES, check_keys, check_value, reason_of
 from gen_turbo.training.probe import is_same_model, weight_probe
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ MERGING = "merging"
 MOST_WEIGHTS = 4
 _PROBE_VALUES = 32
 _KEYS = ("model", "probe", "scheduler", "times", "slopes", "levels")
+_LEVEL_KEYS = ("cost", "psnr_db", "inner", "skips")
 _TOLERANCE = 1e-3
 _MOST_BYTES, _MOST_CALLS, _MOST_UNITS = 2**24, 10_000, 10_000
 
@@ -70,14 +72,21 @@ class Schedule:
                     f"and {len(self.times) - 1}, for the first call has nothing to forecast from"
                 )
         for unit, by_call in self.weights.items():
+            if by_call and not self.skips.get(unit):
+                raise ValueError(f"{unit} has weights, but is never skipped")
             for call, weights in by_call.items():
                 self._check_weights(unit, call, weights)
 
     def _check_weights(self, unit: str, call: int, weights: tuple[float, ...]) -> None:
+        check_value("a call with weights", call, int)
         if not 0 < call < len(self.times) or not 1 <= len(weights) <= MOST_WEIGHTS:
             raise ValueError(f"{unit} has {len(weights)} weights at call {call}; 1 to {MOST_WEIGHTS} at calls that are")
         for weight in weights:
             check_value("a weight", weight, float)
+        left_out = self.skips[unit] | self.skips.get(WHOLE, frozenset())
+        known = (before for before in range(call + (call not in self.skips[unit])) if before not in left_out)
+        if len(list(islice(known, len(weights)))) < len(weights):
+            raise ValueError(f"{unit} has {len(weights)} weights at call {call}, before which fewer results are known")
         if abs(sum(weights) - 1) > _TOLERANCE:
             raise ValueError(f"the weights of {unit} at call {call} must add up to 1; got {sum(weights):g}")
 
@@ -215,10 +224,8 @@ def read(path: str | Path) -> ScheduleFile:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the schedule {path}: {' '.join(str(error).split())}") from error
-    missing = [key for key in _KEYS if not isinstance(tree, dict) or key not in tree]
-    if missing:
-        raise ValueError(f"{path} is no schedule: it lacks {', '.join(missing)}; make one by gen-turbo calibrate par")
     try:
+        check_keys(tree, _KEYS)
         return _file_of(tree)
     except (ValueError, *ODD_NOTES) as error:
         raise ValueError(f"{path} is no schedule: {reason_of(error)}; make one by gen-turbo calibrate par") from error
@@ -251,6 +258,8 @@ def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
 def _file_of(tree: dict[str, Any]) -> ScheduleFile:
     model, scheduler = _each("model and scheduler", [tree["model"], tree["scheduler"]], str, 2)
     times = _each("times", tree["times"], float, _MOST_CALLS)
+    if any(later > time for time, later in pairwise(times)):
+        raise ValueError("its times rise; they must fall from call to call, or stay")
     probe = _each("probe", tree["probe"], float, _PROBE_VALUES)
     slopes = dict(zip(tree["slopes"], _each("slopes", list(tree["slopes"].values()), float, _MOST_UNITS), strict=True))
     levels = _each("levels", tree["levels"], dict, _MOST_CALLS)
@@ -260,6 +269,7 @@ def _file_of(tree: dict[str, Any]) -> ScheduleFile:
 
 
 def _schedule_of(level: Mapping[str, Any], times: tuple[float, ...], slopes: Mapping[str, float]) -> Schedule:
+    check_keys(level, _LEVEL_KEYS, ("weights",))
     calls = {unit: _each(f"skips of {unit}", given, int, len(times)) for unit, given in level["skips"].items()}
     _each("units", [*calls, *slopes], str, _MOST_UNITS)
     check_value("inner", level["inner"], str | None)

@@ -72,7 +72,8 @@ def shared_budgets(tokens_BNC: Tensor, kept: int) -> list[tuple[int, Tensor]]:
         Budgets and the rows that have them, of at most four different numbers.
     """
     batch, length, _ = tokens_BNC.shape
-    x = tokens_BNC.float()
+    # What is no number shows nothing.
+    x = tokens_BNC.float().nan_to_num(0.0, 0.0, 0.0)
     x = x - x.mean(1, keepdim=True)
     gram = x.transpose(1, 2) @ x if x.shape[2] < length else x @ x.transpose(1, 2)
     filled = gram.diagonal(dim1=1, dim2=2).sum(1).square() / gram.square().sum((1, 2)).clamp_min(1e-30)

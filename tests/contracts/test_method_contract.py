@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import gen_turbo.methods  # noqa: F401  registers the methods
+from gen_turbo import TurboProcessor
+from gen_turbo.methods.eadaprune import EAdaPruneProcessor
+from gen_turbo.methods.pyramiddrop import PyramidDropProcessor
+from gen_turbo.methods.vscan import VScanProcessor
 from gen_turbo.registry import METHODS
 
 NAMES = METHODS.names()
@@ -102,3 +107,25 @@ def test_a_wrong_grid_is_named(name):
     """Catches guessing the grid from the number of tokens."""
     with pytest.raises(ValueError, match="a grid of 8 x 9 does not hold 64 tokens"):
         METHODS[name]().plan_tokens(tokens(64), grid=(8, 9))
+
+
+ODD_KINDS = {
+    "a text for a number": (lambda: TurboProcessor(ratio="0.5"), "ratio must be a number"),
+    "a truth for a number": (lambda: EAdaPruneProcessor(energy=True), "energy must be a number"),
+    "a fraction of a token": (lambda: TurboProcessor(keep=2.5), "keep must be a whole number"),
+    "a fraction of a layer": (lambda: VScanProcessor(cut=1.5), "cut must be a whole number"),
+    "a truth in a list": (lambda: PyramidDropProcessor(cuts=[True]), "cuts must be a whole number"),
+    "no list": (lambda: PyramidDropProcessor(cuts=3), "cuts must be a list"),
+    "a text for a truth": (lambda: TurboProcessor(adaptive="no"), "adaptive must be true or false"),
+    "a number for a text": (lambda: TurboProcessor(restore=1), "restore must be a text"),
+    "None": (lambda: PyramidDropProcessor(cuts=None), "cuts must be a list"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), ODD_KINDS.values(), ids=ODD_KINDS)
+def test_settings_are_of_their_kind(make, message):
+    """Catches a text that is true whatever it says, a fraction of a token, and errors of Python's in attach."""
+    with pytest.raises(ValueError, match=message):
+        make()
+    whole = TurboProcessor(ratio=0, keep=np.int64(3), value_weight=np.float32(0.5), layer_ratios={"a": 0})
+    assert whole.keep == 3

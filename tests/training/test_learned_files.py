@@ -20,6 +20,7 @@ from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.training.schedule import Schedule, read
 from gen_turbo.training.train_router import RouterTraining
 from gen_turbo.training.vistog_training import VisToGTraining
+from tests.schedules import by_hand
 from tests.snapshots import differences, model_state
 
 ROOT = Path(__file__).parents[2]
@@ -213,6 +214,13 @@ ODD_SCHEDULES = {
     "skips are a list": _level(skips=[1]),
     "lacks skips": {**SCHEDULE, "levels": [{"cost": 0.5, "psnr_db": 1.0, "inner": None}]},
     "level is a text": {**SCHEDULE, "levels": ["a"]},
+    "times that rise": {**SCHEDULE, "times": SCHEDULE["times"][::-1]},
+    "a key that nobody reads": {**SCHEDULE, "x": 1},
+    "a key of a level that nobody reads": _level(x=1),
+    "weights of a unit that is never skipped": _level(skips={"output": [5]}, weights={"deep.1": {5: [1.0]}}),
+    "weights at a fraction of a call": _level(skips={"output": [5]}, weights={"output": {5.5: [1.0]}}),
+    "weights at a truth": _level(skips={"output": [5]}, weights={"output": {True: [1.0]}}),
+    "weights of what was not run": _level(skips={"output": [2]}, weights={"output": {2: [2.0, -1.5, 0.5]}}),
 }
 
 
@@ -233,6 +241,20 @@ def test_files_that_are_no_schedule_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="schedule"):
         read(path)
+
+
+def test_a_schedule_measured_with_another_method_asks_for_it(tmp_path):
+    """Catches "auto", which merges by Turbo, on a schedule whose distance was measured with another method."""
+    from tests.tiny_hosts import sd15_unet
+
+    unet = sd15_unet()
+    found = by_hand(unet, {"output": [2]})
+    for inner in ("tome", "nobody"):
+        file = replace(found, schedules=tuple(replace(one, inner=inner) for one in found.schedules))
+        with pytest.raises(ValueError, match=f"merged by '{inner}'"):
+            attach(unet, PARProcessor(budget=0.5, schedule=file))
+    with attach(unet, PARProcessor(budget=0.5, schedule=replace(file, schedules=found.schedules))):
+        pass
 
 
 SETTINGS = {

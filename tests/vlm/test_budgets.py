@@ -8,6 +8,7 @@ import torch
 from gen_turbo import attach, report
 from gen_turbo.methods.eadaprune import EAdaPruneProcessor
 from gen_turbo.tokens.select import keep_diverse
+from gen_turbo.vlm.planning import shared_budgets
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_generate import TOLERANCE, generate
@@ -37,6 +38,19 @@ def test_budgets_equal_singular_values():
         energy = torch.linalg.svdvals(image.double()).square()
         expected.append(next(k for k in range(1, 17) if energy[:k].sum() >= 0.8 * energy.sum()))
     assert EAdaPruneProcessor(energy=0.8).budgets(tokens) == expected
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_features_that_are_no_numbers_leave_the_others_alone(odd):
+    """Catches an image of NaN that ends the call of all images, or changes what another image keeps."""
+    images = torch.stack([of_rank(rank) for rank in (3, 5, 9)])
+    images[1, 4, 2] = odd
+    budgets = EAdaPruneProcessor(energy=0.999).budgets(images)
+    assert (budgets[0], budgets[2]) == (3, 9) and 1 <= budgets[1] <= 16
+    images[1] = odd
+    assert EAdaPruneProcessor(energy=0.999).budgets(images) == [3, 1, 9]
+    shared = shared_budgets(images, 8)
+    assert sum(number * len(rows) for number, rows in shared) <= 24 and all(number >= 1 for number, _ in shared)
 
 
 @pytest.mark.parametrize(
