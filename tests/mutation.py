@@ -1,8 +1,8 @@
 """Mutation testing: runs every small change of the token maps and methods against the tests that reach it.
 
-    python tests/mutation.py cover OUT/cover.json TESTS...          which tests reach which line, and how long they take
-    python tests/mutation.py run OUT/cover.json RESULTS.jsonl [...] a line for each mutant; goes on where it ended
-    python tests/mutation.py table RESULTS.jsonl...                 counts by file, and what survived
+    python tests/mutation.py cover COVER/1.json TESTS...       which tests reach which line, and how long they take
+    python tests/mutation.py run COVER RESULTS.jsonl [...]     a line for each mutant; goes on where it ended
+    python tests/mutation.py table RESULTS.jsonl...            counts by file, and what survived
 
 Mutants run in forked processes of one that has imported everything, and the fastest tests first: a body of a function
 is exchanged where it is, and what runs at import (defaults, constants) is imported anew with the change. A mutant is
@@ -56,6 +56,7 @@ class Cover(Quiet):
         import coverage
 
         self.file, self.seconds = file, collections.defaultdict[str, float](float)
+        self.unfit: set[str] = set()
         self.coverage = coverage.Coverage(data_file=None, include=FILES, config_file=False)
 
     @pytest.hookimpl(wrapper=True)
@@ -68,6 +69,8 @@ class Cover(Quiet):
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
+        if not report.passed:
+            self.unfit.add(report.nodeid)
 
     def pytest_collection_finish(self) -> None:
         with warnings.catch_warnings(action="ignore"):
@@ -77,7 +80,8 @@ class Cover(Quiet):
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self.coverage.stop()
-        data, numbers = self.coverage.get_data(), {nodeid: n for n, nodeid in enumerate(self.seconds)}
+        seconds = {test: round(taken, 3) for test, taken in self.seconds.items() if test not in self.unfit}
+        data, numbers = self.coverage.get_data(), {test: n for n, test in enumerate(seconds)}
         reached = {
             os.path.relpath(file): {
                 line: sorted(numbers[test] for test in tests if test in numbers)
@@ -86,7 +90,7 @@ class Cover(Quiet):
             for file in data.measured_files()
         }
         modules = [name for name in sys.modules if not name.startswith(NOT_BEFORE)]
-        found = {"seconds": dict(self.seconds), "reached": reached, "modules": modules}
+        found = {"seconds": seconds, "reached": reached, "modules": modules}
         self.file.write_text(json.dumps(found))
 
 
@@ -95,13 +99,18 @@ class Runs(Quiet):
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.ends = args, time.monotonic() + args.seconds
-        cover = json.loads(args.cover.read_text())
-        self.seconds, self.modules = cover["seconds"], cover["modules"]
-        tests = list(self.seconds)
-        self.reached = {
-            file: {int(line): {tests[n] for n in numbers} for line, numbers in lines.items()}
-            for file, lines in cover["reached"].items()
-        }
+        self.seconds: dict[str, float] = {}
+        self.modules: dict[str, None] = {}
+        self.reached: dict[str, dict[int, set[str]]] = {}
+        for path in sorted(args.cover.glob("*.json")):
+            cover = json.loads(path.read_text())
+            tests = list(cover["seconds"])
+            self.seconds |= cover["seconds"]
+            self.modules |= dict.fromkeys(cover["modules"])
+            for file, lines in cover["reached"].items():
+                known = self.reached.setdefault(file, {})
+                for line, numbers in lines.items():
+                    known.setdefault(int(line), set()).update(tests[n] for n in numbers)
         done = [*args.done, args.results]
         known = [json.loads(line) for file in done if file.exists() for line in file.read_text().splitlines()]
         ran = {(entry["file"], entry["number"]) for entry in known}

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gen_turbo.commands.batch_rows import Row, read_rows
+from gen_turbo.commands.batch_rows import NOTES, Row, read_rows
 from gen_turbo.commands.batch_work import Engine, Job, Outcome, engine_of
 from gen_turbo.commands.caption import MANIFEST, SOME_FAILED, settings_digest
 from gen_turbo.commands.failures import shown
@@ -26,7 +26,6 @@ from gen_turbo.output import check_writable, write_file, write_text
 from gen_turbo.schemas import check_count
 
 ENGINES = ("local", "ray")
-_NOT_RESULTS = ("input", "digest", "settings", "sha256", "quarantined", "tries")
 
 
 def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,7 +198,7 @@ class Batch:
         for line in self._manifest.lines():
             item = known.get(line["input"])
             if item is not None and (item.is_of(line) or "error" in line):
-                shared = {name: value for name, value in line.items() if name not in _NOT_RESULTS}
+                shared = {name: value for name, value in line.items() if name not in NOTES}
                 (failures if "error" in line else results).append(shared)
         order = {row.id: place for place, row in enumerate(self._rows.values())}
         for name, lines in (("results.jsonl", results), ("quarantine.jsonl", failures)):

@@ -18,6 +18,8 @@ from gen_turbo.lines import Item, as_json
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 _OWN = ("id", "prompt", "image", "seed")
+NOTES = ("input", "digest", "settings", "sha256", "quarantined", "tries")
+"""What the manifest notes of an item beside its results."""
 _LARGEST_SEED = 2**63 - 1
 _LONGEST_ID = 200
 
@@ -130,8 +132,14 @@ def _rows(source: Path, records: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
         given = {name: value for name, value in record.items() if value is not None and name is not None}
         where = f"{source}, item {number}"
         extra = {name: value for name, value in given.items() if name not in _OWN}
+        taken = [name for name in extra if name in (*NOTES, "output", "error")]
+        if taken:
+            raise ConfigError(f"{where}: a column must not be called {taken[0]!r}, as results are; rename it")
         try:
             as_json(extra)
+            json.dumps(given, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: texts must be Unicode: {error}") from error
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{where}: other columns must be plain values: {error}") from error
         prompt, image = (_text(given, name, where) for name in ("prompt", "image"))

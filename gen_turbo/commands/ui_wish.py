@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from gen_turbo.config import ConfigError
+from gen_turbo.schemas import check_finite, check_kinds
 
 MOST_PROMPT, MOST_STEPS, MOST_PIXELS = 500, 100, 4096 * 4096
 PRESETS: dict[str, dict[str, Any]] = {
@@ -50,6 +51,8 @@ class Wish:
 
     def __post_init__(self) -> None:
         """Checks everything that comes from the page; raises ConfigError."""
+        check_kinds(self)
+        check_finite(self)
         if not self.prompt.strip() or len(self.prompt) > MOST_PROMPT:
             raise ConfigError(f"a prompt must have 1 to {MOST_PROMPT} characters")
         settings_of(self.preset, self.ratio)

@@ -39,6 +39,23 @@ def test_a_failing_item_is_tried_again_and_then_quarantined(
     assert len(results(Path("out"))) == 4 and results(Path("out"), "quarantine.jsonl") == []
 
 
+@pytest.mark.parametrize("name", ["error", "output", "input", "digest", "settings", "sha256", "quarantined", "tries"])
+def test_columns_never_stand_for_what_results_note(name, stub, capsys):
+    """Catches a column that makes a finished item a failed one, or one that every run draws again and never finds."""
+    write(Path("in.jsonl"), [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x", name: "y"}])
+    assert cli.main(["batch", "in.jsonl", "--output", "out"]) == 2
+    assert f"item 2: a column must not be called '{name}'" in capsys.readouterr().err
+    assert not stub.worked and not Path("out").exists()
+
+
+@pytest.mark.parametrize("row", [{"id": "\ud800"}, {"prompt": "\udfff"}, {"note": "\ud800"}, {"\ud800": 1}])
+def test_texts_that_are_no_unicode_are_refused_before_the_work(row, stub, capsys):
+    """Catches results that cannot be written after everything was drawn, and a reason without its item."""
+    write(Path("in.jsonl"), [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x", **row}])
+    assert cli.main(["batch", "in.jsonl", "--output", "out"]) == 2
+    assert "item 2: texts must be Unicode" in capsys.readouterr().err and not stub.worked
+
+
 def test_results_are_a_table_as_well(stub: type[Stub]) -> None:
     """Catches a table that differs from the lines."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="the batch extra is not installed")
