@@ -19,7 +19,7 @@ from gen_turbo.models.unknown import UNKNOWN
 
 _FAMILIES = {
     "diffusers.": "gen_turbo.models.families",
-    "transformers.": "gen_turbo.vlm.adapter",
+    "transformers.": "gen_turbo.vlm.attachment",
 }
 """Where the tuple ADAPTERS is for the models of a library; imported when a model of that library is attached to."""
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "vlm")

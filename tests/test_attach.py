@@ -65,10 +65,10 @@ def test_a_vision_language_model_that_fails_is_stock(monkeypatch):
     model = VLMS["llava"].make("sdpa")
     before = model_state(model)
 
-    def fails(gate, note):
+    def fails(gate, model):
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(Gate, "watch", fails)
+    monkeypatch.setattr(Gate, "install", fails)
     with pytest.raises(RuntimeError, match="no more"):
         attach(model, TurboProcessor(0.5))
     assert differences(before, model_state(model)) == []

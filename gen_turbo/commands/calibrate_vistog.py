@@ -112,11 +112,11 @@ def _trainer(
     from gen_turbo.training.files import artefact_path
     from gen_turbo.training.train_vistog import VisToGTrainer
     from gen_turbo.training.vistog import VisToGArtefact
-    from gen_turbo.vlm.grouping import GroupingPart
+    from gen_turbo.vlm.attachment import VlmPart
 
     processor = VisToGVisionProcessor(num_tokens=namespace.num_tokens, first_block=namespace.first_block)
     part = attach(pipe, processor).parts[0]
-    assert isinstance(part, GroupingPart)
+    assert isinstance(part, VlmPart)
     start = VisToGArtefact.load(artefact_path(namespace.start)) if namespace.start else None
     return VisToGTrainer(part, batches, settings, folder, start)
 

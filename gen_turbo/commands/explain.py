@@ -151,19 +151,20 @@ def explain_reading(pipe: Any, processor: TokenReducer, image: Image.Image, prom
     """
     from gen_turbo.api import attach
     from gen_turbo.engine.report import report
+    from gen_turbo.vlm.grouping import Grouping
     from gen_turbo.vlm.settings import placement_of
-    from gen_turbo.vlm.watch import watch_reductions
 
     recorder = _recorder(processor)
     reductions: list[Any] = []
     attachment = attach(pipe, processor)
     part: Any = attachment.parts[0]
     try:
-        if not watch_reductions(part, reductions.append):
+        if not part.watch(lambda first, images, reduction: reductions.append(reduction)):
             raise ConfigError(f"text of a {type(part.model).__name__} reads the image on the side; nothing to draw")
         said = pipe(image, prompt).text
         layers = [layer.num_kept > 0 for layer in report(pipe).layers if ".layers." in layer.name]
-        slots = part.slots() if hasattr(part, "slots") else None
+        groups = part.stage(Grouping)
+        slots = groups.slots() if groups is not None else None
     finally:
         attachment.detach()
         vars(processor).pop("plan", None)

@@ -20,7 +20,8 @@ from gen_turbo.training.files import Notes, Size, read_artefact, save_artefact
 from gen_turbo.training.lessons import Taught
 from gen_turbo.training.vistog import VisToGArtefact
 from gen_turbo.training.vistog_training import VisToGTraining
-from gen_turbo.vlm.grouping import GroupingPart
+from gen_turbo.vlm.attachment import VlmPart
+from gen_turbo.vlm.grouping import Grouping
 from gen_turbo.vlm.teacher import Teacher
 
 Batches = Callable[[int], Mapping[str, Tensor]]
@@ -43,27 +44,29 @@ class VisToGTrainer:
 
     def __init__(
         self,
-        part: GroupingPart,
+        part: VlmPart,
         batches: Batches,
         settings: VisToGTraining,
         folder: Path,
         start: VisToGArtefact | None = None,
     ) -> None:
-        if part.grouping is None or part.connector is not None:
+        stage = part.stage(Grouping)
+        if stage is None or stage.grouping is None or stage.connector is not None:
             raise ValueError("attach an untrained VisToGVisionProcessor that removes tokens, without weights")
         if next(part.model.parameters()).dtype != torch.float32:
             raise ValueError("train in float32; load the model with dtype=float32")
         self.part, self.batches, self.settings, self.folder = part, batches, settings, folder
+        self._stage = stage
         self.step = 0
         self._model: Any = part.model
         self._teacher = Teacher(self._model, settings.max_new_tokens)
-        self._grouping, self._probe = part.grouping, part.probe()
-        learned: dict[str, nn.Module] = {"grouping": part.grouping}
+        self._grouping, self._probe = stage.grouping, stage.probe(part.model)
+        learned: dict[str, nn.Module] = {"grouping": stage.grouping}
         if start is not None:
             self._check(start)
-            part.grouping.load_state_dict(start.grouping.state_dict())
+            stage.grouping.load_state_dict(start.grouping.state_dict())
         if settings.has_connector:
-            learned["connector"] = part.copy_connector()
+            learned["connector"] = stage.copy_connector(part.model)
             if start is not None and start.connector:
                 learned["connector"].load_state_dict(start.connector)
         self._weights = {
@@ -247,7 +250,7 @@ class VisToGTrainer:
 
     def _export(self, notes: Mapping[str, str]) -> Path:
         settings = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
-        connector = self.part.connector.state_dict() if self.part.connector is not None else {}
+        connector = self._stage.connector.state_dict() if self._stage.connector is not None else {}
         path = self.folder / _RESULT
         VisToGArtefact(self._grouping, connector, self._probe, {**settings, **notes}).save(path)
         if self.settings.lora_rank:

@@ -6,157 +6,139 @@ Shape names: B rows, L columns that reach the first layer, M of them that stay, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
+from gen_turbo.method import TokenReducer
+from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.cache import ShortenedCache
 from gen_turbo.vlm.cache_argument import cache_in
-from gen_turbo.vlm.call import CallState
+from gen_turbo.vlm.call import Calls
 from gen_turbo.vlm.columns import Columns
-from gen_turbo.vlm.gate import Gate
+from gen_turbo.vlm.images import Group, Images, Semantic
 from gen_turbo.vlm.masks import check_mask
-from gen_turbo.vlm.run import Images, Planner, Reduction, reduce
+from gen_turbo.vlm.run import Listener, reduce
+from gen_turbo.vlm.running import Running
+from gen_turbo.vlm.stage import Handle, Stage
 
-Attention = Callable[[str], Tensor]
-"""Gives, by the name of a layer, the attention (B, M) that the last token of each row pays there to every column.
-
-"last" is the layer before the cut, "next" the first one behind it, as it would run without the cut.
-"""
+Planner = Callable[[int, Tensor, Group, Semantic], TokenMap]
+"""Plans for tokens (K, n, C) of K images of one size before a decoder layer."""
 
 
-class Cut:
-    """The hooks on the decoder layers behind the first of one or more cuts.
+class Cut(Stage):
+    """The decoder layers behind the first of one or more cuts.
 
     Attributes:
-        attention: Attention of the last token around the cut that is planned, for methods that ask for it.
-        images: The images in the columns that enter the layer that runs; None in calls that bring none.
-        on_reduction: Receives the first layer of a cut, the images before it and what left.
-        is_skipped: Whether no row of this call runs a layer, which then needs no mask.
+        listeners: Receive what leaves at every cut.
 
     Args:
         text: The language model.
-        gate: What knows the running call.
-        planners: What plans each cut, by its first layer without the dropped tokens.
+        calls: The calls of the base model.
+        firsts: The first layer without the dropped tokens, of each cut.
+        planner: Plans the cuts. Semantic values are attention of the last token: "last" in the layer before the cut,
+            "next" in the first one behind it, as it would run without the cut.
+        shared: The method whose budget images share, or that gives each its own; None where all have one.
     """
 
-    attention: CallState[Attention] = CallState(lambda: _no_attention)
-    _here: CallState[Columns | None] = CallState(lambda: None)
-    images: CallState[Images | None] = CallState(lambda: None)
-    _shorter: CallState[dict[str, Any]] = CallState(dict)
-
-    def __init__(self, text: nn.Module, gate: Gate, planners: Mapping[int, Planner]) -> None:
-        self.on_reduction: Callable[[int, Images, Reduction], None] = lambda first, images, reduction: None
-        self.is_skipped: Callable[[int], bool] = lambda index: False
-        self._text, self._gate, self._planners, self._first = text, gate, planners, min(planners)
+    def __init__(
+        self,
+        text: nn.Module,
+        calls: Calls[Running],
+        firsts: list[int],
+        planner: Planner,
+        shared: TokenReducer | None = None,
+    ) -> None:
+        self.listeners: list[Listener] = []
+        self._text, self._calls, self._firsts = text, calls, sorted(firsts)
+        self._planner, self._shared = planner, shared
         stack: Any = text
         self._layers: list[nn.Module] = list(stack.layers)[: stack.config.num_hidden_layers]
-        gate.joined.append(self)
 
-    def install(self) -> Iterator[Any]:
-        """Puts the hooks in place, one after the other, and gives the handle of each."""
-        for index in range(self._first - 1, len(self._layers)):
+    def place(self, model: nn.Module) -> Iterator[Handle]:
+        """Puts hooks on the layer before the first cut and on all behind it."""
+        for index in range(self._firsts[0] - 1, len(self._layers)):
             layer = self._layers[index]
-            if index >= self._first:
+            if index >= self._firsts[0]:
                 yield layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-            if index + 1 in self._planners:
+            if index + 1 in self._firsts:
                 # Behind the hook above, so that it sees what the layer will.
-                yield layer.register_forward_pre_hook(self._before_cut(index + 1), with_kwargs=True)
+                yield layer.register_forward_pre_hook(self._before_cut, with_kwargs=True)
 
-    def _before_cut(self, first: int) -> Any:
+    def _before_cut(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remembers what enters the layer before a cut until the cut is made."""
-
-        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if first == self._first:
-                self._here, self.images = None, self._gate.images
-            self.attention = _no_attention
-            if self.images is not None:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                real, rotary = self._real(kwargs.get("attention_mask")), kwargs["position_embeddings"]
-                self.attention = lambda name: last_attention(layer, hidden, rotary, real)
-
-        return before
+        call = self._calls.now
+        if call.images is None:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        real, rotary = _real(call, kwargs.get("attention_mask")), kwargs["position_embeddings"]
+        call.attention = lambda: last_attention(layer, hidden, rotary, real)
 
     def _hook(self, index: int) -> Any:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._calls.now
             hidden = args[0] if args else kwargs["hidden_states"]
-            if index in self._planners and self.images is not None:
-                hidden = self._cut(index, layer, hidden, kwargs, self.images)
-            total = self._total(index, cache_in(kwargs))
+            if index in self._firsts and call.images is not None:
+                hidden = self._cut(index, layer, hidden, kwargs, call, call.images)
+            total = _total(index, call, cache_in(kwargs))
             if total is None:
                 return None
             changed = dict(kwargs)
-            if self._here is not None:
-                changed.update(self._positions(kwargs))
-            if not self.is_skipped(index):
-                changed["attention_mask"] = self._mask(kwargs, hidden, total, index)
+            if call.left is not None:
+                changed.update(_positions(call, call.left, kwargs))
+            if call.route is None or call.route.count(index):
+                changed["attention_mask"] = self._mask(call, kwargs, hidden, total, index)
             changed.pop("hidden_states", None)
             return (hidden, *args[1:]), changed
 
         return before
 
-    def _cut(self, first: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], images: Images) -> Tensor:
+    def _cut(
+        self, first: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], call: Running, images: Images
+    ) -> Tensor:
         """Plans one cut; gives back the columns that enter its first layer."""
-        gate, mask, cache = self._gate, kwargs.get("attention_mask"), cache_in(kwargs)
-        real, before = self._real(mask), self.attention
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
+        real = _real(call, mask)
+        attention, call.attention = call.attention, None
 
-        def attention(name: str) -> Tensor:
-            if name != "next":
-                return before(name)
-            rotary = kwargs["position_embeddings"] if self._here is None else self._positions(kwargs)
-            rotary = rotary["position_embeddings"] if isinstance(rotary, dict) else rotary
+        def paid(kind: str) -> Tensor | None:
+            if kind == "last" and attention is not None:
+                return attention()
+            if kind != "next":
+                return None
+            rotary = kwargs["position_embeddings"]
+            rotary = rotary if call.left is None else _positions(call, call.left, kwargs)["position_embeddings"]
             return last_attention(layer, hidden, rotary, real)
 
-        self.attention = attention
-        reduction = reduce(images, hidden, self._planners[first], gate.shared)
-        self.attention = _no_attention
+        def planner(tokens: Tensor, group: Group) -> TokenMap:
+            def semantic(kind: str) -> Tensor | None:
+                value = paid(kind)
+                return None if value is None else value[images.is_image_BL][images.index(group)]
+
+            return self._planner(first, tokens, group, semantic)
+
+        reduction = reduce(images, hidden, planner, self._shared)
         check_mask(mask)
         reduction.num_columns = hidden.shape[0] * hidden.shape[1]
         if not reduction.is_identity:
             step = Columns.of_kept(reduction.keep_BL if real is None else reduction.keep_BL & real)
             reduction.num_columns = hidden.shape[0] * step.num_kept
-            self._here = step if self._here is None else self._here.then(step)
-            self._shorter = {}
-            self.images = images.shortened(step, reduction)
+            call.left = step if call.left is None else call.left.then(step)
+            call.shorter = {}
+            call.images = images.shortened(step, reduction.lengths())
             hidden = step.take(hidden, 1)
-        self.on_reduction(first, images, reduction)
-        if self._here is not None:
+        for listener in self.listeners:
+            listener(first, images, reduction)
+        if call.left is not None:
             known = cache.cut_at(first) if isinstance(cache, ShortenedCache) else None
-            held = Columns.all_of(len(hidden), gate.held, hidden.device) if known is None else known
-            gate.cuts[first] = held.grown(gate.held).beside(self._here)
-            gate.dropped = self._here
+            held = Columns.all_of(len(hidden), call.held, hidden.device) if known is None else known
+            call.cuts[first] = held.grown(call.held).beside(call.left)
         return hidden
 
-    def _real(self, mask: Tensor | None) -> Tensor | None:
-        """Which columns that enter a layer are no padding; None if all are."""
-        here = self._here
-        if here is None:
-            return _real(self._gate, mask)
-        return here.valid_BM if here.is_ragged else None
-
-    def _total(self, index: int, cache: Any) -> Columns | None:
-        """Which of the first layer's columns, held and new, this layer works on; None if on all."""
-        made = [first for first in self._gate.cuts if first <= index]
-        if made:
-            return self._gate.cuts[max(made)]
-        known = cache.cut_at(index) if isinstance(cache, ShortenedCache) else None
-        return known.grown(self._gate.held + self._gate.length) if known is not None else None
-
-    def _positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The positions of the columns that stay, taken once for all layers that are given the same ones."""
-        here, given = self._here, tuple(map(id, kwargs["position_embeddings"]))
-        assert here is not None
-        if self._shorter.get("given") != given:
-            rotary = tuple(here.take(table, -2, batch_dim=-3) for table in kwargs["position_embeddings"])
-            positions = kwargs.get("position_ids")
-            ids = None if positions is None else here.take(positions, -1, batch_dim=-2)
-            self._shorter = {"given": given, "position_embeddings": rotary, "position_ids": ids}
-        return {name: self._shorter[name] for name in ("position_embeddings", "position_ids")}
-
-    def _mask(self, kwargs: dict[str, Any], hidden: Tensor, total: Columns, index: int) -> Tensor | None:
+    def _mask(self, call: Running, kwargs: dict[str, Any], hidden: Tensor, total: Columns, index: int) -> Tensor | None:
         mask = kwargs.get("attention_mask")
         if mask is None:
             if not total.is_ragged:
@@ -169,7 +151,27 @@ class Cut:
         if mask.ndim == 2:
             return total.mask(mask)
         keys = total.keys(mask)
-        return keys if self._here is None else self._here.queries(keys)
+        return keys if call.left is None else call.left.queries(keys)
+
+
+def _total(index: int, call: Running, cache: Any) -> Columns | None:
+    """Which of the first layer's columns, held and new, a layer works on; None if on all."""
+    made = [first for first in call.cuts if first <= index]
+    if made:
+        return call.cuts[max(made)]
+    known = cache.cut_at(index) if isinstance(cache, ShortenedCache) else None
+    return known.grown(call.held + call.length) if known is not None else None
+
+
+def _positions(call: Running, left: Columns, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The positions of the columns that are left, taken once for all layers that are given the same ones."""
+    given = tuple(map(id, kwargs["position_embeddings"]))
+    if call.shorter.get("given") != given:
+        rotary = tuple(left.take(table, -2, batch_dim=-3) for table in kwargs["position_embeddings"])
+        positions = kwargs.get("position_ids")
+        ids = None if positions is None else left.take(positions, -1, batch_dim=-2)
+        call.shorter = {"given": given, "position_embeddings": rotary, "position_ids": ids}
+    return {name: call.shorter[name] for name in ("position_embeddings", "position_ids")}
 
 
 def last_attention(
@@ -234,15 +236,13 @@ def _heads(attn: Any, kind: str, normed: Tensor) -> Tensor:
     return heads.transpose(1, 2)
 
 
-def _real(gate: Gate, mask: Tensor | None) -> Tensor | None:
-    """Which columns of this call are no padding, from the 2D mask or from what the last query may see."""
-    if isinstance(gate.real_BM, Tensor) and gate.real_BM.ndim == 2:
-        return gate.real_BM[:, -gate.length :].bool()
+def _real(call: Running, mask: Tensor | None) -> Tensor | None:
+    """Which columns that enter a layer are no padding, from what is left, the 2D mask, or what the last query sees."""
+    if call.left is not None:
+        return call.left.valid_BM if call.left.is_ragged else None
+    if isinstance(call.real_BM, Tensor) and call.real_BM.ndim == 2:
+        return call.real_BM[:, -call.length :].bool()
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         return None
-    seen = mask[:, 0, -1, -gate.length :]
+    seen = mask[:, 0, -1, -call.length :]
     return seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-
-
-def _no_attention(name: str) -> Tensor:
-    raise ValueError("attention of the last token is known only while a cut is planned; use place='decoder'")

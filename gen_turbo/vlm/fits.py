@@ -9,6 +9,7 @@ from torch import nn
 from gen_turbo.method import TokenReducer
 from gen_turbo.vlm.decoder import check_cut
 from gen_turbo.vlm.family import Family, tower_facts
+from gen_turbo.vlm.routes import Routing
 from gen_turbo.vlm.settings import Staged, check_settings, inner_of, placement_of
 from gen_turbo.vlm.shrink import can_shrink
 from gen_turbo.vlm.text import check_text
@@ -66,3 +67,20 @@ def _check_decoder(model: nn.Module, family: Family, reducer: TokenReducer, name
     for first in firsts:
         if first:
             check_cut(model, config, first, "cut" if is_staged else "layer")
+
+
+def check_routing(model: nn.Module, config: Any, routing: Routing) -> None:
+    """Says before anything is changed why a routing does not fit a model, whose language model has this configuration.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    if not 1 <= routing.num_layers <= config.num_hidden_layers:
+        raise ValueError(
+            f"{routing.num_layers} layers are to run, but {type(model).__name__} has {config.num_hidden_layers}"
+        )
+    # Before the first layer only sliding windows are in the way.
+    check_cut(model, config, routing.first or config.num_hidden_layers - 1, "first")
+    attention = config._attn_implementation
+    if routing.mode != "drop" and "flash" in (attention or ""):
+        raise ValueError(f"mode={routing.mode!r} hides tokens by a mask, which {attention} does not take; use 'sdpa'")

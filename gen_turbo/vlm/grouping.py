@@ -5,35 +5,34 @@ Shape names: B images, N patches, M groups, D channels of the tower.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.engine.base import LayerReport
 from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.training.files import artefact_path
 from gen_turbo.training.probe import is_same_model, weight_probe
 from gen_turbo.training.vistog import SemanticGrouping, VisToGArtefact, VisToGShape
-from gen_turbo.vlm.call import CallState
+from gen_turbo.vlm.call import Last
+from gen_turbo.vlm.counts import Counts
 from gen_turbo.vlm.family import Family, TowerFacts, square, tower_facts
-from gen_turbo.vlm.gate import Gate
-from gen_turbo.vlm.hooks import InstanceMethod, placed, settle
-from gen_turbo.vlm.part import VlmPart
+from gen_turbo.vlm.hooks import InstanceMethod
+from gen_turbo.vlm.images import Encoded
 from gen_turbo.vlm.planning import plan_tokens
-from gen_turbo.vlm.run import Group
 from gen_turbo.vlm.semantic import SemanticStream
 from gen_turbo.vlm.settings import Grouped
+from gen_turbo.vlm.stage import Handle, Stage
 
 
 class Grouper(Protocol):
     """Makes M tokens of N patches."""
 
-    def install(self) -> Iterable[Any]:
+    def place(self) -> Iterator[Handle]:
         """Puts hooks in place, one after the other, and gives what takes each off."""
         ...
 
@@ -48,8 +47,8 @@ class _Planned:
     def __init__(self, reducer: TokenReducer) -> None:
         self._reducer = reducer
 
-    def install(self) -> Iterable[Any]:
-        return ()
+    def place(self) -> Iterator[Handle]:
+        return iter(())
 
     def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
         site = LayerInfo("projector", self._reducer.ratio_of(patches_BND.shape[1]), grid)
@@ -58,8 +57,8 @@ class _Planned:
         return plan.merge(patches_BND) if merged else plan.select(patches_BND), plan
 
 
-class GroupingPart(VlmPart):
-    """A reducer that works between vision tower and projector.
+class Grouping(Stage):
+    """Between vision tower and projector.
 
     The projector reads groups alone. What it returns is copied to the places of the patches, so that the model's own
     checks hold, and the gate lets one copy of each into the language model, with mask, positions and cache that fit.
@@ -67,77 +66,89 @@ class GroupingPart(VlmPart):
 
     Attributes:
         grouping: The semantic tokens and the grouping layer, for training and for images of groups; None where
-            a method plans on patches, or nothing is removed.
+            a method plans on patches.
         connector: The trained projector; None to use the model's own.
+
+    Args:
+        model: The model.
+        facts: What is known of its tower.
+        counts: Receives the row of the tower where text reads by cross-attention.
+        reducer: The method, which removes some tokens.
+        is_cross: Whether text reads the image by cross-attention.
+
+    Raises:
+        ValueError: If the weights or numbers of tokens do not fit the model.
     """
 
-    grouping: SemanticGrouping | None = None
-    connector: nn.Module | None = None
-    _seats: CallState[TokenMap | None] = CallState(lambda: None)
+    def __init__(
+        self, model: nn.Module, facts: TowerFacts, counts: Counts, reducer: TokenReducer, is_cross: bool = False
+    ) -> None:
+        self.grouping: SemanticGrouping | None = None
+        self.connector: nn.Module | None = None
+        self._last: Last[Encoded] = Last(Encoded)
+        self._facts, self._counts, self._is_cross = facts, counts, is_cross
+        self._leading = facts.num_leading(model)
+        self._grouper: Grouper = self._grouper_of(model, reducer)
+        if is_cross:
+            counts.add(facts.module)
 
-    def install(self) -> None:
-        """Puts every hook in place."""
-        super().install()
-        if self._grouper is None:
-            return
-        placed(self._grouper.install(), self._handles)
-        if self._family.is_cross:
-            tower = self.model.get_submodule(self._facts.module)
-            self._handles.append(tower.register_forward_hook(self._after_tower))
+    def place(self, model: nn.Module) -> Iterator[Handle]:
+        """Puts a hook on the tower, or takes the place of the projector's `forward`."""
+        yield from self._grouper.place()
+        if self._is_cross:
+            yield model.get_submodule(self._facts.module).register_forward_hook(self._after_tower)
         else:
-            projector = self.model.get_submodule(self._facts.projector)
-            self._handles.append(InstanceMethod(projector, "forward", self._project))
-        settle(self.model, self._handles)
+            yield InstanceMethod(model.get_submodule(self._facts.projector), "forward", self._project)
+
+    def forget(self) -> None:
+        """Drops what is known of the last call."""
+        self._last.forget()
+
+    def encoded(self) -> Encoded:
+        """What is known of the images of the last call."""
+        return self._last.value
 
     def slots(self) -> Tensor | None:
         """The group of each patch of the images seen last, (B, N); None before the first."""
         if isinstance(self._grouper, SemanticStream):
-            return self._grouper.slots
-        return self._seats.slot_BN if self._seats is not None else None
+            return self._grouper.slots.value
+        plans = self._last.value.plans
+        return torch.cat([plan.slot_BN for plan in plans]) if plans else None
 
-    def _prepare(self, model: nn.Module) -> None:
-        self._facts = grouping_facts(model, self._family)
-        self._leading = self._facts.num_leading(model)
-        self._grouper: Grouper | None = self._make_grouper(model) if self.reducer.removes else None
-        if self._family.is_cross:
-            self._rows[self._facts.module] = LayerReport(self._facts.module, 1, "reduced")
-            return
-        name = self._family.text
-        base, text = model.get_submodule(self._family.base), model.get_submodule(name)
-        self._gate = Gate(base, text, self._family, self._plan_seats, False)
-        self._name_stages(text, name)
-        self._gate.on_reduction = lambda images, reduction: self._note_reduction(name, images, reduction)
+    def probe(self, model: nn.Module) -> Tensor:
+        """The sample of the weights that learned groups depend on: tower and projector."""
+        return _probe(model, self._facts)
 
-    def _make_grouper(self, model: nn.Module) -> Grouper:
-        if not isinstance(self.reducer, Grouped):
-            return _Planned(self.reducer)
-        artefact = _artefact(model, self._facts, self.reducer)
+    def copy_connector(self, model: nn.Module) -> nn.Module:
+        """A copy of the model's projector that takes its place from now on, to be trained."""
+        connector = deepcopy(model.get_submodule(self._facts.projector))
+        vars(connector).pop("forward", None)
+        self.connector = connector
+        return connector
+
+    def _grouper_of(self, model: nn.Module, reducer: TokenReducer) -> Grouper:
+        if not isinstance(reducer, Grouped):
+            return _Planned(reducer)
+        artefact = _artefact(model, self._facts, reducer)
         if artefact is None:
-            grouping = SemanticGrouping(_shape(model, self._facts, self.reducer)).eval()
+            grouping = SemanticGrouping(_shape(model, self._facts, reducer)).eval()
             artefact = VisToGArtefact(grouping, {}, weight_probe([]), {})
         self.grouping = artefact.grouping
         self.connector = _connector(model, self._facts, artefact)
         return SemanticStream(model, self._facts, self.grouping)
 
-    def probe(self) -> Tensor:
-        """The sample of the weights that learned groups depend on: tower and projector."""
-        return _probe(self.model, self._facts)
-
-    def copy_connector(self) -> nn.Module:
-        """A copy of the model's projector that takes its place from now on, to be trained."""
-        connector = deepcopy(self.model.get_submodule(self._facts.projector))
-        vars(connector).pop("forward", None)
-        self.connector = connector
-        return connector
+    def _groups(self, patches: Tensor) -> tuple[Tensor, TokenMap]:
+        groups, seats = self._grouper.groups(patches, _grid(patches))
+        self._last.value = Encoded(seats.by_row() if len(seats.slot_BN) == len(patches) else [seats] * len(patches))
+        return groups, seats
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _project(self, forward: Any, patches: Tensor) -> Tensor:
-        assert self._grouper is not None
-        groups, self._seats = self._grouper.groups(patches, _grid(patches))
+        groups, seats = self._groups(patches)
         if self.connector is not None:
             self._follow(self.connector, groups)
         projected: Tensor = (self.connector or forward)(groups)
-        return self._seats.unmerge(projected)
+        return seats.unmerge(projected)
 
     @staticmethod
     def _follow(connector: nn.Module, groups: Tensor) -> None:
@@ -147,22 +158,13 @@ class GroupingPart(VlmPart):
             connector.to(groups.device, groups.dtype)
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        assert self._grouper is not None
         tokens: Tensor = output.last_hidden_state
         patches = tokens[:, self._leading :]
-        groups, self._seats = self._grouper.groups(patches, _grid(patches))
-        name, images = self._facts.module, len(patches)
-        self._count(name, _grid(patches), images * patches.shape[1], images * groups.shape[1], 0, 0)
+        groups, _ = self._groups(patches)
+        images = len(patches)
+        self._counts.count(self._facts.module, images * patches.shape[1], images * groups.shape[1], _grid(patches))
         output.last_hidden_state = torch.cat([tokens[:, : self._leading], groups], 1)
         return output
-
-    def _plan_seats(self, tokens: Tensor, group: Group) -> TokenMap:
-        """The places of the groups of each image, whose tokens are copies now."""
-        seats = self._seats
-        if seats is None or seats.num_tokens != group.length:
-            return TokenMap.identity(1, group.length, tokens.device)
-        rows = self._origins(group)
-        return seats if len(seats.slot_BN) == 1 else TokenMap(seats.slot_BN[rows], seats.anchor_BM[rows])
 
 
 def grouping_facts(model: nn.Module, family: Family) -> TowerFacts:

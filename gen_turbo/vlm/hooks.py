@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any
@@ -14,12 +14,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gen_turbo.engine.placed import NotPickled
-
-
-def placed(handles: Iterable[Any], known: list[Any]) -> None:
-    """Adds handles to those that are known, each as its hook is placed, so that none is unknown where one fails."""
-    for handle in handles:
-        known.append(handle)
 
 
 def settle(model: nn.Module, handles: list[Any], is_idle: bool = False) -> None:
@@ -47,7 +41,9 @@ def settle(model: nn.Module, handles: list[Any], is_idle: bool = False) -> None:
     carriers = [
         module for module in model.modules() if {id(module._forward_hooks), id(module._forward_pre_hooks)} & changed
     ]
-    placed(map(_Marked, carriers), handles)
+    for module in carriers:
+        if not isinstance(vars(module).get("forward"), _Same):
+            handles.append(_Marked(module))
 
 
 class InstanceMethod(NotPickled):

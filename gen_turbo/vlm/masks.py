@@ -37,6 +37,20 @@ def held(cache: Any) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
+def real_columns(mask: Any, embeds_BLC: Tensor) -> Tensor:
+    """Which columns of a call are no padding, (B, L), from its 2D mask or from what the last query may see."""
+    batch, length = embeds_BLC.shape[:2]
+    if isinstance(mask, dict):
+        # A sliding window hides columns that are no padding.
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=embeds_BLC.device)
+    seen: Tensor = mask[..., -length:] if mask.ndim == 2 else mask[:, 0, -1, -length:]
+    is_added = seen.is_floating_point() and mask.ndim == 4
+    seen = seen > torch.finfo(seen.dtype).min / 2 if is_added else seen.bool()
+    return seen.expand(batch, -1)
+
+
 def mask_2d(columns: Columns, mask: Tensor | None, has_cache: bool) -> Tensor | None:
     """The mask of the columns that stay. Without a cache, gaps in the positions need one: they mean packing."""
     if mask is not None:

@@ -1,4 +1,4 @@
-"""Plans of any method for any number of tokens: merged again where one merge does not reach it.
+"""Plans of any method for any number of tokens, at the places where a method works.
 
 Shape names: B images, N tokens, C channels.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.images import Group, Semantic
+from gen_turbo.vlm.settings import Staged, placement_of
 
 _CLASSES = 4
 """How many different budgets the images of one call may have, each planned at once."""
@@ -54,6 +56,50 @@ def _merged(site: LayerInfo, total: TokenMap) -> Callable[[str], Tensor | None] 
         return None if value is None else total.merge(value)
 
     return semantic
+
+
+class Schedule:
+    """From which decoder layers on image tokens leave by a method, and how many.
+
+    Attributes:
+        reducer: The method.
+        firsts: The first layers without the tokens that leave, ascending; 0 is before the language model.
+
+    Args:
+        reducer: The method.
+        depth: Decoder layers.
+    """
+
+    def __init__(self, reducer: TokenReducer, depth: int) -> None:
+        placement = placement_of(reducer)
+        self.reducer, self._depth = reducer, depth
+        self.firsts = [placement.layer if placement.place == "decoder" else 0]
+        if isinstance(reducer, Staged):
+            self.firsts = list(reducer.stages(depth, 1))
+
+    def removes(self, length: int) -> bool:
+        """Whether some tokens of an image of so many leave at any layer."""
+        if isinstance(self.reducer, Staged):
+            return min(self.reducer.stages(self._depth, length).values()) < length
+        return num_removed(length, self.reducer.ratio_of(length)) > 0
+
+    def plan(self, first: int, tokens_BNC: Tensor, group: Group, semantic: Semantic) -> TokenMap:
+        """Plans for the tokens of images of one size before a layer."""
+        if isinstance(self.reducer, Staged):
+            ratio = group.ratio_to(self.reducer.stages(self._depth, group.whole or group.length)[first])
+        else:
+            ratio = group.ratio(self.reducer)
+        site = LayerInfo("decoder" if first else "pre_llm", ratio, group.grid, semantic=semantic)
+        return plan_tokens(self.reducer, tokens_BNC, site, StepInfo())
+
+
+def plan_copies(tokens_BNC: Tensor, group: Group) -> TokenMap:
+    """The plan by which the tower made tokens equal; nothing leaves where features are no longer patches."""
+    plans = group.plans()
+    if not plans:
+        return TokenMap.identity(1, group.length, tokens_BNC.device)
+    slot, anchor = ([getattr(plan, name) for plan in plans] for name in ("slot_BN", "anchor_BM"))
+    return TokenMap(torch.cat(slot), torch.cat(anchor))
 
 
 @torch.no_grad()

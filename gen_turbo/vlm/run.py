@@ -1,102 +1,23 @@
-"""What is known during one call of a vision-language model: where its image tokens are, and of which image."""
+"""What leaves a prompt: plans for the images of one call, and for words, and what follows from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gen_turbo.method import Grid, TokenReducer
+from gen_turbo.method import TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
-from gen_turbo.vlm.columns import Columns
+from gen_turbo.vlm.images import Group, Images
 from gen_turbo.vlm.planning import shared_budgets
 
-FRAME = -1
-"""The origin of a frame of a video."""
-Planner = Callable[[Tensor, "Group"], TokenMap]
+Planner = Callable[[Tensor, Group], TokenMap]
 """Plans for tokens (K, n, C) of K images of one size."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Images of one call that have the same number of tokens and the same grid, and are planned together.
-
-    Attributes:
-        images: Which images.
-        length: Tokens of each.
-        grid: (height, width) of each, where there is one.
-        kept: How many tokens of each stay, where images share a budget.
-        whole: Tokens of each before any left, where some have left earlier; 0 where none has.
-    """
-
-    images: list[int]
-    length: int
-    grid: Grid | None
-    kept: int | None = None
-    whole: int = 0
-
-    def ratio(self, reducer: TokenReducer) -> float:
-        """The fraction that is removed: what is to be kept of these images, else what the method says."""
-        return reducer.ratio_of(self.length) if self.kept is None else self.ratio_to(self.kept)
-
-    def ratio_to(self, kept: int) -> float:
-        """The fraction that is removed where so many stay."""
-        # Half a token more, so that rounding down removes exactly the number.
-        return max(0.0, 1 - (kept - 0.5) / self.length)
-
-
-@dataclass
-class Images:
-    """The image tokens of one call.
-
-    Attributes:
-        is_image_BL: Which columns are image tokens.
-        lengths: Tokens of each image, in the order of the flattened mask.
-        grids: (height, width) of each image, where there is one.
-        origins: Which of the images that the tower saw last each one is; None for one that it did not see, `FRAME` for
-            a frame of a video, of which nothing else is known.
-        wholes: Tokens of each image before any left; empty where none has.
-        num_columns: Columns of the call before any left; 0 where none has.
-    """
-
-    is_image_BL: Tensor
-    lengths: list[int]
-    grids: list[Grid | None]
-    origins: list[int | None] = field(default_factory=list)
-    wholes: list[int] = field(default_factory=list)
-    num_columns: int = 0
-    _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
-
-    def groups(self) -> list[Group]:
-        """The images by size."""
-        found: dict[tuple[Any, ...], list[int]] = {}
-        count = len(self.lengths)
-        frames = [origin == FRAME for origin in self.origins or [None] * count]
-        keys = zip(self.lengths, self.grids, self.wholes or [0] * count, frames, strict=True)
-        for image, key in enumerate(keys):
-            found.setdefault(key, []).append(image)
-        return [Group(images, length, grid, whole=whole) for (length, grid, whole, _), images in found.items()]
-
-    def shortened(self, here: Columns, reduction: Reduction) -> Images:
-        """The images in the columns that stay after a reduction."""
-        lengths = reduction.lengths()
-        grids: list[Grid | None] = self.grids if lengths == self.lengths else [None] * len(lengths)
-        before = self.wholes or self.lengths, self.num_columns or self.is_image_BL.numel()
-        return Images(here.mask(self.is_image_BL), lengths, grids, self.origins, *before)
-
-    def index(self, group: Group) -> Tensor:
-        """Places of a group's tokens among all image tokens: (K, n)."""
-        images = tuple(group.images)
-        if images not in self._places:
-            starts = [0, *accumulate(self.lengths)]
-            first = torch.tensor([starts[image] for image in images], device=self.is_image_BL.device)
-            self._places[images] = first[:, None] + torch.arange(group.length, device=first.device)
-        return self._places[images]
+Listener = Callable[[int, Images, "Reduction"], None]
+"""Receives the first decoder layer without the tokens that left, the images before, and what left."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +101,7 @@ def reduce(images: Images, x_BLC: Tensor, planner: Planner, shared: TokenReducer
     for group in images.groups():
         if group.length == 1:
             # Nothing can leave, as of the newline behind a video.
-            plans.append((group, TokenMap.identity(1, 1, tokens.device)))
+            plans.append((group, pass_all(tokens, group)))
             continue
         parts = [group] if shared is None else _shared(group, tokens[images.index(group)], shared)
         for part in parts:
@@ -190,6 +111,11 @@ def reduce(images: Images, x_BLC: Tensor, planner: Planner, shared: TokenReducer
         stays[index.gather(1, _rows(plan.anchor_BM, index))] = True
     keep = ~images.is_image_BL
     return Reduction(images, plans, keep.masked_scatter(images.is_image_BL, stays))
+
+
+def pass_all(tokens: Tensor, group: Group) -> TokenMap:
+    """Plans that every token stays."""
+    return TokenMap.identity(1, group.length, tokens.device)
 
 
 def _shared(group: Group, tokens: Tensor, reducer: TokenReducer) -> list[Group]:
@@ -205,7 +131,7 @@ def _shared(group: Group, tokens: Tensor, reducer: TokenReducer) -> list[Group]:
         if kept == group.length or len(group.images) == 1:
             return [group]
         budgets = [(number, chosen.tolist()) for number, chosen in shared_budgets(tokens, kept)]
-    return [replace(group, images=[group.images[row] for row in chosen], kept=number) for number, chosen in budgets]
+    return [group.with_budget(chosen, number) for number, chosen in budgets]
 
 
 def _rows(anchor_BM: Tensor, index: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shape names: B images, T tokens of the tower (class tokens first), N patches, M 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +16,19 @@ from torch import Tensor, nn
 from gen_turbo.method import Grid
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.training.vistog import SemanticGrouping
-from gen_turbo.vlm.call import CallState, begin_anew
+from gen_turbo.vlm.call import Calls, Last
 from gen_turbo.vlm.family import TowerFacts, square
 from gen_turbo.vlm.projections import Projections
+from gen_turbo.vlm.stage import Handle
+
+
+@dataclass
+class _Stream:
+    """One call of the tower: its own tokens, the mask that hides the others from them, and these at the end."""
+
+    num_tokens: int = 0
+    mask: Tensor | None = None
+    tokens_BMD: Tensor | None = None
 
 
 class SemanticStream:
@@ -31,12 +42,10 @@ class SemanticStream:
         slots: The group of each patch of the images seen last, (B, N); None before the first.
     """
 
-    slots: CallState[Tensor | None] = CallState(lambda: None)
-    _tokens_BMD: CallState[Tensor | None] = CallState(lambda: None)
-    _num_tokens: CallState[int] = CallState(int)
-    _mask: CallState[Tensor | None] = CallState(lambda: None)
-
     def __init__(self, model: nn.Module, facts: TowerFacts, grouping: SemanticGrouping) -> None:
+        self.slots: Last[Tensor | None] = Last(lambda: None)
+        self._calls: Calls[_Stream] = Calls(_Stream)
+        self._left: Last[Tensor | None] = Last(lambda: None)
         self._facts, self._grouping = facts, grouping
         self._tower = tower = model.get_submodule(facts.module)
         encoder = tower.get_submodule(facts.encoder) if facts.encoder else tower
@@ -48,14 +57,16 @@ class SemanticStream:
         self._leading = facts.num_leading(model)
         self._norm = getattr(tower, facts.output_norm) if facts.output_norm else nn.Identity()
 
-    def install(self) -> Iterator[Any]:
-        """Puts the hooks in place, one after the other, and gives the handle of each."""
+    def place(self) -> Iterator[Handle]:
+        """Puts hooks on the tower and its blocks, one after the other, and gives what takes each off."""
         projections = [Projections(getattr(block, self._facts.attention), self._facts) for block in self._blocks]
+        yield self._tower.register_forward_pre_hook(lambda tower, args: self._begin())
         yield self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
         for one in projections:
-            yield one.bias(lambda: self._mask)
+            yield one.bias(lambda: self._calls.now.mask)
         yield self._blocks[-1].register_forward_hook(self._leave)
         yield self._tower.register_forward_hook(self._after_tower)
+        yield self._tower.register_forward_hook(lambda tower, args, output: self._calls.end(), always_call=True)
 
     def groups(self, patches_BND: Tensor, grid: Grid) -> tuple[Tensor, TokenMap]:
         """The groups (B, M, D) of the images that the tower has just seen, and the cells where they take place.
@@ -63,32 +74,38 @@ class SemanticStream:
         Raises:
             ValueError: If the patches are not of the images that the tower saw last.
         """
-        tokens, self._tokens_BMD = self._tokens_BMD, None
+        tokens = self._left.value
+        self._left.forget()
         if tokens is None or len(tokens) != len(patches_BND):
             raise ValueError("these patches were not made by this model's tower in this call; pass pixel_values")
-        groups, self.slots = self._grouping(self._norm(tokens), patches_BND, grid)
+        groups, self.slots.value = self._grouping(self._norm(tokens), patches_BND, grid)
         return groups, self._grouping.cells(grid, patches_BND.device)
 
+    def _begin(self) -> None:
+        self._calls.begin()
+
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        begin_anew(self)
         hidden = args[0] if args else kwargs["hidden_states"]
         patches = hidden[:, self._leading :]
         weight = self._grouping.tokens
         if not self._grouping.training and (weight.device != hidden.device or weight.dtype != hidden.dtype):
             self._grouping.to(hidden.device, hidden.dtype)
         tokens = self._grouping.enter(patches, square(patches.shape[1]) or (1, patches.shape[1]))
-        self._num_tokens = hidden.shape[1]
-        self._mask = _isolating(hidden.shape[1], tokens.shape[1], hidden.device, hidden.dtype)
+        now = self._calls.now
+        now.num_tokens = hidden.shape[1]
+        now.mask = _isolating(hidden.shape[1], tokens.shape[1], hidden.device, hidden.dtype)
         given = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         return (torch.cat([hidden, tokens], 1), *args[1:]), given
 
     def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        self._tokens_BMD, self._mask = output[:, self._num_tokens :], None
-        return output[:, : self._num_tokens]
+        now = self._calls.now
+        now.tokens_BMD, now.mask = output[:, now.num_tokens :], None
+        return output[:, : now.num_tokens]
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Takes the semantic tokens out of what was recorded of the blocks."""
-        length = self._num_tokens
+        """Keeps the semantic tokens for the projector, and takes them out of what was recorded of the blocks."""
+        length = self._calls.now.num_tokens
+        self._left.value = self._calls.now.tokens_BMD
         for name, axis in (("hidden_states", 1), ("attentions", 2), ("attentions", 3)):
             recorded = getattr(output, name, None)
             if recorded:

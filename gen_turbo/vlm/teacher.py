@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gen_turbo.api import attach
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
-from gen_turbo.vlm.layers import real_columns
+from gen_turbo.vlm.masks import real_columns
 from gen_turbo.vlm.routes import Prompt, Routed, Routing, Scores
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -12,58 +12,58 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.engine.base import NoEffectWarning
-from gen_turbo.method import Grid
-from gen_turbo.vlm.call import CallState, begin_anew
+from gen_turbo.vlm.call import Calls, Last
 from gen_turbo.vlm.hooks import InstanceMethod
-from gen_turbo.vlm.run import FRAME, Images
+from gen_turbo.vlm.images import FRAME, Frame, Images
+from gen_turbo.vlm.running import Running
+from gen_turbo.vlm.stage import Handle, Stage
 
-Frame = tuple[int, Grid | None]
-"""Tokens of a frame and their (height, width)."""
 Frames = dict[int, list[Frame]]
 """The frames of videos by how many tokens these have: beams repeat videos in an order of their own."""
 
 
-class _Film:
-    """What was encoded last; videos may be encoded before the call that reads them."""
-
-    frames: CallState[Frames] = CallState(dict)
-
-
-class Videos:
-    """Finds the frames of the videos of a call.
-
-    Attributes:
-        is_taken: Whether frames are planned as images are.
-        is_encoding: Whether a video is being encoded, by some families as images are.
+class Videos(Stage):
+    """Finds the frames of the videos of a call; stands before the base model's `get_video_features`.
 
     Args:
         base: The base model.
         frames: Gives the frames of the videos in a call of its `get_video_features`; None in families without videos.
+        calls: The calls of the base model.
+        is_taken: Whether frames are planned as images are.
     """
 
-    is_encoding: CallState[bool] = CallState(bool)
-    _lengths: CallState[list[int]] = CallState(list)
+    def __init__(
+        self,
+        base: nn.Module,
+        frames: Callable[[nn.Module, dict[str, Any]], Frames] | None,
+        calls: Calls[Running],
+        is_taken: bool = False,
+    ) -> None:
+        self._base, self._frames, self._calls, self._is_taken = base, frames, calls, is_taken
+        self._encoding: Calls[None] = Calls(lambda: None)
+        # Videos may be encoded before the call that reads them.
+        self._last: Last[Frames] = Last(dict)
 
-    def __init__(self, base: nn.Module, frames: Callable[[nn.Module, dict[str, Any]], Frames] | None) -> None:
-        self.is_taken = False
-        self._base, self._frames, self._film = base, frames, _Film()
+    @property
+    def is_encoding(self) -> bool:
+        """Whether a video is being encoded, by some families as images are."""
+        return self._encoding.is_running
 
-    def install(self) -> Iterator[Any]:
-        """Stands before the base model's `get_video_features`; gives what takes it off."""
+    def place(self, model: nn.Module) -> Iterator[Handle]:
+        """Takes the place of `get_video_features`, where there is one."""
         if not hasattr(self._base, "get_video_features"):
             return
         signature = inspect.signature(self._base.get_video_features)  # type: ignore[arg-type]
 
         def encoded(get_video_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            self.is_encoding = True
+            self._encoding.begin()
             try:
                 output = get_video_features(*args, **kwargs)
             finally:
-                self.is_encoding = False
-            if self._frames is not None:
-                begin_anew(self._film)
-                self._film.frames = self._frames(self._base, signature.bind_partial(*args, **kwargs).arguments)
-                self._lengths = [len(one) for one in getattr(output, "pooler_output", ())]
+                self._encoding.end()
+            if self._frames is not None and self._is_taken:
+                self._last.value = self._frames(self._base, signature.bind_partial(*args, **kwargs).arguments)
+                self._bring(len(one) for one in getattr(output, "pooler_output", ()))
             return output
 
         # A compiled model runs the tower in eager code, as with images.
@@ -73,11 +73,11 @@ class Videos:
     def are_in(self, given: dict[str, Any]) -> bool:
         """Whether a call of the base model brings videos whose frames are planned; warns if they are read in full."""
         encoded = (given.get("mm_encoder_outputs") or {}).get("video")
-        self._lengths = [] if encoded is None else [len(one) for one in encoded.pooler_output]
+        lengths = [] if encoded is None else [len(one) for one in encoded.pooler_output]
         if encoded is None and given.get("pixel_values_videos") is None:
             return False
-        is_known = all(length in self._film.frames for length in self._lengths)
-        if self.is_taken and self._frames is not None and is_known:
+        if self._is_taken and self._frames is not None and all(length in self._last.value for length in lengths):
+            self._bring(lengths)
             return True
         words = (
             "video tokens are not reduced here, the video is read in full; use place='pre_llm' or place='decoder' and "
@@ -86,11 +86,9 @@ class Videos:
         warnings.warn(words, NoEffectWarning, stacklevel=3)
         return False
 
-    def beside(self, images: Images | None, is_video_BL: Tensor | None) -> Images | None:
-        """The images of a call and the frames of its videos, whose tokens stand where placeholders were."""
-        if is_video_BL is None:
-            return images
-        return with_frames(images, is_video_BL, [frame for one in self._lengths for frame in self._film.frames[one]])
+    def _bring(self, lengths: Iterable[int]) -> None:
+        """Notes the frames of the videos, by their tokens, that the running call brings."""
+        self._calls.now.frames = [frame for length in lengths for frame in self._last.value[length]]
 
 
 def packed_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
@@ -141,4 +139,4 @@ def with_frames(images: Images | None, is_video_BL: Tensor, frames: list[Frame])
     lengths, grids, origins = (
         [getattr(part, name)[one] for _, part, one in order] for name in ("lengths", "grids", "origins")
     )
-    return Images(images.is_image_BL | is_video_BL, lengths, grids, origins)
+    return Images(images.is_image_BL | is_video_BL, lengths, grids, origins, images.seen)

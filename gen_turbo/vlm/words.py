@@ -5,7 +5,7 @@ Shape names: B rows, L columns of the call, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import num_removed
-from gen_turbo.vlm.call import CallState, begin, end
+from gen_turbo.vlm.call import Calls
+from gen_turbo.vlm.counts import Counts
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.run import Reduction, WordPlan
+from gen_turbo.vlm.stage import Handle, Stage
 
 PROMPT = "prompt"
 """What the report calls the words before the language model."""
 
 
-class Words:
+class Words(Stage):
     """Chooses, in a prompt that brings images, the words that leave, row by row.
 
     The same part of the words of every row with an image is removed; others keep their position. Never removed are the
@@ -30,25 +32,25 @@ class Words:
     generation guesses), and special tokens: those that the model's configurations name, and added ones, whose ids
     begin with the first that is named in the upper half of the vocabulary.
 
-    Attributes:
-        on_reduction: Receives the number of words of all rows before and after, and of the longest row.
+    Args:
+        model: The model.
+        counts: Receives the row of the prompt.
+        reducer: Plans for the words of each row.
     """
 
-    _asked: CallState[int | Tensor] = CallState(int)
-
-    def __init__(self, model: nn.Module, reducer: TokenReducer) -> None:
-        self.on_reduction: Callable[[int, int, int], None] = lambda before, after, longest: None
-        self._reducer = reducer
+    def __init__(self, model: nn.Module, counts: Counts, reducer: TokenReducer) -> None:
+        self._counts, self._reducer = counts, reducer
         self._special, self._first_added = special_ids(model)
+        self._asked: Calls[list[int | Tensor]] = Calls(list)
+        counts.add(PROMPT)
 
-    def install(self, model: nn.Module) -> Iterator[Any]:
-        """Puts the hooks in place that read which logits a call requests, and gives the handle of each."""
+    def place(self, model: nn.Module) -> Iterator[Handle]:
+        """Puts hooks on the model that read which logits a call requests."""
         yield model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        yield model.register_forward_hook(lambda model, args, output: end(self), always_call=True)
+        yield model.register_forward_hook(lambda model, args, output: self._asked.end(), always_call=True)
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        begin(self)
-        self._asked = kwargs.get("logits_to_keep", 0)
+        self._asked.begin().append(kwargs.get("logits_to_keep", 0))
 
     def added(self, reduction: Reduction, ids_BL: Tensor | None, real_BL: Tensor, embeds_BLC: Tensor) -> Reduction:
         """Adds the words that leave to what happens to the images of a prompt.
@@ -66,7 +68,8 @@ class Words:
         words = [plan for plan in plans if plan is not None]
         before = sum(map(len, rows))
         leaving = sum(one.plan.num_tokens - one.plan.num_slots for one in words)
-        self.on_reduction(before, before - leaving, max(map(len, rows)))
+        ratio = self._reducer.text_ratio or 0
+        self._counts.count_words(PROMPT, before, before - leaving, max(map(len, rows)), ratio)
         if not leaving:
             return reduction
         keep_BL = reduction.keep_BL.clone()
@@ -79,10 +82,11 @@ class Words:
         special = torch.isin(ids_BL, torch.tensor(sorted(self._special), device=ids_BL.device))
         count = real_BL.cumsum(1)
         stays = special | (ids_BL >= self._first_added) | (count == 1) | (count == count[:, -1:])
-        if isinstance(self._asked, Tensor):
-            stays[:, self._asked] = True
-        elif self._asked:
-            stays[:, -self._asked :] = True
+        for asked in self._asked.now:
+            if isinstance(asked, Tensor):
+                stays[:, asked] = True
+            elif asked:
+                stays[:, -asked:] = True
         return ~stays
 
     def _plan(self, embeds_BLC: Tensor, row: int, places: Tensor) -> WordPlan | None:

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from gen_turbo import PARProcessor, TurboProcessor, attach, report
 from gen_turbo.registry import METHODS
 from gen_turbo.training.choosers import RandomChooser
-from gen_turbo.vlm.part import token_flops
+from gen_turbo.vlm.counts import token_flops
 from gen_turbo.vlm.routes import Prompt as Read
 from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_generate import TOLERANCE
@@ -167,10 +167,7 @@ def test_adaptive_budgets_share_what_there_is(place):
     inputs["pixel_values"][0] = 0.1
     kept = []
     with attach(model, Placed(METHODS["divprune"](keep=6, adaptive=True), place=place, combine="prune")) as attachment:
-        part = attachment.parts[0]
-        stage = part._gate if place == "pre_llm" else part._cut
-        told = stage.on_reduction
-        stage.on_reduction = lambda *found: (told(*found), kept.append(found[-1].lengths()))
+        attachment.parts[0].watch(lambda first, images, reduction: kept.append(reduction.lengths()))
         model(**inputs)
     assert len(set(kept[0])) > 1 and sum(kept[0]) == 4 * 6
     assert kept[0][0] == min(kept[0])

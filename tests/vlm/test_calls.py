@@ -21,7 +21,7 @@ from gen_turbo import (
     report,
 )
 from gen_turbo.registry import METHODS
-from gen_turbo.vlm import call
+from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_blip import MODELS
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
@@ -177,8 +177,8 @@ def test_nothing_is_kept_of_a_stage_that_is_gone_or_of_a_failed_call():
         with pytest.raises(ZeroDivisionError):
             logits(model, inputs)
     handle.remove()
-    gate = attachment.parts[0]._gate
-    assert call._state(gate) is None
+    gate = attachment.parts[0].stage(Gate)
+    assert not gate._calls.is_running
     seen = weakref.ref(gate)
     attachment.detach()
     del attachment, gate

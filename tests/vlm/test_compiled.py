@@ -10,6 +10,7 @@ import torch
 from gen_turbo import IdentityProcessor, TurboProcessor, attach
 from gen_turbo.registry import METHODS
 from gen_turbo.vlm.cache_argument import CACHE, cache_in
+from gen_turbo.vlm.gate import Gate
 from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_generate import TOLERANCE
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
@@ -159,7 +160,7 @@ def test_graphs_without_hooks_serve_nothing_but_what_removes_nothing(family):
         with attach(model, method) as attachment:
             for _ in range(2):
                 assert (model(**inputs).logits - expected).abs().max() < TOLERANCE
-                assert not attachment.parts[0]._gate._is_running
+                assert not attachment.parts[0].stage(Gate)._calls.is_running
     assert (reduced - stock).abs().max() > 100 * TOLERANCE
 
 

@@ -10,6 +10,7 @@ from gen_turbo.api import attachments
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.vlm.packed import PackedTower
 from gen_turbo.vlm.settings import Placed
 from tests.vlm import oracle, packed_oracle
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate
@@ -43,7 +44,7 @@ def test_the_published_algorithm_on_units_by_index_and_value(family, attention):
     model, given = VLMS[family].make(attention), images()
     with attach(model, PUBLISHED), torch.no_grad():
         out = model.get_image_features(**given)
-        plans = attachments(model)[0]._tower.plans()
+        plans = attachments(model)[0].stage(PackedTower).encoded().plans
     for index, (features, deep, slots) in enumerate(slow(model, given)):
         assert (out.pooler_output[index] - features).abs().max() < TOLERANCE
         for level, inner in enumerate(deep):
@@ -89,7 +90,7 @@ def test_every_block_runs_on_fewer_tokens(family, processor):
     handles = [block.mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[0])) for block in blocks]
     with attach(model, processor):
         model.get_image_features(**images())
-        plans = attachments(model)[0]._tower.plans()
+        plans = attachments(model)[0].stage(PackedTower).encoded().plans
     for handle in handles:
         handle.remove()
     assert seen == sorted(seen, reverse=True) and seen[0] < 4 * 44

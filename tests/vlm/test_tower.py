@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from gen_turbo import IdentityProcessor, RandomProcessor, ToMeProcessor, TurboProcessor, attach, report
+from gen_turbo.api import attachments
 from gen_turbo.factory import build_processor
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.settings import Placed
+from gen_turbo.vlm.tower import Tower
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle, tower_oracle
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate
@@ -45,7 +48,7 @@ def test_the_published_algorithm_by_index_and_value(family, attention):
     used = len(tower.encoder.layers) - 1
     with attach(model, PUBLISHED):
         out = tower(images, output_hidden_states=True).hidden_states[used]
-        plan = _part(model)._tower.patches
+        plan = _plan(model)
     for row in range(2):
         expected, _, members = tower_oracle.encode(x[row], tower.encoder.layers[:used], leading, 3, 15.0)
         for slot, tokens in enumerate(members):
@@ -55,10 +58,10 @@ def test_the_published_algorithm_by_index_and_value(family, attention):
     assert plan.num_slots == 16 - 3 * used
 
 
-def _part(model):
-    from gen_turbo.api import attachments
-
-    return attachments(model)[0]
+def _plan(model):
+    """The tower's plan on the images of its last call, one row each."""
+    plans = attachments(model)[0].stage(Tower).encoded().plans
+    return TokenMap(*(torch.cat([getattr(one, name) for one in plans]) for name in ("slot_BN", "anchor_BM")))
 
 
 @pytest.mark.parametrize("family", TOWERS)
@@ -102,7 +105,7 @@ def test_the_language_model_reads_each_slot_once(family, prompt):
     with attach(model, PUBLISHED):
         new, logits, _ = generate(model, inputs)
         features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
-        plan = _part(model)._tower.patches
+        plan = _plan(model)
 
     def planned(tokens):
         rows = [row for row, one in enumerate(features) if torch.equal(one, tokens[0])]

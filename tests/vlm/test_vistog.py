@@ -13,6 +13,7 @@ from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.tokens.select import pool_cells
 from gen_turbo.training.vistog import VisToGArtefact
 from gen_turbo.vlm.cache_argument import cache_in
+from gen_turbo.vlm.grouping import Grouping
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
 from tests.vlm.test_blip import MODELS, run
@@ -33,10 +34,15 @@ def shake(part, seed=0):
     return part
 
 
+def grouping_of(model):
+    """The stage between tower and projector."""
+    return attachments(model)[0].stage(Grouping)
+
+
 def attached(model, processor, seed=0):
     """An attachment with shaken weights."""
     attachment = attach(model, processor)
-    shake(attachments(model)[0], seed)
+    shake(grouping_of(model), seed)
     return attachment
 
 
@@ -66,7 +72,7 @@ def test_the_blocks_run_under_a_mask(family, first_block):
     model, images = VLMS[family].make("sdpa"), pixels(2)
     tower, seen = model.model.vision_tower, {}
     with attached(model, VisToGVisionProcessor(0.5, first_block=first_block)), torch.no_grad():
-        part = attachments(model)[0]
+        part = grouping_of(model)
         layer = part.grouping.register_forward_pre_hook(lambda m, args: seen.update(groups=args[0], patches=args[1]))
         model.get_image_features(pixel_values=images)
         layer.remove()
@@ -100,7 +106,7 @@ def test_the_language_model_reads_groups_alone(family, prompt):
     with attached(model, VisToGVisionProcessor(num_tokens=5)):
         new, logits, out = generate(model, inputs)
         features = list(model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output)
-        seats = attachments(model)[0]._seats
+        seats = grouping_of(model).encoded().plans[0]
         assert report(model).layers[0].num_kept == 5 * len(features)
     hook.remove()
     columns = int((inputs["input_ids"] != 99).sum(1).max()) + 5 * max(row.count("i") for row in PROMPTS[prompt].rows)
@@ -159,11 +165,11 @@ def test_images_of_a_batch_keep_their_own_groups():
     model, images = vlm.make("sdpa"), pixels(3)
     with attached(model, VisToGVisionProcessor(0.6)):
         together = model.get_image_features(pixel_values=images).pooler_output
-        slots = attachments(model)[0].slots()
+        slots = grouping_of(model).slots()
         for row in range(3):
             alone = model.get_image_features(pixel_values=images[row : row + 1]).pooler_output
             assert (alone[0] - together[row]).abs().max() < TOLERANCE
-            assert torch.equal(attachments(model)[0].slots()[0], slots[row])
+            assert torch.equal(grouping_of(model).slots()[0], slots[row])
     assert not torch.equal(slots[0], slots[1])
 
 
@@ -210,7 +216,7 @@ def test_cross_attention_reads_class_token_and_groups(name):
     tower, stock, images = model.vision_model, run(name, model), pixels(2)
     full = tower(images).last_hidden_state
     with attached(model, VisToGVisionProcessor(num_tokens=6)):
-        part, seen = attachments(model)[0], {}
+        part, seen = grouping_of(model), {}
         hook = part.grouping.register_forward_pre_hook(lambda m, args: seen.update(groups=args[0], patches=args[1]))
         shorter = tower(images).last_hidden_state
         hook.remove()
@@ -230,11 +236,11 @@ def test_weights_are_for_one_model_and_one_number(tmp_path):
     """Catches weights that are taken by a model they were not trained for."""
     model, path = VLMS["llava"].make("sdpa"), tmp_path / "a.safetensors"
     with attached(model, VisToGVisionProcessor(num_tokens=5)):
-        part = attachments(model)[0]
-        connector = part.copy_connector()
+        part = grouping_of(model)
+        connector = part.copy_connector(model)
         with torch.no_grad():
             connector.linear_1.weight.mul_(1.5)
-        VisToGArtefact(part.grouping, connector.state_dict(), part.probe(), {}).save(path)
+        VisToGArtefact(part.grouping, connector.state_dict(), part.probe(model), {}).save(path)
         expected = model.get_image_features(pixel_values=pixels(1)).pooler_output[0]
     with attach(model, VisToGVisionProcessor(weights=str(path))):
         assert torch.equal(model.get_image_features(pixel_values=pixels(1)).pooler_output[0], expected)

@@ -14,6 +14,7 @@ from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.training.train_vistog import VisToGTrainer
 from gen_turbo.training.vistog import VisToGArtefact
 from gen_turbo.training.vistog_training import VisToGTraining
+from gen_turbo.vlm.grouping import Grouping
 from tests.snapshots import differences, model_state
 from tests.training.damage import damaged
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
@@ -44,7 +45,7 @@ def test_the_divergence_falls_without_labels(tmp_path):
     path = made.run({})
     assert made.divergence(batches, 1) < 0.7 * before
     with attach(made.part.model, VisToGVisionProcessor(weights=str(path)), replace=True):
-        loaded = attachments(made.part.model)[0]
+        loaded = attachments(made.part.model)[0].stage(Grouping)
         pairs = zip(loaded.grouping.parameters(), made._grouping.parameters(), strict=True)
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
@@ -154,7 +155,7 @@ def test_weights_of_a_kindred_model_are_a_start(tmp_path):
     made = VisToGTrainer(attachments(late)[0], batches, SETTINGS, tmp_path / "fifth", other)
     assert torch.equal(made._grouping.query.weight, other.grouping.query.weight)
     assert made._grouping.shape.first_block == 1
-    connector = made.part.connector.state_dict()
+    connector = made._stage.connector.state_dict()
     assert all(torch.equal(connector[name], weight) for name, weight in other.connector.items())
     few = VLM.make("sdpa")
     attach(few, VisToGVisionProcessor(num_tokens=4))
