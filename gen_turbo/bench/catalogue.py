@@ -32,6 +32,8 @@ BUDGETS: dict[int, dict[str | None, tuple[float, ...]]] = {
     28: {None: (0.65, 0.5, 0.33, 0.25)},
 }
 """Steps -> what merges tokens meanwhile -> some of the schedules that ship for the embedded models."""
+TEXT_IN_FULL = {14: (0.5, 0.33), 28: (0.5, 0.33)}
+"""Steps -> schedules that are run without merging padding too, as every rival is."""
 RHYTHM_FAMILIES = (
     "turbo, copied in the last quarter",
     *(f"{method}, {scope}, rhythms" for method in ("turbo", "random") for scope in ("block", "attention")),
@@ -63,6 +65,7 @@ def quality_catalogue(steps: int) -> list[Setting]:
     routed = [
         _calibrated(budget, inner, steps) for inner, budgets in BUDGETS.get(steps, {}).items() for budget in budgets
     ]
+    routed += [_calibrated(budget, None, steps, text_ratio=0.0) for budget in TEXT_IN_FULL.get(steps, ())]
     halved = BUDGETS.get(steps // 2, {}).get("turbo", ())
     routed += [_on_fewer_steps(budget, "turbo", steps // 2) for budget in halved[:2]]
     merged = [*corrected, *copies, _corrected("random", 0.75, 3, 1), *deeper]
@@ -127,10 +130,11 @@ def _rhythms(steps: int) -> list[Setting]:
     return made
 
 
-def _calibrated(budget: float, inner: str | None, steps: int) -> Setting:
+def _calibrated(budget: float, inner: str | None, steps: int, **options: Any) -> Setting:
     """PAR on the schedule that ships for the model, with tokens merged where it runs or without."""
     name, family = ("turbo-par", "turbo + PAR") if inner else ("par", "PAR")
-    return Calibrated(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner}, steps)
+    name, family = (f"{name}-text", f"{family}, text in full") if options else (name, family)
+    return Calibrated(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner, **options}, steps)
 
 
 def _on_fewer_steps(budget: float, inner: str, steps: int) -> Setting:

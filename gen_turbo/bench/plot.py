@@ -78,7 +78,7 @@ def plot_skipping(folder: Path, path: Path) -> None:
         _draw(panel, records, share_of_flops, _distance, _family, families)
         panel.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
         panel.set(xlabel="all arithmetic, counted (stock: 1)", ylabel="PSNR to stock, dB (median)")
-        panel.set_xlim(1, 0.2)
+        panel.set_xlim(1, 0.15)
     _legend(*axes)
     _save(figure, path)
 

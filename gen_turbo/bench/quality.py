@@ -74,12 +74,21 @@ def run_settings(bench: str, patterns: Sequence[str], options: argparse.Namespac
         **({"pixels": options.pixels} if options.pixels else {}),
     }
     part, parts = options.part
+    missing = []
     for number, setting in enumerate(fitting(catalogue, patterns, studio.denoiser)):
-        params = workload | setting.params()
-        if records.is_finished(options.records, bench, setting.name, params, options.seed):
+        if records.is_finished(options.records, bench, setting.name, workload | setting.params(), options.seed):
             print(f"{setting.name}: finished before")
-            continue
-        trials = _trials(studio, setting, range(part - 1, options.captions, parts), num_timed, number)
+        else:
+            missing.append((number, setting))
+    indices = range(part - 1, options.captions, parts)
+    if not num_timed:
+        # All settings go on together, so that a run that is stopped leaves as many captions of each.
+        for index in tqdm(indices, desc=f"{len(missing)} settings, {studio.steps} steps"):
+            for number, setting in missing:
+                _trials(studio, setting, range(index, index + 1), num_timed, number)
+    for number, setting in missing:
+        params = workload | setting.params()
+        trials = _trials(studio, setting, indices, num_timed, number)
         if parts == 1:
             counts = _counted(studio, setting) if num_timed else _mean_flops(trials)
             records.append(
@@ -108,7 +117,7 @@ def _trials(studio: Studio, setting: Setting, part: range, num_timed: int, numbe
     missing = [index for index in part if lacks(index)]
     if missing and num_timed:
         studio.draw(setting, 0)
-    for index in tqdm(missing, desc=f"{setting.name}, {studio.steps} steps"):
+    for index in tqdm(missing, desc=f"{setting.name}, {studio.steps} steps", disable=num_timed == 0):
         done[index] = _measure(studio, setting, index, index < num_timed, not num_timed and index in to_count)
         with path.open("ab", buffering=0) as file:
             # One write without a buffer, so that two processes never share a line.

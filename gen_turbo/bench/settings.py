@@ -71,8 +71,8 @@ class Method(Setting):
     options: dict[str, Any] = field(default_factory=dict)
 
     def applied(self, target: Any) -> AbstractContextManager[object]:
-        """Attaches the method's processor."""
-        return attach(target, self._processor())
+        """Attaches the method's processor; for one run on a GPU nothing is captured."""
+        return attach(target, self._processor(), graphs=False)
 
     def misfit(self, model: nn.Module) -> str:
         """Schedules are of one model, and several levels need a model that has them."""

@@ -218,7 +218,7 @@ def plain_settings(steps: int) -> list[Setting]:
 def _attached(target: Any, schedule: Schedule) -> AbstractContextManager[object]:
     model = denoiser(target)
     file = ScheduleFile(type(model).__name__, tuple(probe_of(model).tolist()), "", (schedule,))
-    return attach(target, PARProcessor(budget=_COST, schedule=file, inner=None))
+    return attach(target, PARProcessor(budget=_COST, schedule=file, inner=None, text_ratio=0.0), graphs=False)
 
 
 def _times(target: Any, steps: int) -> tuple[float, ...]:

@@ -139,7 +139,8 @@ class DenoiserPart(OnModel):
     def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | MaskedText | None:
         """Where text is merged or cut; None where it is not, which is an error if it was asked for."""
         ratio, name = self._tokens.text_ratio, type(model).__name__
-        if ratio == 0 or (ratio is None and not self._tokens.removes_any):
+        # A method that keeps all image tokens by design reads no ratio; a ratio of 0 wants stock, bit by bit.
+        if ratio == 0 or (ratio is None and not self._tokens.removes_any and not self._tokens.keeps_all):
             return None
         signature = adapter.text_signature(model)
         if isinstance(signature, str) or (isinstance(signature, MaskedText) and ratio is not None):

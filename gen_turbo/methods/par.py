@@ -136,10 +136,12 @@ class PARProcessor(Routed, ReductionProcessor):
         return found
 
     def merging(self, model: nn.Module) -> TokenReducer:
-        """What merges tokens in a denoiser; within a budget of 1, or where no schedule merges, it keeps all."""
+        """What merges tokens in a denoiser; without it, text alone, and within a budget of 1 nothing."""
+        if self.budget == 1:
+            return IdentityProcessor(0.0)
         reducer = self.reducer()
-        is_stock = self.budget == 1 or (self.inner == AUTO and not any(s.inner for s in self._calibrated(model)))
-        return IdentityProcessor(0.0) if reducer is None or is_stock else reducer
+        keeps_image = self.inner == AUTO and not any(s.inner for s in self._calibrated(model))
+        return IdentityProcessor(0.0, text_ratio=self.text_ratio) if reducer is None or keeps_image else reducer
 
     def schedules(self, model: nn.Module) -> list[Schedule | Generic]:
         """The schedules within the budget for a denoiser, one for each length of run, and the rule for other runs.

@@ -38,7 +38,7 @@ class Schedule:
         skips: The calls, counted from 0, at which a unit is skipped, by unit.
         slopes: Share of the last slope that a unit's forecast continues: 0 holds, 1 (the default) is a line.
         cost: Share of the stock pipeline's time that it takes, measured; where nothing but whole calls is left out,
-            the share of calls that run.
+            the share of its arithmetic, counted.
         psnr_db: Distance of its images to stock on the calibration prompts; None where it was not measured.
         inner: Name of the method that merged tokens meanwhile; None for none.
         weights: By unit and call, what the unit's last results weigh in its forecast, the newest first: (1,) holds,

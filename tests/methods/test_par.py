@@ -10,6 +10,7 @@ from gen_turbo.training.calibrate_denoiser import best_slope
 from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, read, write
 from gen_turbo.training.search import Search
 from gen_turbo.training.stopwatch import timed
+from tests import tiny_transformers
 from tests.schedules import TIMES, by_hand
 from tests.tiny_hosts import run_unet, sd15_unet, sdxl_unet, unet_inputs
 
@@ -133,3 +134,24 @@ def test_a_schedule_ships_for_the_embedded_model():
     with pytest.raises(ValueError, match="is less than the cheapest schedule for 25 calls"):
         pipe.set_attn_processor(PARProcessor(budget=0.05))
     assert attachments(pipe)[0].skipped_units is units
+
+
+def test_text_that_repeats_is_merged_under_a_budget():
+    """Catches calls of PAR that pay for padding, text merged on a budget of 1, and `text_ratio=0` that nobody reads."""
+    model, inputs = tiny_transformers.build("sd3"), tiny_transformers.FAMILIES["sd3"].inputs(1, (8, 8))
+    words = tiny_transformers.random(1, 4, 32)
+    inputs["encoder_hidden_states"] = torch.cat([words, torch.zeros(1, 12, 32)], 1)
+    latents = tiny_transformers.random(1, *tiny_transformers.FAMILIES["sd3"].latents((8, 8)))
+
+    def run() -> torch.Tensor:
+        time = tiny_transformers.FAMILIES["sd3"].time(900, 1)
+        with torch.no_grad():
+            return model(hidden_states=latents, **inputs, **time, return_dict=False)[0]
+
+    stock, texts = run(), []
+    for settings in ({}, {"inner": None}, {"text_ratio": 0.0}, {"budget": 1.0}):
+        with attach(model, PARProcessor(**settings)):
+            is_equal = torch.equal(run(), stock)
+            assert torch.allclose(run(), stock, atol=1e-5)
+            texts.append((attachments(model)[0].text_tokens, is_equal))
+    assert texts == [((16, 5), False)] * 2 + [((0, 0), True)] * 2
