@@ -123,14 +123,15 @@ def _add_routes(
 
 def _cost_of_call(pipe: Any, draw: _Draw) -> float:
     """Arithmetic of a call with repeated text merged, as it runs under PAR, over that of stock; counted."""
-    from gen_turbo.api import attach, attachments, denoiser
+    from gen_turbo.api import attach, denoiser
     from gen_turbo.bench.arithmetic import counted
+    from gen_turbo.engine.report import report
     from gen_turbo.methods.identity import IdentityProcessor
 
     kind, few = type(denoiser(pipe)).__name__, partial(draw, 0, "latent", num_inference_steps=_FEW_STEPS)
     with attach(pipe, IdentityProcessor(0.0, text_ratio=None)):
         _, merged = counted(few, kind)
-        num_text, num_left = attachments(pipe)[0].text_tokens
+        num_text, num_left = report(pipe).text_tokens
     if num_text == num_left:
         return 1.0
     share = merged / counted(few, kind)[1]
