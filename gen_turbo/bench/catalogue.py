@@ -39,7 +39,7 @@ RHYTHM_FAMILIES = (
     *(f"{method}, {scope}, rhythms" for method in ("turbo", "random") for scope in ("block", "attention")),
 )
 """Of one ratio, by when they run in full; their records have tables of their own."""
-RHYTHMS = [(every, warmup) for every in (3, 4, 5, 6, 8) for warmup in (2, 3, 4)]
+RHYTHMS = [(every, warmup) for every in (3, 4, 5, 6, 8) for warmup in (1, 2)]
 """Every how many steps layers run in full, after how many such steps."""
 _STEP_SHARES = (0.9, 0.8, 0.64, 0.52, 0.5, 0.4, 0.32, 0.25)
 

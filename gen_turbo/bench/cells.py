@@ -36,6 +36,16 @@ def share(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}" if values else ""
 
 
+def share_of_flops(record: BenchRecord) -> float:
+    """Counted FLOPs of the run over those of stock."""
+    return record.counts["flops"] / record.counts["stock_flops"]
+
+
+def distance(record: BenchRecord) -> float:
+    """Median PSNR to stock, in dB."""
+    return statistics.median(record.values["psnr_db"])
+
+
 def by_workload(records: Sequence[BenchRecord]) -> list[list[BenchRecord]]:
     """The records by what they draw: rows of other weights, captions or seeds are no comparison."""
     groups: dict[tuple[object, ...], list[BenchRecord]] = {}

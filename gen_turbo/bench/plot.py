@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from gen_turbo.bench.cells import median_speedup
+from gen_turbo.bench.cells import distance, median_speedup, share_of_flops
 from gen_turbo.bench.quality import MOST_DB
 from gen_turbo.bench.reading_tables import CONTROLS, counted_cost, curve_of, right_answers, understanding_records
 from gen_turbo.bench.records import BenchRecord, load
-from gen_turbo.bench.skipping_tables import curve_records, share_of_flops
+from gen_turbo.bench.skipping_tables import curve_records
 from gen_turbo.bench.tables import attention_cost, quality_records
 
 try:
@@ -52,7 +51,7 @@ def plot_quality(folder: Path, path: Path) -> None:
     families = sorted({record.family for records in rows.values() for record in records})
     for (left, right), (steps, records) in zip(axes, rows.items(), strict=True):
         for panel, cost in ((left, median_speedup), (right, attention_cost)):
-            _draw(panel, records, cost, _distance, _family, families)
+            _draw(panel, records, cost, distance, _family, families)
         left.set(xlabel="times faster than stock, measured", ylabel="PSNR to stock, dB (median)")
         left.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
         _finish(right, "attention cost, counted (stock: 1)")
@@ -66,7 +65,7 @@ def plot_skipping(folder: Path, path: Path) -> None:
         ValueError: If there are no records.
     """
     # A cache that skips nothing draws the image of stock, as stock does.
-    rows = {steps: [r for r in curve_records(folder, steps) if _distance(r) < MOST_DB] for steps in (28, 14)}
+    rows = {steps: [r for r in curve_records(folder, steps) if distance(r) < MOST_DB] for steps in (28, 14)}
     if not all(rows.values()):
         raise ValueError(
             f"no counted records of 28 and 14 steps in {folder}; run: gen-turbo bench quality --pipeline tiny-dit "
@@ -75,7 +74,7 @@ def plot_skipping(folder: Path, path: Path) -> None:
     figure, [axes] = _panels(1)
     families = sorted({record.family for records in rows.values() for record in records})
     for panel, (steps, records) in zip(axes, rows.items(), strict=True):
-        _draw(panel, records, share_of_flops, _distance, _family, families)
+        _draw(panel, records, share_of_flops, distance, _family, families)
         panel.set_title(f"{steps} steps, {records[0].params['captions']} captions, same seeds as stock")
         panel.set(xlabel="all arithmetic, counted (stock: 1)", ylabel="PSNR to stock, dB (median)")
         panel.set_xlim(1, 0.15)
@@ -160,10 +159,6 @@ def _save(figure: Figure, path: Path) -> None:
     # Few colors take a third of the bytes.
     palette = Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     palette.save(path, optimize=True)
-
-
-def _distance(record: BenchRecord) -> float:
-    return statistics.median(record.values["psnr_db"])
 
 
 def _family(record: BenchRecord) -> str:

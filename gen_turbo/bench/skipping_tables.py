@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from gen_turbo.bench.catalogue import RHYTHM_FAMILIES
-from gen_turbo.bench.cells import by_workload, of_one_workload, passed
+from gen_turbo.bench.cells import by_workload, distance, of_one_workload, passed, share_of_flops
 from gen_turbo.bench.markdown import table
 from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.skipping import GENERIC, GENERIC_MERGED
@@ -29,16 +28,6 @@ def curve_records(folder: Path, steps: int) -> list[BenchRecord]:
     found = [r for r in _counted(folder) if r.params["steps"] == steps and _is_shown(r)]
     own_size = [r for r in found if "pixels" not in r.params]
     return sorted(of_one_workload(own_size) if own_size else [], key=lambda r: (-share_of_flops(r), r.setting))
-
-
-def share_of_flops(record: BenchRecord) -> float:
-    """Counted FLOPs of the run over those of stock."""
-    return record.counts["flops"] / record.counts["stock_flops"]
-
-
-def distance(record: BenchRecord) -> float:
-    """Median PSNR to stock, in dB."""
-    return statistics.median(record.values["psnr_db"])
 
 
 def at_cost(curve: Sequence[BenchRecord], cost: float) -> float | None:

@@ -149,6 +149,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "rhythms": skipping_tables.rhythms,
     "quality-dit4": lambda folder: quality(folder, 4, EMBEDDED_TRANSFORMER),
     "presets": preset_catalogue.presets,
+    "candidates": preset_catalogue.candidates,
     "choices": choices,
     "cpu": line,
     "scopes": scopes,
@@ -181,7 +182,7 @@ def quality_records(folder: Path, steps: int, pipeline: str = EMBEDDED) -> list[
             record
             for record in load(folder, "quality")
             if (record.params["pipeline"], record.params["steps"]) == (pipeline, steps)
-            and record.family not in (*scope_catalogue.FAMILIES, preset_catalogue.FAMILY)
+            and record.family not in (*scope_catalogue.FAMILIES, preset_catalogue.FAMILY, preset_catalogue.CANDIDATES)
             and record.cpu_s
         ]
     )
