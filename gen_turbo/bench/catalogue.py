@@ -120,7 +120,7 @@ def _rhythms(steps: int) -> list[Setting]:
     late["step_scale"] = {0: 0.0, steps - max(1, steps // 4): 1.0}
     made: list[Setting] = [Method("turbo-late", RHYTHM_FAMILIES[0], "turbo", late)]
     for scope in ("block", "attention"):
-        for method, rhythms in (("turbo", RHYTHMS), ("random", [(4, 2)])):
+        for method, rhythms in (("turbo", RHYTHMS), ("random", [(4, 2), (5, 1)])):
             for every, warmup in rhythms:
                 options: dict[str, Any] = {"ratio": 0.4, "scope": scope, "restore": "residual", "match_every": None}
                 options |= {"full_every": every, "warmup_steps": warmup}
