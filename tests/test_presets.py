@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import gen_turbo
 from gen_turbo import TurboProcessor
-from gen_turbo.bench.presets import PRESETS, list_presets, preset_settings, presets
+from gen_turbo.bench.cells import share_of_flops
+from gen_turbo.bench.presets import PRESETS, better, candidates, list_presets, measured, preset_settings, presets
 from gen_turbo.bench.records import BenchRecord, append
 from gen_turbo.commands.cli import main
 from gen_turbo.config import ConfigError, config_files, load_config
 from gen_turbo.factory import build_processor
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
+
+RECORDS = Path(gen_turbo.__file__).parent / "bench" / "records"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -48,18 +54,43 @@ def test_a_preset_of_another_method_is_refused():
         TurboProcessor.preset("best")
 
 
+def counted(name: str, decibels: list[float], flops: int) -> BenchRecord:
+    """A record of a preset or candidate at so many FLOPs of 100."""
+    (setting,) = [one for one in preset_settings() if one.name == name]
+    values = {"psnr_db": decibels, "passed": [1.0, 0.0]}
+    params = {"pipeline": "tiny", "steps": 25, **setting.params()}
+    counts = {"flops": flops, "stock_flops": 100}
+    return BenchRecord("quality", name, setting.family, params, [], [], [], [], 0, values=values, counts=counts)
+
+
 def test_list_shows_what_was_measured(tmp_path, capsys):
     """Catches figures that no record holds, and a preset that is not listed."""
-    (setting,) = [one for one in preset_settings() if one.name == "preset-balanced"]
-    values = {"psnr_db": [40.0, 44.0], "passed": [1.0, 0.0]}
-    params = {"pipeline": "tiny", "steps": 25, **setting.params()}
-    record = BenchRecord("quality", setting.name, setting.family, params, [1.0], [1.5], [1.0], [1.5], 0, values=values)
-    append(tmp_path, record)
-    assert list_presets(tmp_path)["balanced"].endswith("[tiny, 25 steps: 1.50 x, 42.0 dB, 1 of 2]")
+    append(tmp_path, counted("preset-balanced", [40.0, 44.0], 80))
+    assert list_presets(tmp_path)["balanced"].endswith("[tiny, 25 steps: 80% of FLOPs, 42.0 dB, 1 of 2]")
     assert '| `TurboProcessor.preset("balanced")` |' in presets(tmp_path)
     assert sorted(list_presets(tmp_path)) == sorted(config_files("preset"))
     assert main(["list"]) == 0
     assert "presets:" in capsys.readouterr().out
+
+
+def test_what_beats_a_preset_is_named(tmp_path):
+    """Catches a table that compares at other cost, or calls a setting beaten by what costs more or is no nearer."""
+    append(tmp_path, counted("preset-fast", [40.0], 70))
+    append(tmp_path, counted("candidate-block-r0.5-k5", [40.2], 60))
+    append(tmp_path, counted("candidate-block-r0.3-k3", [50.0], 80))
+    assert "preset-fast | 0.70 | 40.0 | 1 of 2 |  |" in candidates(tmp_path)
+    append(tmp_path, counted("candidate-block-r0.7-k5", [41.0], 60))
+    assert "preset-fast | 0.70 | 40.0 | 1 of 2 | candidate-block-r0.7-k5 |" in candidates(tmp_path)
+
+
+def test_no_candidate_beats_a_preset_that_ships():
+    """Catches presets that were not chosen by the records: one that costs more and is further from stock."""
+    for run, rows in measured(RECORDS).items():
+        shipped = [row for row in rows if row.setting.startswith("preset-")]
+        assert {row.setting for row in shipped} == {f"preset-{name}" for name in PRESETS}, run
+        assert all(not better(row, rows) for row in shipped), run
+        costs = [share_of_flops(row) for row in sorted(shipped, key=lambda row: PRESETS.index(row.setting[7:]))]
+        assert costs == sorted(costs, reverse=True), run
 
 
 def test_the_command_line_takes_a_preset(capsys):
