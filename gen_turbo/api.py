@@ -60,7 +60,9 @@ def attach(target: Any, reducer: TokenReducer, *, replace: bool = False, graphs:
     """Installs a reducer on a diffusers pipeline's denoisers or on one model.
 
     Args:
-        target: A pipeline or a model, also inside of `torch.compile`, a `PeftModel` or data parallelism.
+        target: A pipeline or a model, also inside of `torch.compile`, a `PeftModel` or data parallelism. What is
+            attached to a model alone stays with that model and knows of no pipeline: where another one takes its place
+            in a pipeline, that one runs as stock, without a warning. Of a pipeline that was attached to, runs warn.
         reducer: A processor, such as `TurboProcessor(0.4)`.
         replace: Whether a reducer that is attached already gives way; otherwise that is an error.
         graphs: Whether calls of a denoiser on a GPU are captured in CUDA graphs, one for each kind of step: "auto"

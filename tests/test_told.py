@@ -23,6 +23,22 @@ from tests.vlm.tiny_kit import IMAGE
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 
+def test_what_is_attached_to_a_model_alone_stays_with_it():
+    """Catches a warning of a pipeline that nothing was attached to, and a model that is lost by being taken out."""
+    pipe, other = sd_pipeline(), sd15_unet()
+    stock = image(pipe, steps=3)
+    held = attach(pipe.unet, TurboProcessor(0.4))
+    unet, reduced = pipe.unet, image(pipe, steps=3)
+    pipe.unet = other
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoEffectWarning)
+        assert torch.equal(image(pipe, steps=3), stock) and not attachments(pipe) and attachments(unet)
+    pipe.unet = unet
+    assert torch.equal(image(pipe, steps=3), reduced)
+    held.detach()
+    assert torch.equal(image(pipe, steps=3), stock)
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda unet: get_peft_model(unet, lora())])
 def test_a_wrapped_model_is_attached_to(wrap):
     """Catches a list of supported classes as the answer to a PeftModel of one of them."""

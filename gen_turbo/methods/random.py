@@ -13,6 +13,8 @@ from gen_turbo.registry import METHODS
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 
+_LARGEST_SEED = 2**40
+
 
 @METHODS.register("random")
 @dataclass
@@ -29,6 +31,12 @@ class RandomProcessor(ReductionProcessor):
     restore: str = "copy"
     match_every: int | None = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every setting; raises ValueError."""
+        super().__post_init__()
+        if abs(self.seed) > _LARGEST_SEED:
+            raise ValueError(f"seed must be at most {_LARGEST_SEED}; got {self.seed}")
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans a draw for tokens (B, N, C), the same for every row."""

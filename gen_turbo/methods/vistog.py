@@ -13,6 +13,9 @@ from gen_turbo.tokens.group import group_tokens
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 
+_WIDEST, _MOST_REFINEMENTS = 31, 100
+"""Memory grows with the square of the window, and time with the refinements."""
+
 
 @METHODS.register("vistog")
 @dataclass
@@ -51,8 +54,10 @@ class VisToGProcessor(ReductionProcessor):
         super().__post_init__()
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"window must be an odd number of groups such as 3 or 5; got {self.window}")
-        if self.num_refinements < 0:
-            raise ValueError(f"num_refinements must not be negative; got {self.num_refinements}")
+        if self.window > _WIDEST:
+            raise ValueError(f"window must be at most {_WIDEST} groups; got {self.window}")
+        if not 0 <= self.num_refinements <= _MOST_REFINEMENTS:
+            raise ValueError(f"num_refinements must be 0 to {_MOST_REFINEMENTS}; got {self.num_refinements}")
         if not 0 <= self.free < 1:
             raise ValueError(f"free must be a share of the groups, 0 <= free < 1; got {self.free}")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gen_turbo.methods  # noqa: F401  registers the methods
-from gen_turbo import TurboProcessor
+from gen_turbo import RandomProcessor, TurboProcessor, VisToGProcessor
 from gen_turbo.methods.eadaprune import EAdaPruneProcessor
 from gen_turbo.methods.pyramiddrop import PyramidDropProcessor
 from gen_turbo.methods.vscan import VScanProcessor
@@ -118,6 +118,9 @@ ODD_KINDS = {
     "no list": (lambda: PyramidDropProcessor(cuts=3), "cuts must be a list"),
     "a text for a truth": (lambda: TurboProcessor(adaptive="no"), "adaptive must be true or false"),
     "a number for a text": (lambda: TurboProcessor(restore=1), "restore must be a text"),
+    "a window of all memory": (lambda: VisToGProcessor(window=10**9 + 1), "window must be at most 31"),
+    "refinements without end": (lambda: VisToGProcessor(num_refinements=10**9), "num_refinements must be 0 to 100"),
+    "a seed that no generator takes": (lambda: RandomProcessor(seed=10**20), "seed must be at most"),
     "None": (lambda: PyramidDropProcessor(cuts=None), "cuts must be a list"),
 }
 

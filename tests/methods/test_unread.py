@@ -4,10 +4,40 @@ from __future__ import annotations
 
 import pytest
 
-from gen_turbo import ToMeProcessor, TurboProcessor
+from gen_turbo import PARProcessor, ToMeProcessor, TurboProcessor
+from gen_turbo.methods.eadaprune import EAdaPruneProcessor
+from gen_turbo.methods.turbo_vit import TurboVisionProcessor as Vision
+from gen_turbo.methods.vistog_vit import VisToGVisionProcessor as Grouping
 
 GRID = "image tokens on a grid"
+NO_ALPHA = dict.fromkeys(("scale", "beta", "gamma"), "alpha with a semantic value")
+NO_TOWER = dict.fromkeys(("num_removed", "num_merges"), "place='tower'")
+NO_RATIO = dict.fromkeys(("num_merges", "ratio", "keep"), "num_removed=0")
+NO_VALUE = dict.fromkeys(("alpha", "value_weight"), "a semantic value")
+NO_ATTENTION = dict.fromkeys(("semantic", "alpha", "value_weight"), "place='tower' and place='pre_llm'")
+NO_DENOISER = dict.fromkeys(("ratio", "schedule", "threshold", "inner"), "denoisers")
+NO_DENOISER |= dict.fromkeys(("keep", "adaptive", "text_ratio"), "methods without a router")
+LEARNED = dict.fromkeys(("ratio", "keep", "first_block"), "weights=None")
 CASES = [
+    (Vision(), "tower", True, NO_ALPHA),
+    (Vision(), "pre_llm", True, NO_ALPHA | NO_TOWER),
+    (Vision(alpha=0.1), "tower", True, {"value_weight": "alpha=None"}),
+    (Vision(semantic="none"), "tower", True, NO_ALPHA | NO_VALUE),
+    (Vision(semantic="none", alpha=0.1), "tower", True, NO_ALPHA | NO_VALUE),
+    (Vision(num_removed=3), "tower", True, NO_ALPHA | NO_RATIO),
+    (Vision(num_removed=3), "pre_llm", True, NO_ALPHA | NO_TOWER),
+    (Vision(), "decoder", True, NO_ALPHA | NO_TOWER | NO_ATTENTION),
+    (Vision(), "projector", True, NO_ALPHA | NO_TOWER | NO_ATTENTION),
+    (Vision(semantic="none"), "decoder", True, NO_ALPHA | NO_TOWER | NO_VALUE),
+    (EAdaPruneProcessor(), "pre_llm", True, {"adaptive": "methods whose images all have one budget"}),
+    (Grouping(), "projector", True, {}),
+    (Grouping(ratio=0), "projector", True, {}),
+    (Grouping(num_tokens=4), "projector", True, dict.fromkeys(("ratio", "keep"), "num_tokens=0")),
+    (Grouping(weights="x"), "projector", True, LEARNED),
+    (Grouping(ratio=0, weights="x"), "projector", True, {}),
+    (PARProcessor(), "pre_llm", True, NO_DENOISER | {"first": "given tokens or layers"}),
+    (PARProcessor(tokens=0.5), "pre_llm", True, NO_DENOISER | {"budget": "tokens=None and layers=None"}),
+    (PARProcessor(layers=3), "pre_llm", True, NO_DENOISER | {"budget": "tokens=None and layers=None"}),
     (TurboProcessor(0.5), "pre_llm", True, {}),
     (TurboProcessor(0.5), "pre_llm", False, {"tile": GRID}),
     (TurboProcessor(0.5), "tower", True, {"tile": GRID}),

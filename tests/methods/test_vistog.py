@@ -80,7 +80,7 @@ def test_attached_it_shortens_attention_and_leaves_no_trace(name):
     [
         ({"window": 4}, "window must be an odd number of groups such as 3 or 5; got 4"),
         ({"window": -1}, "window must be an odd"),
-        ({"num_refinements": -1}, "num_refinements must not be negative; got -1"),
+        ({"num_refinements": -1}, "num_refinements must be 0 to 100; got -1"),
         ({"free": 1.0}, "free must be a share of the groups, 0 <= free < 1; got 1.0"),
     ],
 )
