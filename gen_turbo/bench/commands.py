@@ -9,6 +9,7 @@ from pathlib import Path
 BENCHES = {
     "primitives": "merge and unmerge against the package tomesd",
     "layer": "one attention layer, matching included",
+    "host": "what a reduced attention call costs on the host beside the stock one, attention itself left out",
     "step": "denoising steps of the UNets of Stable Diffusion 1.5 and XL and of Flux, random weights",
     "quality": "distance to stock against measured and counted cost, on the embedded model",
     "flops": "counted arithmetic of whole denoisers of real size against the least that merging can reach",
@@ -34,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("primitives", "layer"):
         children[name].add_argument("--side", type=_positive, default=64, help="tokens along each side of the grid")
         children[name].add_argument("--width", type=_positive, default=320, help="channels of a token")
-    for name, rounds in (("primitives", 30), ("layer", 7), ("step", 3), ("vlm-step", 3), ("cpu", 3)):
-        children[name].add_argument("--rounds", type=_positive, default=rounds, help="alternating timed rounds")
+    rounds = {"primitives": 30, "layer": 7, "host": 100, "step": 3, "vlm-step": 3, "cpu": 3}
+    for name, most in rounds.items():
+        children[name].add_argument("--rounds", type=_positive, default=most, help="alternating timed rounds")
     for name in ("step", "quality", "check", "understanding", "vlm-step", "gpu"):
         children[name].add_argument(
             "--settings", nargs="*", default=[], metavar="PATTERN", help="names or shell patterns (default: all)"

@@ -52,6 +52,17 @@ def layer(folder: Path) -> str:
     return table(("", "ms", "times faster than full attention"), rows, records)
 
 
+def host(folder: Path) -> str:
+    """Microseconds of what surrounds attention in one call of a layer, stock and reduced."""
+    records = load(folder, "host")
+    rows = []
+    for record in records:
+        own, stock = ([1e6 * value for value in seconds] for seconds in (record.cpu_s, record.baseline_cpu_s))
+        more = [a - b for a, b in zip(own, stock, strict=True)]
+        rows.append((record.setting, *(f"{Spread.of(values):.1f}" for values in (stock, own, more))))
+    return table(("", "stock, us", "reduced, us", "reduced over stock, us"), rows, records)
+
+
 def step(folder: Path) -> str:
     """Seconds of one denoising step, with attention, and all arithmetic where it was counted, against stock."""
     records = load(folder, "step")
@@ -138,6 +149,7 @@ def flops(folder: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "primitives": primitives,
     "layer": layer,
+    "host": host,
     "step": step,
     "quality": lambda folder: quality(folder, 25),
     "quality50": lambda folder: quality(folder, 50),

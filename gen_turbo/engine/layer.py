@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from gen_turbo.engine.dispatch import ARGUMENTS, only_calls_processor
 from gen_turbo.engine.placed import Placed
 from gen_turbo.engine.run_map import taken
 from gen_turbo.engine.state import LayerState, Phase, Totals
@@ -40,11 +42,14 @@ class ReducedLayer(Placed):
         step_info: What the method receives then.
         beginning: Makes maps and decides what a layer can take part in.
         inside: Reaches into the attention of the layer; None where nothing is asked for there.
+        attention: The layer, where its own forward only chooses arguments for its processor, which a reduced call then
+            calls itself: looking up what a processor takes costs diffusers more than all that is done here.
     """
 
     phase = Phase.FULL
     is_first = True
     keeps_references = True
+    attention: Any = None
 
     def __init__(self, spec: LayerSpec, module: nn.Module, ratio: float, beginning: Beginning) -> None:
         super().__init__(spec.name, module)
@@ -62,6 +67,11 @@ class ReducedLayer(Placed):
         self.step_info = StepInfo()
         self.totals = Totals()
         self.inside: InsideAttention | None = None
+
+    def install(self) -> None:
+        """Replaces the forward."""
+        super().install()
+        self.attention = self.module if only_calls_processor(self.inner) else None
 
     # One Python frame: what a reduced call costs on the host is what it loses on a GPU.
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: C901
@@ -89,13 +99,17 @@ class ReducedLayer(Placed):
             shorten_also(self, given, tokens)
         for name, key in self.positions:
             value, seen = given.get(name), state.base.seen.get(key)
-            if seen is not None and not torch.compiler.is_compiling() and seen[0] is value:
+            if seen is not None and not is_compiling() and seen[0] is value:
                 given[name] = seen[1]
             elif value is not None:
                 shorten_positions(self, name, key, given)
         if self.inside is not None:
             self.inside.map = state.base
-        output = self.inner(**given)
+        attention = self.attention
+        if attention is None or is_compiling() or not given.keys() <= ARGUMENTS[type(attention.processor)]:
+            output = self.inner(**given)
+        else:
+            output = attention.processor(attention, **given)
         if self.inside is not None:
             self.inside.map = None
 
@@ -226,7 +240,7 @@ def shorten(layer: ReducedLayer, given: dict[str, Any], tokens: Tensor) -> None:
     assert layer.state.base is not None
     for name, key in layer.positions:
         value, seen = given.get(name), layer.state.base.seen.get(key)
-        if seen is not None and not torch.compiler.is_compiling() and seen[0] is value:
+        if seen is not None and not is_compiling() and seen[0] is value:
             given[name] = seen[1]
         elif value is not None:
             shorten_positions(layer, name, key, given)
@@ -259,7 +273,7 @@ def shorten_positions(layer: ReducedLayer, name: str, key: str, given: dict[str,
             items[place] = taken(item, row, arg.axis) if arg.has_batch else item.index_select(arg.axis, row)
         value = type(value)(items) if is_several else items[0]
     given[name] = value
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         # Compiled code fuses the taking of rows, and a graph that counts who took them would be another; it neither
         # keeps them nor looks for what layers that are not compiled have kept.
         state.base.seen[key] = before, value

@@ -2,16 +2,19 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from op_names import OpNames
 
-from gen_turbo.bench import quality, tomesd_baseline
+from gen_turbo.bench import host, quality, tomesd_baseline
 from gen_turbo.bench.commands import add_arguments, run
 from gen_turbo.bench.primitives import smooth_tokens
 from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.tables import TABLES
+from gen_turbo.bench.timing import Timing, alternate
 from tests.tiny_hosts import sd_pipeline
 
 
@@ -62,6 +65,31 @@ def test_small_benches_record_both_sides(bench: str, tmp_path: Path) -> None:
     before = (tmp_path / f"{bench}.jsonl").read_text()
     _run(*arguments)
     assert (tmp_path / f"{bench}.jsonl").read_text() == before
+
+
+def test_host_times_the_same_call_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a call timed with its attention, a stock call that merges too, and a second run that measures again."""
+    monkeypatch.setattr(host, "WIDTHS", {"sd15": 0.1})
+    seen: dict[str, set[str]] = {"own": set(), "stock": set()}
+
+    def noted(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[Timing]]:
+        for name, function in functions.items():
+            with OpNames() as ops:
+                function()
+            seen[name].update(ops.names)
+        return alternate(functions, rounds)
+
+    monkeypatch.setattr(host, "alternate", noted)
+    arguments = ("host", "--rounds", "2", "--records", str(tmp_path))
+    _run(*arguments)
+    found = load(tmp_path, "host")
+    assert [record.setting for record in found] == ["sd15 copied", "sd15 residual"]
+    assert all(len(record.cpu_s) == len(record.baseline_cpu_s) == 2 for record in found)
+    assert "index_select" in seen["own"] and not seen["stock"] and not seen["own"] & {"addmm", "mm", "bmm"}
+    assert "sd15 copied" in TABLES["host"](tmp_path)
+    before = (tmp_path / "host.jsonl").read_text()
+    _run(*arguments)
+    assert (tmp_path / "host.jsonl").read_text() == before
 
 
 def test_primitives_are_exact(tmp_path: Path) -> None:
