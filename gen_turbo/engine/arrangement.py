@@ -14,6 +14,7 @@ from gen_turbo.engine.backends import check_backend
 from gen_turbo.engine.begin import Beginning
 from gen_turbo.engine.choice import chosen_layers, layers_of
 from gen_turbo.engine.layer import FeatureMapKeysLayer, FeatureMapLayer, MergedKeysLayer, ReducedLayer
+from gen_turbo.engine.positions import PositionMaker
 from gen_turbo.engine.program import Program
 from gen_turbo.engine.span import joined, spans_of
 from gen_turbo.method import TokenReducer
@@ -32,6 +33,7 @@ class Arrangement:
         specs: Every layer or block of the scope, reduced or not.
         layers: What stands in front of those that are, in the order of the model.
         insides: What reaches into attention.
+        makers: What stands in front of modules that make positions.
         beginning: Makes maps and memory in the first step of a run.
         program: Chooses the phase of every layer.
         left: Why a layer that could be reduced is not, by name.
@@ -42,6 +44,7 @@ class Arrangement:
     specs: list[LayerSpec]
     layers: list[ReducedLayer]
     insides: dict[str, InsideAttention]
+    makers: list[PositionMaker]
     beginning: Beginning
     program: Program
     left: Mapping[str, str] = field(default_factory=dict)
@@ -55,7 +58,7 @@ class Arrangement:
     @property
     def placed(self) -> list[Any]:
         """All that takes the place of something, what is called first last."""
-        return [*self.insides.values(), *self.layers]
+        return [*self.insides.values(), *self.layers, *self.makers]
 
     def install(self) -> None:
         """Puts everything in place but for what is so only while the model runs."""
@@ -101,7 +104,8 @@ class Arranger:
         insides = self._inside_attention(model, layers, reducer)
         left_out = {name: _layers_in(unit, layers) for name, unit in self.units.items()}
         left_out[MERGING] = [layer.name for layer in layers]
-        return Arrangement(reducer, specs, layers, insides, beginning, Program(reducer, layers, left_out))
+        makers = self._makers(model, layers, reducer)
+        return Arrangement(reducer, specs, layers, insides, makers, beginning, Program(reducer, layers, left_out))
 
     def _spans(self, model: nn.Module, layers: list[ReducedLayer], reducer: TokenReducer) -> list[ReducedLayer]:
         """The layers, those of several blocks on one short sequence as its blocks."""
@@ -111,6 +115,13 @@ class Arranger:
         length = 0 if is_model else reducer.merge_span
         spans = spans_of(model, layers, length, is_model and self.adapter.is_one_stack)
         return [block for span in spans for block in (joined(span) if len(span) > 1 else span)]
+
+    def _makers(self, model: nn.Module, layers: list[ReducedLayer], reducer: TokenReducer) -> list[PositionMaker]:
+        """What remembers positions; none for a module of somebody else's, or where memory is limited."""
+        if reducer.memory_limit_mb is not None or not any(layer.ratio and layer.positions for layer in layers):
+            return []
+        modules = ((path, model.get_submodule(path), needs) for path, needs in self.adapter.positions.items())
+        return [PositionMaker(*found) for found in modules if type(found[1]).__module__.startswith("diffusers.")]
 
     def _inside_attention(
         self, model: nn.Module, layers: list[ReducedLayer], tokens: TokenReducer

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from gen_turbo.engine.layer import ReducedLayer
+from gen_turbo.engine.positions import Positions
 from gen_turbo.engine.run_map import RunMap
 from gen_turbo.engine.state import LayerState
 from gen_turbo.engine.text import MergedText
-from gen_turbo.engine.values import num_bytes
+from gen_turbo.engine.values import num_bytes, tensors
 from gen_turbo.models.adapter import Geometry
 
 
@@ -86,6 +87,7 @@ class Context:
         states: What its layers hold.
         groups: What the program knows of each group of layers.
         text: The text merged for its prompt; None before that was tried.
+        positions: Those that stay the same from step to step.
         residual_bytes: Bytes of residuals.
         extras: What other parts of an attachment remember for it.
         captured: Its CUDA graphs, by what they are of.
@@ -103,6 +105,7 @@ class Context:
     states: dict[ReducedLayer, LayerState] = field(default_factory=dict)
     groups: list[Any] = field(default_factory=list)
     text: MergedText | None = None
+    positions: Positions = field(default_factory=Positions)
     residual_bytes: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
     captured: dict[Any, Any] = field(default_factory=dict)
@@ -128,6 +131,13 @@ class Context:
         self.residual_bytes -= state.num_bytes
         state.forget()
 
+    def forget_positions(self, is_over: bool = False) -> None:
+        """Forgets the rows taken of positions; before the end but for those that later steps use again."""
+        if is_over:
+            self.positions.forget()
+        for known in self.maps.values():
+            known.seen = {key: pair for key, pair in known.seen.items() if self.positions.holds(pair[0])}
+
     def drop_unused(self) -> None:
         """Forgets the maps that no layer goes by."""
         used = {id(state.base) for state in self.states.values()}
@@ -135,10 +145,14 @@ class Context:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of residuals, maps, merged text and of the weights of details; forecasts are counted apart."""
+        """Bytes of residuals, maps, positions, merged text and weights of details; forecasts are counted apart."""
         maps = sum(known.num_bytes for known in self.maps.values())
+        short = [
+            pair[1] for known in self.maps.values() for pair in known.seen.values() if self.positions.holds(pair[0])
+        ]
+        positions = self.positions.num_bytes + num_bytes(*tensors(short))
         weights = sum(num_bytes(group.weights) for group in self.groups)
-        return self.residual_bytes + maps + weights + (self.text.num_bytes if self.text else 0)
+        return self.residual_bytes + maps + positions + weights + (self.text.num_bytes if self.text else 0)
 
     @property
     def is_last(self) -> bool:

@@ -105,8 +105,9 @@ class ReducedLayer(Placed):
                 shorten_positions(self, name, key, given)
         if self.inside is not None:
             self.inside.map = state.base
-        attention = self.attention
-        if attention is None or is_compiling() or not given.keys() <= ARGUMENTS[type(attention.processor)]:
+        # Compiled graphs read the module that is behind no attribute of ours, so that layers share them.
+        attention = None if is_compiling() else self.attention
+        if attention is None or not given.keys() <= ARGUMENTS[type(attention.processor)]:
             output = self.inner(**given)
         else:
             output = attention.processor(attention, **given)

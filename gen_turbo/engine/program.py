@@ -102,7 +102,7 @@ class Program:
         """Sets every layer for the running step; gives what identifies its kind of step."""
         kind: list[object] = []
         written: set[int] = set()
-        self._forget_positions(context)
+        context.forget_positions()
         absent = {layer.name for group in self.groups if group.units & skipped for layer in group.layers}
         for group, state in zip(self.groups, context.groups, strict=True):
             ratio = ratio_at_step(group.ratio, context.step, self.reducer.step_scale)
@@ -146,7 +146,7 @@ class Program:
         for layer in self.layers:
             layer.phase, layer.starts, layer.writes_map = Phase.FULL, False, False
         if context is not None:
-            self._forget_positions(context)
+            context.forget_positions()
 
     def end(self, context: Context, skipped: frozenset[str]) -> int:
         """Counts a step that is over; gives how many states were reduced in it."""
@@ -164,10 +164,6 @@ class Program:
                 if phase is not Phase.FULL and held.base is not None:
                     held.plan_age = max(held.plan_age, context.step - held.base.made_at)
         return num_reduced
-
-    def _forget_positions(self, context: Context) -> None:
-        for run_map in context.maps.values():
-            run_map.seen.clear()
 
     def _phase(self, group: Group, state: GroupState, ratio: float, step: int, skipped: frozenset[str]) -> Phase:
         if group.units & skipped:

@@ -15,6 +15,7 @@ from gen_turbo.engine.context import Context
 from gen_turbo.engine.graphs import Graphs
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
+from gen_turbo.engine.positions import lend
 from gen_turbo.engine.runs import NUM_RISES, RISING, Runs, no_effect
 from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
@@ -66,8 +67,7 @@ class Root(Placed):
         self.text, self.skipping, self.graphs = text, skipping, graphs
         self.runs = Runs(pipeline, adapter.time, self._fold, bool(adapter.models))
         self.names = argument_names(model)
-        self.text_tokens = 0, 0
-        self.most_bytes = 0
+        self.text_tokens, self.most_bytes = (0, 0), 0
         self.siblings: list[Root] = []
         self.owner: object = None
         self._one, self._is_compiled = torch.zeros(()), False
@@ -149,6 +149,7 @@ class Root(Placed):
         step, starts = _Step(context, args, kwargs), False
         if self.text is not None:
             self._with_short_text(context, step, arguments, self.text)
+        lend(self.arrangement.makers, context.positions, {**arguments, **step.kwargs})
         if is_new:
             self._enter(context)
         if self.skipping is not None:
@@ -180,6 +181,7 @@ class Root(Placed):
             self.skipping.rest()
         for inside in self.insides.values():
             inside.text_sizes = inside.hides = inside.map = inside.keys = None
+        lend(self.arrangement.makers, None, {})
         self.beginning.context = None
 
     def _enter(self, context: Context) -> None:
@@ -235,6 +237,7 @@ class Root(Placed):
         """Adds the counts of a context that has ended to those of its layers."""
         for layer, state in context.states.items():
             layer.totals.add(state)
+        context.forget_positions(is_over=True)
         if self.graphs is not None:
             self.graphs.keep(context)
 

@@ -32,7 +32,8 @@ class RunMap:
         num_maps: How many were made before it.
         owner: Name of the layer that made the first.
         num_bytes: Bytes of all index tensors, those of wider sequences and of positions included.
-        seen: In the running step, arguments of positions as they were given, and the rows of the merged tokens.
+        seen: Arguments of positions as they were given, and the rows of the merged tokens; beyond the running step
+            those alone that are given again.
     """
 
     order: Tensor

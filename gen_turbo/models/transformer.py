@@ -91,6 +91,8 @@ class TransformerAdapter:
         reading: Reads the arguments of a call.
         is_one_stack: Whether each block reads what the one before it gives, from the first stack to the last.
         ends_span: Whether a model reads every token between a block, by name, and the next one.
+        positions: Modules that make positions, by path, each called once a call, and the arguments of the model that
+            these depend on beside shapes.
         is_transformer: Whether all blocks follow each other at one resolution.
     """
 
@@ -109,6 +111,7 @@ class TransformerAdapter:
     reading: Callable[[Mapping[str, Any]], ModelCall] = latents
     is_one_stack: bool = False
     ends_span: Callable[[Any, str], bool] = nothing_between
+    positions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     is_transformer: bool = True
 
     def layers(self, model: nn.Module) -> list[LayerSpec]:

@@ -28,6 +28,7 @@ class UNetAdapter:
 
     models = ("UNet2DConditionModel", "ControlNetModel")
     is_transformer = is_one_stack = has_references = False
+    positions: Mapping[str, tuple[str, ...]] = {}
 
     def units(self, model: nn.Module) -> dict[str, Unit]:
         """What can be skipped: the whole UNet, all that is deeper than a layer of the way up, transformer blocks."""

@@ -21,6 +21,7 @@ class UnknownAdapter:
 
     models: tuple[str, ...] = ()
     is_transformer = is_one_stack = has_references = False
+    positions: Mapping[str, tuple[str, ...]] = {}
 
     def takes(self, model: nn.Module) -> bool:
         """Whether a model is given latents and a time."""

@@ -14,6 +14,8 @@ from gen_turbo.models.transformer import Regions, TransformerAdapter, text_lengt
 _MASK_PAIRS = tuple(TokenArg("attention_mask", axis=axis, has_batch=True, has_text_before=True) for axis in (2, 3))
 _MASK = (TokenArg("attention_mask", axis=1, has_batch=True, has_text_before=True),)
 
+_POSITIONS = {"pos_embed": ("img_ids", "txt_ids")}
+
 
 def _image_ids(model: Any, arguments: Mapping[str, Any]) -> Regions:
     """One region for each run of a number in the first column of the positions, its rows and columns by the others.
@@ -59,6 +61,7 @@ FLUX = TransformerAdapter(
     is_one_stack=True,
     num_text=text_length,
     text=TextSignature(positions="txt_ids"),
+    positions=_POSITIONS,
 )
 FLUX2 = TransformerAdapter(
     ("Flux2Transformer2DModel",),
@@ -105,6 +108,7 @@ CHROMA = TransformerAdapter(
     num_text=text_length,
     # The mask is added to attention's logits and so hides nothing; it goes with the tokens.
     text=TextSignature(positions="txt_ids", mask="attention_mask"),
+    positions=_POSITIONS,
 )
 
 ADAPTERS: tuple[Adapter, ...] = (FLUX, FLUX2, CHROMA)

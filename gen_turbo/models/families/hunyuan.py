@@ -24,6 +24,8 @@ def _all_conditions(model: Any, arguments: Mapping[str, Any]) -> int:
     return sum(_conditions(arguments).values())
 
 
+_POSITIONS: dict[str, tuple[str, ...]] = {"rope": ()}
+"""By the shape of the latents alone."""
 _KEY_MASK = TokenArg("attention_mask", axis=3, has_batch=True)
 _HUNYUAN_VIDEO = LayerSignature(none=(), has_text_keys=True, token_args=(*ROTARY, _KEY_MASK))
 HUNYUAN_VIDEO = TransformerAdapter(
@@ -38,6 +40,7 @@ HUNYUAN_VIDEO = TransformerAdapter(
     num_text=text_length,
     # What the mask hides nobody reads, and it stays behind what is shown.
     text=TextSignature(mask="encoder_attention_mask", hides=True),
+    positions=_POSITIONS,
 )
 HUNYUAN_VIDEO_15 = TransformerAdapter(
     ("HunyuanVideo15Transformer3DModel",),
@@ -48,6 +51,7 @@ HUNYUAN_VIDEO_15 = TransformerAdapter(
     counts=_conditions,
     # From text to video the image is zeros, which are hidden.
     text=MaskedText(_TEXTS | {"image_embeds": ""}, _OTHER_TOKENS),
+    positions=_POSITIONS,
 )
 HUNYUAN_IMAGE = TransformerAdapter(
     ("HunyuanImageTransformer2DModel",),
@@ -59,6 +63,7 @@ HUNYUAN_IMAGE = TransformerAdapter(
     is_one_stack=True,
     num_text=_all_conditions,
     counts=_conditions,
+    positions=_POSITIONS,
     text=lambda model: (
         TextSignature(mask="encoder_attention_mask", hides=True)
         if model.context_embedder_2 is None

@@ -19,6 +19,8 @@ def _wan_counts(arguments: Mapping[str, Any]) -> dict[str, int]:
 
 
 _WAN_ROTARY = TokenArg("rotary_emb", axis=1)
+_POSITIONS: dict[str, tuple[str, ...]] = {"rope": ()}
+"""By the shape of the latents alone."""
 _CONTROL = "control"
 
 
@@ -56,6 +58,7 @@ WAN = TransformerAdapter(
         ),
     },
     counts=_wan_counts,
+    positions=_POSITIONS,
     ends_span=_reads_between,
 )
 _CAUSAL_MASK = tuple(TokenArg("attention_mask", axis=axis, has_batch=True) for axis in (2, 3))
@@ -64,6 +67,7 @@ SKYREELS = TransformerAdapter(
     ("SkyReelsV2Transformer3DModel",),
     {"blocks.*.attn1": LayerSignature(none=("encoder_hidden_states",), token_args=(_WAN_ROTARY, *_CAUSAL_MASK))},
     {"blocks.*": block(none=(), token_args=(_WAN_ROTARY, *_CAUSAL_MASK, _TIME_OF_FRAMES))},
+    positions=_POSITIONS,
 )
 
 ADAPTERS: tuple[Adapter, ...] = (WAN, SKYREELS)
