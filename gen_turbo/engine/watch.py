@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,8 @@ class Watch:
         self._adapted = [module for module in self._modules if hasattr(module, "scaling")]
         self._attentions = [module for module in self._modules if hasattr(module, "processor")]
         self._outer = [module for name, module in model.named_modules() if name.count(".") < _OUTER]
-        self._state, self._plain = self._read(), _plain(self._modules)
+        self._state, self._hooks = self._read(), [_hooks(module) for module in self._modules]
+        self._attributes = [_Attributes(module) for module in self._modules]
         self.is_offloaded = any(_is_offloaded(module) for module in self._modules[1:])
 
     def is_same(self, is_first_step: bool) -> bool:
@@ -41,13 +43,16 @@ class Watch:
             if len(tensors) != len(self._tensors):
                 return False
             self._tensors = tensors
-            if _plain(modules) != self._plain:
+            if [_hooks(module) for module in modules] != self._hooks:
+                return False
+            if not all(held.are_same(module) for held, module in zip(self._attributes, modules, strict=True)):
                 return False
         return [tensor.data_ptr() for tensor in self._tensors] == self._addresses and self._read() == self._state
 
     def _read(self) -> list[object]:
         """Scales of adapters, processors and what hangs on the model, by identity or as plain values."""
-        state: list[object] = [tuple(getattr(self._model, "peft_config", None) or ()), *_plain(self._outer)]
+        state: list[object] = [tuple(getattr(self._model, "peft_config", None) or ())]
+        state += [(_plain(module), _hooks(module)) for module in self._outer]
         for module in self._adapted:
             layer: Any = module
             scaling = layer.scaling
@@ -65,15 +70,33 @@ def _tensors_of(module: nn.Module) -> list[Any]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
-def _plain(modules: list[nn.Module]) -> list[object]:
-    """Numbers, names and switches of each module, and its hooks by the numbers that PyTorch gives them."""
-    return [
-        (
-            {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)},
-            (*module._forward_pre_hooks, None, *module._forward_hooks),
-        )
-        for module in modules
-    ]
+class _Attributes:
+    """The plain attributes of a module; most often every attribute is the same object, which is seen fast."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._names, self._values = tuple(vars(module)), tuple(vars(module).values())
+        self._plain = _plain(module)
+
+    def are_same(self, module: nn.Module) -> bool:
+        """Whether numbers, names and switches are as they were."""
+        held = vars(module)
+        is_untouched = len(held) == len(self._names) and all(map(is_, held.values(), self._values))
+        if is_untouched and tuple(held) == self._names:
+            return True
+        if _plain(module) != self._plain:
+            return False
+        self._names, self._values = tuple(held), tuple(held.values())
+        return True
+
+
+def _plain(module: nn.Module) -> dict[str, object]:
+    """Numbers, names and switches."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+
+
+def _hooks(module: nn.Module) -> tuple[object, ...]:
+    """Hooks by the numbers that PyTorch gives them."""
+    return *module._forward_pre_hooks, None, *module._forward_hooks
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -248,12 +248,10 @@ class Adapter(Protocol):
     @property
     def has_references(self) -> bool:
         """Whether images may stand beside the target in its sequence."""
-        ...
 
     @property
     def positions(self) -> Mapping[str, tuple[str, ...]]:
         """Modules that make positions, by path: called once a call, on what depends on shapes and these arguments."""
-        ...
 
     def layers(self, model: nn.Module) -> list[LayerSpec]:
         """Every attention layer, those that can be reduced and those that are left alone."""

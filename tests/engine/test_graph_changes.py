@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from stated import TurboProcessor
 from torch import nn
 
 from gen_turbo import attach
+from gen_turbo.engine.watch import Watch
 from tests.engine.cuda import StandIn, stand_in
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 
@@ -118,3 +120,23 @@ def test_a_changed_model_is_seen(change, cuda):
             outputs.append((before, run_unet(unet, FEW, **inputs)))
     assert not torch.equal(outputs[0][0], outputs[0][1]) and cuda.num_replayed > len(FEW)
     assert all(map(torch.equal, *outputs))
+
+
+def _changed(change: Callable[[Any], object]) -> bool:
+    model: Any = sd15_unet()
+    block = model.mid_block
+    block.strength, block.note = None, 1000.5
+    watch = Watch(model)
+    assert watch.is_same(True)
+    change(block)
+    return not watch.is_same(True)
+
+
+def test_every_plain_attribute_counts_and_no_object_does():
+    """Catches a number that takes the place of None or of another name, and graphs dropped for an equal number."""
+    assert _changed(lambda block: setattr(block, "strength", 1.2))
+    assert _changed(lambda block: setattr(block, "more", True))
+    assert _changed(lambda block: (delattr(block, "note"), setattr(block, "other", 1000.5)))
+    assert _changed(lambda block: block.register_forward_hook(lambda *_: None))
+    assert not _changed(lambda block: setattr(block, "note", float("1000.5")))
+    assert not _changed(lambda block: setattr(block, "strength", object()))
