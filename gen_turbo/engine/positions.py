@@ -35,7 +35,7 @@ class Positions:
             return False
         before = [(reference(), count) for reference, count in self.given]
         is_same = len(before) == len(arguments) and all(
-            value is old and value._version == count for value, (old, count) in zip(arguments, before, strict=True)
+            value._version == count and value is old for value, (old, count) in zip(arguments, before, strict=True)
         )
         if not is_same:
             self.forget()
