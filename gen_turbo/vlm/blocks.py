@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from gen_turbo.method import TokenReducer
@@ -18,6 +19,7 @@ from gen_turbo.vlm.counts import Counts
 from gen_turbo.vlm.family import TowerFacts
 from gen_turbo.vlm.images import Encoded
 from gen_turbo.vlm.merging import Merging
+from gen_turbo.vlm.recomputed import Recomputed
 from gen_turbo.vlm.stage import Handle, Stage
 from gen_turbo.vlm.videos import Videos
 
@@ -30,18 +32,19 @@ class Pass:
     """One call of a tower.
 
     Attributes:
-        by_block: Each block's merge of the tokens that entered it.
+        by_block: Each block's merge of the tokens that entered it; None where it merges none.
         totals: The tokens after each block, as a merge of those that the call began with; none before the first.
     """
 
-    by_block: dict[int, Merging] = field(default_factory=dict)
+    by_block: dict[int, Merging | None] = field(default_factory=dict)
     totals: dict[int, Merging] = field(default_factory=dict)
 
-    def note(self, index: int, merging: Merging) -> None:
+    def note(self, index: int, merging: Merging | None) -> None:
         """Adds the merge of a block."""
         earlier = self.totals.get(index - 1)
         self.by_block[index] = merging
-        self.totals[index] = merging if earlier is None else earlier.then(merging)
+        if merging is not None:
+            self.totals[index] = merging if earlier is None else earlier.then(merging)
 
 
 P = TypeVar("P", bound=Pass)
@@ -91,6 +94,7 @@ class TowerStage(Stage, Generic[P]):
         self._asked = {} if not semantic else {"": self._last_block}
         if semantic and early is not None:
             self._asked[EARLY] = early(count)
+        self._recomputed = Recomputed(self._blocks, self._passes)
         self._watched = sorted(self._asked.values()) if reducer is None else merging_blocks(reducer, count)
         for index in self._watched if reducer is not None else ():
             counts.add(self._name(index))
@@ -141,7 +145,10 @@ class TowerStage(Stage, Generic[P]):
     def _place_blocks(self) -> Iterator[Handle]:
         for index in self._watched:
             yield from self._watch(index)
-        for index, block in enumerate(self._blocks if self._reducer is not None else ()):
+        if self._reducer is None:
+            return
+        yield from self._recomputed.place()
+        for index, block in enumerate(self._blocks):
             yield self._attention[index].weigh(partial(self._log_size, index))
             yield block.register_forward_pre_hook(partial(self._before_block, index), with_kwargs=True)
             if index in self._watched:
@@ -156,11 +163,12 @@ class TowerStage(Stage, Generic[P]):
 
     def _before_norm2(self, index: int, norm: nn.Module, args: tuple[Any, ...]) -> Any:
         now = self._passes.now
-        merging = None if self._is_video else self._plan(now, index)
-        if merging is None:
-            return None
-        now.note(index, merging)
-        return (self._apply(merging.merge, args[0]),)
+        # What is computed again for the backward pass merges as before.
+        if index not in now.by_block:
+            with torch.no_grad():
+                now.note(index, None if self._is_video else self._plan(now, index))
+        merging = now.by_block[index]
+        return None if merging is None else (self._apply(merging.merge, args[0]),)
 
     def _after_mlp(self, index: int, mlp: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         merging = self._passes.now.by_block.get(index)

@@ -101,7 +101,8 @@ class ShortenedCache(DynamicCache):  # type: ignore[misc]  # transformers has no
 
     def _take_rows(self, index: torch.Tensor) -> None:
         for number, layer in enumerate(self.layers):
-            layer.batch_select_indices(index if self.route is None else self.route.held(number, index))
+            # Selects what is quantized, or on another device, too.
+            layer.reorder_cache(index if self.route is None else self.route.held(number, index))
         self.route = self.route.select(index) if self.route is not None else None
         self.columns = self.columns.rows(index) if self.columns is not None else None
         self.cuts = {number: cut.rows(index) for number, cut in self.cuts.items()}

@@ -37,9 +37,12 @@ class Calls(Generic[T]):
         state: T = self._make() if found is None else found[0]
         return state
 
-    def begin(self) -> T:
-        """Begins a call and gives its state; what is known of the call around it waits for `end`."""
-        state = self._make()
+    def begin(self, state: T | None = None) -> T:
+        """Begins a call, with a state of its own or the one given, which it gives.
+
+        What is known of the call around it waits for `end`.
+        """
+        state = self._make() if state is None else state
         _put(self, (state, _get(self)))
         return state
 

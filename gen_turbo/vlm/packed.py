@@ -77,6 +77,8 @@ class PackedTower(TowerStage[_Pass]):
         return watching
 
     def _before_tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._reducer is not None:
+            self._recomputed.check()
         now = self._passes.begin()
         sizes, side = args[1] if len(args) > 1 else kwargs["grid_thw"], self._side
         if self._is_video or bool((sizes[:, 0] > 1).any()):

@@ -19,6 +19,7 @@ from gen_turbo.training.vistog import SemanticGrouping
 from gen_turbo.vlm.call import Calls, Last
 from gen_turbo.vlm.family import TowerFacts, square
 from gen_turbo.vlm.projections import Projections
+from gen_turbo.vlm.recomputed import Recomputed
 from gen_turbo.vlm.stage import Handle
 
 
@@ -54,12 +55,14 @@ class SemanticStream:
         if first > last:
             raise ValueError(f"first_block must be one of the {last + 1} blocks that the projector reads; got {first}")
         self._blocks = blocks[first : last + 1]
+        self._recomputed = Recomputed(self._blocks, self._calls)
         self._leading = facts.num_leading(model)
         self._norm = getattr(tower, facts.output_norm) if facts.output_norm else nn.Identity()
 
     def place(self) -> Iterator[Handle]:
         """Puts hooks on the tower and its blocks, one after the other, and gives what takes each off."""
         projections = [Projections(getattr(block, self._facts.attention), self._facts) for block in self._blocks]
+        yield from self._recomputed.place()
         yield self._tower.register_forward_pre_hook(lambda tower, args: self._begin())
         yield self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
         for one in projections:
@@ -82,6 +85,7 @@ class SemanticStream:
         return groups, self._grouping.cells(grid, patches_BND.device)
 
     def _begin(self) -> None:
+        self._recomputed.check()
         self._calls.begin()
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,7 +103,7 @@ class SemanticStream:
 
     def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         now = self._calls.now
-        now.tokens_BMD, now.mask = output[:, now.num_tokens :], None
+        now.tokens_BMD = output[:, now.num_tokens :]
         return output[:, : now.num_tokens]
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -67,6 +67,7 @@ class Tower(TowerStage[_Pass]):
         return watching
 
     def _begin(self) -> None:
+        self._recomputed.check()
         self._passes.begin()
 
     def _before_block(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

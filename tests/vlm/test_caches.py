@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import QuantizedCache
+from transformers import Cache, QuantizedCache
 from transformers.cache_utils import Fp8QuantizedLayer
 
 import gen_turbo
@@ -73,6 +74,49 @@ def test_a_quantized_cache_holds_what_the_dynamic_one_holds(family, place, monke
         again, logits, out = generate(model, inputs, **{CACHE: cache})
     assert torch.equal(new, again) and (logits - expected).abs().max() < TOLERANCE
     assert cache_in(out).num_held(3) < inputs["input_ids"].shape[1] <= cache_in(out).get_seq_length()
+
+
+@pytest.mark.parametrize("place", SHORT)
+def test_beams_reorder_what_is_quantized(place, monkeypatch):
+    """Catches rows that beam search reorders in the recent keys of a quantized cache alone."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
+    monkeypatch.setattr(Fp8QuantizedLayer, "_quantize", lambda layer, x, scale=None: (x, torch.ones(())))
+    monkeypatch.setattr(Fp8QuantizedLayer, "_dequantize", lambda layer, pair: pair[0])
+    beams = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6}
+    with attach(model, SHORT[place]):
+        expected = model.generate(**inputs, **beams)
+        cache = QuantizedCache(backend="fp8", config=model.config.get_text_config())
+        assert torch.equal(model.generate(**inputs, **beams, past_key_values=cache), expected)
+
+
+class _Stream(contextlib.nullcontext):
+    """Stands in for a stream of a device where there is none."""
+
+    def wait_stream(self, other):
+        """Waits for nothing."""
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("method", [*SHORT.values(), PARProcessor(router="uniform", tokens=0.5, layers=3)])
+def test_an_offloaded_cache_gives_what_the_dynamic_one_gives(method, cache, monkeypatch):
+    """Catches a cache that is no longer offloaded once tokens are dropped, and layers without keys that are fetched."""
+    vlm = VLMS["llava"]
+    model, inputs = vlm.make("sdpa"), PROMPTS["ragged_padded"].inputs(vlm)
+    monkeypatch.setattr(torch, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: _Stream())
+    left = []
+    stock = Cache.offload
+    monkeypatch.setattr(Cache, "offload", lambda *args: (left.append(args[1]), stock(*args)))
+    with attach(model, method):
+        new, expected, _ = generate(model, inputs)
+        if cache == "offloaded_static" and method is not SHORT["pre_llm"]:
+            with pytest.raises(ValueError, match="StaticCache"):
+                generate(model, inputs, cache_implementation=cache)
+            return
+        again, logits, _ = generate(model, inputs, cache_implementation=cache)
+    assert torch.equal(new, again) and (logits - expected).abs().max() < TOLERANCE
+    assert len(left) >= 3 * len(model.model.language_model.layers) - 3
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2", "qwen2_5", "internvl"])

@@ -120,6 +120,62 @@ def test_a_call_inside_a_call(name):
         assert torch.equal(seen[0], inside)
 
 
+@pytest.mark.parametrize("name", ["turbo tower", "turbo_vit", "vistog_vit", "resize"])
+def test_a_call_inside_the_vision_tower(name):
+    """Catches merges, masks and semantic tokens of the image that a hook in the tower has the model read meanwhile."""
+    vlm = VLMS["llava"]
+    model, (one, _, three) = vlm.make("sdpa"), prompts(vlm, 5)
+    with attach(model, PROCESSORS[name]):
+        expected, inside = logits(model, three), logits(model, one)
+        seen = []
+
+        def inner(norm, args):
+            handle.remove()
+            seen.append(logits(model, one))
+
+        handle = model.model.vision_tower.encoder.layers[1].layer_norm1.register_forward_pre_hook(inner)
+        assert torch.equal(logits(model, three), expected)
+        assert torch.equal(seen[0], inside)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["turbo", "turbo decoder", "turbo tower", "visionzip", "par", "pyramiddrop"])
+def test_a_logits_processor_that_asks_the_model(name):
+    """Catches what the processor's own prompt leaves behind for the steps of the generation around it."""
+    vlm = VLMS["llava"]
+    model, (one, _, three) = vlm.make("sdpa"), prompts(vlm, 6)
+    seen = []
+
+    def ask(ids, scores):
+        seen.append(logits(model, one))
+        return scores
+
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    with attach(model, PROCESSORS[name]):
+        expected, inside = model.generate(**three, **settings), logits(model, one)
+        assert torch.equal(model.generate(**three, **settings, logits_processor=[ask]), expected)
+    assert len(seen) == 4 and all(torch.equal(found, inside) for found in seen)
+
+
+@pytest.mark.parametrize("name", ["turbo tower", "turbo words", "visionzip", "par", "vistog_vit"])
+def test_tasks_whose_calls_run_in_threads(name):
+    """Catches the state of one task's call in a thread that a task of another context hands its call to."""
+    vlm = VLMS["llava"]
+    model, work = vlm.make("sdpa"), {seed: prompts(vlm, seed) for seed in (1, 2, 3)}
+
+    async def read(seed):
+        return [await asyncio.to_thread(logits, model, work[seed][at % 3]) for at in range(6)]
+
+    async def every():
+        return await asyncio.gather(*map(read, work))
+
+    with attach(model, PROCESSORS[name]):
+        alone = {seed: [logits(model, one) for one in made] for seed, made in work.items()}
+        found = asyncio.run(every())
+    for seed, answers in zip(work, found, strict=True):
+        assert all(torch.equal(answer, alone[seed][at % 3]) for at, answer in enumerate(answers))
+
+
 def test_tasks_that_take_turns():
     """Catches features of one task's images taken for those of another, which encoded its own in between."""
     vlm = VLMS["llava"]
