@@ -164,6 +164,15 @@ def test_the_users_line_is_expected_to_reach_the_target_everywhere_on_a_data_cen
     assert min(gains) >= TARGET
 
 
+def test_the_preset_for_fidelity_runs_in_full_at_least_as_often_as_the_others():
+    """Catches fewer merged tokens paid for with fewer full steps, to reach the target: further from stock."""
+    presets = [TurboProcessor.preset(name) for name in ("fidelity", "balanced")]
+    for case in CASES:
+        run = facts(case, case.run_steps, "cpu")
+        near, balanced = (choose(costs(case.model), preset, run).rhythm.refreshes for preset in presets)
+        assert near >= balanced, case.name
+
+
 def test_attention_of_flux_is_not_chosen_on_the_card_where_it_lost():
     """Catches the choice that was measured 0.95 times as fast: attention, full every third of ten steps."""
     flux = next(case for case in CASES if case.model == "flux")
