@@ -87,12 +87,14 @@ class TokenReducer(ABC):
         kv_only: Merges keys and values only; every token stays a query. Closer to stock, saves less.
         proportional_attention: Lets a key that stands for several tokens weigh as much as they did.
         text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
-            (SD3, Flux and its kin, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions); attention
-            counts each by its size. None merges tokens equal to their neighbour where they are half of the text, as
-            padding is: no loss beyond rounding, where a fixed fraction is free only up to the padding that there is. In
-            vision-language models: fraction of the words that leave a prompt with images, none by default.
+            (SD3, Flux and its kin, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions) or the
+            model keeps their keys (Qwen-Image 2.1); attention counts each by its size. None merges tokens equal to
+            their neighbour where they are half of the text, as padding is: no loss beyond rounding, where a fixed
+            fraction is free only up to the padding that there is. In vision-language models: fraction of the words
+            that leave a prompt with images, none by default.
         reference_ratio: Fraction of the tokens removed of references beside the target (FLUX.1 Kontext, FLUX.2,
-            LongCat-Image-Edit, Qwen-Image-Edit), once per run; None takes the layer's own ratio.
+            LongCat-Image-Edit, Qwen-Image-Edit), once per run; None takes the layer's own ratio. Qwen-Image 2.1 keeps
+            their keys and values, which are merged once, and None takes `ratio`.
         attention_backend: The attention kernel by diffusers' name (`native`, `flash`, `sage`, `xformers`, ...) in
             every attention layer; None keeps the model's own.
         keep: In vision-language models, how many image tokens of an image stay, instead of `ratio`.

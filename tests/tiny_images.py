@@ -121,10 +121,10 @@ def qwen(**settings: object) -> nn.Module:
     return QwenImageTransformer2DModel(**HEADS, num_layers=2, patch_size=2, **widths, **settings)
 
 
-def qwen_21() -> nn.Module:
+def qwen_21(num_layers: int = 2) -> nn.Module:
     """Qwen-Image 2.1: the target behind a prefix whose keys are cached."""
     widths = {"in_channels": 16, "out_channels": 16, "context_in_dim": 32, "axes_dims_rope": (4, 6, 6)}
-    return QwenImage21Transformer2DModel(**HEADS, num_layers=2, **widths)
+    return QwenImage21Transformer2DModel(**HEADS, num_layers=num_layers, **widths)
 
 
 def qwen_21_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:

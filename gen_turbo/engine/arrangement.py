@@ -18,7 +18,8 @@ from gen_turbo.engine.positions import PositionMaker
 from gen_turbo.engine.program import Program
 from gen_turbo.engine.span import joined, spans_of
 from gen_turbo.method import TokenReducer
-from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, MaskedText, TextSignature, Unit
+from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, Unit
+from gen_turbo.models.conditions import CachedPrefix, MaskedText, TextSignature
 from gen_turbo.training.schedule import MERGING
 
 _INSIDE_ATTENTION = ("kv_only", "proportional_attention", "text_ratio", "attention_backend")
@@ -85,7 +86,7 @@ class Arranger:
 
     model: Callable[[], nn.Module]
     adapter: Adapter
-    text: TextSignature | MaskedText | None
+    text: TextSignature | MaskedText | CachedPrefix | None
     units: Mapping[str, Unit]
 
     def arranged(self, reducer: TokenReducer, names: tuple[str, ...] | None = None) -> Arrangement:

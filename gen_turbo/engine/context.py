@@ -88,6 +88,7 @@ class Context:
         groups: What the program knows of each group of layers.
         text: The text merged for its prompt; None before that was tried.
         positions: Those that stay the same from step to step.
+        text_source: What a prefix was merged from; None where there is none.
         residual_bytes: Bytes of residuals.
         extras: What other parts of an attachment remember for it.
         captured: Its CUDA graphs, by what they are of.
@@ -106,6 +107,7 @@ class Context:
     groups: list[Any] = field(default_factory=list)
     text: MergedText | None = None
     positions: Positions = field(default_factory=Positions)
+    text_source: Tensor | None = None
     residual_bytes: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
     captured: dict[Any, Any] = field(default_factory=dict)

@@ -22,7 +22,8 @@ from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping, UnitStats
 from gen_turbo.engine.state import Totals
 from gen_turbo.method import TokenReducer
-from gen_turbo.models.adapter import Adapter, LayerSpec, MaskedText, TextSignature
+from gen_turbo.models.adapter import Adapter, LayerSpec
+from gen_turbo.models.conditions import CachedPrefix, MaskedText, TextSignature
 from gen_turbo.training.generic import Generic
 from gen_turbo.training.schedule import Schedule
 
@@ -136,13 +137,15 @@ class DenoiserPart(OnModel):
         if ratio and not self._tokens.removes_any:
             raise ValueError(f"reference_ratio={ratio} reduces nothing beside ratio=0; set a ratio above 0")
 
-    def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | MaskedText | None:
+    def _text_signature(self, model: nn.Module, adapter: Adapter) -> TextSignature | MaskedText | CachedPrefix | None:
         """Where text is merged or cut; None where it is not, which is an error if it was asked for."""
         ratio, name = self._tokens.text_ratio, type(model).__name__
+        signature = adapter.text_signature(model)
+        # References beside text that is kept may be merged without it.
+        ratio = None if ratio == 0 and isinstance(signature, CachedPrefix) else ratio
         # A method that keeps all image tokens by design reads no ratio; a ratio of 0 wants stock, bit by bit.
         if ratio == 0 or (ratio is None and not self._tokens.removes_any and not self._tokens.keeps_all):
             return None
-        signature = adapter.text_signature(model)
         if isinstance(signature, str) or (isinstance(signature, MaskedText) and ratio is not None):
             reason = signature if isinstance(signature, str) else signature.why
             why = f"text_ratio={ratio} has no text tokens to merge in {name}: {reason}; leave it out"

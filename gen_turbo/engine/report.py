@@ -20,7 +20,8 @@ class Report:
         remembered_bytes: Bytes held now for residuals, forecasts, token maps and merged text; 0 between the runs of a
             pipeline.
         most_remembered_bytes: The most held at once so far.
-        text_tokens: Text tokens of the last prompt whose text was merged, and what was left of them; else 0.
+        text_tokens: Text tokens of the last prompt whose text was merged, and what was left of them, with references
+            where the model keeps the keys of both; else 0.
         skipped: For each unit of a schedule, the calls in which it was skipped and in which it ran.
         graphs: What became of CUDA graphs; empty where none were wanted.
         choice: What `scope="auto"` chose for the last run and expects of it; empty where everything was given.

@@ -16,13 +16,14 @@ from gen_turbo.engine.graphs import Graphs
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
 from gen_turbo.engine.positions import lend
+from gen_turbo.engine.prefix import short_text
 from gen_turbo.engine.runs import NUM_RISES, RISING, Runs, no_effect
 from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
 from gen_turbo.engine.span import check_between
-from gen_turbo.engine.text import MergedText, merge_text
 from gen_turbo.engine.values import kept_out, skipped
-from gen_turbo.models.adapter import Adapter, MaskedText, TextSignature
+from gen_turbo.models.adapter import Adapter
+from gen_turbo.models.conditions import CachedPrefix, MaskedText, TextSignature
 
 _NOTHING: frozenset[str] = frozenset()
 _CHECKPOINTED = (
@@ -56,7 +57,7 @@ class Root(Placed):
         adapter: Adapter,
         arrangement: Arrangement,
         settling: Settling | None,
-        text: TextSignature | MaskedText | None,
+        text: TextSignature | MaskedText | CachedPrefix | None,
         skipping: Skipping | None,
         graphs: Graphs | None,
         pipeline: Any | None,
@@ -258,16 +259,12 @@ class Root(Placed):
             )
 
     def _with_short_text(
-        self, context: Context, step: _Step, arguments: dict[str, Any], form: TextSignature | MaskedText
+        self, context: Context, step: _Step, arguments: dict[str, Any], form: TextSignature | MaskedText | CachedPrefix
     ) -> None:
-        """Gives the model merged or cut text, which is made once per prompt."""
-        reducer = self.beginning.reducer
-        if context.text is None:
-            lost = [name for name, inside in self.insides.items() if inside.has_text_keys and not inside.reaches]
-            if lost and reducer.text_ratio is not None:
-                raise ValueError(f"text cannot be weighed at {lost[0]}, whose attention was replaced by another one")
-            context.text = MergedText({}) if lost else merge_text(arguments, form, reducer.text_ratio)
-        text = context.text
+        """Gives the model merged or cut text, or a merged prefix, which is made once per prompt."""
+        text = context.text = short_text(context, arguments, form, self.arrangement)
+        if text is None:
+            return
         if text.num_merged:
             num_own = text.num_text - getattr(form, "num_before", 0)
             self.text_tokens = num_own + text.num_merged, num_own

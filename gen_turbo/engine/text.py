@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_turbo.engine.values import num_bytes
-from gen_turbo.models.adapter import MaskedText, TextSignature
+from gen_turbo.models.conditions import MaskedText, TextSignature
 from gen_turbo.tokens.farthest import farthest_point_plan
 from gen_turbo.tokens.ratios import num_removed
 
@@ -32,6 +32,7 @@ class MergedText:
         num_text: Tokens that are left, with those that the model puts before the text; 0 where nothing was merged.
         sizes: How many tokens each of them stands for, (b, num_text); None where none stands for others.
         hides: Whether a row hides tokens that another one shows; None where a layer's mask is what the model makes.
+        num_more_bytes: Bytes of tensors inside of what is given that is no tensor itself.
     """
 
     arguments: dict[str, Any]
@@ -39,11 +40,12 @@ class MergedText:
     num_text: int = 0
     sizes: Tensor | None = None
     hides: bool | None = None
+    num_more_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the merged text, its positions, mask and sizes."""
-        return num_bytes(*self.arguments.values(), self.sizes)
+        return num_bytes(*self.arguments.values(), self.sizes) + self.num_more_bytes
 
 
 def merge_text(arguments: Mapping[str, Any], signature: TextSignature | MaskedText, ratio: float | None) -> MergedText:
@@ -62,7 +64,7 @@ def merge_text(arguments: Mapping[str, Any], signature: TextSignature | MaskedTe
     text: Tensor = arguments[signature.embedding]
     num_tokens = text.shape[1]
     positions, mask = arguments.get(signature.positions), arguments.get(signature.mask)
-    rows = _rows(text, positions, mask, signature.hides)
+    rows = text_rows(text, positions, mask, signature.hides)
     num_slots = _num_distinct(rows) if ratio is None else num_tokens - num_removed(num_tokens, ratio)
     if ratio is None and num_tokens - num_slots < num_tokens * _WORTHWHILE:
         return MergedText({})
@@ -96,8 +98,15 @@ def _cut(arguments: Mapping[str, Any], signature: MaskedText) -> MergedText:
     return MergedText(short, num_before - num_left, num_left, hides=hides)
 
 
-def _rows(text: Tensor, positions: Tensor | None, mask: Tensor | None, hides: bool) -> Tensor:
-    """All that distinguishes text tokens, (B, T, C), or (1, T, C) where positions have no batch."""
+def text_rows(text: Tensor, positions: Tensor | None, mask: Tensor | None, hides: bool) -> Tensor:
+    """All that distinguishes text tokens, (B, T, C), or (1, T, C) where positions have no batch.
+
+    Args:
+        text: The tokens, (B, T, C).
+        positions: Of each token, (T, d) or (B, T, d); None for none.
+        mask: A value per token, (B, T), that is 0 where it is hidden; None for none.
+        hides: Whether nothing of a hidden token counts.
+    """
     rows = text.detach().to(torch.promote_types(text.dtype, torch.float32))
     if mask is not None:
         shown = mask[:, : text.shape[1], None].to(rows.dtype)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from gen_turbo.method import Grid
+from gen_turbo.models.conditions import Region, Text
 
 
 @dataclass(frozen=True)
@@ -84,43 +85,6 @@ SELF_ATTENTION = LayerSignature(none=("encoder_hidden_states", "attention_mask")
 
 
 @dataclass(frozen=True)
-class TextSignature:
-    """Where a model is given the text that shares attention with the image.
-
-    Attributes:
-        embedding: The argument that holds it, (B, T, C).
-        positions: An argument of its positions, (T, d), of which rows are taken; empty where it has none.
-        mask: An argument with a value per text token, (B, T), or per text token and then others; empty for none.
-        hides: Whether the model never reads a token whose mask is zero.
-        num_before: Tokens that the model puts before the text.
-    """
-
-    embedding: str = "encoder_hidden_states"
-    positions: str = ""
-    mask: str = ""
-    hides: bool = False
-    num_before: int = 0
-
-
-@dataclass(frozen=True)
-class MaskedText:
-    """Text and other conditions of which no layer reads what a mask hides: they cannot be merged, but cut.
-
-    Attributes:
-        masks: For each argument of such tokens, (B, T, C), the one of their mask, (B, T); empty where the model hides
-            all of them if all are zero, and else none.
-        why: Why they cannot be merged.
-    """
-
-    masks: Mapping[str, str]
-    why: str
-
-
-Text = TextSignature | MaskedText | str
-"""Where a model is given text that can be merged or cut, or why there is none."""
-
-
-@dataclass(frozen=True)
 class LayerSpec:
     """One layer of a model.
 
@@ -176,23 +140,6 @@ class ModelCall(NamedTuple):
     sample: Tensor
     timestep: Any
     condition: Tensor | None
-
-
-class Region(NamedTuple):
-    """Tokens that follow each other and belong to one image or video.
-
-    Attributes:
-        num_frames: Frames of a video, each a grid; 1 for an image.
-        grid: (height, width) of a frame in tokens.
-    """
-
-    num_frames: int
-    grid: Grid
-
-    @property
-    def num_tokens(self) -> int:
-        """All of them."""
-        return self.num_frames * self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)

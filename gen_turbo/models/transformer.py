@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.models.adapter import (
-    Geometry,
-    LayerSignature,
-    LayerSpec,
-    ModelCall,
-    Region,
-    Text,
-    Unit,
-    units_of,
-)
+from gen_turbo.models.adapter import Geometry, LayerSignature, LayerSpec, ModelCall, Unit, units_of
+from gen_turbo.models.conditions import Region, Text
 from gen_turbo.models.inputs import num_images, time_of
 from gen_turbo.tokens.score import attention_column_mean
 

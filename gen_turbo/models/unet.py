@@ -10,7 +10,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from gen_turbo.models.adapter import Geometry, LayerSignature, LayerSpec, ModelCall, Text, Unit, units_of
+from gen_turbo.models.adapter import Geometry, LayerSignature, LayerSpec, ModelCall, Unit, units_of
+from gen_turbo.models.conditions import Text
 from gen_turbo.models.cuts import unet_cuts
 from gen_turbo.models.inputs import num_images, time_of
 from gen_turbo.tokens.score import attention_column_mean, text_attention

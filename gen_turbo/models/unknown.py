@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_turbo.models.adapter import Geometry, LayerSpec, ModelCall, Text, Unit, units_of
+from gen_turbo.models.adapter import Geometry, LayerSpec, ModelCall, Unit, units_of
+from gen_turbo.models.conditions import Text
 from gen_turbo.models.inputs import time_of
 
 _SAMPLES = ("hidden_states", "sample", "x", "latents", "latent_model_input")

@@ -48,6 +48,7 @@ WHOLE = [
     ("wan", "copied"),
     ("flux2", "residual"),
     ("kandinsky5", "residual"),
+    ("skyreels-v2-forcing", "copied"),
 ]
 IN_OPERATORS = [
     ("unet", "block copied"),
@@ -70,7 +71,7 @@ BLOCKS = [
     ("sd15", "levels copied"),
     ("flux2", "block copied"),
     ("aura-flow", "block copied"),
-    ("qwen-image-2.1", "residual"),
+    ("qwen-image-2.1", "weighed"),
     ("hunyuan-video-1.5", "block copied"),
     ("kandinsky5", "block"),
     ("ltx2", "block copied"),

@@ -12,7 +12,7 @@ from stated import TurboProcessor
 
 from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine.text import merge_text
-from gen_turbo.models.adapter import TextSignature
+from gen_turbo.models.conditions import TextSignature
 from tests import tiny_transformers
 from tests.engine.families import Keys, family, relative
 from tests.snapshots import differences, model_state

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gen_turbo.models.adapter import Adapter, LayerSignature, Region, TextSignature, TokenArg
+from gen_turbo.models.adapter import Adapter, LayerSignature, TokenArg
+from gen_turbo.models.conditions import Region, TextSignature
 from gen_turbo.models.families.common import ROTARY_WITH_TEXT, SELF, block, thousandths
 from gen_turbo.models.transformer import Regions, TransformerAdapter, text_length
 

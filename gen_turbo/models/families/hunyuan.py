@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gen_turbo.models.adapter import Adapter, LayerSignature, MaskedText, TextSignature, TokenArg
+from gen_turbo.models.adapter import Adapter, LayerSignature, TokenArg
+from gen_turbo.models.conditions import MaskedText, TextSignature
 from gen_turbo.models.families.common import ROTARY, block, lengths
 from gen_turbo.models.transformer import TransformerAdapter, text_length
 

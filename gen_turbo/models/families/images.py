@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_turbo.models.adapter import (
-    SELF_ATTENTION,
-    TEXT,
-    Adapter,
-    LayerSignature,
-    ModelCall,
-    Region,
-    TextSignature,
-    TokenArg,
-)
+from gen_turbo.models.adapter import SELF_ATTENTION, TEXT, Adapter, LayerSignature, ModelCall, TokenArg
+from gen_turbo.models.conditions import Region, TextSignature
 from gen_turbo.models.families.common import (
     POSITIONS_INSIDE,
     ROTARY,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gen_turbo.models.adapter import Adapter, LayerSignature, TextSignature, TokenArg
+from gen_turbo.models.adapter import Adapter, LayerSignature, TokenArg
+from gen_turbo.models.conditions import TextSignature
 from gen_turbo.models.families.common import ROTARY, SELF, block
 from gen_turbo.models.transformer import TransformerAdapter, patches_of, sizes_given, text_length
 
