@@ -11,6 +11,7 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanImageTransformer2DModel,
+    Krea2Transformer2DModel,
     Lumina2Transformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
@@ -24,7 +25,17 @@ from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVC
 from torch import nn
 
 from tests.tiny_family import HEADS, NUM_TEXT, Family, frames, patched, random, rising, rotary, text, thousandth
-from tests.tiny_flux import chroma, chroma_inputs, flux, flux2, flux2_inputs, flux_inputs, longcat, longcat_inputs
+from tests.tiny_flux import (
+    chroma,
+    chroma_inputs,
+    flux,
+    flux2,
+    flux2_inputs,
+    flux_inputs,
+    image_positions,
+    longcat,
+    longcat_inputs,
+)
 
 
 def pixart(**settings: object) -> nn.Module:
@@ -172,6 +183,29 @@ def hidream_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
     }
 
 
+def krea() -> nn.Module:
+    """Krea 2: keys that two heads share, text of two layers of an encoder; its tables begin as zeros."""
+    heads = HEADS | {"num_key_value_heads": 1, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
+    widths = {"in_channels": 8, "intermediate_size": 32, "text_hidden_dim": 32, "text_intermediate_size": 32}
+    stages = {"num_layers": 2, "num_text_layers": 2, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
+    model = Krea2Transformer2DModel(**heads, **widths, **stages, timestep_embed_dim=16, axes_dims_rope=(4, 4, 8))
+    for name, parameter in model.named_parameters():
+        if name.endswith("scale_shift_table"):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def krea_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Text of which the last row has less, and positions of text and image."""
+    mask = torch.ones(batch, NUM_TEXT).bool()
+    mask[-1, -1] = False
+    return {
+        "encoder_hidden_states": random(batch, NUM_TEXT, 2, 32),
+        "encoder_attention_mask": mask,
+        "position_ids": torch.cat([torch.zeros(NUM_TEXT, 3), image_positions(*grid)]),
+    }
+
+
 def kandinsky() -> nn.Module:
     """The UNet of Kandinsky 2.2: attention on maps, with keys of the text before its own."""
     return UNet2DConditionModel(
@@ -245,6 +279,7 @@ IMAGES: dict[str, Family] = {
     "hidream": Family(
         hidream, hidream_inputs, patched(), lambda time, batch: {"timesteps": torch.full((batch,), float(time))}
     ),
+    "krea2": Family(krea, krea_inputs, lambda g: (g[0] * g[1], 8), thousandth),
     "qwen-image": Family(
         qwen,
         lambda b, g: {

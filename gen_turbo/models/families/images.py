@@ -166,4 +166,37 @@ HIDREAM = TransformerAdapter(
     ends_span=lambda model, name: True,
 )
 
-ADAPTERS: tuple[Adapter, ...] = (PIXART, HUNYUAN_DIT, SD3, AURA_FLOW, COGVIEW, LUMINA2, Z_IMAGE, HIDREAM)
+
+def _krea_grid(model: Any, arguments: Mapping[str, Any]) -> Regions:
+    """Rows and columns by the positions, which the text's come before."""
+    places = arguments["position_ids"][text_length(model, arguments) :, 1:]
+    height, width = (int(size) + 1 for size in (places.amax(0) - places.amin(0)).tolist())
+    return (Region(1, (height, width)),) if height * width == len(places) else ()
+
+
+def _krea_counts(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Its text is the states of several layers, (B, T, layers, C), until they are one."""
+    num_text, num_layers, width = arguments["encoder_hidden_states"].shape[1:]
+    return {"text_fusion.layerwise": num_text * num_layers, "text_fusion.projector": num_text * width}
+
+
+_KREA_ARGS = (
+    TokenArg("image_rotary_emb", has_text_before=True),
+    TokenArg("attention_mask", axis=3, has_batch=True, has_text_before=True),
+)
+KREA2 = TransformerAdapter(
+    ("Krea2Transformer2DModel",),
+    {
+        "transformer_blocks.*.attn": LayerSignature(
+            has_text_before=True, keys_before=True, none=(), token_args=_KREA_ARGS
+        )
+    },
+    {"transformer_blocks.*": block(has_text_before=True, none=(), token_args=_KREA_ARGS)},
+    to_time=thousandths,
+    regions=_krea_grid,
+    num_text=text_length,
+    counts=_krea_counts,
+    text="its text and image share one table of positions",
+)
+
+ADAPTERS: tuple[Adapter, ...] = (PIXART, HUNYUAN_DIT, SD3, AURA_FLOW, COGVIEW, LUMINA2, Z_IMAGE, HIDREAM, KREA2)
