@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
+    BriaTransformer2DModel,
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -60,6 +61,12 @@ def longcat_inputs(batch: int, grid: tuple[int, int], number: int = 1, start: in
     """Positions of the image behind those of the text."""
     words = torch.arange(NUM_TEXT)[:, None] * torch.tensor([0.0, 1.0, 1.0])
     return {**text(batch), "img_ids": image_positions(*grid, number, start), "txt_ids": words}
+
+
+def bria() -> nn.Module:
+    """Bria 3.2, which is told thousandths of the time and no pooled text."""
+    widths = {"in_channels": 8, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)}
+    return BriaTransformer2DModel(**HEADS, num_layers=1, num_single_layers=2, **widths)
 
 
 def chroma() -> nn.Module:

@@ -26,6 +26,7 @@ from torch import nn
 
 from tests.tiny_family import HEADS, NUM_TEXT, Family, frames, patched, random, rising, rotary, text, thousandth
 from tests.tiny_flux import (
+    bria,
     chroma,
     chroma_inputs,
     flux,
@@ -256,6 +257,7 @@ IMAGES: dict[str, Family] = {
         lambda g: (g[0] * g[1], 8),
         thousandth,
     ),
+    "bria": Family(bria, lambda b, g: longcat_inputs(b, g, 0, 0), lambda g: (g[0] * g[1], 8)),
     "lumina2": Family(
         lumina, lambda b, g: {**text(b), "encoder_attention_mask": torch.ones(b, NUM_TEXT).long()}, patched(), rising
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ FLUX = TransformerAdapter(
     text=TextSignature(positions="txt_ids"),
     positions=_POSITIONS,
 )
+BRIA = replace(FLUX, models=("BriaTransformer2DModel",), to_time=float, has_references=False)
 FLUX2 = TransformerAdapter(
     ("Flux2Transformer2DModel",),
     {
@@ -112,4 +114,4 @@ CHROMA = TransformerAdapter(
     positions=_POSITIONS,
 )
 
-ADAPTERS: tuple[Adapter, ...] = (FLUX, FLUX2, CHROMA)
+ADAPTERS: tuple[Adapter, ...] = (FLUX, BRIA, FLUX2, CHROMA)
