@@ -165,10 +165,10 @@ def test_words_stay_apart():
 
 def test_it_is_made_once_per_prompt(monkeypatch):
     """Catches matching the text anew in every step."""
-    from gen_turbo.engine import root
+    from gen_turbo.engine import prefix
 
     made = []
-    monkeypatch.setattr(root, "merge_text", lambda *args: made.append(1) or merge_text(*args))
+    monkeypatch.setattr(prefix, "merge_text", lambda *args: made.append(1) or merge_text(*args))
     model = tiny_transformers.build("sd3")
     with attach(model, IdentityProcessor(text_ratio=0.5)):
         _run("sd3", model, _padded("sd3", 1, True), 1)
