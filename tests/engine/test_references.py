@@ -125,6 +125,19 @@ def test_every_region_has_a_grid_and_a_map_of_its_own(name, scope):
     assert torch.equal(region[base.anchor_BM], by_slot.expand_as(base.anchor_BM))
 
 
+@pytest.mark.parametrize("places", [((0, 0), (0, 0)), ((0, 8), (6, 8)), ((8, 0), (0, 8))])
+@pytest.mark.parametrize("grids", [((7, 9), (5, 11), (3, 13)), ((5, 5), (5, 5), (5, 5)), ((8, 8), (1, 18), (6, 1))])
+def test_references_of_one_number_are_images_of_their_own(grids, places):
+    """Catches two references of FLUX.1 Kontext taken for one, wherever their rows begin, or for frames of a video."""
+    from gen_turbo.models.families.flux import FLUX
+
+    parts = [image_positions(*grids[0])]
+    for grid, place in zip(grids[1:], places, strict=True):
+        parts.append(image_positions(*grid, 1) + torch.tensor([0.0, *place]))
+    geometry = FLUX.geometry(build("flux"), inputs_of("flux") | {"img_ids": torch.cat(parts), "timestep": 1})
+    assert [(region.num_frames, region.grid) for region in geometry.regions] == [(1, grid) for grid in grids]
+
+
 def test_references_are_planned_for_once_a_run():
     """Catches a map of what does not change that is made anew in every step, and one that outlives its run."""
     model, inputs = model_of("flux2"), inputs_of("flux2")

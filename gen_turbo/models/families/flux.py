@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,22 +21,25 @@ _POSITIONS = {"pos_embed": ("img_ids", "txt_ids")}
 
 
 def _image_ids(model: Any, arguments: Mapping[str, Any]) -> Regions:
-    """One region for each run of a number in the first column of the positions, its rows and columns by the others.
+    """One region for each image: rows of one length below each other, of one number in the first column.
 
-    References have another number than the target, as those of FLUX.1 Kontext, FLUX.2 and LongCat-Image-Edit.
+    References have another number than the target, as those of FLUX.1 Kontext, FLUX.2 and LongCat-Image-Edit, or one of
+    their own each.
     """
     ids = arguments["img_ids"]
-    ids = (ids[0] if ids.ndim == 3 else ids)[:, :3]
-    number = ids[:, 0].contiguous()
-    lengths = torch.unique_consecutive(number, return_counts=True)[1].tolist()
-    regions = []
-    for part in ids[:, 1:].split(lengths):
-        height, width = (int(size) + 1 for size in (part.amax(0) - part.amin(0)).tolist())
-        num_frames, rest = divmod(len(part), height * width)
-        if rest:
-            return ()
-        regions.append(Region(num_frames, (height, width)))
-    return tuple(regions)
+    ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].round().int().cpu()
+    step = torch.diff(ids, dim=0)
+    begins = (step.ne(torch.tensor([0, 0, 1])).any(1).nonzero()[:, 0] + 1).tolist()
+    lines = [(*ids[first].tolist(), last - first) for first, last in pairwise([0, *begins, len(ids)])]
+    regions: list[Region] = []
+    for before, (number, row, column, width) in zip([None, *lines], lines, strict=False):
+        if before == (number, row - 1, column, width):
+            regions[-1] = Region(1, (regions[-1].grid[0] + 1, width))
+        else:
+            regions.append(Region(1, (1, width)))
+    # A target of lines that do not fit together has no grid.
+    num_target = int((ids[:, 0] == ids[0, 0]).sum())
+    return tuple(regions) if regions[0].num_tokens == num_target else ()
 
 
 def _keeps_references(arguments: Mapping[str, Any]) -> str:
