@@ -225,12 +225,12 @@ class TokenMap:
         """Gives slot or anchor as rows of the flattened (b * M) or (b * N) matrix."""
         if (name, repeats) not in self._flat_cache:
             index, stride = (self.slot_BN, self.num_slots) if name == "slot" else (self.anchor_BM, self.num_tokens)
-            self._flat_cache[name, repeats] = flat_rows(index.repeat(repeats, 1), stride)
+            self._flat_cache[name, repeats] = flat_rows(index if repeats == 1 else index.repeat(repeats, 1), stride)
         return self._flat_cache[name, repeats]
 
     def _bags(self, repeats: int, dtype: torch.dtype) -> Bags:
         if (repeats, dtype) not in self._bag_cache:
-            sizes = self.sizes().repeat(repeats, 1).reshape(-1)
+            sizes = (self.sizes() if repeats == 1 else self.sizes().repeat(repeats, 1)).reshape(-1)
             self._bag_cache[repeats, dtype] = sorted_bags(self._flat("slot", repeats), sizes, dtype)
         return self._bag_cache[repeats, dtype]
 

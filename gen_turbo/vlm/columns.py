@@ -34,13 +34,17 @@ class Columns:
     def of_kept(cls, keep_BN: Tensor) -> Columns:
         """Makes the columns marked True, in order."""
         counts = keep_BN.sum(1)
-        length, least = int(counts.max()), int(counts.min())
+        numbers = counts.tolist()
+        length, least = max(numbers), min(numbers)
         # A stable sort of "is dropped" lists the kept columns first, in order.
         order_BN = (~keep_BN).to(torch.uint8).argsort(dim=1, stable=True)
+        if length == least:
+            index_BM = order_BN[:, :length]
+            return cls(index_BM, torch.ones_like(index_BM, dtype=torch.bool), keep_BN.shape[1], False)
         place_BM = torch.arange(length, device=keep_BN.device)[None] - (length - counts)[:, None]
         valid_BM = place_BM >= 0
         index_BM = order_BN.gather(1, place_BM.clamp(min=0)) * valid_BM
-        return cls(index_BM, valid_BM, keep_BN.shape[1], least < length)
+        return cls(index_BM, valid_BM, keep_BN.shape[1], True)
 
     @classmethod
     def all_of(cls, batch: int, num_columns: int, device: torch.device | str | None = None) -> Columns:
@@ -65,8 +69,8 @@ class Columns:
 
     def beside(self, later: Columns) -> Columns:
         """Puts the columns of a following sequence behind these."""
-        if later.num_columns == 0:
-            return self
+        if 0 in (self.num_columns, later.num_columns):
+            return later if self.num_columns == 0 else self
         return Columns(
             torch.cat([self.index_BM, later.index_BM + self.num_columns], 1),
             torch.cat([self.valid_BM, later.valid_BM], 1),
@@ -107,17 +111,18 @@ class Columns:
 
     def spread(self, y: Tensor) -> Tensor:
         """Gives (B, M, *rest) back its N columns: one that is missing copies the nearest kept one before it."""
-        batch = len(self.index_BM)
-        keep_BN = torch.zeros(batch, self.num_columns + 1, dtype=torch.int64, device=y.device)
+        keep_BN = torch.zeros(len(self.index_BM), self.num_columns + 1, dtype=torch.int64, device=y.device)
         # Padding writes to a spare column behind all others.
-        keep_BN.scatter_(1, self.index_BM.masked_fill(~self.valid_BM, self.num_columns), 1)
-        padding = self.num_kept - self.valid_BM.sum(1, keepdim=True)
-        place_BN = (keep_BN[:, :-1].cumsum(1) - 1).clamp(min=0) + padding
+        index = self.index_BM.masked_fill(~self.valid_BM, self.num_columns) if self.is_ragged else self.index_BM
+        place_BN = (keep_BN.scatter_(1, index, 1)[:, :-1].cumsum(1) - 1).clamp(min=0)
+        if self.is_ragged:
+            place_BN = place_BN + (self.num_kept - self.valid_BM.sum(1, keepdim=True))
         return y.gather(1, place_BN.view(*place_BN.shape, *[1] * (y.ndim - 2)).expand(-1, -1, *y.shape[2:]))
 
     def mask(self, mask_BN: Tensor) -> Tensor:
         """Takes the kept columns of a mask (B, N) that is true, or 1, for real tokens; padding becomes 0."""
-        return self.take(mask_BN, 1) * self.valid_BM.to(mask_BN.dtype)
+        taken = self.take(mask_BN, 1)
+        return taken * self.valid_BM.to(mask_BN.dtype) if self.is_ragged else taken
 
     def keys(self, mask: Tensor) -> Tensor:
         """Takes the kept keys of an attention mask (b, heads, queries, N); padding is hidden from every query.

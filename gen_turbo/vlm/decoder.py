@@ -116,7 +116,7 @@ class Cut(Stage):
         def planner(tokens: Tensor, group: Group) -> TokenMap:
             def semantic(kind: str) -> Tensor | None:
                 value = paid(kind)
-                return None if value is None else value[images.is_image_BL][images.index(group)]
+                return None if value is None else images.tokens(value, group)
 
             return self._planner(first, tokens, group, semantic)
 
@@ -214,14 +214,17 @@ def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer")
     """Says before anything is changed why tokens cannot leave at a layer, which the user gave as `setting`.
 
     Raises:
-        ValueError: If the layer is none of the model's, has a sliding window, or comes before later image features.
+        ValueError: If the layer is none of the model's, has a sliding window, comes before later image features, or
+            may be recurrent.
     """
     name = type(model).__name__
     if not first < config.num_hidden_layers:
         raise ValueError(f"{setting}={first} is not one of the {config.num_hidden_layers} layers of {name}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        advice = "; use place='pre_llm'" if setting == "layer" else ""
+    kinds, advice = getattr(config, "layer_types", None) or (), "; use place='pre_llm'" if setting == "layer" else ""
+    if "sliding_attention" in kinds:
         raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut{advice}")
+    if "linear_attention" in kinds:
+        raise ValueError(f"{name} has recurrent layers, whose state has read the tokens that a cut removes{advice}")
     stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if first < stacked:
         raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use {setting}={stacked} or later")

@@ -199,7 +199,7 @@ class Gate(Stage):
         if is_static and here is None:
             seen, total = 0, known
         else:
-            seen = int(cache.get_seq_length()) if cache is not None else 0
+            seen = call.held + cache.num_dropped if call.held else 0
             before = known.grown(seen) if known is not None else Columns.all_of(batch, seen, embeds.device)
             total = before.beside(here) if here is not None else before.grown(seen + length)
         assert total is not None

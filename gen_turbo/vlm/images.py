@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
@@ -158,6 +159,11 @@ class Images:
     num_columns: int = 0
     _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def columns(self) -> Tensor:
+        """The places of all image tokens in the columns of all rows behind each other, in order."""
+        return self.is_image_BL.flatten().nonzero()[:, 0]
+
     def groups(self) -> list[Group]:
         """The images by size, frames of videos apart."""
         found: dict[tuple[Any, ...], list[int]] = {}
@@ -176,14 +182,28 @@ class Images:
         before = self.wholes or self.lengths, self.num_columns or self.is_image_BL.numel()
         return Images(here.mask(self.is_image_BL), lengths, grids, self.origins, self.seen, *before)
 
-    def index(self, group: Group) -> Tensor:
-        """Places of a group's tokens among all image tokens: (K, n)."""
+    def places(self, group: Group) -> Tensor:
+        """The places of a group's tokens in the columns of all rows behind each other: (K, n)."""
         images = tuple(group.images)
         if images not in self._places:
-            starts = [0, *accumulate(self.lengths)]
-            first = torch.tensor([starts[image] for image in images], device=self.is_image_BL.device)
-            self._places[images] = first[:, None] + torch.arange(group.length, device=first.device)
+            if images == tuple(range(len(self.lengths))):
+                self._places[images] = self.columns.view(-1, group.length)
+            else:
+                starts = [0, *accumulate(self.lengths)]
+                first = torch.tensor([starts[image] for image in images], device=self.is_image_BL.device)
+                offset = torch.arange(group.length, device=first.device)
+                self._places[images] = self.columns[first[:, None] + offset]
         return self._places[images]
+
+    def anchors(self, group: Group, plan: TokenMap) -> Tensor:
+        """The places of the tokens of a group that stay, one row behind the other."""
+        places = self.places(group)
+        return places.gather(1, plan.anchor_BM.expand(len(places), -1)).flatten()
+
+    def tokens(self, x: Tensor, group: Group) -> Tensor:
+        """A group's tokens (K, n, *rest) out of columns (B, L, *rest)."""
+        places = self.places(group)
+        return x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
 
 
 def seen_images(is_image_BL: Tensor, features: list[Tensor], seen: Seen) -> Images:
@@ -192,12 +212,13 @@ def seen_images(is_image_BL: Tensor, features: list[Tensor], seen: Seen) -> Imag
     Raises:
         ValueError: If there are not as many placeholders as features.
     """
-    lengths, count = [len(one) for one in features], int(is_image_BL.sum())
-    origins = seen.find(features)
+    lengths, origins = [len(one) for one in features], seen.find(features)
+    grids = [None if origin is None else seen.grids[origin] for origin in origins]
+    images = Images(is_image_BL, lengths, grids, origins, seen)
+    count = len(images.columns)
     if count != sum(lengths):
         raise ValueError(
             f"{count} image placeholders for {sum(lengths)} image features; pass every image of the prompt, and only "
             "those"
         )
-    grids = [None if origin is None else seen.grids[origin] for origin in origins]
-    return Images(is_image_BL, lengths, grids, origins, seen)
+    return images

@@ -52,7 +52,7 @@ class Choice:
         found = self._calls.now.scores
         assert found is not None
         scores, images = found
-        return keep_highest(scores.token_BL[images.is_image_BL][images.index(group)], group.length - leaving)
+        return keep_highest(images.tokens(scores.token_BL, group), group.length - leaving)
 
     def route(self) -> Route | None:
         """Which rows run which layers; None in calls that bring no image."""

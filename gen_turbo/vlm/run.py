@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from gen_turbo.method import TokenReducer
@@ -67,12 +66,12 @@ class Reduction:
         """Puts the mean of each slot at its anchor, or keeps anchors as they are; no column is removed yet."""
         if not is_merged:
             return x_BLC
-        is_image = self.images.is_image_BL
-        tokens = x_BLC[is_image]
+        rows = x_BLC.flatten(0, 1).clone()
         for group, plan in self.plans:
-            index = self.images.index(group)
-            tokens = tokens.index_put((index.gather(1, _rows(plan.anchor_BM, index)),), plan.merge(tokens[index]))
-        merged = x_BLC.masked_scatter(is_image[..., None], tokens)
+            if not plan.is_identity:
+                slots = plan.merge(self.images.tokens(x_BLC, group))
+                rows.index_copy_(0, self.images.anchors(group, plan), slots.flatten(0, 1))
+        merged = rows.view_as(x_BLC)
         for one in self.words:
             merged[one.row, one.anchors] = one.plan.merge(x_BLC[one.row, one.places][None])[0]
         return merged
@@ -95,22 +94,19 @@ def reduce(images: Images, x_BLC: Tensor, planner: Planner, shared: TokenReducer
         shared: The method whose budget the images of one size share, or that gives each its own; None gives all
             what the method says.
     """
-    tokens = x_BLC[images.is_image_BL]
-    stays = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     plans = []
     for group in images.groups():
         if group.length == 1:
             # Nothing can leave, as of the newline behind a video.
-            plans.append((group, pass_all(tokens, group)))
+            plans.append((group, pass_all(x_BLC, group)))
             continue
-        parts = [group] if shared is None else _shared(group, tokens[images.index(group)], shared)
+        parts = [group] if shared is None else _shared(group, images.tokens(x_BLC, group), shared)
         for part in parts:
-            plans.append((part, planner(tokens[images.index(part)], part)))
-    for group, plan in plans:
-        index = images.index(group)
-        stays[index.gather(1, _rows(plan.anchor_BM, index))] = True
+            plans.append((part, planner(images.tokens(x_BLC, part), part)))
     keep = ~images.is_image_BL
-    return Reduction(images, plans, keep.masked_scatter(images.is_image_BL, stays))
+    for group, plan in plans:
+        keep.view(-1).index_fill_(0, images.anchors(group, plan), True)
+    return Reduction(images, plans, keep)
 
 
 def pass_all(tokens: Tensor, group: Group) -> TokenMap:
@@ -132,8 +128,3 @@ def _shared(group: Group, tokens: Tensor, reducer: TokenReducer) -> list[Group]:
             return [group]
         budgets = [(number, chosen.tolist()) for number, chosen in shared_budgets(tokens, kept)]
     return [group.with_budget(chosen, number) for number, chosen in budgets]
-
-
-def _rows(anchor_BM: Tensor, index: Tensor) -> Tensor:
-    """A plan of one row serves every image."""
-    return anchor_BM.expand(len(index), -1) if len(anchor_BM) == 1 else anchor_BM
