@@ -38,6 +38,7 @@ FAMILIES = (
     ),
     Family(("AyaVisionForConditionalGeneration",), tower=_CLIP, grids=square_grids),
     Family(("Mistral3ForConditionalGeneration",), grids=sized_grids),
+    Family(("Cohere2VisionForConditionalGeneration",), tower=_SIGLIP, grids=square_grids),
     Family(("Gemma3ForConditionalGeneration",), tower=_SIGLIP, grids=square_grids, masks_in_base=True),
     Family(
         ("PaliGemmaForConditionalGeneration",),
@@ -51,10 +52,19 @@ FAMILIES = (
             "Qwen2_5_VLForConditionalGeneration",
             "Qwen3VLForConditionalGeneration",
             "Qwen3VLMoeForConditionalGeneration",
+            "Qwen3_5ForConditionalGeneration",
+            "Qwen3_5MoeForConditionalGeneration",
         ),
         tower=TowerFacts(
             "model.visual",
-            ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision"),
+            (
+                "qwen2_vl_vision",
+                "qwen2_5_vl_vision",
+                "qwen3_vl_vision",
+                "qwen3_vl_moe_vision",
+                "qwen3_5_vision",
+                "qwen3_5_moe_vision",
+            ),
             encoder="",
             blocks="blocks",
             attention="attn",
@@ -64,6 +74,10 @@ FAMILIES = (
         ),
         grids=packed_grids,
         frames=packed_frames,
+    ),
+    Family(
+        ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "Glm46VForConditionalGeneration"),
+        grids=packed_grids,
     ),
     Family(
         ("InternVLForConditionalGeneration",),
@@ -85,6 +99,8 @@ FAMILIES = (
         grids=square_grids,
         pieces=tile_length,
     ),
+    # The tokens of an image are a resampler's, which stand nowhere in it.
+    Family(("Idefics2ForConditionalGeneration",), text="model.text_model", pieces=tile_length),
     Family(
         (
             "BlipForConditionalGeneration",

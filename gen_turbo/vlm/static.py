@@ -97,13 +97,14 @@ def shortened_static(cache: StaticCache) -> ShortenedStaticCache:
     """Makes a static cache one that may hold fewer columns than tokens were seen, in place.
 
     Raises:
-        ValueError: If it has layers with sliding windows, whose places go round.
+        ValueError: If it has layers with sliding windows, whose places go round, or recurrent ones.
     """
-    if any(cache.is_sliding):
-        raise ValueError(
-            "a StaticCache with sliding windows cannot hold a prompt with dropped image tokens; use the default "
-            "DynamicCache (leave out cache_implementation and your own cache), or detach"
-        )
+    for kind, has in (("sliding windows", cache.is_sliding), ("recurrent layers", cache.is_linear)):
+        if any(has):
+            raise ValueError(
+                f"a StaticCache with {kind} cannot hold a prompt with dropped image tokens; use the default "
+                "DynamicCache (leave out cache_implementation and your own cache), or detach"
+            )
     if type(cache) is StaticCache:
         cache.__class__ = ShortenedStaticCache
     shorter: ShortenedStaticCache = cache

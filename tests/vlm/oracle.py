@@ -78,6 +78,7 @@ def run_layers(
             slides = "sliding_attention" in kinds[index : index + 1]
             rotary = text.rotary_emb(hidden, positions, *kinds[index : index + 1 if has_kinds else index])
             seen = mask.masked_fill(is_past, torch.finfo(hidden.dtype).min) if slides else mask
+            seen = None if "linear_attention" in kinds[index : index + 1] else seen
             hidden = text.layers[index](hidden, attention_mask=seen, position_embeddings=rotary, position_ids=None)
         if index < len(deep):
             hidden = hidden + deep[index][None]

@@ -58,6 +58,8 @@ CASES = [
     if cut in (0, *VLMS[family].cuts)
 ]
 PLACES = [(family, cut) for family, vlm in VLMS.items() for cut in (0, 2) if cut in (0, *vlm.cuts)]
+# The stock model gives beams of a row with two images the images of other rows.
+STOCK_MIXES_BEAMS = ("glm4v",)
 # With causal attention, sliding windows, and images whose tokens see each other.
 TURNS = [("llava", 0), ("llava", 2), ("aya", 0), ("gemma3", 0)]
 
@@ -109,7 +111,7 @@ def test_detach_restores_every_object(family, cut):
     assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}
 
 
-@pytest.mark.parametrize(("family", "cut"), PLACES)
+@pytest.mark.parametrize(("family", "cut"), [place for place in PLACES if place[0] not in STOCK_MIXES_BEAMS])
 def test_beams_keep_their_own_prompt(family, cut):
     """Catches features taken for another image's when beams repeat them, and beams reordered without their mask."""
     vlm = VLMS[family]

@@ -45,8 +45,8 @@ def prompt(vlm, rows=ROWS, side="left"):
 
 
 def words_of(model, ids):
-    """Columns of one unpadded prompt that may leave. Qwen's models name 96 to 99, the others 99 alone."""
-    added = 96 if "Qwen" in type(model).__name__ else IMAGE
+    """Columns of one unpadded prompt that may leave. Qwen's models name 96 to 99, GLM's 94 to 99."""
+    added = {"Qwen": 96, "Glm4": 94}.get(type(model).__name__[:4], IMAGE)
     return [at for at in range(1, len(ids) - 1) if int(ids[at]) not in (PAD, 1) and int(ids[at]) < added]
 
 

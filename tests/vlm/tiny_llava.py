@@ -11,6 +11,8 @@ from transformers import (
     AyaVisionForConditionalGeneration,
     CLIPVisionConfig,
     Cohere2Config,
+    Cohere2VisionConfig,
+    Cohere2VisionForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -104,6 +106,18 @@ LLAVAS = {
         grid=(2, 8),
         has_tower=False,
         images=_sized_images(16),
+    ),
+    "cohere2_vision": TinyVlm(
+        maker(
+            Cohere2VisionForConditionalGeneration,
+            Cohere2VisionConfig,
+            vision_config=lambda: SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
+            text_config=lambda: Cohere2Config(**TEXT, sliding_window=9, sliding_window_pattern=2),
+            image_token_id=IMAGE,
+            alignment_intermediate_size=64,
+        ),
+        cuts=(),
+        images=wide_images,
     ),
     "aya": TinyVlm(
         maker(

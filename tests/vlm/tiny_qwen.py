@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -50,6 +56,19 @@ def _types(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (ids == IMAGE).int()}
 
 
+_GLM_VISION = {
+    "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "image_size": 64,
+    "patch_size": 8, "in_channels": 3,
+}  # fmt: skip
+_RECURRENT = {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
+}  # fmt: skip
+_RECURRENT_VISION = {
+    "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "num_position_embeddings": 64,
+}  # fmt: skip
 _QWEN = {"images": _qwen_images, "extra": _types}
 QWENS = {
     "qwen2": TinyVlm(
@@ -83,6 +102,32 @@ QWENS = {
              "num_position_embeddings": 64, "deepstack_visual_indexes": _DEEP},
             head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
         ),
+        **_QWEN,
+    ),
+    "glm4v": TinyVlm(
+        maker(
+            Glm4vForConditionalGeneration,
+            Glm4vConfig,
+            vision_config=lambda: dict(_GLM_VISION),
+            text_config=lambda: {**TEXT, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
+            image_token_id=IMAGE, video_token_id=98, image_start_token_id=97, image_end_token_id=96,
+            video_start_token_id=95, video_end_token_id=94,
+        ),
+        has_tower=False,
+        **_QWEN,
+    ),
+    "qwen3_5": TinyVlm(
+        _qwen(Qwen3_5ForConditionalGeneration, Qwen3_5Config, _RECURRENT_VISION, **_RECURRENT), cuts=(), **_QWEN
+    ),
+    "qwen3_5_moe": TinyVlm(
+        _qwen(
+            Qwen3_5MoeForConditionalGeneration,
+            Qwen3_5MoeConfig,
+            _RECURRENT_VISION,
+            **_RECURRENT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        ),
+        cuts=(),
         **_QWEN,
     ),
 }  # fmt: skip
