@@ -14,7 +14,7 @@ _HEAD = """# What works on which model
 Every cell is the outcome of a check on the real class at a tiny size with random weights, at ratio 0.4; the tests
 compare each with this table, which `python -m tests.engine.coverage` writes. "Layers" are those reduced of the model
 that is checked. "CUDA graphs" is checked on a stand-in for a GPU, three runs in each of the scopes attention, block and
-model.
+model; a GPU itself refuses Kandinsky 5 and LTX-2 too, which copy numbers to it in every call.
 """
 
 
