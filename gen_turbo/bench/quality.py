@@ -82,7 +82,7 @@ def run_settings(bench: str, patterns: Sequence[str], options: argparse.Namespac
             missing.append((number, setting))
     indices = range(part - 1, options.captions, parts)
     if not num_timed:
-        # All settings go on together, so that a run that is stopped leaves as many captions of each.
+        # All settings go on together, so that a run that is stopped keeps as many captions of each.
         for index in tqdm(indices, desc=f"{len(missing)} settings, {studio.steps} steps"):
             for number, setting in missing:
                 _trials(studio, setting, range(index, index + 1), num_timed, number)

@@ -18,7 +18,7 @@ OWN = "PAR"
 _COUNTED = "Counted, not timed"
 _PIPELINE = "tiny-dit"
 _RHYTHM = "-block-k4-w2"
-"""Of all rhythms the one that stands beside what leaves steps out, with its control."""
+"""Of all rhythms the one that stands beside methods that skip steps, with its control."""
 _PATCH = 4
 """Side in pixels of a token of the embedded transformer."""
 

@@ -147,7 +147,7 @@ def _in_prompt(model: nn.Module, family: Family, reducer: TokenReducer, counts: 
         is_merged=placement.combine == "merge" and place != "projector",
         shared=shared,
         words=words,
-        leaves_later=schedule.removes if cuts and may_remove(reducer) else None,
+        removes_later=schedule.removes if cuts and may_remove(reducer) else None,
     )
     gate.listeners.append(decoder.note)
     stages: list[Stage | None] = [videos, tower, sight, words, gate]

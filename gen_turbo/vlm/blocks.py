@@ -117,7 +117,7 @@ class TowerStage(Stage, Generic[P]):
 
     @abstractmethod
     def _plan(self, now: P, index: int) -> Merging | None:
-        """Plans one block's merge; None where nothing leaves."""
+        """Plans one block's merge; None where nothing is removed."""
 
     @abstractmethod
     def _plans(self, now: P) -> list[TokenMap]:

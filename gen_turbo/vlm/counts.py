@@ -70,7 +70,7 @@ class Counts:
 
 
 class DecoderCounts:
-    """Counts what leaves before decoder layers: one row for the layers from each place on.
+    """Counts what is removed before decoder layers: one row for the layers from each place on.
 
     Args:
         counts: Receives the rows.

@@ -33,7 +33,7 @@ class Cut(Stage):
     """The decoder layers behind the first of one or more cuts.
 
     Attributes:
-        listeners: Receive what leaves at every cut.
+        listeners: Receive what is removed at every cut.
 
     Args:
         text: The language model.

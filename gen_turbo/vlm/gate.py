@@ -46,7 +46,7 @@ class Gate(Stage):
     """Before the language model: what begins and ends a call, and lets fewer image tokens in.
 
     Attributes:
-        listeners: Receive what leaves of every prompt with images.
+        listeners: Receive what is removed of every prompt with images.
 
     Args:
         base: The base model.
@@ -59,7 +59,7 @@ class Gate(Stage):
         is_merged: Whether slots of image tokens and of words are averaged, or only their anchors stay.
         shared: The method whose budget images share, or that gives each its own; None where all have one.
         words: Chooses words that leave with the image tokens of a prompt; None lets all of them pass.
-        leaves_later: Whether some of so many image tokens leave inside the language model.
+        removes_later: Whether some of so many image tokens are removed inside the language model.
         on_prompt: Receives the images, embeddings and mask of a call that brings images, before they are planned.
     """
 
@@ -76,14 +76,14 @@ class Gate(Stage):
         is_merged: bool = False,
         shared: TokenReducer | None = None,
         words: Words | None = None,
-        leaves_later: Callable[[int], bool] | None = None,
+        removes_later: Callable[[int], bool] | None = None,
         on_prompt: Callable[[Images, Tensor, Any], None] | None = None,
     ) -> None:
         self.listeners: list[Listener] = []
         self._base, self._text, self._family, self._calls = base, text, family, calls
         self._sight, self._videos, self._words = sight, videos, words
         self._planner, self._is_merged, self._shared = planner, is_merged, shared
-        self._leaves_later, self._on_prompt = leaves_later, on_prompt
+        self._removes_later, self._on_prompt = removes_later, on_prompt
         self._arguments = list(inspect.signature(base.forward).parameters)
 
     def place(self, model: nn.Module) -> Iterator[Handle]:
@@ -144,7 +144,7 @@ class Gate(Stage):
         call.length = embeds.shape[1]
         call.images = images = self._images(call, embeds)
         is_shortened = isinstance(cache, SHORTENED) and cache.columns is not None
-        if images is not None and self._leaves_later is not None and any(map(self._leaves_later, images.lengths)):
+        if images is not None and self._removes_later is not None and any(map(self._removes_later, images.lengths)):
             refuse_static(cache)
         reduction = None if images is None else self._reduction(call, images, embeds, mask)
         if reduction is not None or is_shortened:

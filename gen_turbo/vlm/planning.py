@@ -94,7 +94,7 @@ class Schedule:
 
 
 def plan_copies(tokens_BNC: Tensor, group: Group) -> TokenMap:
-    """The plan by which the tower made tokens equal; nothing leaves where features are no longer patches."""
+    """The plan by which the tower made tokens equal; nothing is removed where features are no longer patches."""
     plans = group.plans()
     if not plans:
         return TokenMap.identity(1, group.length, tokens_BNC.device)

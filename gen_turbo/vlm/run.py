@@ -1,4 +1,4 @@
-"""What leaves a prompt: plans for the images of one call, and for words, and what follows from them."""
+"""What is removed from a prompt: plans for the images of one call, and for words, and what follows from them."""
 
 from __future__ import annotations
 

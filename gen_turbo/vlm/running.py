@@ -30,7 +30,7 @@ class Running:
         images: The image tokens among the columns that run now; None where there are none.
         held: Columns that the first layer's cache held when the call began.
         length: M.
-        real_BM: The mask by which one tells padding among the columns held and those that reach the first layer; None
+        real_BM: The mask by which padding is known among the columns held and those that reach the first layer; None
             if there is none.
         here: Which of the L columns reach the first layer; None if all do.
         total: Which of the tokens seen so far the first layer holds once the call has run; None if all.

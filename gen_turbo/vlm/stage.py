@@ -23,7 +23,7 @@ class Stage(ABC):
     """One thing that is done to a model, with settings of its own.
 
     Attributes:
-        is_idle: Whether nothing is ever removed. Compiled code then leaves the stage out, so that one graph holds the
+        is_idle: Whether nothing is ever removed. Compiled code then has no such stage, so that one graph holds the
             model.
     """
 
