@@ -84,11 +84,15 @@ def test_what_beats_a_preset_is_named(tmp_path):
 
 
 def test_no_candidate_beats_a_preset_that_ships():
-    """Catches presets that were not chosen by the records: one that costs more and is further from stock."""
+    """Catches presets that were not chosen by the records: one that costs more and is further from stock.
+
+    `scope="auto"` takes what is faster on a device, which the count of FLOPs does not know; what beats it there is shown.
+    """
     for run, rows in measured(RECORDS).items():
         shipped = [row for row in rows if row.setting.startswith("preset-")]
         assert {row.setting for row in shipped} == {f"preset-{name}" for name in PRESETS}, run
-        assert all(not better(row, rows) for row in shipped), run
+        stated = [row for row in shipped if row.params["options"]["scope"] != "auto"]
+        assert stated and all(not better(row, rows) for row in stated), run
         costs = [share_of_flops(row) for row in sorted(shipped, key=lambda row: PRESETS.index(row.setting[7:]))]
         assert costs == sorted(costs, reverse=True), run
 
