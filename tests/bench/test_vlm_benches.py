@@ -29,7 +29,7 @@ generate:
   height: 32
   width: 32
   steps: 2
-  processor: {{method: turbo, ratio: 0.5, restore: copy}}
+  processor: {{method: turbo, ratio: 0.5, scope: attention, restore: copy}}
 """
 
 
