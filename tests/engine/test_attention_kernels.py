@@ -14,7 +14,7 @@ from stated import TurboProcessor
 from gen_turbo import IdentityProcessor, attach
 from gen_turbo.engine.attention import AttentionMode
 from gen_turbo.models.adapter import Geometry, ModelCall
-from tests.engine.families import Keys, family, relative
+from tests.engine.families import NAMES, Keys, family, relative
 from tests.snapshots import differences, model_state
 from tests.tiny_transformers import random
 
@@ -62,6 +62,18 @@ def test_a_kernel_that_cannot_run_says_why_and_changes_nothing(backend, words):
     before = model_state(model)
     with pytest.raises(ValueError, match=words):
         attach(model, TurboProcessor(0.4, attention_backend=backend))
+    assert differences(before, model_state(model)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_every_family_refuses_a_kernel_that_is_not_here(name):
+    """Catches a family whose attention drops the name of a kernel, or is left changed by one that cannot run."""
+    model, _ = family(name)
+    before = model_state(model)
+    for backend in ("flash", "_flash_3", "flash_hub", "sage", "sage_hub", "xformers"):
+        with pytest.raises(ValueError, match=f"attention_backend='{backend}' does not run on cpu .*; try 'native'"):
+            attach(model, TurboProcessor(0.4, attention_backend=backend))
     assert differences(before, model_state(model)) == []
 
 
