@@ -86,7 +86,7 @@ def test_what_beats_a_preset_is_named(tmp_path):
 def test_no_candidate_beats_a_preset_that_ships():
     """Catches presets that were not chosen by the records: one that costs more and is further from stock.
 
-    `scope="auto"` takes what is faster on a device, which the count of FLOPs does not know; what beats it there is shown.
+    `scope="auto"` takes what is faster on a device, which counted FLOPs do not know; what beats it is in the table.
     """
     for run, rows in measured(RECORDS).items():
         shipped = [row for row in rows if row.setting.startswith("preset-")]

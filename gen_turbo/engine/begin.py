@@ -36,13 +36,19 @@ class Beginning:
         self.context: Context | None = None
 
     def start(self, layer: ReducedLayer, given: dict[str, Any]) -> None:
-        """Finds the layer's tokens and its map, or says in `layer.state.left_alone` why it runs in full."""
+        """Finds the layer's tokens and its map, or says in `layer.state.left_alone` why it runs in full.
+
+        Raises:
+            ValueError: If references are to be reduced, which this call does not allow.
+        """
         state, context = layer.state, self.context
         assert context is not None
         signature, geometry = layer.spec.signature, context.geometry
         x = given.get(layer.tokens)
         context.release(state)
         if geometry.left_alone:
+            if ratio := self.reducer.reference_ratio:
+                raise ValueError(f"reference_ratio={ratio} has no effect, for {geometry.left_alone}; leave it out")
             self._leave(layer, geometry.left_alone)
             return
         if not isinstance(x, Tensor) or x.ndim != 3:

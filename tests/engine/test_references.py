@@ -179,6 +179,18 @@ def test_cached_references_keep_their_keys(scope):
     assert torch.equal(_denoised(model)[0], stock)
 
 
+def test_cached_references_cannot_be_reduced():
+    """Catches a ratio of references that klein-kv's calls never read."""
+    model = _klein_kv()
+    with (
+        attach(model, TurboProcessor(0.4, scope="attention", warmup_steps=1, reference_ratio=0.6)),
+        pytest.raises(
+            ValueError, match="reference_ratio=0.6 has no effect, for the call keeps the keys of its referen"
+        ),
+    ):
+        _denoised(model)
+
+
 def test_objects_that_calls_hand_on_are_in_no_graph(monkeypatch):
     """Catches a graph, and the references' keys with it, that is kept for the object of every run; also a stale one."""
     stand_in(monkeypatch)
