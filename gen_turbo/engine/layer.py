@@ -177,7 +177,7 @@ class FeatureMapLayer(ReducedLayer):
             y: Tensor = on_maps(**{**given, self.tokens: x.transpose(1, 2)[..., None].contiguous()})
             return y.flatten(2).transpose(1, 2)
 
-        self._on_maps, self.inner = on_maps, on_sequences
+        self._on_maps, self.inner, self.attention = on_maps, on_sequences, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """As every one; its own forward is called by another name."""
