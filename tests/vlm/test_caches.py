@@ -87,7 +87,7 @@ def test_beams_reorder_what_is_quantized(place, monkeypatch):
     with attach(model, SHORT[place]):
         expected = model.generate(**inputs, **beams)
         cache = QuantizedCache(backend="fp8", config=model.config.get_text_config())
-        assert torch.equal(model.generate(**inputs, **beams, past_key_values=cache), expected)
+        assert torch.equal(model.generate(**inputs, **beams, **{CACHE: cache}), expected)
 
 
 class _Stream(contextlib.nullcontext):
