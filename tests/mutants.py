@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.abc
+import importlib.util
+import os
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,3 +147,33 @@ def _other(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     return value + "XX" if isinstance(value, str) else value + 1
+
+
+class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module with a change."""
+
+    def __init__(self, module: str, mutant: Mutant) -> None:
+        self.module, self.mutant = module, mutant
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        self.inner = importlib.util.find_spec(name)
+        return importlib.util.spec_from_file_location(
+            name, self.mutant.file, loader=self, submodule_search_locations=self.inner.submodule_search_locations
+        )
+
+    def create_module(self, spec: Any) -> None:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        exec(compile(self.mutant.tree(), os.path.abspath(self.mutant.file), "exec"), module.__dict__)
+
+
+def codes_of(code: types.CodeType, into: dict[tuple[str, int], types.CodeType]) -> None:
+    """Adds the code of every function inside of a code, by its name and first line."""
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            into[inner.co_qualname, inner.co_firstlineno] = inner
+            codes_of(inner, into)

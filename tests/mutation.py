@@ -15,8 +15,7 @@ import argparse
 import collections
 import functools
 import gc
-import importlib.abc
-import importlib.util
+import importlib
 import json
 import os
 import random
@@ -31,7 +30,7 @@ from typing import Any
 import pytest
 
 sys.path[:0] = [os.getcwd(), "tests"]
-from tests.mutants import Mutant, mutants  # noqa: E402
+from tests.mutants import Changed, Mutant, codes_of, mutants  # noqa: E402
 
 FILES = sorted(map(str, [*Path("gen_turbo/tokens").glob("*.py"), *Path("gen_turbo/methods").glob("*.py")]))
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception",
@@ -152,7 +151,7 @@ class Runs(Quiet):
 
     def imported(self, mutant: Mutant, tests: list[str]) -> int:
         module = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        sys.meta_path.insert(0, _Changed(module, mutant))
+        sys.meta_path.insert(0, Changed(module, mutant))
         order = {test: place for place, test in enumerate(tests)}
         return int(pytest.main([*OPTIONS, "-x", *tests], plugins=[Quiet(), _Ordered(order), Told(self.told)]) != 0)
 
@@ -171,7 +170,7 @@ class Runs(Quiet):
 
     def exchanged(self, session: pytest.Session, mutant: Mutant, chosen: list[pytest.Item]) -> int:
         file, codes = os.path.abspath(mutant.file), {}
-        _codes(compile(mutant.tree(), file, "exec"), codes)
+        codes_of(compile(mutant.tree(), file, "exec"), codes)
         num_exchanged = 0
         for function in self.functions:
             code = codes.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
@@ -245,35 +244,6 @@ class _Ordered:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
-
-
-class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module with a change."""
-
-    def __init__(self, module: str, mutant: Mutant) -> None:
-        self.module, self.mutant = module, mutant
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.module:
-            return None
-        sys.meta_path.remove(self)
-        self.inner = importlib.util.find_spec(name)
-        return importlib.util.spec_from_file_location(
-            name, self.mutant.file, loader=self, submodule_search_locations=self.inner.submodule_search_locations
-        )
-
-    def create_module(self, spec: Any) -> None:
-        return None
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        exec(compile(self.mutant.tree(), os.path.abspath(self.mutant.file), "exec"), module.__dict__)
-
-
-def _codes(code: types.CodeType, into: dict[tuple[str, int], types.CodeType]) -> None:
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            into[inner.co_qualname, inner.co_firstlineno] = inner
-            _codes(inner, into)
 
 
 def table(files: list[Path]) -> None:

@@ -102,40 +102,33 @@ def test_two_threads_on_one_model(name):
         assert max(calls) == 2 * CALLS + 2 * 3
 
 
-@pytest.mark.parametrize("name", ["turbo", "turbo decoder", "par", "turbo words"])
-def test_a_call_inside_a_call(name):
-    """Catches a state that the inner call overwrites, and one that it leaves behind for the outer to go on with."""
+def _nest(name, place, seed):
+    """Calls the model again when a module of it is called; both calls give what each gives alone."""
     vlm = VLMS["llava"]
-    model, (one, _, three) = vlm.make("sdpa"), prompts(vlm, 3)
+    model, (one, _, three) = vlm.make("sdpa"), prompts(vlm, seed)
     with attach(model, PROCESSORS[name]):
         expected, inside = logits(model, three), logits(model, one)
         seen = []
 
-        def inner(layer, args):
+        def inner(module, args):
             handle.remove()
             seen.append(logits(model, one))
 
-        handle = model.model.language_model.layers[0].register_forward_pre_hook(inner)
+        handle = model.get_submodule(place).register_forward_pre_hook(inner)
         assert torch.equal(logits(model, three), expected)
         assert torch.equal(seen[0], inside)
+
+
+@pytest.mark.parametrize("name", ["turbo", "turbo decoder", "par", "turbo words"])
+def test_a_call_inside_a_call(name):
+    """Catches a state that the inner call overwrites, and one that it leaves behind for the outer to go on with."""
+    _nest(name, "model.language_model.layers.0", seed=3)
 
 
 @pytest.mark.parametrize("name", ["turbo tower", "turbo_vit", "vistog_vit", "resize"])
 def test_a_call_inside_the_vision_tower(name):
     """Catches merges, masks and semantic tokens of the image that a hook in the tower has the model read meanwhile."""
-    vlm = VLMS["llava"]
-    model, (one, _, three) = vlm.make("sdpa"), prompts(vlm, 5)
-    with attach(model, PROCESSORS[name]):
-        expected, inside = logits(model, three), logits(model, one)
-        seen = []
-
-        def inner(norm, args):
-            handle.remove()
-            seen.append(logits(model, one))
-
-        handle = model.model.vision_tower.encoder.layers[1].layer_norm1.register_forward_pre_hook(inner)
-        assert torch.equal(logits(model, three), expected)
-        assert torch.equal(seen[0], inside)
+    _nest(name, "model.vision_tower.encoder.layers.1.layer_norm1", seed=5)
 
 
 @torch.no_grad()
