@@ -33,6 +33,12 @@ class LayerInfo:
     grid: Grid | None = None
     semantic: Callable[[str], Tensor | None] | None = None
 
+    def first_semantic(self, *kinds: str) -> Tensor | None:
+        """The semantic value (B, N) of the first of some kinds that there is; None where there is none of them."""
+        if self.semantic is None:
+            return None
+        return next((value for kind in dict.fromkeys(kinds) if (value := self.semantic(kind)) is not None), None)
+
 
 @dataclass(frozen=True)
 class StepInfo:

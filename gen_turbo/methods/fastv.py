@@ -53,7 +53,7 @@ class FastVProcessor(Placement, ReductionProcessor):
         num_tokens = tokens.shape[1]
         if site.ratio == 0:
             return TokenMap.identity(1, num_tokens, tokens.device)
-        score = site.semantic("last") if site.semantic is not None else None
+        score = site.first_semantic("last")
         if score is None:
             raise ValueError("fastv reads the attention of the last token, which only a decoder has; place='decoder'")
         return keep_highest(score, num_tokens - num_removed(num_tokens, site.ratio))

@@ -70,7 +70,7 @@ class PyramidDropProcessor(Staged, ReductionProcessor):
         removed = num_removed(num_tokens, site.ratio)
         if removed == 0:
             return TokenMap.identity(1, num_tokens, tokens.device)
-        score = site.semantic("next") if site.semantic is not None else None
+        score = site.first_semantic("next")
         if score is None:
             raise ValueError("pyramiddrop reads the attention of the last token, which only a decoder has")
         return keep_highest(score, num_tokens - removed)

@@ -76,10 +76,9 @@ class VisionZipProcessor(Placement, ReductionProcessor):
         return TokenMap.from_destinations(destination.scatter(1, stays, own.gather(1, stays)), num_kept)
 
     def _attention(self, site: LayerInfo) -> Tensor:
-        for kind in dict.fromkeys((self.semantic, "self")):
-            attention = site.semantic(kind) if site.semantic is not None else None
-            if attention is not None:
-                return attention
+        attention = site.first_semantic(self.semantic, "self")
+        if attention is not None:
+            return attention
         raise ValueError(
             "visionzip reads the attention of a vision tower whose patches are the tokens here; there is none"
         )

@@ -106,10 +106,9 @@ class VScanProcessor(Staged, ReductionProcessor):
 
     @staticmethod
     def _attention(site: LayerInfo, kinds: tuple[str, ...]) -> Tensor:
-        for kind in kinds:
-            attention = site.semantic(kind) if site.semantic is not None else None
-            if attention is not None:
-                return attention
+        attention = site.first_semantic(*kinds)
+        if attention is not None:
+            return attention
         raise ValueError(
             "vscan reads the attention of a vision tower whose patches are the tokens here, and of a decoder"
         )
