@@ -56,7 +56,8 @@ class Reader:
         model: The model.
         batch: Prompts of a call.
         new_tokens: Tokens that are generated.
-        applied: Applies the setting anew before the clock of each call starts; None where it is applied already.
+        applied: Applies the setting anew, and calls once, before the clock of each call starts, as a user attaches
+            once and calls often; None where it is applied already.
         cache: A static cache, emptied before the clock starts; None for a new dynamic one in each call.
 
     Attributes:
@@ -84,18 +85,22 @@ class Reader:
         with ExitStack() as stack:
             if self._applied is not None:
                 stack.enter_context(self._applied(self._model))
+                self._generate(given)
             before(0)
-            done = self._model.generate(
-                **given,
-                max_new_tokens=self._new_tokens,
-                min_new_tokens=self._new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-            )
+            done = self._generate(given)
             before(1)
         self.cache_bytes = num_bytes(cache_in(done))
         sequences: Tensor = done.sequences
         return sequences
+
+    def _generate(self, given: dict[str, Any]) -> Any:
+        return self._model.generate(
+            **given,
+            max_new_tokens=self._new_tokens,
+            min_new_tokens=self._new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
 
 
 @contextmanager
