@@ -85,11 +85,10 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     if namespace.init_schedule is None:
         _add_routes(pipe, namespace, draw, made, add)
     if namespace.init_schedule is not None or namespace.parts:
-        pipe.scheduler.set_timesteps(config.steps)
         found = (
             _searched(pipe, namespace, draw)
             if namespace.init_schedule is None
-            else _taken_over(pipe, namespace.init_schedule)
+            else _taken_over(pipe, namespace.init_schedule, draw)
         )
         for schedule in found:
             add(_tried(pipe, made((schedule,)), draw, namespace.prompts))
@@ -153,8 +152,14 @@ def _searched(pipe: Any, namespace: argparse.Namespace, draw: _Draw) -> list[Any
     groups = groups_of(model, host, units)
     used = {name: units[name] for names in groups.values() for name in names}
     num_calls = len(pipe.scheduler.timesteps)
-    prices = measure(Probe(model, host, used, groups), draw, num_calls, namespace.prompts, _note)
     whole = _seconds(pipe, model, used, draw, namespace.prompts, None)
+    num_branches, others = divmod(len(whole[WHOLE]), num_calls * namespace.prompts)
+    if others:
+        raise ConfigError(
+            f"{type(model).__name__} is called {len(whole[WHOLE])} times in {namespace.prompts} runs of {num_calls} "
+            "steps, so parts of its calls cannot be told apart by step; use --no-parts"
+        )
+    prices = measure(Probe(model, host, used, groups, num_branches), draw, num_calls, namespace.prompts, _note)
     found = []
     for inner in namespace.inner:
         merging = None if inner == "none" else inner
@@ -169,7 +174,7 @@ def _searched(pipe: Any, namespace: argparse.Namespace, draw: _Draw) -> list[Any
     return [Schedule(times, skips, slopes, inner=merging) for merging, skips in found]
 
 
-def _taken_over(pipe: Any, path: Path) -> list[Any]:
+def _taken_over(pipe: Any, path: Path, draw: _Draw) -> list[Any]:
     """The schedules of a file, carried over to the calls of this run."""
     from gen_turbo.api import denoiser
     from gen_turbo.training.schedule import carried_over, read
@@ -180,6 +185,8 @@ def _taken_over(pipe: Any, path: Path) -> list[Any]:
             f"{path} was made for another {file.model} or scheduler ({file.scheduler}), not this "
             f"{type(model).__name__} and {scheduler}; search without --init-schedule"
         )
+    # The times of some schedulers depend on the size of the image, so the pipeline sets them.
+    draw(0, "latent")
     return [carried_over(schedule, [float(time) for time in pipe.scheduler.timesteps]) for schedule in file.schedules]
 
 
@@ -202,7 +209,6 @@ def _tried(pipe: Any, file: Any, draw: _Draw, count: int) -> Any:
     """Runs stock and a schedule in turn on every prompt, and gives it with its cost and its distance to stock."""
     from gen_turbo.api import attach
     from gen_turbo.methods.par import PARProcessor
-    from gen_turbo.metrics.image import psnr
 
     schedule = file.schedules[0]
     shares, distances = [], []
@@ -211,7 +217,7 @@ def _tried(pipe: Any, file: Any, draw: _Draw, count: int) -> Any:
         with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=file, inner=schedule.inner)):
             own, own_seconds = _drawn(draw, index)
         shares.append(own_seconds / seconds)
-        distances.append(min(_MOST_DB, psnr(image, own)))
+        distances.append(_distance(image, own))
     cost, distance = sum(shares) / len(shares), sum(distances) / len(distances)
     _note(f"inner {schedule.inner}: {cost:.3f} of the time of stock, {distance:.1f} dB")
     return replace(schedule, cost=round(cost, 4), psnr_db=round(distance, 2))
@@ -219,8 +225,9 @@ def _tried(pipe: Any, file: Any, draw: _Draw, count: int) -> Any:
 
 def _pixels(draw: _Draw, index: int) -> Any:
     """The i-th image, or the frames of the i-th video, as numbers from 0 to 1."""
-    result = draw(index, "np")
-    return np.asarray(result.images if hasattr(result, "images") else result.frames)[0]
+    from gen_turbo.training.calibrate_denoiser import content
+
+    return np.asarray(content(draw(index, "np")))[0]
 
 
 def _distance(stock: Any, own: Any) -> float:
@@ -241,11 +248,11 @@ def _drawer(pipe: Any, config: PipelineConfig, prompts: list[str], seed: int) ->
 
 
 def _drawn(draw: _Draw, index: int) -> tuple[Any, float]:
-    """An image and the seconds that it took."""
+    """The pixels of an image or a video and the seconds that it took."""
     from gen_turbo.training.stopwatch import seconds_now
 
     start = seconds_now()
-    image = draw(index, "pil").images[0]
+    image = _pixels(draw, index)
     return image, seconds_now() - start
 
 

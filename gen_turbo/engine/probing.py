@@ -21,13 +21,13 @@ _NUM_SAMPLED = 4096
 
 @dataclass
 class Recording:
-    """One run of the stock model.
+    """One run of the stock model. Where a step calls it once for each guidance branch, the first stands for all.
 
     Attributes:
-        times: Denoising time of every call.
-        outputs: Result of every call.
-        samples: Of every unit, up to 4,096 evenly spaced numbers of what is forecast, for every call.
-        moved: Relative move of the model's output at a call where a group is forecast from the two calls before it.
+        times: Denoising time of every step.
+        outputs: Result of every call, branch after branch.
+        samples: Of every unit, up to 4,096 evenly spaced numbers of what is forecast, for every step.
+        moved: Relative move of the model's output at a step where a group is forecast from the two steps before it.
     """
 
     times: list[float] = field(default_factory=list)
@@ -58,13 +58,19 @@ class Probe(Placed):
         adapter: Its family.
         units: What can be skipped.
         groups: Names of the units that are skipped together, by the name of the group.
+        num_branches: Calls of a step: more than one where guidance has calls of its own.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, units: Mapping[str, Unit], groups: Mapping[str, Sequence[str]]
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        units: Mapping[str, Unit],
+        groups: Mapping[str, Sequence[str]],
+        num_branches: int = 1,
     ) -> None:
         super().__init__("", model)
-        self.units, self.groups = dict(units), groups
+        self.units, self.groups, self.num_branches = dict(units), groups, num_branches
         self.names = argument_names(model)
         self._adapter = adapter
         self._gates = gates_of(model, self.units)
@@ -75,7 +81,7 @@ class Probe(Placed):
 
     @contextmanager
     def recording(self, probed: Sequence[int] = ()) -> Iterator[Recording]:
-        """Records the run inside the `with` block; at some of its calls every group is forecast too."""
+        """Records the run inside the `with` block; at some of its steps every group is forecast too."""
         self._recording, self._replayed, self._probed = Recording(), (), frozenset(probed)
         forecasts = {unit.module for unit in self.units.values()}
         self._memories = {name: _Sampled([2.0, -1.0], is_forecast=name in forecasts) for name in ("", *self._gates)}
@@ -89,9 +95,13 @@ class Probe(Placed):
         with self._in_place():
             yield
 
-    def line(self, outputs: Sequence[Any], call: int) -> Any:
-        """The result of a call as a straight line through the two before it."""
-        newer, older = tensors(outputs[call - 1]), tensors(outputs[call - 2])
+    def forecast_at(self, outputs: Sequence[Any], step: int) -> list[Any]:
+        """The results of a run up to a step, that one as a straight line through the two before it."""
+        first, last = step * self.num_branches, (step + 1) * self.num_branches
+        return [*outputs[:first], *(self._line(outputs, call) for call in range(first, last))]
+
+    def _line(self, outputs: Sequence[Any], call: int) -> Any:
+        newer, older = (tensors(outputs[call - back * self.num_branches]) for back in (1, 2))
         return refilled(outputs[call], [2 * a - b for a, b in zip(newer, older, strict=True)])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,9 +109,13 @@ class Probe(Placed):
         call = len(self._recording.outputs)
         if self._replayed:
             result = self._replayed[call] if call < len(self._replayed) else self.inner(*args, **kwargs)
-            self._recording.outputs.append(result)
-            return result
-        return self._recorded(call, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        elif call % self.num_branches:
+            result = self.inner(*args, **kwargs)
+        else:
+            arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            result = self._recorded(call // self.num_branches, arguments)
+        self._recording.outputs.append(result)
+        return result
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -114,23 +128,22 @@ class Probe(Placed):
             for one in reversed(placed):
                 one.remove()
 
-    def _recorded(self, call: int, arguments: dict[str, Any]) -> Any:
+    def _recorded(self, step: int, arguments: dict[str, Any]) -> Any:
         def run() -> Any:
             return self.inner(**arguments)
 
-        others = {group: self._forecast(group, run) for group in self.groups} if call in self._probed else {}
+        others = {group: self._forecast(group, run) for group in self.groups} if step in self._probed else {}
         result = self._with_actions(dict.fromkeys(self._gates, Action.KEEP), run)
         self._memories[""].keep(result, tensors(result))
         self._recording.times.append(self._adapter.time(self._adapter.read(arguments).timestep))
-        self._recording.outputs.append(result)
         for unit in self.units.values():
             self._recording.samples[unit.name] = self._memories[unit.module].samples
         for group, other in others.items():
-            self._recording.moved[group, call] = _moved(other, tensors(result))
+            self._recording.moved[group, step] = _moved(other, tensors(result))
         return result
 
     def _forecast(self, group: str, run: Callable[[], Any]) -> list[Tensor]:
-        """The result of a call where a group is forecast from the two calls before."""
+        """The result of a call where a group is forecast from the two steps before."""
         units = [self.units[name] for name in self.groups[group]]
         if any(not unit.module for unit in units):
             return self._memories[""].forecast()

