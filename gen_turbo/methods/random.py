@@ -13,7 +13,8 @@ from gen_turbo.registry import METHODS
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
 
-_LARGEST_SEED = 2**40
+_LARGEST_SEED = 2**31 - 1
+"""A generator reads 32 bits: seeds beyond them would draw what smaller ones draw."""
 
 
 @METHODS.register("random")
