@@ -35,7 +35,15 @@ from tests.mutants import Changed, Mutant, codes_of, mutants  # noqa: E402
 FILES = sorted(map(str, [*Path("gen_turbo/tokens").glob("*.py"), *Path("gen_turbo/methods").glob("*.py")]))
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception",
            "-o", "tmp_path_retention_policy=none", "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # fmt: skip
-NOT_BEFORE = ("gen_turbo", "tests", "test_", "conftest", "oracles", "__main__", "hypothesis", "_hypothesis", "coverage")
+OURS = {
+    "gen_turbo",
+    "tests",
+    "hypothesis",
+    "_hypothesis",
+    "coverage",
+    *(path.stem for path in Path("tests").rglob("*.py")),
+}
+"""Not imported before a change: the package, what imports it, and what reads it in other ways."""
 
 
 class Quiet:
@@ -88,7 +96,7 @@ class Cover(Quiet):
             }
             for file in data.measured_files()
         }
-        modules = [name for name in sys.modules if not name.startswith(NOT_BEFORE)]
+        modules = [name for name in sys.modules if name.split(".")[0] not in {"__main__", *OURS}]
         found = {"seconds": seconds, "reached": reached, "modules": modules}
         self.file.write_text(json.dumps(found))
 
@@ -144,6 +152,8 @@ class Runs(Quiet):
                 importlib.import_module(name)
             except Exception:
                 continue
+        early = [name for name in sys.modules if name.startswith("gen_turbo")]
+        assert not early, f"imported before any change: {early}"
         for mutant in self.todo:
             if not mutant.is_inner and not self.is_over():
                 tests = self.tests_of(mutant)

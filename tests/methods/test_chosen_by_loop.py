@@ -185,7 +185,9 @@ def test_vscan_in_the_decoder(ratio):
     for own, row in zip(found, score.tolist(), strict=True):
         assert own == join_nearest(ranked(row)[: left(20, ratio)], 20)
     with pytest.raises(ValueError, match="vscan reads the attention of a vision tower .* and of a decoder"):
-        planned(VScanProcessor(ratio), tokens(20), Values({"last": score, "self": score, "class": score}), name="decoder")
+        planned(
+            VScanProcessor(ratio), tokens(20), Values({"last": score, "self": score, "class": score}), name="decoder"
+        )
 
 
 def test_features_of_half_a_type_choose_as_their_exact_values():
@@ -293,7 +295,8 @@ def test_resize(grid, smaller):
         for many, few in zip(grid, smaller, strict=True)
     ]
     middle = [
-        [math.floor((place + 0.5) * many / few) for place in range(few)] for many, few in zip(grid, smaller, strict=True)
+        [math.floor((place + 0.5) * many / few) for place in range(few)]
+        for many, few in zip(grid, smaller, strict=True)
     ]
     expected = [middle[0][row] * grid[1] + middle[1][column] for row in cell[0] for column in cell[1]]
     assert own == expected
