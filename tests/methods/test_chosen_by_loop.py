@@ -26,6 +26,9 @@ RATIOS = [0.1, 0.5, 0.8, 0.999]
 WAYS = {"fastv": (FastVProcessor, "last"), "pyramiddrop": (PyramidDropProcessor, "next")}
 
 
+FIRST = StepInfo()
+
+
 class Values:
     """Semantic values by kind, which remembers what was asked for."""
 
@@ -50,7 +53,7 @@ def value(num_tokens: int, seed: int = 0) -> torch.Tensor:
     return (torch.rand(2, num_tokens, generator=generator) * 10).round() / 10
 
 
-def planned(processor, x, semantic=None, grid=None, name="pre_llm", frame=StepInfo()) -> list[list[int]]:
+def planned(processor, x, semantic=None, grid=None, name="pre_llm", frame=FIRST) -> list[list[int]]:
     """The token whose place each token takes."""
     plan = processor.plan(x, LayerInfo(name, processor.ratio, grid, semantic=semantic), frame)
     assert plan.num_tokens == x.shape[1] and bool((plan.anchor_BM.diff() > 0).all())
@@ -238,7 +241,7 @@ def test_the_early_block_is_a_quarter_into_the_tower():
     ],
 )
 def test_stages_of_pyramiddrop(settings, num_layers, num_tokens, expected):
-    """Catches shares that do not multiply to the last one, other quarters, and a first layer that has no layer before."""
+    """Catches shares that do not multiply to the last one, other quarters, and a cut that has no layer before it."""
     assert PyramidDropProcessor(**settings).stages(num_layers, num_tokens) == expected
 
 
@@ -372,7 +375,8 @@ VIT = [
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8, 0.999])
 def test_turbo_vit(settings, weight, ratio):
     """Catches a penalty of other weight or block, means without sizes when merging is repeated, and a first round
-    that takes more than every other token."""
+    that takes more than every other token.
+    """
     x, attention = tokens(19), value(19) + 0.05
     values = Values({"class": attention})
     found = planned(TurboVisionProcessor(ratio, **settings), x, values, frame=StepInfo(0, 3))
