@@ -86,19 +86,9 @@ class Studio:
         return cost
 
     def counted(self, setting: Setting, index: int) -> tuple[Image.Image, int]:
-        """One image under a setting, and all arithmetic of its denoiser.
-
-        That is counted on a CPU: kernels of a GPU pad the channels of keys that stand for several tokens, which is no
-        work of the method.
-        """
-        kind, device = type(self.denoiser).__name__, self.pipe.device
-        self.pipe.to("cpu")
-        try:
-            (image, _), flops = counted(lambda: self.draw(setting, index), kind)
-        finally:
-            self.pipe.to(device)
-        if device.type != "cpu":
-            image = self.draw(setting, index)[0]
+        """One image under a setting, and all arithmetic of its denoiser."""
+        kind = type(self.denoiser).__name__
+        (image, _), flops = counted(lambda: self.draw(setting, index), kind)
         if isinstance(setting, Stock):
             self.keep_stock(index, image)
             _write(self.folder / f"stock-{self.steps}" / _FLOPS, lambda path: path.write_text(str(flops)))
