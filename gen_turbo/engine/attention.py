@@ -94,7 +94,8 @@ class AttentionMode(TorchFunctionMode):
             return given
         # Mochi attends to one sample at a time; all of them have the same map.
         log_size = self._log_size(given["key"].shape[-2])[: len(given["key"])]
-        if self.backend is None and log_size.device.type == "cpu":
+        is_half = given["query"].dtype in (torch.float16, torch.bfloat16)
+        if self.backend is None and (log_size.device.type == "cpu" or not is_half):
             return {**given, "attn_mask": _added(given, log_size)}
         scale = given.get("scale") or default_scale(given["query"])
         query, key = weigh_keys(given["query"], given["key"], log_size, scale)
@@ -167,7 +168,10 @@ class InsideAttention(Placed):
 
 
 def _added(given: dict[str, Any], log_size_BN: Tensor) -> Tensor:
-    """The call's mask with the keys' sizes added: PyTorch's CPU kernel takes a mask at 4 % where channels cost 25."""
+    """The call's mask with the keys' sizes added, for kernels that take one.
+
+    PyTorch's for CPUs takes a mask at 4 % where channels cost 25; those of GPUs that take none are of half types.
+    """
     batch, dtype = len(given["key"]), given["query"].dtype
     bias = log_size_BN.to(dtype).repeat(batch // len(log_size_BN), 1)[:, None, None]
     mask: Tensor | None = given.get("attn_mask")
