@@ -26,12 +26,14 @@ class LayerInfo:
         grid: (height, width) of the visual tokens; None where it is unknown.
         semantic: Gives the semantic value of each token by kind ("self", "text") as (B, N), or None where the
             host has none to give. Called only when a method wants it, for it costs a projection.
+        num_frames: Frames of a video that is planned as a whole, one frame of `grid` behind the other; 1 elsewhere.
     """
 
     name: str
     ratio: float
     grid: Grid | None = None
     semantic: Callable[[str], Tensor | None] | None = None
+    num_frames: int = 1
 
     def first_semantic(self, *kinds: str) -> Tensor | None:
         """The semantic value (B, N) of the first of some kinds that there is; None where there is none of them."""
@@ -106,6 +108,9 @@ class TokenReducer(ABC):
         keep: In vision-language models, how many image tokens of an image stay, instead of `ratio`.
         adaptive: In vision-language models, shares the budget among the images of a call: busy ones keep more, plain
             ones fewer, as many in all as `ratio` or `keep` say. An image that comes alone keeps its own.
+        across_frames: In vision-language models, plans a video as one image of frames x height x width tokens, of
+            which `ratio` is removed or `keep` stay in all: what does not change is read once and what moves keeps
+            more. Otherwise every frame is an image of its own, with a budget of its own.
     """
 
     ratio: float = 0.5
@@ -129,6 +134,7 @@ class TokenReducer(ABC):
     attention_backend: str | None = None
     keep: int | None = None
     adaptive: bool = False
+    across_frames: bool = False
 
     def __post_init__(self) -> None:
         """Checks every setting.
@@ -213,6 +219,9 @@ class TokenReducer(ABC):
     keeps_all: ClassVar[bool] = False
     """Whether a method removes nothing, whatever the ratio."""
 
+    plans_videos: ClassVar[bool] = True
+    """Whether the tokens of a whole video can be planned at once, and not those of one grid or line alone."""
+
     @property
     def map_life(self) -> int:
         """How many steps a map serves, the default resolved; 0 is the whole run."""
@@ -241,6 +250,10 @@ class TokenReducer(ABC):
     def max_ratio(self) -> float:
         """The largest ratio that the method can reach."""
         return 1.0
+
+    def max_ratio_at(self, site: LayerInfo) -> float:
+        """The largest ratio that the method can reach at a site; above it, it plans again on what is merged."""
+        return self.max_ratio
 
     @abstractmethod
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:

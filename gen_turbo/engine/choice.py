@@ -20,8 +20,9 @@ def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list
         ValueError: If blocks are asked for and the family has none, or a setting is not of denoisers.
     """
     reducer.check_reach()
-    if reducer.keep is not None or reducer.adaptive:
-        setting = "adaptive=True" if reducer.keep is None else f"keep={reducer.keep}"
+    foreign = [f"{name}={value}" for name in ("keep", "adaptive", "across_frames") if (value := getattr(reducer, name))]
+    if foreign:
+        setting = foreign[0]
         raise ValueError(f"{setting} is of vision-language models; {type(model).__name__} is a denoiser, use ratio")
     if reducer.scope in ("attention", "auto"):
         return adapter.layers(model)

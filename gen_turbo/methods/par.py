@@ -128,7 +128,9 @@ class PARProcessor(Routed, ReductionProcessor):
     def unread(self, place: str, has_grid: bool) -> dict[str, str]:
         """The settings that nothing reads on a vision-language model, and where they belong."""
         found = dict.fromkeys(("ratio", "schedule", "threshold", "inner"), "denoisers")
-        found |= dict.fromkeys(("keep", "adaptive", "text_ratio"), "methods without a router; give tokens")
+        found |= dict.fromkeys(
+            ("keep", "adaptive", "text_ratio", "across_frames"), "methods without a router; give tokens"
+        )
         if self.tokens is not None or self.layers is not None:
             found["budget"] = "tokens=None and layers=None"
         else:

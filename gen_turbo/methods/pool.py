@@ -26,6 +26,8 @@ class PoolProcessor(Placement, ReductionProcessor):
 
     restore: str = "copy"
 
+    plans_videos = False
+
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]

@@ -27,6 +27,8 @@ class StrideProcessor(Placement, ReductionProcessor):
     restore: str = "copy"
     combine: str = "prune"
 
+    plans_videos = False
+
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]

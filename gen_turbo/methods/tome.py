@@ -40,6 +40,8 @@ class ToMeProcessor(ReductionProcessor):
     is_hashed: bool = True
     seed: int = 0
 
+    plans_videos = False
+
     @property
     def max_ratio(self) -> float:
         """Three of the four tokens of a cell can leave."""

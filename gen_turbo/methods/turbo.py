@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from gen_turbo.tokens.partition import grid_destinations
 from gen_turbo.tokens.ratios import max_ratio, num_removed
 from gen_turbo.tokens.score import information_penalty
 from gen_turbo.tokens.token_map import TokenMap
+from gen_turbo.tokens.video import video_soft_matching
 
 _STRIDE = (2, 2)
 _LEAST_TILE, _TILES_A_SIDE = 4, 4
@@ -82,10 +84,20 @@ class TurboProcessor(ReductionProcessor):
         """Three of the four tokens of a cell can leave."""
         return max_ratio(_STRIDE)
 
+    def max_ratio_at(self, site: LayerInfo) -> float:
+        """In a video that is planned as a whole only the first frame needs its destinations."""
+        if site.num_frames == 1 or site.grid is None:
+            return self.max_ratio
+        num_first = prod(-(-side // step) for side, step in zip(site.grid, _STRIDE, strict=True))
+        return 1 - num_first / (site.num_frames * prod(site.grid))
+
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C); a grid that is too small for the ratio raises ValueError."""
-        count = num_removed(tokens.shape[1], site.ratio, _STRIDE)
         penalty_BN = self._penalty(site)
+        if site.num_frames > 1 and site.grid is not None:
+            count, tile = num_removed(tokens.shape[1], site.ratio), self._tile(site.grid) or max(site.grid)
+            return video_soft_matching(tokens, site.num_frames, site.grid, count, tile, _STRIDE, penalty_BN)
+        count = num_removed(tokens.shape[1], site.ratio, _STRIDE)
         if site.grid is None:
             return line_soft_matching(tokens, count, penalty_BN=penalty_BN)
         if self.tile == 0:

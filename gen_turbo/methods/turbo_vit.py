@@ -63,6 +63,8 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
     threshold: int = 0
     num_merges: int = 8
 
+    plans_videos = False
+
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
         super().__post_init__()

@@ -181,10 +181,8 @@ def _match(metric_BNC: Tensor, layout: _Layout, num_removed: int, penalty_BN: Te
         return TokenMap.identity(batch, num_tokens, metric_BNC.device)
     with torch.no_grad():
         similarity_BN, nearest_BN = _nearest_destinations(metric_BNC.detach(), layout)
-        if penalty_BN is not None:
-            similarity_BN = _penalised(similarity_BN, penalty_BN, num_removed)
         token_N = torch.arange(num_tokens, device=metric_BNC.device)
-        destination_BN = torch.where(_highest(similarity_BN, num_removed), nearest_BN, token_N)
+        destination_BN = torch.where(leaving(similarity_BN, num_removed, penalty_BN), nearest_BN, token_N)
         return TokenMap.from_destinations(destination_BN, num_tokens - num_removed)
 
 
@@ -217,6 +215,26 @@ def _nearest_destinations(metric_BNC: Tensor, layout: _Layout) -> tuple[Tensor, 
     return similarity_BN, nearest.index_select(1, layout.place_N)
 
 
+def nearest_in_tiles(
+    metric_BNC: Tensor, grid: tuple[int, int], tile: int, stride: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Gives each token of a grid its highest cosine to a destination of its tile, and that destination: (B, N) each.
+
+    Destinations themselves, and sources of tiles without any, have minus infinity.
+    """
+    layout = _tile_layout(grid, (tile, tile), stride, False, "corner", metric_BNC.device)
+    return _nearest_destinations(metric_BNC, layout)
+
+
+def leaving(similarity_BN: Tensor, num_removed: int, penalty_BN: Tensor | None = None) -> Tensor:
+    """Marks the tokens of highest similarity less penalty, as many as are to leave, ties in token order."""
+    scores_BN = similarity_BN if penalty_BN is None else _penalised(similarity_BN, penalty_BN, num_removed)
+    # Cheaper than a stable sort.
+    last = scores_BN.topk(num_removed, dim=1, sorted=False).values.amin(1, keepdim=True)
+    above, equal = scores_BN > last, scores_BN == last
+    return above | (equal & (equal.cumsum(1) <= num_removed - above.sum(1, keepdim=True)))
+
+
 def _penalised(similarity_BN: Tensor, penalty_BN: Tensor, num_removed: int) -> Tensor:
     if penalty_BN.ndim != 2 or penalty_BN.shape[1] != similarity_BN.shape[1]:
         raise ValueError(f"penalty_BN {tuple(penalty_BN.shape)} must be (batch, {similarity_BN.shape[1]} tokens)")
@@ -228,13 +246,6 @@ def _penalised(similarity_BN: Tensor, penalty_BN: Tensor, num_removed: int) -> T
         f"cannot remove {num_removed} tokens: fewer sources have a finite penalty; lower `ratio` or protect less",
     )
     return scores_BN
-
-
-def _highest(scores_BN: Tensor, count: int) -> Tensor:
-    """Marks the `count` highest scores of each row, ties in token order; cheaper than a stable sort."""
-    last = scores_BN.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, equal = scores_BN > last, scores_BN == last
-    return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

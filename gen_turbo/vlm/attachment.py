@@ -122,7 +122,8 @@ def _in_prompt(model: nn.Module, family: Family, reducer: TokenReducer, counts: 
     place = placement.place
     config: Any = text.config
     calls: Calls[Running] = Calls(Running)
-    videos = Videos(base, family.frames, calls, place in ("pre_llm", "decoder") and not tower_needs(reducer))
+    is_taken = place in ("pre_llm", "decoder") and not tower_needs(reducer)
+    videos = Videos(base, family.frames, calls, is_taken, reducer.across_frames)
     tower = _tower(model, family, reducer, counts, videos)
     sight = Sight(base, family, calls, videos, tower)
     words = Words(model, counts, reducer) if reducer.text_ratio else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.method import Grid
+from gen_turbo.vlm.images import Frame
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Family:
     tower: TowerFacts | None = None
     grids: Callable[[nn.Module, dict[str, Any], list[int]], list[Grid | None]] | None = None
     pieces: Callable[[nn.Module], int] | None = None
-    frames: Callable[[nn.Module, dict[str, Any]], dict[int, list[tuple[int, Grid | None]]]] | None = None
+    frames: Callable[[nn.Module, dict[str, Any]], dict[int, list[Frame]]] | None = None
     masks_in_base: bool = False
     is_cross: bool = False
 

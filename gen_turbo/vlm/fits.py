@@ -20,7 +20,8 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
     """Says before anything is changed why a place does not fit a model."""
     placement = placement_of(reducer)
     name = type(model).__name__
-    check_settings(reducer, name, family.grids is not None or family.is_cross, family.is_cross)
+    has_grid = family.grids is not None or family.is_cross
+    check_settings(reducer, name, has_grid, family.is_cross, family.frames is not None)
     if family.is_cross:
         check_text(model, reducer)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,22 @@ from gen_turbo.vlm.columns import Columns
 
 FRAME = -1
 """The origin of a frame of a video."""
-Frame = tuple[int, Grid | None]
-"""Tokens of a frame of a video and their (height, width)."""
+
+
+class Frame(NamedTuple):
+    """A frame of a video, or frames that are planned as a whole.
+
+    Attributes:
+        length: Tokens.
+        grid: (height, width) of each frame in tokens, where there is one.
+        num_frames: How many frames.
+    """
+
+    length: int
+    grid: Grid | None
+    num_frames: int = 1
+
+
 Semantic = Callable[[str], Tensor | None]
 """Gives the semantic value of a group's tokens by its kind, (K, n); None where there is no such kind."""
 
@@ -88,6 +102,7 @@ class Group:
         seen: What is known of those.
         kept: How many tokens of each stay, where images share a budget.
         whole: Tokens of each before any left, where some have left earlier; 0 where none has.
+        num_frames: Frames of each, where videos are planned as a whole.
     """
 
     images: list[int]
@@ -97,6 +112,7 @@ class Group:
     seen: Seen
     kept: int | None = None
     whole: int = 0
+    num_frames: int = 1
 
     def ratio(self, reducer: TokenReducer) -> float:
         """The fraction that is removed: what is to be kept of these images, else what the method says."""
@@ -148,6 +164,7 @@ class Images:
         seen: What is known of the images that the tower saw last.
         wholes: Tokens of each image before any left; empty where none has.
         num_columns: Columns of the call before any left; 0 where none has.
+        counts: How many frames of a video each is; empty where each is one image.
     """
 
     is_image_BL: Tensor
@@ -157,6 +174,7 @@ class Images:
     seen: Seen = field(default_factory=Seen)
     wholes: list[int] = field(default_factory=list)
     num_columns: int = 0
+    counts: list[int] = field(default_factory=list)
     _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -168,19 +186,21 @@ class Images:
         """The images by size, frames of videos apart."""
         found: dict[tuple[Any, ...], list[int]] = {}
         frames = [origin == FRAME for origin in self.origins]
-        keys = zip(self.lengths, self.grids, self.wholes or [0] * len(self.lengths), frames, strict=True)
+        wholes, counts = self.wholes or [0] * len(frames), self.counts or [1] * len(frames)
+        keys = zip(self.lengths, self.grids, wholes, counts, frames, strict=True)
         for image, key in enumerate(keys):
             found.setdefault(key, []).append(image)
         return [
-            Group(images, length, grid, [self.origins[image] for image in images], self.seen, whole=whole)
-            for (length, grid, whole, _), images in found.items()
+            Group(images, length, grid, [self.origins[image] for image in images], self.seen, None, whole, count)
+            for (length, grid, whole, count, _), images in found.items()
         ]
 
     def shortened(self, here: Columns, lengths: list[int]) -> Images:
         """The images in the columns that stay, where each keeps so many tokens."""
-        grids: list[Grid | None] = self.grids if lengths == self.lengths else [None] * len(lengths)
+        is_same = lengths == self.lengths
+        grids, counts = (self.grids, self.counts) if is_same else ([None] * len(lengths), [])
         before = self.wholes or self.lengths, self.num_columns or self.is_image_BL.numel()
-        return Images(here.mask(self.is_image_BL), lengths, grids, self.origins, self.seen, *before)
+        return Images(here.mask(self.is_image_BL), lengths, grids, self.origins, self.seen, *before, counts)
 
     def places(self, group: Group) -> Tensor:
         """The places of a group's tokens in the columns of all rows behind each other: (K, n)."""

@@ -27,7 +27,7 @@ def plan_tokens(reducer: TokenReducer, tokens_BNC: Tensor, site: LayerInfo, step
     Raises:
         ValueError: If the method cannot remove any token where more are to leave.
     """
-    most, total = reducer.max_ratio, None
+    most = reducer.max_ratio_at(site)
     if site.ratio <= most:
         return reducer.plan(tokens_BNC, site, step)
     batch, length, _ = tokens_BNC.shape
@@ -40,8 +40,10 @@ def plan_tokens(reducer: TokenReducer, tokens_BNC: Tensor, site: LayerInfo, step
             raise ValueError(f"{left} of {length} tokens is fewer than this method can keep; raise keep or lower ratio")
         ratio = min((leaving + 0.5) / num_now, most)
         here = replace(site, ratio=ratio, semantic=_merged(site, total))
-        here = here if total.is_identity else replace(here, grid=None)
+        if not total.is_identity:
+            here = replace(here, grid=None, num_frames=1)
         total = total.then(reducer.plan(total.merge(tokens_BNC), here, step))
+        most = reducer.max_ratio
     return total
 
 
@@ -89,7 +91,7 @@ class Schedule:
             ratio = group.ratio_to(self.reducer.stages(self._depth, group.whole or group.length)[first])
         else:
             ratio = group.ratio(self.reducer)
-        site = LayerInfo("decoder" if first else "pre_llm", ratio, group.grid, semantic=semantic)
+        site = LayerInfo("decoder" if first else "pre_llm", ratio, group.grid, semantic, group.num_frames)
         return plan_tokens(self.reducer, tokens_BNC, site, StepInfo())
 
 

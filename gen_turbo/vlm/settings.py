@@ -99,7 +99,7 @@ class Grouped(Placement):
 
 
 _DEFAULT = Placement()
-_SHARED = ("ratio", "keep", "adaptive", "text_ratio")
+_SHARED = ("ratio", "keep", "adaptive", "text_ratio", "across_frames")
 """Those of the settings that every method has which vision-language models read."""
 
 
@@ -127,6 +127,10 @@ class Placed(Placement, TokenReducer):
     def max_ratio(self) -> float:
         """The largest ratio that the method can reach."""
         return self.reducer.max_ratio
+
+    def max_ratio_at(self, site: LayerInfo) -> float:
+        """The largest ratio that the method can reach at a site."""
+        return self.reducer.max_ratio_at(site)
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans as the method does."""
@@ -157,7 +161,9 @@ def changed_settings(reducer: TokenReducer) -> dict[str, Any]:
     return found
 
 
-def check_settings(reducer: TokenReducer, model_name: str, has_grid: bool, is_cross: bool = False) -> None:
+def check_settings(
+    reducer: TokenReducer, model_name: str, has_grid: bool, is_cross: bool = False, has_frames: bool = False
+) -> None:
     """Refuses every setting that nothing would read, and says where it belongs.
 
     Args:
@@ -165,6 +171,7 @@ def check_settings(reducer: TokenReducer, model_name: str, has_grid: bool, is_cr
         model_name: The model's class.
         has_grid: Whether image tokens have rows and columns where the method works.
         is_cross: Whether text reads the image by cross-attention.
+        has_frames: Whether frames of videos are known.
 
     Raises:
         ValueError: Naming the setting and where it belongs.
@@ -180,6 +187,12 @@ def check_settings(reducer: TokenReducer, model_name: str, has_grid: bool, is_cr
     needs = set(getattr(method, "needs", ()))
     if needs - {"class", "self"} or (needs and not is_cross):
         unread["text_ratio"] = "methods that read tokens alone, such as turbo"
+    if not has_frames:
+        unread["across_frames"] = "models whose videos are known frame by frame, such as Qwen-VL and LLaVA-OneVision"
+    elif needs & {"class", "self"} or placement.place not in ("pre_llm", "decoder"):
+        unread["across_frames"] = "place='pre_llm' or place='decoder' and methods that read no attention of the tower"
+    elif not method.plans_videos:
+        unread["across_frames"] = "methods that look at several frames, such as turbo and divprune"
     told = getattr(method, "unread", None)
     unread |= told(placement.place, has_grid) if told is not None else {}
     for name, value in changed.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Videos(Stage):
         frames: Gives the frames of the videos in a call of its `get_video_features`; None in families without videos.
         calls: The calls of the base model.
         is_taken: Whether frames are planned as images are.
+        is_whole: Whether the frames of a video are planned together.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Videos(Stage):
         frames: Callable[[nn.Module, dict[str, Any]], Frames] | None,
         calls: Calls[Running],
         is_taken: bool = False,
+        is_whole: bool = False,
     ) -> None:
-        self._base, self._frames, self._calls, self._is_taken = base, frames, calls, is_taken
+        self._base, self._frames, self._calls = base, frames, calls
+        self._is_taken, self._is_whole = is_taken, is_whole
         self._encoding: Calls[None] = Calls(lambda: None)
         # Videos may be encoded before the call that reads them.
         self._last: Last[Frames] = Last(dict)
@@ -88,7 +91,16 @@ class Videos(Stage):
 
     def _bring(self, lengths: Iterable[int]) -> None:
         """Notes the frames of the videos, by their tokens, that the running call brings."""
-        self._calls.now.frames = [frame for length in lengths for frame in self._last.value[length]]
+        videos = [self._last.value[length] for length in lengths]
+        if self._is_whole:
+            videos = [together(frames) for frames in videos]
+        self._calls.now.frames = [frame for frames in videos for frame in frames]
+
+
+def together(frames: list[Frame]) -> list[Frame]:
+    """Frames of one size that follow each other as one set; the newline behind a video stays apart."""
+    runs = [list(run) for _, run in groupby(frames)]
+    return [Frame(one.length * len(run), one.grid, len(run)) for run in runs for one in run[:1]]
 
 
 def packed_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
@@ -98,7 +110,7 @@ def packed_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
     found: Frames = {}
     for count, height, width in given["video_grid_thw"].tolist():
         grid = (height // side, width // side)
-        found[count * grid[0] * grid[1]] = [(grid[0] * grid[1], grid)] * count
+        found[count * grid[0] * grid[1]] = [Frame(grid[0] * grid[1], grid)] * count
     return found
 
 
@@ -107,7 +119,7 @@ def pooled_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
     config: Any = base.config
     side = -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
     count = given["pixel_values_videos"].shape[1]
-    return {count * side**2 + 1: [*[(side**2, (side, side))] * count, (1, None)]}
+    return {count * side**2 + 1: [*[Frame(side**2, (side, side))] * count, Frame(1, None)]}
 
 
 def with_frames(images: Images | None, is_video_BL: Tensor, frames: list[Frame]) -> Images:
@@ -121,13 +133,14 @@ def with_frames(images: Images | None, is_video_BL: Tensor, frames: list[Frame])
     Raises:
         ValueError: If there are not as many placeholders as tokens of frames.
     """
-    lengths, count = [length for length, _ in frames], int(is_video_BL.sum())
+    lengths, count = [frame.length for frame in frames], int(is_video_BL.sum())
     if count != sum(lengths):
         raise ValueError(
             f"{count} video placeholders for {sum(lengths)} video features; pass every video of the prompt, and only "
             "those"
         )
-    videos = Images(is_video_BL, lengths, [grid for _, grid in frames], [FRAME] * len(frames))
+    counts = [frame.num_frames for frame in frames]
+    videos = Images(is_video_BL, lengths, [frame.grid for frame in frames], [FRAME] * len(frames), counts=counts)
     if images is None:
         return videos
     entries = []
@@ -139,4 +152,5 @@ def with_frames(images: Images | None, is_video_BL: Tensor, frames: list[Frame])
     lengths, grids, origins = (
         [getattr(part, name)[one] for _, part, one in order] for name in ("lengths", "grids", "origins")
     )
-    return Images(images.is_image_BL | is_video_BL, lengths, grids, origins, images.seen)
+    counts = [part.counts[one] if part.counts else 1 for _, part, one in order]
+    return Images(images.is_image_BL | is_video_BL, lengths, grids, origins, images.seen, counts=counts)

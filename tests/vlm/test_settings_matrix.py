@@ -20,7 +20,7 @@ OTHER = {
     "full_every": 5, "extrapolation_order": 0, "warmup_steps": 3, "stagger": True, "match_every": 7,
     "memory_limit_mb": 1.0, "scope": "block", "merge_span": 2, "kv_only": True, "proportional_attention": True,
     "text_ratio": 0.3, "reference_ratio": 0.3,
-    "attention_backend": "native", "keep": 5, "adaptive": True, "place": "decoder", "layer": 1,
+    "attention_backend": "native", "keep": 5, "adaptive": True, "across_frames": True, "place": "decoder", "layer": 1,
     "combine": "prune", "value_weight": 0.5, "tile": 4, "is_hashed": False, "seed": 3, "window": 3,
     "num_refinements": 0, "free": 0.5, "contextual": 0.5, "num_removed": 2, "alpha": 0.5, "scale": 10.0, "beta": 2.0,
     "gamma": 1, "threshold": 3, "num_merges": 1, "num_tokens": 4, "weights": "nowhere.safetensors", "first_block": 1,

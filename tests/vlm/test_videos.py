@@ -69,8 +69,8 @@ def runs_of(ids, family):
 
 
 @torch.no_grad()
-def last_logits(model, family, given, plan):
-    """Logits after one row whose images and frames are reduced by a plan each, everything recomputed."""
+def last_logits(model, family, given, plan, runs=None, is_merged=True):
+    """Logits after one row whose images and frames, or other runs, have a plan each, everything recomputed."""
     seen = {}
     text = model.get_submodule(VLMS[family].text)
     hook = text.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -84,10 +84,10 @@ def last_logits(model, family, given, plan):
     # Qwen's text positions stand in front of those in three axes.
     positions = positions[1:] if positions.ndim == 3 and len(positions) == 4 else positions
     keep, out = [True] * len(ids), [stream.clone() for stream in streams]
-    for run in runs_of(ids, family):
+    for run in runs or runs_of(ids, family):
         made = plan(hidden[run][None].detach())
         for stream, target in zip(streams, out, strict=True):
-            target[[run[anchor] for anchor in made.anchor_BM[0].tolist()]] = oracle.reduce_row(stream[run], made, True)
+            target[[run[anchor] for anchor in made.anchor_BM[0].tolist()]] = oracle.reduce_row(stream[run], made, is_merged)
         for place, column in enumerate(run):
             keep[column] = place in made.anchor_BM[0].tolist()
     columns = [column for column in range(len(ids)) if keep[column]]
