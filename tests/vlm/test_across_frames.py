@@ -58,9 +58,14 @@ def still(given, family):
     return given | {"pixel_values_videos": pixels}
 
 
-@pytest.mark.parametrize("method", [TurboProcessor(0.8, semantic="none", across_frames=True),
-                                    METHODS["divprune"](0.7, across_frames=True),
-                                    METHODS["random"](0.7, across_frames=True)])  # fmt: skip
+METHODS_OF_VIDEOS = [
+    TurboProcessor(0.8, semantic="none", across_frames=True),
+    METHODS["divprune"](0.7, across_frames=True),
+    METHODS["random"](0.7, across_frames=True),
+]
+
+
+@pytest.mark.parametrize("method", METHODS_OF_VIDEOS, ids=["turbo", "divprune", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_whole_video_is_one_set_of_tokens(family, method):
@@ -110,6 +115,7 @@ def test_a_still_video_is_read_once(family, name):
 
 def first_only(size):
     """A plan by which every token of a video joins the one of its place in the first frame."""
+
     def plan(tokens):
         own = torch.arange(tokens.shape[1])[None]
         return TokenMap(own, own) if tokens.shape[1] == 1 else TokenMap(own % size, own[:, :size])
@@ -117,11 +123,16 @@ def first_only(size):
     return plan
 
 
-@pytest.mark.parametrize("method", [PyramidDropProcessor(0.75, cuts=[1, 2], across_frames=True),
-                                    EAdaPruneProcessor(energy=0.6, across_frames=True),
-                                    FastVProcessor(0.5, layer=2, across_frames=True),
-                                    METHODS["divprune"](keep=9, adaptive=True, across_frames=True),
-                                    Placed(TurboProcessor(0.5, across_frames=True), place="decoder", layer=2)])  # fmt: skip
+LATER = [
+    PyramidDropProcessor(0.75, cuts=[1, 2], across_frames=True),
+    EAdaPruneProcessor(energy=0.6, across_frames=True),
+    FastVProcessor(0.5, layer=2, across_frames=True),
+    METHODS["divprune"](keep=9, adaptive=True, across_frames=True),
+    Placed(TurboProcessor(0.5, across_frames=True), place="decoder", layer=2),
+]
+
+
+@pytest.mark.parametrize("method", LATER, ids=["pyramiddrop", "eadaprune", "fastv", "adaptive", "cut"])
 @pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llava_onevision"])
 @torch.no_grad()
 def test_stages_budgets_and_cuts_take_whole_videos(family, method):

@@ -87,7 +87,9 @@ def last_logits(model, family, given, plan, runs=None, is_merged=True):
     for run in runs or runs_of(ids, family):
         made = plan(hidden[run][None].detach())
         for stream, target in zip(streams, out, strict=True):
-            target[[run[anchor] for anchor in made.anchor_BM[0].tolist()]] = oracle.reduce_row(stream[run], made, is_merged)
+            target[[run[anchor] for anchor in made.anchor_BM[0].tolist()]] = oracle.reduce_row(
+                stream[run], made, is_merged
+            )
         for place, column in enumerate(run):
             keep[column] = place in made.anchor_BM[0].tolist()
     columns = [column for column in range(len(ids)) if keep[column]]
