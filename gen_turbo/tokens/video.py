@@ -26,7 +26,7 @@ def video_soft_matching(
 
     A token has two to merge with: the most similar destination of its tile, if it is no destination, and the token
     of its place in the frame before, if it has one. The more similar of the two decides, all tokens of the video
-    compete for one budget, and what leaves joins the token at the end of its chain, which is never later: a place
+    compete for one budget, and a token that is removed joins the one its chain leads to, which is never later: a place
     that does not change is read once, in the frame that shows it first. All but the destinations of the first frame
     can leave.
 
