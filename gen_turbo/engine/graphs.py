@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gen_turbo.engine.context import Context
+from gen_turbo.engine.idle import Idle
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.watch import Watch
 from gen_turbo.models.adapter import ModelCall
 
 Mode = Literal["auto"] | bool
-_MAX_IDLE = 4
 _EAGER_TIMED = 2
 _VALUES = (Tensor, Number, str, bytes, tuple, Enum, torch.dtype, torch.device, type(None))
 """What a call may be given and may give: of anything else a graph would keep and show for ever what was captured."""
@@ -70,6 +70,7 @@ class Graphs:
 
     Attributes:
         status: What became of it, for the report.
+        idle: What runs that have ended leave to later ones.
         is_compiled: Whether parts of the model are compiled.
         is_whole: Whether the whole model is.
     """
@@ -77,53 +78,58 @@ class Graphs:
     def __init__(self, model: nn.Module, read: Callable[[dict[str, Any]], ModelCall], mode: Mode) -> None:
         self.mode, self._read, self._names = mode, read, argument_names(model)
         self.is_compiled = self.is_whole = False
-        self.status = "nothing captured yet"
+        self.status, self.idle = "nothing captured yet", Idle()
         self.num_captured = self.num_replayed = 0
         self._model = model
         self._watch: Watch | None = None
-        self._idle: list[Context] = []
         self._pool: Any = None
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self._refused: str = ""
         self._epoch = 0
 
-    def run_for(self, inner: Callable[..., Any], step: Any, kind: Any) -> Callable[[], Any] | None:
+    def run_for(self, inner: Callable[..., Any], step: Any, kind: Any, is_once: bool) -> Callable[[], Any] | None:
         """What runs a call by its graph or captures it; None where it has to run as it is.
 
         Args:
             inner: The model.
             step: The call: `args`, `kwargs` and `context`.
             kind: Identifies the kind of the step.
+            is_once: Whether the call remembers something that it must not remember twice.
         """
         context, args, kwargs = step.context, step.args, step.kwargs
         why = self._refused or self._obstacle(context)
         if why:
             self._note(why)
             return None
-        if self._watch is None or not self._watch.is_same(context.step == 0):
-            self.drop()
-            self._watch = Watch(self._model)
-        for stale in [key for key in context.captured if key[0] != self._epoch]:
-            del context.captured[stale]
         leaves, spec = pytree.tree_flatten(self._with_time(args, kwargs))
         why = _object_in(leaves)
         if why:
             self._note(why)
             return None
-        key = self._epoch, kind, tuple(_sign(leaf) for leaf in leaves), torch.is_inference_mode_enabled()
-        entry = context.captured.setdefault(key, Captured(spec=spec))
+        is_first, sign = context.step == 0, tuple(_sign(leaf) for leaf in leaves)
+        key = self._epoch, kind, sign, torch.is_inference_mode_enabled()
+        known = context.captured.get(key)
+        is_looked_at_later = is_first and not is_once and known is not None and known.graph is not None
+        if self._watch is None or not self._watch.is_same(is_first and not is_looked_at_later):
+            self.drop()
+            self._watch = Watch(self._model)
+        for stale in [key for key in context.captured if key[0] != self._epoch]:
+            del context.captured[stale]
+        entry = context.captured.setdefault((self._epoch, *key[1:]), Captured(spec=spec))
         if entry.object_given:
             self._note(entry.object_given)
             return None
-        if entry.graph is not None:
-            return lambda: self._replay(entry, leaves)
         num_eager = _EAGER_TIMED if self.mode == "auto" else 1
-        if context.step == 0 and context.is_revived:
+        if is_first and context.is_revived:
             # The first step of an earlier run was eager, and one time does not show what graphs gain.
             num_eager = int(self.is_compiled)
-        if entry.num_eager < num_eager:
+        if entry.graph is None and entry.num_eager < num_eager:
             return lambda: self._eager(entry, inner, args, kwargs)
-        return lambda: self._capture(entry, inner, leaves, (args, kwargs))
+        if entry.graph is None:
+            return lambda: self._capture(entry, inner, leaves, (args, kwargs))
+        if is_first and not is_once:
+            return lambda: self._replay_first(entry, leaves, lambda: inner(*args, **kwargs))
+        return lambda: self._replay(entry, leaves)
 
     def _with_time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with their time as a tensor: of a number, every step would be a graph of its own."""
@@ -140,31 +146,24 @@ class Graphs:
         place = self._names.index(name)
         return (*args[:place], tensor, *args[place + 1 :]), kwargs
 
+    def enter(self, is_whole: bool) -> None:
+        """Notes at the beginning of a run what of the model is compiled: the whole of it, or some of its modules."""
+        modules = self._model.modules() if self._watch is None else self._watch.modules
+        self.is_whole, self.is_compiled = is_whole, any(m._compiled_call_impl is not None for m in modules)
+
     def is_primed(self, context: Context) -> bool:
         """Whether the buffers of a run are to be made before its first step, which runs compiled as in later runs."""
         return self.is_compiled and context.step == 0 and not self._obstacle(context)
 
-    def revive(self, context: Context) -> None:
-        """Gives a new context the buffers of one that has ended, if they were kept."""
-        for old in self._idle:
-            if old.layout == context.layout and old.geometry == context.geometry:
-                self._idle.remove(old)
-                context.maps, context.states, context.groups = old.maps, old.states, old.groups
-                context.captured, context.extras = old.captured, old.extras
-                context.is_revived = True
-                break
-
     def keep(self, context: Context) -> None:
         """Keeps a context that has ended with its graphs, and with the buffers that these or compiled code read."""
         is_compiled = self.is_compiled and context.states and not self._obstacle(context)
-        if (context.captured and not self._refused or is_compiled) and not context.num_merged_text:
-            self._idle = [*self._idle[-_MAX_IDLE + 1 :], context]
+        if context.captured and not self._refused or is_compiled:
+            self.idle.keep(context)
 
     def drop(self) -> None:
         """Frees all graphs."""
-        for context in self._idle:
-            context.captured.clear()
-        self._idle = []
+        self.idle.drop()
         self._watch = None
         self._epoch += 1
 
@@ -234,6 +233,18 @@ class Graphs:
         output = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, entry.output)
         if self.mode == "auto":
             self._judge(entry)
+        return output
+
+    def _replay_first(self, entry: Captured, leaves: list[Any], again: Callable[[], Any]) -> Any:
+        """Replays the first step of a run, and looks at the whole model while the device computes, not before.
+
+        What the graph reads is there: tensors at the same addresses were seen already, and the modules of the capture
+        are held. Where the model has changed in some other way the call runs once more, as it now is.
+        """
+        output = self._replay(entry, leaves)
+        if self._watch is not None and not self._watch.is_same(True):
+            self.drop()
+            return again()
         return output
 
     def _judge(self, entry: Captured) -> None:

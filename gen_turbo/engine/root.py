@@ -21,6 +21,7 @@ from gen_turbo.engine.runs import NUM_RISES, RISING, Runs, no_effect
 from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
 from gen_turbo.engine.span import check_between
+from gen_turbo.engine.text import MergedText
 from gen_turbo.engine.values import kept_out, skipped
 from gen_turbo.models.adapter import Adapter
 from gen_turbo.models.conditions import CachedPrefix, MaskedText, TextSignature
@@ -149,10 +150,12 @@ class Root(Placed):
         self.beginning.context = context
         step, starts = _Step(context, args, kwargs), False
         if self.text is not None:
-            self._with_short_text(context, step, arguments, self.text)
-        lend(self.arrangement.makers, context.positions, {**arguments, **step.kwargs})
+            context.text = short_text(context, arguments, self.text, self.arrangement)
         if is_new:
             self._enter(context)
+        if self.text is not None and context.text is not None:
+            self._give(context.text, step, arguments, self.text)
+        lend(self.arrangement.makers, context.positions, {**arguments, **step.kwargs})
         if self.skipping is not None:
             step.skipped, starts = self.skipping.begin(context, kwargs.get("return_dict", True))
         kind = self.program.begin(context, step.skipped)
@@ -173,7 +176,7 @@ class Root(Placed):
                 self.program.begin(context, step.skipped)
         elif self.graphs is not None:
             skips = self.skipping.kind if self.skipping is not None else ()
-            step.run = self.graphs.run_for(self.inner, step, (kind, skips))
+            step.run = self.graphs.run_for(self.inner, step, (kind, skips), is_once=bool(skips))
 
     def _rest(self) -> None:
         """Makes everything in front of layers stock, until the next call."""
@@ -188,11 +191,8 @@ class Root(Placed):
     def _enter(self, context: Context) -> None:
         """Makes what a new context's layers hold, or gives them the buffers of an earlier one."""
         if self.graphs is not None:
-            modules = self.module.modules()
-            self.graphs.is_whole = self._is_compiled
-            self.graphs.is_compiled = any(m._compiled_call_impl is not None for m in modules)
-            if not context.num_merged_text:
-                self.graphs.revive(context)
+            self.graphs.enter(self._is_compiled)
+            self.graphs.idle.revive(context)
         self.program.enter(context)
         if self.skipping is not None:
             self.skipping.enter(context)
@@ -258,13 +258,14 @@ class Root(Placed):
                 "whole sequences; use scope='attention' or call disable_cache"
             )
 
-    def _with_short_text(
-        self, context: Context, step: _Step, arguments: dict[str, Any], form: TextSignature | MaskedText | CachedPrefix
+    def _give(
+        self,
+        text: MergedText,
+        step: _Step,
+        arguments: dict[str, Any],
+        form: TextSignature | MaskedText | CachedPrefix,
     ) -> None:
-        """Gives the model merged or cut text, or a merged prefix, which is made once per prompt."""
-        text = context.text = short_text(context, arguments, form, self.arrangement)
-        if text is None:
-            return
+        """Gives the model merged or cut text, or a merged prefix, which was made once per prompt."""
         if text.num_merged:
             num_own = text.num_text - getattr(form, "num_before", 0)
             self.text_tokens = num_own + text.num_merged, num_own

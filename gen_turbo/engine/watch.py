@@ -12,19 +12,24 @@ _OUTER = 2
 
 
 class Watch:
-    """What a CUDA graph has baked in of a model, seen again without waiting for the device."""
+    """What a CUDA graph has baked in of a model, seen again without waiting for the device.
+
+    Attributes:
+        modules: Those of the model, which live as long as the graph.
+        is_offloaded: Whether weights of its parts come and go.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modules = list(model.modules())
-        self._tensors = [tensor for module in self._modules for tensor in _tensors_of(module)]
+        self.modules = list(model.modules())
+        self._tensors = [tensor for module in self.modules for tensor in _tensors_of(module)]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._adapted = [module for module in self._modules if hasattr(module, "scaling")]
-        self._attentions = [module for module in self._modules if hasattr(module, "processor")]
+        self._adapted = [module for module in self.modules if hasattr(module, "scaling")]
+        self._attentions = [module for module in self.modules if hasattr(module, "processor")]
         self._outer = [module for name, module in model.named_modules() if name.count(".") < _OUTER]
-        self._state, self._hooks = self._read(), [_hooks(module) for module in self._modules]
-        self._attributes = [_Attributes(module) for module in self._modules]
-        self.is_offloaded = any(_is_offloaded(module) for module in self._modules[1:])
+        self._state, self._hooks = self._read(), [_hooks(module) for module in self.modules]
+        self._attributes = [_Attributes(module) for module in self.modules]
+        self.is_offloaded = any(_is_offloaded(module) for module in self.modules[1:])
 
     def is_same(self, is_first_step: bool) -> bool:
         """Whether nothing has changed.
@@ -35,9 +40,7 @@ class Watch:
         """
         if is_first_step:
             modules = list(self._model.modules())
-            if len(modules) != len(self._modules) or any(
-                a is not b for a, b in zip(modules, self._modules, strict=True)
-            ):
+            if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
                 return False
             tensors = [tensor for module in modules for tensor in _tensors_of(module)]
             if len(tensors) != len(self._tensors):

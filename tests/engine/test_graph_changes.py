@@ -14,7 +14,7 @@ from torch import nn
 
 from gen_turbo import attach
 from gen_turbo.engine.watch import Watch
-from tests.engine.cuda import StandIn, stand_in
+from tests.engine.cuda import Graph, StandIn, stand_in
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 
 FEW = tuple(range(900, 300, -100))
@@ -120,6 +120,28 @@ def test_a_changed_model_is_seen(change, cuda):
             outputs.append((before, run_unet(unet, FEW, **inputs)))
     assert not torch.equal(outputs[0][0], outputs[0][1]) and cuda.num_replayed > len(FEW)
     assert all(map(torch.equal, *outputs))
+
+
+def test_the_device_computes_while_the_whole_model_is_looked_at(cuda, monkeypatch):
+    """Catches milliseconds of Python before the first replay of a run, in which the device has nothing to do."""
+    unet, inputs, seen = sd15_unet(), unet_inputs(1), []
+    is_same, replay = Watch.is_same, Graph.replay
+
+    def look(watch: Watch, is_first_step: bool) -> bool:
+        seen.append("whole model" if is_first_step else "addresses")
+        return is_same(watch, is_first_step)
+
+    def play(graph: Graph) -> None:
+        seen.append("replay")
+        replay(graph)
+
+    monkeypatch.setattr(Watch, "is_same", look)
+    monkeypatch.setattr(Graph, "replay", play)
+    with attach(unet, TurboProcessor(0.4), graphs=True):
+        for _ in range(3):
+            seen.clear()
+            run_unet(unet, FEW, **inputs)
+    assert seen == ["addresses", "replay", "whole model", *["addresses", "replay"] * (len(FEW) - 1)]
 
 
 def _changed(change: Callable[[Any], object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from gen_turbo import IdentityProcessor, attach, report
 from gen_turbo.engine import settling
 from gen_turbo.engine.costs.devices import CLASSES
 from gen_turbo.engine.graphs import GraphsWarning
-from tests import tiny_transformers
+from tests import tiny_pipelines, tiny_transformers
 from tests.engine.cuda import StandIn, stand_in
 from tests.engine.families import family
 from tests.engine.pipelines import made
@@ -79,21 +80,55 @@ def test_a_schedule_decides_alike_in_every_run(name, threshold, cuda):
         assert all(torch.equal(run(times=TIMES), expected) for _ in range(3))
 
 
-def test_merged_text_is_not_taken_over(cuda):
-    """Catches the merged text of one prompt in the next image."""
-    model, _ = family("sd3")
-    kind = tiny_transformers.FAMILIES["sd3"]
-    outputs = []
-    for graphs in (False, True):
-        with attach(model, TurboProcessor(0.4, text_ratio=0.4), graphs=graphs), torch.no_grad():
-            for seed in (1, 5, 1):
-                call = kind.inputs(2, (8, 8)) | {"encoder_hidden_states": tiny_transformers.random(2, 5, 32, seed=seed)}
-                for time in TIMES:
-                    latents = tiny_transformers.random(2, *kind.latents((8, 8)))
-                    given = call | kind.time(time, 2)
-                    outputs.append(model(hidden_states=latents, **given, return_dict=False)[0])
-    half = len(outputs) // 2
-    assert all(map(torch.equal, outputs[:half], outputs[half:])) and cuda.num_replayed > 0
+def _text(num_words: int, seed: int, num_tokens: int = 16) -> torch.Tensor:
+    """A text of some words and of padding that repeats."""
+    words = tiny_transformers.random(1, num_words, 32, seed=seed)
+    padding = tiny_transformers.random(1, 1, 32, seed=seed + 9)
+    return torch.cat([words, padding.expand(1, num_tokens - num_words, 32)], 1)
+
+
+def _drawn(pipe: object, call: dict[str, object], text: torch.Tensor) -> torch.Tensor:
+    texts = {"prompt_embeds": text.clone(), "negative_prompt_embeds": _text(1, 3, text.shape[1])}
+    return tiny_pipelines.latents_of(pipe, call | texts, len(TIMES))
+
+
+@pytest.mark.parametrize(
+    ("settings", "texts"),
+    [
+        ({"text_ratio": 0.4}, [_text(5, seed, 5) for seed in (1, 5, 7, 1)]),
+        ({}, [_text(3, seed) for seed in (1, 5, 7, 1)]),
+    ],
+    ids=["ratio", "what repeats"],
+)
+def test_runs_with_merged_text_share_graphs(settings, texts, cuda):
+    """Catches graphs that are captured anew for every prompt, and those that weigh one prompt as another was merged."""
+    pipe, call = tiny_pipelines.sd3()
+    pipe.set_progress_bar_config(disable=True)
+    reducer = TurboProcessor(0.4, **settings)
+    with attach(pipe, reducer, graphs=False):
+        expected = [_drawn(pipe, call, text) for text in texts]
+    with attach(pipe, reducer, graphs=True) as attachment:
+        captured = []
+        for text, wanted in zip(texts, expected, strict=True):
+            assert torch.equal(_drawn(pipe, call, text), wanted)
+            captured.append(cuda.since())
+        before, after = attachment.parts[0].text_tokens
+        assert before > after
+    assert 0 < captured[0][0] + captured[1][0] <= 4 and captured[2:] == [(0, len(TIMES))] * 2
+
+
+def test_graphs_of_another_length_of_text_go(cuda):
+    """Catches buffers and graphs of every length of prompt, held at once, and a pool that has died with its graphs."""
+    pipe, call = tiny_pipelines.sd3()
+    pipe.set_progress_bar_config(disable=True)
+    with attach(pipe, TurboProcessor(0.4), graphs=True):
+        alive = []
+        for num_words in (3, 4, 5):
+            _drawn(pipe, call, _text(num_words, 1))
+            assert cuda.since()[1] >= len(TIMES) // 2 and report(pipe).graphs == "captured"
+            gc.collect()
+            alive.append(len(cuda.alive))
+    assert len(cuda.pools) == 3 and len(set(alive)) == 1
 
 
 def test_runs_that_merge_nothing_share_a_graph(cuda, monkeypatch):
@@ -106,19 +141,6 @@ def test_runs_that_merge_nothing_share_a_graph(cuda, monkeypatch):
         found = report(pipe)
         assert cuda.num_captured == 1 and cuda.num_replayed == 3 * 12 - 2
         assert found.graphs.startswith("captured") and not any(layer.num_reduced for layer in found.layers)
-
-
-def test_a_pool_whose_graphs_have_gone_takes_no_other(cuda):
-    """Catches runs after the first that cannot be captured, where no run leaves its graphs to the next."""
-    model, _ = family("sd3")
-    kind = tiny_transformers.FAMILIES["sd3"]
-    with attach(model, TurboProcessor(0.4, text_ratio=0.4), graphs=True), torch.no_grad():
-        for seed in range(3):
-            call = kind.inputs(2, (8, 8)) | {"encoder_hidden_states": tiny_transformers.random(2, 5, 32, seed=seed)}
-            for time in TIMES:
-                model(tiny_transformers.random(2, *kind.latents((8, 8))), **call, **kind.time(time, 2))
-            assert cuda.since()[1] >= len(TIMES) // 2 and report(model).graphs == "captured"
-    assert len(cuda.pools) == 3
 
 
 def test_flops_are_counted_in_full(cuda):
