@@ -120,7 +120,7 @@ def _kinds(node: Any) -> Iterator[tuple[str, int]]:  # noqa: C901  one line for 
             yield "constant", 0
         case ast.If() | ast.IfExp() | ast.While():
             yield "negated", 0
-        case ast.Return() if node.value is not None:
+        case ast.Return() if node.value is not None and ast.unparse(node.value) != "None":
             yield "returns None", 0
         case ast.Call():
             yield from (("keyword left out", part) for part, given in enumerate(node.keywords) if given.arg)

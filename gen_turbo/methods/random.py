@@ -43,9 +43,10 @@ class RandomProcessor(ReductionProcessor):
         """Plans a draw for tokens (B, N, C), the same for every row."""
         num_tokens = tokens.shape[1]
         removed = num_removed(num_tokens, site.ratio)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + frame.step)
-        order = torch.randperm(num_tokens, generator=generator)
+        # Drawn on the CPU, also where another device is the default: the same draw everywhere.
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + frame.step)
+        order = torch.randperm(num_tokens, generator=generator, device="cpu")
         leaving, staying = order[:removed], order[removed:]
-        destination = torch.arange(num_tokens)
-        destination[leaving] = staying[torch.randint(len(staying), (removed,), generator=generator)]
+        destination = torch.arange(num_tokens, device="cpu")
+        destination[leaving] = staying[torch.randint(len(staying), (removed,), generator=generator, device="cpu")]
         return TokenMap.from_destinations(destination[None].to(tokens.device), num_tokens - removed)

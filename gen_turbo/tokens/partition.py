@@ -17,7 +17,6 @@ def grid_destinations(
     grid: tuple[int, int],
     stride: tuple[int, int] = (2, 2),
     variant: str | int = "corner",
-    device: torch.device | str | None = None,
 ) -> Tensor:
     """Picks one destination in every cell of a grid of tokens in raster order.
 
@@ -29,10 +28,9 @@ def grid_destinations(
         stride: (height, width) of a cell in tokens.
         variant: "corner" for the upper left token of each cell, or an integer seed for one picked by a hash of
             the seed and the cell's place: the same in every process, and no random state is touched.
-        device: Where the result lies.
 
     Returns:
-        Token indices, (D,) int64, ascending.
+        Token indices, (D,) int64, ascending, on the CPU.
 
     Raises:
         ValueError: If the grid or the stride is not positive, or the variant is another string.
@@ -42,8 +40,8 @@ def grid_destinations(
     (height, width), (cell_height, cell_width) = grid, stride
     if min(height, width, cell_height, cell_width) < 1:
         raise ValueError(f"grid {grid} and stride {stride} must be positive (height, width) pairs in tokens")
-    top = torch.arange(0, height, cell_height, device=device)[:, None]
-    left = torch.arange(0, width, cell_width, device=device)[None, :]
+    top = torch.arange(0, height, cell_height, device="cpu")[:, None]
+    left = torch.arange(0, width, cell_width, device="cpu")[None, :]
     if variant == "corner":
         return (top * width + left).reshape(-1)
     if isinstance(variant, str):

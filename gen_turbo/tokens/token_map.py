@@ -205,7 +205,6 @@ class TokenMap:
         repeats = self._repeats((batch, self.num_tokens), self.num_tokens, "tokens")
         if not self.is_identity:
             self._bags(repeats, dtype)
-            self._flat("slot", repeats)
             self._flat("anchor", repeats)
         return self
 

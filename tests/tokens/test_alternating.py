@@ -29,3 +29,13 @@ def test_more_than_the_odd_tokens_cannot_leave(num_removed):
     """Catches a plan with fewer tokens removed than asked for."""
     with pytest.raises(ValueError, match=f"cannot remove {num_removed} of 7 tokens: 3 are sources"):
         alternating_soft_matching(torch.randn(1, 7, 2), num_removed)
+
+
+def test_doubles_are_compared_in_double():
+    """Catches tokens of float64 compared in float32, in which near ones are equal, and halves compared in halves."""
+    metric = torch.tensor([[[1.0, 1e-6], [1.0, 0.0], [1.0, 1e-9], [0.0, 1.0]]], dtype=torch.float64)
+    plan = alternating_soft_matching(metric, 1)
+    assert plan.anchor_BM.gather(1, plan.slot_BN)[0].tolist() == [0, 2, 2, 3]
+    half = torch.tensor([[[1.0, 0.02], [1.0, 0.0], [1.0, 0.01], [0.0, 1.0]]], dtype=torch.bfloat16)
+    plan = alternating_soft_matching(half, 1)
+    assert plan.anchor_BM.gather(1, plan.slot_BN)[0].tolist() == [0, 2, 2, 3]

@@ -18,7 +18,7 @@ def some_plan(batch: int = 2) -> TokenMap:
     return tile_soft_matching(x, (4, 4), 6)
 
 
-@pytest.mark.parametrize(("leading", "trailing"), [(0, 0), (3, 0), (0, 2), (3, 2)])
+@pytest.mark.parametrize(("leading", "trailing"), [(0, 0), (3, 0), (0, 2), (3, 2), (1, 1)])
 def test_text_around_the_tokens_goes_through_unchanged(leading, trailing):
     """Catches an offset that is left out of slots or anchors."""
     plan, x = some_plan(), torch.randn(2, leading + 16 + trailing, 4)
@@ -30,7 +30,7 @@ def test_text_around_the_tokens_goes_through_unchanged(leading, trailing):
     short = wide.merge(x)
     middle = plan.unmerge(short[:, leading : leading + 10])
     assert torch.equal(wide.unmerge(short), torch.cat([before, middle, after], 1))
-    assert plan.between(leading, trailing) is wide
+    assert plan.between(leading, trailing) is wide and (wide is plan) == (leading + trailing == 0)
 
 
 def test_frames_become_one_sequence():
@@ -60,6 +60,15 @@ def test_a_weighed_key_counts_as_that_many(channels, batch):
     assert query.shape[-1] % 8 == 0
     unweighed = F.scaled_dot_product_attention(q, k, v)
     assert not torch.allclose(unweighed, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "wanted"), [(1, 8), (5, 8), (6, 8), (7, 16), (8, 16), (40, 48), (46, 48), (47, 56)]
+)
+def test_weighed_channels_are_the_next_multiple_of_8(channels, wanted):
+    """Catches channels that fast kernels do not take, and more of them than are needed."""
+    q = torch.zeros(1, 1, 2, channels)
+    assert [x.shape[-1] for x in weigh_keys(q, q, torch.zeros(1, 2), 1.0)] == [wanted] * 2
 
 
 def test_the_weight_of_a_large_key_survives_half_precision():

@@ -246,3 +246,56 @@ def test_a_broken_destination_spoils_nobody_else() -> None:
     metric[0, 0] = math.nan
     plan = bipartite_soft_matching(metric, torch.arange(0, 64, 2), 30)
     assert destinations_of(plan)[0][5::2] == list(range(4, 64, 2))
+
+
+@pytest.mark.parametrize("grid", [(8, 16), (16, 8), (6, 20), (16, 24)])
+def test_tiles_shift_along_each_side_of_its_own(grid):
+    """Catches a side that fits into one tile and is cut because the other one is longer."""
+    metric = torch.randn(1, math.prod(grid), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    offset = tuple(4 if length > 8 else 0 for length in grid)
+    candidates = oracles.tile_candidates(grid, (8, 8), offset, grid_destinations(grid).tolist())
+    plan = tile_soft_matching(metric, grid, 40, shift=True)
+    expected = oracles.match(metric[0].tolist(), candidates, 40, [0.0] * math.prod(grid))
+    assert plan.anchor_BM.gather(1, plan.slot_BN)[0].tolist() == expected
+
+
+def test_defaults_are_cells_of_four_in_tiles_of_64() -> None:
+    """Catches other tiles or cells where a caller names none."""
+    metric = torch.randn(1, 320, 4, generator=torch.Generator().manual_seed(6))
+    cases = [
+        (line_soft_matching(metric, 99), line_soft_matching(metric, 99, 4, 64, None)),
+        (
+            tile_soft_matching(metric, (16, 20), 99),
+            tile_soft_matching(metric, (16, 20), 99, 8, (2, 2), False, None, "corner"),
+        ),
+    ]
+    for plain, told in cases:
+        assert torch.equal(plain.slot_BN, told.slot_BN)
+
+
+def test_tiles_of_one_token_hold_nothing_to_merge() -> None:
+    """Catches a smallest tile that is refused, or that merges over its edge."""
+    metric = torch.randn(1, 16, 4)
+    assert line_soft_matching(metric, 0, tile=1).is_identity
+    assert tile_soft_matching(metric, (4, 4), 0, tile=1).is_identity
+    for plan in (lambda: line_soft_matching(metric, 1, tile=1), lambda: tile_soft_matching(metric, (4, 4), 1, tile=1)):
+        with pytest.raises(ValueError, match="cannot remove 1 of 16 tokens: 0 are sources"):
+            plan()
+
+
+def test_a_penalty_that_is_no_number_counts_as_the_least_alike() -> None:
+    """Catches what is no number kept for ever, leaving first, or weighed as another than a cosine of -2."""
+    metric = torch.ones(1, 4, 2)
+    for penalty, leaves in [(2.5, 1), (3.5, 3), (math.inf, 3), (-math.inf, 1)]:
+        weights = torch.tensor([[0.0, penalty, 0.0, math.nan]])
+        assert leaves not in bipartite_soft_matching(metric, torch.tensor([0, 2]), 1, weights).anchor_BM[0].tolist()
+
+
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+def test_what_is_no_number_is_less_alike_than_what_points_away(odd) -> None:
+    """Catches an infinite token that is nearer than any, as source or as destination."""
+    metric = torch.tensor([[[1.0, 0.0], [-1.0, 0.1], [odd, 0.0], [odd, 1.0]]])
+    first = bipartite_soft_matching(metric, torch.tensor([0, 2]), 1)
+    assert first.anchor_BM.gather(1, first.slot_BN)[0].tolist() == [0, 0, 2, 3]
+    both = bipartite_soft_matching(metric, torch.tensor([0, 2]), 2)
+    assert both.anchor_BM.gather(1, both.slot_BN)[0].tolist()[:3] == [0, 0, 2]

@@ -60,3 +60,12 @@ def test_impossible_numbers_of_kept_tokens_are_named(num_kept: int) -> None:
     ):
         with pytest.raises(ValueError, match=f"cannot keep {num_kept} of 12 tokens"):
             choose()
+
+
+def test_scores_that_are_no_numbers_are_the_lowest() -> None:
+    """Catches NaN kept before numbers, and infinities that change places or are as low or high as others."""
+    nan, inf = float("nan"), float("inf")
+    score = torch.tensor([[0.0, nan, inf, -inf, 3e38, -3e38, inf, nan]])
+    order = [2, 6, 4, 0, 5, 1, 3, 7]
+    for num_kept in range(1, 9):
+        assert keep_highest(score, num_kept).anchor_BM[0].tolist() == sorted(order[:num_kept])

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_turbo.tokens import score
-from gen_turbo.tokens.score import attention_column_mean, information_penalty, mean_one
+from gen_turbo.tokens.score import attention_column_mean, information_penalty, mean_one, text_attention
 
 # Softmax in float32 against Python's float64.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
@@ -85,3 +85,38 @@ def test_penalty_has_the_weight_as_its_mean_on_any_scale() -> None:
 def test_no_value_anywhere_gives_no_penalty() -> None:
     """Catches a division by zero."""
     assert torch.equal(information_penalty(torch.zeros(1, 4), 0.5), torch.zeros(1, 4))
+
+
+class _Logits(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "softmax" in str(func):
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "most", "keys"), [("cpu", 2**18, 1024), ("meta", 2**24, 65536)])
+def test_logits_are_held_as_documented(device: str, most: int, keys: int) -> None:
+    """Catches more logits at once than the memory meant for them, fewer than there is room for, and none."""
+    for heads, queries, expected in [
+        (6, 64, [most // 4 * 4, most // 4 * 2]),
+        (3, 256, [most] * 3),
+        (2, 512, [2 * most] * 2),
+        (2, 1, [keys * 2]),
+    ]:
+        q, k = (torch.zeros(1, heads, count, 2, device=device) for count in (queries, keys))
+        with _Logits() as logits:
+            attention_column_mean(q, k)
+        assert logits.sizes == expected
+
+
+def test_heads_of_other_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches heads without a partner that are left out in silence."""
+    monkeypatch.setattr(score, "_MOST_ON_CPU", 1)
+    q, k = torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, 6, 4)
+    for value in (lambda: attention_column_mean(q, k), lambda: text_attention(q, k, torch.ones(1, 6))):
+        with pytest.raises(ValueError, match="shorter|longer"):
+            value()

@@ -40,6 +40,12 @@ def test_budgets_equal_singular_values():
     assert EAdaPruneProcessor(energy=0.8).budgets(tokens) == expected
 
 
+def test_little_energy_counts_as_well():
+    """Catches energies added up in float32, where what is left of a share near one is lost."""
+    image = torch.diag(torch.tensor([1.0, 1e-5, 1e-5, 1e-5], dtype=torch.float64))[None]
+    assert EAdaPruneProcessor(0.9, energy=1 - 1.5e-10).budgets(image) == [3]
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 def test_features_that_are_no_numbers_leave_the_others_alone(odd):
     """Catches an image of NaN that ends the call of all images, or changes what another image keeps."""
