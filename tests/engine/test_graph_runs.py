@@ -117,14 +117,30 @@ def test_runs_with_merged_text_share_graphs(settings, texts, cuda):
     assert 0 < captured[0][0] + captured[1][0] <= 4 and captured[2:] == [(0, len(TIMES))] * 2
 
 
+def test_prompts_of_about_one_length_share_graphs(cuda):
+    """Catches a graph for every number of words, and tokens that stay for that and change the result."""
+    pipe, call = tiny_pipelines.sd3()
+    pipe.set_progress_bar_config(disable=True)
+    texts = [_text(num_words, num_words) for num_words in (3, 5, 4, 6)]
+    with attach(pipe, TurboProcessor(0.4, text_ratio=0.0), graphs=False):
+        unmerged = [_drawn(pipe, call, text) for text in texts]
+    with attach(pipe, TurboProcessor(0.4), graphs=True) as attachment:
+        captured = []
+        for text, wanted in zip(texts, unmerged, strict=True):
+            torch.testing.assert_close(_drawn(pipe, call, text), wanted, rtol=1e-4, atol=1e-4)
+            assert attachment.parts[0].text_tokens == (16, 8)
+            captured.append(cuda.since())
+    assert captured[2:] == [(0, len(TIMES))] * 2
+
+
 def test_graphs_of_another_length_of_text_go(cuda):
     """Catches buffers and graphs of every length of prompt, held at once, and a pool that has died with its graphs."""
     pipe, call = tiny_pipelines.sd3()
     pipe.set_progress_bar_config(disable=True)
     with attach(pipe, TurboProcessor(0.4), graphs=True):
         alive = []
-        for num_words in (3, 4, 5):
-            _drawn(pipe, call, _text(num_words, 1))
+        for num_words in (3, 12, 20):
+            _drawn(pipe, call, _text(num_words, 1, 48))
             assert cuda.since()[1] >= len(TIMES) // 2 and report(pipe).graphs == "captured"
             gc.collect()
             alive.append(len(cuda.alive))
