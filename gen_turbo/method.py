@@ -93,7 +93,8 @@ class TokenReducer(ABC):
         merge_span: With scope "block", how many consecutive blocks of a stack share one short sequence, restored after
             the last of them; 0 is all. Raising it remembers less, restores less often, and is further from stock.
         kv_only: Merges keys and values only; every token stays a query. Closer to stock, saves less.
-        proportional_attention: Lets a key that stands for several tokens weigh as much as they did.
+        proportional_attention: Lets a key that stands for several tokens weigh as much as they did. In vision-language
+            models in the attention of the language model, prompt and answer; vision towers that merge always do.
         text_ratio: Fraction of the text tokens removed, once per prompt, where they share attention with the image
             (SD3, Flux and its kin, AuraFlow, Chroma, CogView, HunyuanVideo, CogVideoX with rotary positions) or the
             model keeps their keys (Qwen-Image 2.1); attention counts each by its size. None merges tokens equal to

@@ -129,7 +129,8 @@ class PARProcessor(Routed, ReductionProcessor):
         """The settings that nothing reads on a vision-language model, and where they belong."""
         found = dict.fromkeys(("ratio", "schedule", "threshold", "inner"), "denoisers")
         found |= dict.fromkeys(
-            ("keep", "adaptive", "text_ratio", "across_frames"), "methods without a router; give tokens"
+            ("keep", "adaptive", "text_ratio", "across_frames", "proportional_attention"),
+            "methods without a router; give tokens",
         )
         if self.tokens is not None or self.layers is not None:
             found["budget"] = "tokens=None and layers=None"

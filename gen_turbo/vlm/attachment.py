@@ -146,6 +146,7 @@ def _in_prompt(model: nn.Module, family: Family, reducer: TokenReducer, counts: 
         planner,
         # What the tower or a smaller image made equal is its own mean; features of inner blocks are not.
         is_merged=placement.combine == "merge" and place != "projector",
+        is_weighed=reducer.proportional_attention,
         shared=shared,
         words=words,
         removes_later=schedule.removes if cuts and may_remove(reducer) else None,

@@ -5,7 +5,7 @@ Shape names: B batch, N columns of the long sequence, M of the short one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,14 @@ class Columns:
         valid_BM: False where a place is padding that stands for no column.
         num_columns: N, columns of the long sequence.
         is_ragged: Whether any place is padding. Known when made, so that the device need not be asked again.
+        log_size_BM: Logarithm of how many columns each place stands for, where attention weighs by it; None elsewhere.
     """
 
     index_BM: Tensor
     valid_BM: Tensor
     num_columns: int
     is_ragged: bool
+    log_size_BM: Tensor | None = None
 
     @classmethod
     def of_kept(cls, keep_BN: Tensor) -> Columns:
@@ -76,12 +78,27 @@ class Columns:
             torch.cat([self.valid_BM, later.valid_BM], 1),
             self.num_columns + later.num_columns,
             self.is_ragged or later.is_ragged,
+            self._log_sizes_beside(later),
         )
+
+    def _log_sizes_beside(self, later: Columns) -> Tensor | None:
+        known = [part.log_size_BM for part in (self, later) if part.log_size_BM is not None]
+        if not known:
+            return None
+        parts = (self, later)
+        return torch.cat(
+            [p.log_size_BM if p.log_size_BM is not None else known[0].new_zeros(p.index_BM.shape) for p in parts], 1
+        )
+
+    def weighed(self, log_size_BN: Tensor) -> Columns:
+        """The same columns, each standing for as many as the exponential of its log size."""
+        return replace(self, log_size_BM=self.take(log_size_BN, 1))
 
     def then(self, later: Columns) -> Columns:
         """Joins these columns and those that stay of their places."""
         index = self.index_BM.gather(1, later.index_BM) * later.valid_BM
-        return Columns(index, later.valid_BM, self.num_columns, later.is_ragged)
+        log_size = None if self.log_size_BM is None else self.log_size_BM.gather(1, later.index_BM)
+        return Columns(index, later.valid_BM, self.num_columns, later.is_ragged, log_size)
 
     def without_last(self, count: int) -> Columns:
         """Takes the last `count` columns off both sequences.
@@ -95,7 +112,9 @@ class Columns:
             raise ValueError(
                 f"columns are missing among the last {count} of {self.num_columns}; begin with a new cache"
             )
-        return Columns(self.index_BM[:, :-count], self.valid_BM[:, :-count], self.num_columns - count, self.is_ragged)
+        log_size = None if self.log_size_BM is None else self.log_size_BM[:, :-count]
+        index, valid = self.index_BM[:, :-count], self.valid_BM[:, :-count]
+        return Columns(index, valid, self.num_columns - count, self.is_ragged, log_size)
 
     def take(self, x: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
         """Takes the kept columns of `x` along `dim`; a batch axis of 1 serves every row. Padding takes column 0."""
@@ -142,7 +161,8 @@ class Columns:
 
     def rows(self, index: Tensor) -> Columns:
         """Takes rows of the batch, as beam search reorders them."""
-        return Columns(self.index_BM[index], self.valid_BM[index], self.num_columns, self.is_ragged)
+        log_size = None if self.log_size_BM is None else self.log_size_BM[index]
+        return Columns(self.index_BM[index], self.valid_BM[index], self.num_columns, self.is_ragged, log_size)
 
     def repeated(self, times: int) -> Columns:
         """Repeats each row of the batch `times` times, copies side by side."""

@@ -26,6 +26,8 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
         check_text(model, reducer)
     else:
         check_words(model, reducer, placement.place)
+    if reducer.proportional_attention:
+        check_weighed(model, family)
     facts = tower_facts(model, family)
     if placement.place == "input":
         # Behind pooling or tiles, the copies of a patch are no image tokens that could leave.
@@ -68,6 +70,21 @@ def _check_decoder(model: nn.Module, family: Family, reducer: TokenReducer, name
     for first in firsts:
         if first:
             check_cut(model, config, first, "cut" if is_staged else "layer")
+
+
+def check_weighed(model: nn.Module, family: Family) -> None:
+    """Says why keys of a language model cannot weigh by how many tokens they stand for.
+
+    Raises:
+        ValueError: If its kernel takes no mask, or a layer makes its own.
+    """
+    config: Any = model.get_submodule(family.text).config
+    name, kinds, kernel = type(model).__name__, getattr(config, "layer_types", None) or (), config._attn_implementation
+    if kernel not in ("sdpa", "eager"):
+        raise ValueError(f"proportional_attention weighs keys by a mask, which {kernel} does not take; use 'sdpa'")
+    if "linear_attention" in kinds or ("sliding_attention" in kinds and not family.masks_in_base):
+        kind = "recurrent layers" if "linear_attention" in kinds else "sliding windows"
+        raise ValueError(f"{name} has {kind}, where keys cannot be weighed; leave proportional_attention out")
 
 
 def check_routing(model: nn.Module, config: Any, routing: Routing) -> None:

@@ -31,6 +31,7 @@ from gen_turbo.vlm.masks import (
     real_columns,
     short_mask,
     uses_cache,
+    weighed,
 )
 from gen_turbo.vlm.recorded import whole
 from gen_turbo.vlm.run import Listener, Planner, Reduction, pass_all, reduce
@@ -57,6 +58,7 @@ class Gate(Stage):
         videos: Finds the frames of videos.
         planner: Plans for the image tokens; None lets all of them pass.
         is_merged: Whether slots of image tokens and of words are averaged, or only their anchors stay.
+        is_weighed: Whether keys weigh by how many tokens they stand for.
         shared: The method whose budget images share, or that gives each its own; None where all have one.
         words: Chooses words that leave with the image tokens of a prompt; None lets all of them pass.
         removes_later: Whether some of so many image tokens are removed inside the language model.
@@ -74,6 +76,7 @@ class Gate(Stage):
         planner: Planner | None,
         *,
         is_merged: bool = False,
+        is_weighed: bool = False,
         shared: TokenReducer | None = None,
         words: Words | None = None,
         removes_later: Callable[[int], bool] | None = None,
@@ -83,6 +86,7 @@ class Gate(Stage):
         self._base, self._text, self._family, self._calls = base, text, family, calls
         self._sight, self._videos, self._words = sight, videos, words
         self._planner, self._is_merged, self._shared = planner, is_merged, shared
+        self._is_weighed = is_weighed
         self._removes_later, self._on_prompt = removes_later, on_prompt
         self._arguments = list(inspect.signature(base.forward).parameters)
 
@@ -179,6 +183,8 @@ class Gate(Stage):
                 mask = mask[..., seen : seen + embeds.shape[1]]
             keep = reduction.keep_BL if mask is None else reduction.keep_BL & real_columns(mask, embeds)
             call.here = Columns.of_kept(keep)
+            if self._is_weighed:
+                call.here = call.here.weighed(reduction.log_sizes())
             reduction.num_columns = embeds.shape[0] * call.here.num_kept
         if self._planner is not None:
             for listener in self.listeners:
@@ -219,6 +225,11 @@ class Gate(Stage):
         else:
             changed["attention_mask"] = short_mask(mask, here, total, call.held, cache is not None)
             call.real_BM = changed["attention_mask"]
+        if total.log_size_BM is not None:
+            entering, mask = changed.get("inputs_embeds", embeds), changed["attention_mask"]
+            is_dict = isinstance(mask, dict)
+            made = {kind: weighed(one, total, entering) for kind, one in (mask if is_dict else {"": mask}).items()}
+            changed["attention_mask"] = made if is_dict else made[""]
         if here is None or reduction is None or call.images is None:
             return changed
         positions = kwargs.get("position_ids")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_turbo.vlm.cache import SHORTENED
@@ -105,6 +106,38 @@ def masks_by_kind(
     assert shorter is not None
     made = {"full_attention": shorter, "sliding_attention": _windowed(shorter, config.sliding_window)}
     return {kind: made[kind] for kind in masks}
+
+
+def weighed(mask: Tensor | None, total: Columns, entering: Tensor) -> Tensor:
+    """A mask with the logarithm of the sizes of keys added, so that a key of size s weighs as s equal keys would.
+
+    Proportional attention (Bolya et al., 2022, arXiv 2210.09461, Section 3).
+
+    Args:
+        mask: (B, K), (B, 1, Q, K), or None for a causal one.
+        total: The columns held once the call has run. Places of a cache behind them have one token each, and windows
+            the last ones.
+        entering: What enters the first layer, (B, Q, C).
+
+    Returns:
+        (B, 1, Q, K), floating point.
+
+    Raises:
+        ValueError: If the kernel has a mask of its own.
+    """
+    assert total.log_size_BM is not None
+    dtype, length = entering.dtype, entering.shape[1]
+    if mask is None or mask.ndim == 2:
+        num_keys = total.num_kept if mask is None else mask.shape[1]
+        causal = torch.ones(length, num_keys, dtype=torch.bool, device=entering.device).tril(num_keys - length)
+        mask = causal[None, None] if mask is None else causal & mask[:, None, None].bool()
+    missing = mask.shape[-1] - total.num_kept
+    added = F.pad(total.log_size_BM, (0, missing)) if missing > 0 else total.log_size_BM[:, -mask.shape[-1] :]
+    added = added[:, None, None].to(dtype)
+    least = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        return torch.where(mask, added, least)
+    return (mask + added).clamp(min=least)
 
 
 def _hidden(mask: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from gen_turbo.method import TokenReducer
@@ -75,6 +76,16 @@ class Reduction:
         for one in self.words:
             merged[one.row, one.anchors] = one.plan.merge(x_BLC[one.row, one.places][None])[0]
         return merged
+
+    def log_sizes(self) -> Tensor:
+        """Logarithm of how many tokens the one in each column stands for: (B, L), float32."""
+        sizes = torch.ones(self.keep_BL.shape, device=self.keep_BL.device)
+        for group, plan in self.plans:
+            slots = plan.sizes().to(sizes.dtype).expand(len(group.images), -1)
+            sizes.view(-1).index_copy_(0, self.images.anchors(group, plan), slots.flatten())
+        for one in self.words:
+            sizes[one.row, one.anchors] = one.plan.sizes()[0].to(sizes.dtype)
+        return sizes.log()
 
     def lengths(self) -> list[int]:
         """Tokens that each image keeps."""

@@ -99,7 +99,7 @@ class Grouped(Placement):
 
 
 _DEFAULT = Placement()
-_SHARED = ("ratio", "keep", "adaptive", "text_ratio", "across_frames")
+_SHARED = ("ratio", "keep", "adaptive", "text_ratio", "across_frames", "proportional_attention")
 """Those of the settings that every method has which vision-language models read."""
 
 
@@ -182,17 +182,15 @@ def check_settings(
         unread["layer"] = "place='decoder'"
     if placement.place in ("tower", "input") or (placement.place == "decoder" and placement.combine != "prune"):
         unread["combine"] = "place='pre_llm' and place='projector'"
+    if is_cross or placement.place == "decoder" or isinstance(method, Staged):
+        unread["proportional_attention"] = "denoisers, and place='pre_llm' or before where prompts hold image tokens"
     if is_cross or placement.place in ("tower", "input", "projector"):
         unread["adaptive"] = "place='pre_llm' and place='decoder' of models whose prompt holds the image tokens"
     needs = set(getattr(method, "needs", ()))
     if needs - {"class", "self"} or (needs and not is_cross):
         unread["text_ratio"] = "methods that read tokens alone, such as turbo"
-    if not has_frames:
-        unread["across_frames"] = "models whose videos are known frame by frame, such as Qwen-VL and LLaVA-OneVision"
-    elif needs & {"class", "self"} or placement.place not in ("pre_llm", "decoder"):
-        unread["across_frames"] = "place='pre_llm' or place='decoder' and methods that read no attention of the tower"
-    elif not method.plans_videos:
-        unread["across_frames"] = "methods that look at several frames, such as turbo and divprune"
+    where = _where_videos_are(method, placement.place, has_frames)
+    unread |= {"across_frames": where} if where else {}
     told = getattr(method, "unread", None)
     unread |= told(placement.place, has_grid) if told is not None else {}
     for name, value in changed.items():
@@ -200,3 +198,12 @@ def check_settings(
             raise ValueError(
                 f"{name}={value!r} has no effect on this {model_name}: it belongs to {unread[name]}; leave it out"
             )
+
+
+def _where_videos_are(method: TokenReducer, place: str, has_frames: bool) -> str:
+    """Where videos can be planned as a whole; empty if they can here."""
+    if not has_frames:
+        return "models whose videos are known frame by frame, such as Qwen-VL and LLaVA-OneVision"
+    if {"class", "self"} & set(getattr(method, "needs", ())) or place not in ("pre_llm", "decoder"):
+        return "place='pre_llm' or place='decoder' and methods that read no attention of the tower"
+    return "" if method.plans_videos else "methods that look at several frames, such as turbo and divprune"

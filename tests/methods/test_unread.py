@@ -19,7 +19,7 @@ NO_RATIO = dict.fromkeys(("num_merges", "ratio", "keep"), "num_removed=0")
 NO_VALUE = dict.fromkeys(("alpha", "value_weight"), "a semantic value")
 NO_ATTENTION = dict.fromkeys(("semantic", "alpha", "value_weight"), "place='tower' and place='pre_llm'")
 NO_DENOISER = dict.fromkeys(("ratio", "schedule", "threshold", "inner"), "denoisers")
-NO_ROUTER = ("keep", "adaptive", "text_ratio", "across_frames")
+NO_ROUTER = ("keep", "adaptive", "text_ratio", "across_frames", "proportional_attention")
 NO_DENOISER |= dict.fromkeys(NO_ROUTER, "methods without a router; give tokens")
 STAGED = {"adaptive": "methods that remove tokens at one place", "layer": "methods that cut at one layer"}
 LEARNED = dict.fromkeys(("ratio", "keep", "first_block"), "weights=None, for weights bring their own")

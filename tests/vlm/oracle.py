@@ -17,11 +17,12 @@ NOT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_id
 
 @dataclass
 class Method:
-    """What a method does to one image: its plan for (1, n, C), where, and whether slots are averaged."""
+    """What a method does to one image: its plan for (1, n, C), where, whether slots are averaged and keys weighed."""
 
     plan: Callable[[Tensor], TokenMap]
     cut: int = 0
     is_merged: bool = True
+    is_weighed: bool = False
 
 
 def reduce_row(x_NC: Tensor, plan: TokenMap, is_merged: bool) -> Tensor:
@@ -49,6 +50,17 @@ def reduce_images(hidden_LC: Tensor, others: list[Tensor], ids: Tensor, size: in
     return hidden, others, columns
 
 
+def sizes_of(hidden_LC: Tensor, ids: Tensor, size: int, method: Method) -> Tensor:
+    """How many columns of one row each that is kept stands for."""
+    found, at = [], 0
+    while at < len(ids):
+        end = at + (size if ids[at] == IMAGE else 1)
+        slots = method.plan(hidden_LC[None, at:end]).slot_BN[0].tolist() if ids[at] == IMAGE else [0]
+        found += [slots.count(slot) for slot in range(max(slots) + 1)]
+        at = end
+    return torch.tensor(found, dtype=hidden_LC.dtype)
+
+
 def run_layers(
     text: nn.Module,
     hidden: Tensor,
@@ -59,16 +71,20 @@ def run_layers(
     deep: Any,
     skip: Any = (),
     blocks: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Any:
     """Decoder layers `first` to `last`, but those to skip, on one row (1, n, C), causal behind `prefix` columns.
 
-    Windows slide over the columns that are there. Columns of one of the `blocks` (n,), but -1, see each other.
+    Windows slide over the columns that are there. Columns of one of the `blocks` (n,), but -1, see each other. Each
+    column weighs as many as its size (n,) says.
     """
     length = hidden.shape[1]
     mask = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
     mask[..., :prefix, :prefix] = 0
     if blocks is not None:
         mask[0, 0][(blocks[:, None] == blocks) & (blocks >= 0)] = 0
+    if sizes is not None:
+        mask = mask + sizes.log()
     column = torch.arange(length)
     is_past = column[:, None] - column[None] >= (getattr(text.config, "sliding_window", None) or length)
     kinds = getattr(text.config, "layer_types", None) or []
@@ -137,12 +153,14 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
     is_prefix = "PaliGemma" in type(model).__name__
     blocks = blocks_of(model, ids)
     hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added, blocks=blocks)[0]
+    sizes = sizes_of(hidden, ids, vlm.num_tokens, method) if method.is_weighed else None
     hidden, added, columns = reduce_images(hidden, added, ids, vlm.num_tokens, method)
     kept = sum(column < prompt for column in columns) * is_prefix
     depth = text.config.num_hidden_layers
     blocks = None if blocks is None else blocks[columns]
     positions = positions[..., columns]
-    out = text.norm(run_layers(text, hidden[None], positions, method.cut, depth, kept, added, blocks=blocks))
+    done = run_layers(text, hidden[None], positions, method.cut, depth, kept, added, blocks=blocks, sizes=sizes)
+    out = text.norm(done)
     return model.lm_head(out[0, -1])
 
 
