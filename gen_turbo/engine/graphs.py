@@ -37,7 +37,7 @@ class GraphsWarning(UserWarning):
     """CUDA graphs were asked for where a call cannot be captured."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Captured:
     """Calls of one kind: how they ran eagerly, and the graph that replays them.
 
@@ -85,6 +85,7 @@ class Graphs:
         self._pool: Any = None
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self._refused: str = ""
+        self._gained, self._unjudged = False, weakref.WeakSet[Captured]()
         self._epoch = 0
 
     def run_for(self, inner: Callable[..., Any], step: Any, kind: Any, is_once: bool) -> Callable[[], Any] | None:
@@ -165,6 +166,7 @@ class Graphs:
         """Frees all graphs."""
         self.idle.drop()
         self._watch = None
+        self._gained, self._unjudged = False, weakref.WeakSet()
         self._epoch += 1
 
     def _obstacle(self, context: Context) -> str:
@@ -218,7 +220,9 @@ class Graphs:
         entry.graph = graph
         self._alive.add(graph)
         self.num_captured += 1
-        self.status = "captured"
+        self.status = self.status if self._gained else "captured"
+        if entry.timed["eager"]:
+            self._unjudged.add(entry)
         return self._replay(entry, leaves)
 
     def _replay(self, entry: Captured, leaves: list[Any]) -> Any:
@@ -248,17 +252,21 @@ class Graphs:
         return output
 
     def _judge(self, entry: Captured) -> None:
-        """Gives graphs up where they do not gain, as soon as the device has run what was timed."""
+        """Gives graphs up where those of no kind of step gain, as soon as the device has run what was timed.
+
+        A full step may take the device as long as the host, where a reduced one waits for the host.
+        """
         eager, replays = entry.timed["eager"], entry.timed["graph"]
         if len(replays) < _EAGER_TIMED or not eager or not all(end.query() for _, end in (*eager, *replays)):
             return
         before = min(begin.elapsed_time(end) for begin, end in eager)
         after = min(begin.elapsed_time(end) for begin, end in replays)
         entry.timed["eager"] = []
-        self.status = f"captured: {after:.1f} ms a step instead of {before:.1f}"
-        if after > _GAIN * before:
-            self._refused = f"graphs gain nothing here: {after:.1f} ms a step, {before:.1f} without"
-            self.status = self._refused
+        self._unjudged.discard(entry)
+        if after <= _GAIN * before:
+            self._gained, self.status = True, f"captured: {after:.1f} ms a step instead of {before:.1f}"
+        elif not self._gained and not self._unjudged:
+            self.status = self._refused = f"graphs gain nothing here: {after:.1f} ms a step, {before:.1f} without"
             self.drop()
 
 

@@ -7,7 +7,7 @@ and a capture fails where the host asks for a number or draws one, or where all 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,8 +32,10 @@ class StandIn:
         pools: The graphs of each pool of memory that was asked for.
         alive: Graphs that were not freed.
         eager: Milliseconds of an eager call.
-        replay: Milliseconds of a replay.
+        replay: Milliseconds of a replay, or what gives them for a number of operators.
     """
+
+    replay: float | Callable[[int], float]
 
     def __init__(self) -> None:
         self.num_captured = self.num_replayed = 0
@@ -91,7 +93,8 @@ class Graph(TorchDispatchMode):
     def replay(self) -> None:
         """Runs every operator on the tensors that it was captured with."""
         self._owner.num_replayed += 1
-        self._owner.clock += self._owner.replay
+        cost = self._owner.replay
+        self._owner.clock += cost(len(self._steps)) if callable(cost) else cost
         for func, args, kwargs, made in self._steps:
             output = func(*args, **kwargs)
             for tensor, value in zip(made, pytree.tree_leaves(output) if made else [], strict=False):

@@ -212,6 +212,26 @@ def test_auto_keeps_what_gains(replay, is_kept, cuda):
     assert not cuda.alive
 
 
+def test_a_kind_of_step_that_gains_nothing_leaves_the_others_their_graphs(cuda):
+    """Catches reduced steps that are launched by the host because full ones are as fast without a graph."""
+    sizes = set()
+
+    def cost(num_operators: int) -> float:
+        sizes.add(num_operators)
+        return 20.0 if num_operators > min(sizes) else 1.0
+
+    cuda.replay = cost
+    model, run = family("pixart-sigma")
+    times = tuple(range(900, 100, -20))
+    with attach(model, TurboProcessor(0.4), graphs="auto"):
+        for _ in range(3):
+            run(times=times)
+        assert len(sizes) > 1 and report(model).graphs == "captured: 1.0 ms a step instead of 10.0"
+        cuda.since()
+        run(times=times)
+        assert cuda.since() == (0, len(times))
+
+
 def test_compiled_blocks_keep_their_buffers_without_graphs(cuda):
     """Catches buffers that are given up with the graphs: the first step of every later run would run twice."""
     cuda.replay = 20.0
