@@ -28,6 +28,8 @@ class Bags(NamedTuple):
 
 def flat_rows(index: Tensor, length: int) -> Tensor:
     """Indices into rows of a length, (B, n), as indices into all rows behind each other, (B * n,)."""
+    if len(index) == 1:
+        return index.reshape(-1)
     first = torch.arange(len(index), device=index.device)[:, None] * length
     return (index + first).reshape(-1)
 

@@ -218,6 +218,8 @@ class TokenMap:
 
     def _tiled(self, batch: int) -> tuple[Tensor, Tensor]:
         repeats = self._repeats((batch, self.num_tokens), self.num_tokens, "tokens")
+        if repeats == 1:
+            return self.slot_BN, self.anchor_BM
         return self.slot_BN.repeat(repeats, 1), self.anchor_BM.repeat(repeats, 1)
 
     def _flat(self, name: str, repeats: int) -> Tensor:

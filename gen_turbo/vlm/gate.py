@@ -197,18 +197,11 @@ class Gate(Stage):
         cache = shortened(cache) if cache is not None else None
         if cache is not None:
             cache.is_followed = True
-        batch, length = embeds.shape[:2]
+        length = embeds.shape[1]
         here, is_static = call.here, isinstance(cache, StaticCache)
-        known = cache.columns if cache is not None else None
         changed: dict[str, Any] = {}
         mask = kwargs.get("attention_mask")
-        if is_static and here is None:
-            seen, total = 0, known
-        else:
-            seen = call.held + cache.num_dropped if call.held else 0
-            before = known.grown(seen) if known is not None else Columns.all_of(batch, seen, embeds.device)
-            total = before.beside(here) if here is not None else before.grown(seen + length)
-        assert total is not None
+        seen, total = _seen_and_total(call, cache, embeds)
         call.total = total
         if here is not None and reduction is not None:
             changed["inputs_embeds"] = here.take(reduction.apply(embeds, self._is_merged), 1)
@@ -258,6 +251,19 @@ class Gate(Stage):
         self._calls.now.is_reading = False
         if self._calls.now.is_bare:
             self._calls.end()
+
+
+def _seen_and_total(call: Running, cache: Any, embeds: Tensor) -> tuple[int, Columns]:
+    """How many tokens a cache has seen, and which of all tokens the first layer holds once the call has run."""
+    here, known = call.here, cache.columns if cache is not None else None
+    if here is None and known is not None and isinstance(cache, StaticCache):
+        return 0, known
+    batch, length = embeds.shape[:2]
+    seen = call.held + cache.num_dropped if call.held else 0
+    if here is not None and known is None and not seen:
+        return seen, here
+    before = known.grown(seen) if known is not None else Columns.all_of(batch, seen, embeds.device)
+    return seen, before.beside(here) if here is not None else before.grown(seen + length)
 
 
 def _tell_of_features(given: dict[str, Any]) -> None:
