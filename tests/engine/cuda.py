@@ -66,7 +66,7 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func._schema.name.removeprefix("aten::") in _WAITING:
+        if func._schema.name.removeprefix("aten::") in _WAITING or _counts(func, args):
             raise RuntimeError("operation not permitted when stream is capturing")
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             # What the host draws would be copied from its memory.
@@ -99,6 +99,12 @@ class Graph(TorchDispatchMode):
             output = func(*args, **kwargs)
             for tensor, value in zip(made, pytree.tree_leaves(output) if made else [], strict=False):
                 tensor.copy_(value)
+
+
+def _counts(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator takes the rows that a mask shows, of which the host has to know the number."""
+    masks = args[1] if func is torch.ops.aten.index.Tensor else ()
+    return any(mask is not None and mask.dtype in (torch.bool, torch.uint8) for mask in masks)
 
 
 class Event:

@@ -20,6 +20,7 @@ from tests.engine.families import family
 from tests.engine.pipelines import made
 from tests.engine.test_graphs import TIMES, skipping
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
+from tests.tiny_images import hunyuan_image
 
 
 @pytest.fixture
@@ -131,6 +132,21 @@ def test_prompts_of_about_one_length_share_graphs(cuda):
             assert attachment.parts[0].text_tokens == (16, 8)
             captured.append(cuda.since())
     assert captured[2:] == [(0, len(TIMES))] * 2
+
+
+def test_rows_that_a_mask_counts_are_not_captured(cuda):
+    """Catches a stand-in on which masks of one prompt choose the tokens of the next: a GPU refuses such a capture."""
+    torch.manual_seed(0)
+    model, texts = (
+        hunyuan_image(text_embed_2_dim=16).eval(),
+        {"encoder_hidden_states": tiny_transformers.random(2, 6, 32)},
+    )
+    texts |= {"encoder_hidden_states_2": tiny_transformers.random(2, 4, 16), "encoder_attention_mask": torch.ones(2, 6)}
+    texts |= {"encoder_attention_mask_2": torch.ones(2, 4)}
+    with attach(model, TurboProcessor(0.4, restore="copy"), graphs="auto"), torch.no_grad():
+        for time in TIMES:
+            model(tiny_transformers.random(2, 4, 16, 16), torch.full((2,), float(time)), **texts)
+        assert cuda.num_captured == 0 and "cannot be captured" in report(model).graphs
 
 
 def test_graphs_of_another_length_of_text_go(cuda):
