@@ -117,7 +117,7 @@ class VScanProcessor(Staged, ReductionProcessor):
 def _window_order(score_BN: Tensor, grid: Grid) -> Tensor:
     """Orders tokens (B, N): the best of each window, then the second of each, and so on; by score among these."""
     height, width = grid
-    sides = [min(_WINDOWS, side) for side in grid] if height > 1 else [1, min(_WINDOWS**2, width)]
+    sides = min(_WINDOWS, height), min(_WINDOWS if height > 1 else _WINDOWS**2, width)
     row = torch.arange(height, device=score_BN.device) * sides[0] // height
     column = torch.arange(width, device=score_BN.device) * sides[1] // width
     window_BN = (row[:, None] * sides[1] + column).reshape(1, -1).expand(len(score_BN), -1)

@@ -120,7 +120,7 @@ def _refined(unit_BNC: Tensor, layout: _Layout, num_refinements: int) -> tuple[T
 
 
 def _nearest(tiles_BTPC: Tensor, centre_BGC: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
-    similarity = tiles_BTPC @ _rows(centre_BGC, layout.reach_TK).transpose(-1, -2)
+    similarity = tiles_BTPC @ _rows(centre_BGC, layout.reach_TK).mT
     similarity = similarity.nan_to_num_(nan=-2.0).masked_fill_(layout.is_far_TPK, -torch.inf)
     best, index = similarity.max(-1)
     slot = layout.reach_TK.expand(len(index), -1, -1).gather(2, index)

@@ -195,7 +195,7 @@ def _nearest_destinations(metric_BNC: Tensor, layout: _Layout) -> tuple[Tensor, 
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     count = layout.num_destinations
     # The source's own length cannot change which destination is nearest, so it divides the winner alone.
-    similarity = rows[:, :, count:] @ (rows[:, :, :count] / length[:, :, :count]).transpose(-1, -2)
+    similarity = rows[:, :, count:] @ (rows[:, :, :count] / length[:, :, :count]).mT
     # What is no number is less alike than any two tokens that are, and still more than no destination at all.
     least = torch.finfo(rows.dtype).min
     similarity = similarity.nan_to_num_(nan=least, posinf=least, neginf=least)

@@ -33,7 +33,7 @@ def attention_column_mean(q_BHSD: Tensor, k_BHND: Tensor, log_size_BN: Tensor | 
     at_once = max(1, most // max(1, batch * num_queries * k_BHND.shape[2]))
     total = torch.zeros(1, dtype=dtype, device=q_BHSD.device)
     for q, k in zip(torch.split(q_BHSD, at_once, 1), torch.split(k_BHND, at_once, 1), strict=True):
-        logits = ((q * dim**-0.5) @ k.transpose(-1, -2)).to(dtype)
+        logits = ((q * dim**-0.5) @ k.mT).to(dtype)
         if log_size_BN is not None:
             logits = logits + log_size_BN[:, None, None, :]
         total = total + logits.softmax(-1).mean(2).sum(1)
@@ -59,7 +59,7 @@ def text_attention(q_BHND: Tensor, k_BHTD: Tensor, is_word_BT: Tensor) -> Tensor
     weight_BT1 = is_word_BT[..., None].to(dtype)
     total = torch.zeros(1, dtype=dtype, device=q_BHND.device)
     for q_BND, k_BTD in zip(q_BHND.unbind(1), k_BHTD.unbind(1), strict=True):
-        logits = (q_BND * q_BND.shape[-1] ** -0.5) @ k_BTD.transpose(-1, -2)
+        logits = (q_BND * q_BND.shape[-1] ** -0.5) @ k_BTD.mT
         total = total + (logits.to(dtype).softmax(-1) @ weight_BT1)[..., 0]
     return total / q_BHND.shape[1]
 

@@ -98,7 +98,7 @@ def pool_cells(grid: tuple[int, int], num_kept: int, device: torch.device | str 
     height, width = grid
     _check(num_kept, height * width)
     wanted = round((num_kept * height / width) ** 0.5)
-    num_bands = min(height, num_kept, max(1, -(-num_kept // width), wanted))
+    num_bands = min(height, num_kept, max(-(-num_kept // width), wanted))
     # In plain numbers, so that one operator makes the whole plan's tensor.
     destinations: list[int] = []
     for band in range(num_bands):

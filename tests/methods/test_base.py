@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
-from gen_turbo import TurboProcessor, VisToGProcessor, load_pipeline
+from gen_turbo import TurboProcessor, VisToGProcessor
 from gen_turbo.methods.eadaprune import EAdaPruneProcessor
 from gen_turbo.methods.fastv import FastVProcessor
 from gen_turbo.methods.pyramiddrop import PyramidDropProcessor
@@ -44,9 +45,8 @@ def test_a_processor_in_one_layer_refuses_to_work():
 
 def test_pipelines_take_methods():
     """Catches a package whose import teaches pipelines nothing."""
-    pipe = load_pipeline("tiny")
-    pipe.set_attn_processor(TurboProcessor(0.5))
-    pipe.reset_attn_processor()
+    assert callable(vars(DiffusionPipeline)["set_attn_processor"])
+    assert callable(vars(DiffusionPipeline)["reset_attn_processor"])
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def vscan(rows, early, late, num_kept: int, share: float, grid: tuple[int, int])
     return [n if n in kept else kept[row.index(max(row))] for n, row in enumerate(alike)]
 
 
-@pytest.mark.parametrize("grid", [(8, 8), (5, 7), (3, 9), (9, 1), None])
+@pytest.mark.parametrize("grid", [(8, 8), (5, 7), (3, 9), (9, 1), (2, 20), None])
 @pytest.mark.parametrize(("ratio", "local"), [(0.25, 0.5), (0.5, 1.0), (0.8, 0.5), (0.8, 0.0), (0.999, 0.5)])
 def test_vscan(grid, ratio, local):
     """Catches windows of other sides, second choices before first ones, and a token that both scans choose."""
@@ -394,7 +394,9 @@ def test_turbo_vit_in_every_block():
         return plan.num_slots
 
     assert num_left(num_removed=2) == 10 and num_left("text", num_removed=2) == 9 and num_left() == 9
-    assert num_left(num_removed=20) == 6 and num_left(num_removed=20, num_tokens=5) == 3
+    assert (
+        num_left(num_removed=1) == 11 and num_left(num_removed=20) == 6 and num_left(num_removed=20, num_tokens=5) == 3
+    )
     assert num_left(num_removed=1, num_tokens=1) == 1
     assert num_left(num_removed=2, ratio=0.0) == 12 and num_left(num_removed=2, ratio=0.0, keep=5) == 10
     assert num_left(threshold=13) == 9 and num_left(threshold=14) == 12 and num_left(num_removed=2, threshold=14) == 12

@@ -27,7 +27,7 @@ def given(grid: tuple[int, int] | None, seed: int) -> tuple[torch.Tensor, torch.
 
 def planned(processor, grid, x, value=None, num_plans=0) -> list[list[int]]:
     """The token whose place each token takes."""
-    semantic = None if value is None else lambda kind: value if kind == "self" else None
+    semantic = None if value is None else {"self": value}.__getitem__
     plan = processor.plan(x, LayerInfo("here", processor.ratio, grid, semantic=semantic), StepInfo(7, num_plans))
     return plan.anchor_BM.gather(1, plan.slot_BN).tolist()
 
@@ -79,7 +79,9 @@ def test_tome(grid, is_hashed):
 
 
 @pytest.mark.parametrize("grid", [*GRIDS[:5], None])
-@pytest.mark.parametrize("settings", [{}, {"window": 3, "num_refinements": 0}, {"free": 0.0, "num_refinements": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"window": 1}, {"window": 3, "num_refinements": 0}, {"free": 0.0, "num_refinements": 2}]
+)
 def test_vistog(grid, settings):
     """Catches free groups of another share, and a window or refinements that are not those that were set."""
     processor, (x, _) = VisToGProcessor(**settings), given(grid, 2)

@@ -36,3 +36,10 @@ def test_impossible_numbers_are_named(num_slots):
     """Catches an empty plan."""
     with pytest.raises(ValueError, match=f"cannot keep {num_slots} of 4 tokens"):
         farthest_point_plan(torch.zeros(1, 4, 2), num_slots)
+
+
+def test_between_two_kept_tokens_it_joins_the_one_kept_first():
+    """Catches ties that follow the order in which distances are computed last."""
+    line = torch.tensor([0.0, 1.0, 2.0])[None, :, None]
+    plan = farthest_point_plan(line, 2)
+    assert plan.anchor_BM.tolist() == [[0, 2]] and plan.slot_BN.tolist() == [[0, 0, 1]]

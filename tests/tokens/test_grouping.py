@@ -129,3 +129,16 @@ def test_wrong_arguments_are_named(arguments, words):
     """Catches numbers that are clipped in silence."""
     with pytest.raises(ValueError, match=words):
         group_tokens(values(1, 64, 8), **({"grid": (8, 8), "num_groups": 16} | arguments))
+
+
+def test_a_centre_whose_members_cancel_stays():
+    """Catches a mean of no length taken for a direction, to which no member is more alike than another."""
+    metric = torch.tensor([[[-1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])
+    assert group_tokens(metric, (1, 4), 1).anchor_BM.tolist() == [[1]]
+
+
+def test_defaults_are_a_window_of_three_and_one_refinement():
+    """Catches another window, more refinements or free groups where a caller names none."""
+    metric = values(2, 96, 4)
+    plain, told = group_tokens(metric, (8, 12), 30), group_tokens(metric, (8, 12), 30, 3, 1, 0)
+    assert torch.equal(plain.slot_BN, told.slot_BN) and torch.equal(plain.anchor_BM, told.anchor_BM)

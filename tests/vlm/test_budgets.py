@@ -53,6 +53,12 @@ def test_features_that_are_no_numbers_leave_the_others_alone(odd):
     images[1, 4, 2] = odd
     budgets = EAdaPruneProcessor(energy=0.999).budgets(images)
     assert (budgets[0], budgets[2]) == (3, 9) and 1 <= budgets[1] <= 16
+    images[1, 4] = odd
+    without = images[1].index_fill(0, torch.tensor(4), 0.0)
+    assert (
+        EAdaPruneProcessor(energy=0.999).budgets(images)[1]
+        == EAdaPruneProcessor(energy=0.999).budgets(without[None])[0]
+    )
     images[1] = odd
     assert EAdaPruneProcessor(energy=0.999).budgets(images) == [3, 1, 9]
     shared = shared_budgets(images, 8)
