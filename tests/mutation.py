@@ -261,13 +261,14 @@ def table(files: list[Path]) -> None:
     """Prints counts by file and what survived; of a mutant that was run again the last result counts."""
     entries = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     last = {(entry["file"], entry["number"]): entry for entry in entries}
+    every = collections.Counter({file: len(mutants(file)) for file in FILES})
+    ran = collections.Counter(entry["file"] for entry in last.values())
     seen = collections.Counter(entry["file"] for entry in last.values() if entry["seen"])
-    every = collections.Counter(entry["file"] for entry in last.values())
-    for file in sorted(every):
-        print(
-            f"| `{file.removeprefix('gen_turbo/')}` | {every[file]} | {seen[file]} | {seen[file] / every[file]:.0%} |"
-        )
-    print(f"| all | {every.total()} | {seen.total()} | {seen.total() / every.total():.1%} |")
+    for file, number in every.items():
+        if number:
+            share = f"{seen[file] / max(1, ran[file]):.0%}"
+            print(f"| `{file.removeprefix('gen_turbo/')}` | {number} | {ran[file]} | {seen[file]} | {share} |")
+    print(f"| all | {every.total()} | {ran.total()} | {seen.total()} | {seen.total() / max(1, ran.total()):.1%} |")
     for _, entry in sorted(last.items()):
         if not entry["seen"]:
             print(f"{entry['tests']:5d} {entry['number']:4d} {entry['what']}")
