@@ -65,7 +65,7 @@ class VisionZipProcessor(Placement, ReductionProcessor):
         num_merged = min(num_merged, num_kept)
         order = attention.argsort(dim=1, descending=True, stable=True)
         rest = order[:, num_kept - num_merged :].sort(dim=1).values
-        step = torch.arange(num_merged, device=tokens.device) * rest.shape[1] // max(1, num_merged)
+        step = torch.arange(num_merged, device=tokens.device) * rest.shape[1] // num_merged
         # Without targets every other token joins the most attended one.
         targets = rest[:, step] if num_merged else order[:, :1]
         features = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)).contiguous(), dim=-1)

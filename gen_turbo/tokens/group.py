@@ -86,7 +86,7 @@ def cell_windows(cells: TokenMap, grid: tuple[int, int], window: int) -> Tensor:
     The cells of a token are those of `window` bands around its own, in each as many around the token's column.
 
     Returns:
-        (N, window ** 2) int64; a cell off the grid is replaced by the token's own.
+        (N, window ** 2) int64; instead of a cell off the grid another in reach is listed again.
     """
     slot_YX = cells.slot_BN.view(grid)
     is_top_Y = slot_YX[:, 0].diff(prepend=slot_YX.new_tensor([-1])) > 0
@@ -95,12 +95,11 @@ def cell_windows(cells: TokenMap, grid: tuple[int, int], window: int) -> Tensor:
     start_R = slot_RX[:, 0]
     end_R = torch.cat([start_R[1:], start_R.new_tensor([cells.num_slots])])
     reach = torch.arange(-(window // 2), window // 2 + 1)
-    band_YW = band_Y[:, None] + reach
-    is_band = (band_YW >= 0) & (band_YW < len(start_R))
-    band_YW = band_YW.clamp(0, len(start_R) - 1)
+    # Instead of a band beyond the grid the outermost one, which is in reach, once more.
+    band_YW = (band_Y[:, None] + reach).clamp(0, len(start_R) - 1)
     cell = slot_RX[band_YW][..., None] + reach
-    first, end, is_band = (row[:, :, None, None] for row in (start_R[band_YW], end_R[band_YW], is_band))
-    cell = torch.where(is_band & (cell >= first) & (cell < end), cell, slot_YX[:, None, :, None])
+    first, end = start_R[band_YW][:, :, None, None], end_R[band_YW][:, :, None, None]
+    cell = torch.where((cell >= first) & (cell < end), cell, slot_YX[:, None, :, None])
     return cell.transpose(1, 2).reshape(-1, window**2)
 
 

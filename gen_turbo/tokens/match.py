@@ -198,7 +198,7 @@ def _nearest_destinations(metric_BNC: Tensor, layout: _Layout) -> tuple[Tensor, 
     similarity = rows[:, :, count:] @ (rows[:, :, :count] / length[:, :, :count]).mT
     # What is no number is less alike than any two tokens that are, and still more than no destination at all.
     least = torch.finfo(rows.dtype).min
-    similarity = similarity.nan_to_num_(nan=least, posinf=least, neginf=least)
+    similarity = similarity.nan_to_num_(nan=least, posinf=least)
     if layout.filler_TD is not None:
         similarity = similarity.masked_fill(layout.filler_TD[:, None, :], -torch.inf)
     best, index = similarity.max(-1)

@@ -19,7 +19,7 @@ CELL = (2, 2)
 
 def given(grid: tuple[int, int] | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (2, N, 5) and what they mean, (2, N), in float64."""
-    num_tokens = 50 if grid is None else math.prod(grid)
+    num_tokens = 150 if grid is None else math.prod(grid)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, num_tokens, 5, dtype=torch.float64, generator=generator)
     return x, torch.rand(2, num_tokens, dtype=torch.float64, generator=generator)

@@ -299,3 +299,11 @@ def test_what_is_no_number_is_less_alike_than_what_points_away(odd) -> None:
     assert first.anchor_BM.gather(1, first.slot_BN)[0].tolist() == [0, 0, 2, 3]
     both = bipartite_soft_matching(metric, torch.tensor([0, 2]), 2)
     assert both.anchor_BM.gather(1, both.slot_BN)[0].tolist()[:3] == [0, 0, 2]
+
+
+def test_where_nobody_receives_nobody_leaves() -> None:
+    """Catches a source that is promised to leave although no token is a destination."""
+    metric, nobody = torch.ones(1, 4, 2), torch.zeros(0, dtype=torch.int64)
+    assert bipartite_soft_matching(metric, nobody, 0).is_identity
+    with pytest.raises(ValueError, match="cannot remove 1 of 4 tokens: 0 are sources"):
+        bipartite_soft_matching(metric, nobody, 1)
