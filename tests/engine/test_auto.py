@@ -104,27 +104,34 @@ def test_what_gained_in_the_records_is_chosen_and_what_lost_is_not():
     assert num_signs >= 6 and mean(errors) < 0.05
 
 
-def rhythm_of_old(steps: int) -> dict[str, int]:
-    """What was chosen for records that do not say it."""
-    return {"full_every": max(3, round(steps / 8)), "warmup_steps": 2}
+def expected_of(row) -> float:
+    """What the model of costs expects of a record of the default, by today's rule or by the one that it ran by."""
+    case = next(c for c in CASES if (c.model, c.pixels) == (row.params["model"], row.params["pixels"]))
+    steps = row.params["steps"]
+    run, line = facts(case, steps, is_captured=True), TurboProcessor(0.4)
+    if "full_every" in row.counts:
+        found = choose(costs(case.model), line, run)
+        assert row.counts["layers"] == len(found.layers) and row.counts["full_every"] == found.rhythm.full_every
+        return found.gain
+    # In full about eight times, after two steps, in the faster scope.
+    rhythm = Rhythm(steps, "residual", max(3, round(steps / 8)), 2)
+    return max(expected(costs(case.model), line, run, scope, rhythm).gain for scope in ("attention", "block"))
 
 
 def test_the_users_line_gains_on_a_gpu_as_expected():
     """Catches records in which the default is slower than stock, and a model of costs that a later measurement refutes.
 
-    Stock of UNets waits for the host, whose speed no table has.
+    Stock of UNets waits for the host, whose speed no table has. More than was expected is no broken promise.
     """
     rows = [row for row in load(RECORDS, "gpu") if row.setting == "turbo-0.4" and row.params["mode"] == "eager"]
     gains = {}
     for row in rows:
-        case = next(c for c in CASES if (c.model, c.pixels) == (row.params["model"], row.params["pixels"]))
-        told = {key: row.counts.get(key, old) for key, old in rhythm_of_old(row.params["steps"]).items()}
-        line = TurboProcessor(0.4, **told)
-        found = choose(costs(case.model), line, facts(case, row.params["steps"], is_captured=True))
-        gains[case.name] = median(row.baseline_wall_s) / median(row.wall_s), found.gain
+        gain = median(row.baseline_wall_s) / median(row.wall_s)
+        gains[f"{row.params['model']}-{row.params['pixels']}"] = gain, expected_of(row)
     assert len(gains) == len(CASES) and all(gain >= 1 for gain, _ in gains.values())
-    bound = [pair for name, pair in gains.items() if name not in ("sd15-512", "sdxl-1024")]
-    assert all(gain == pytest.approx(told, rel=0.03) for gain, told in bound)
+    assert sum(gain >= TARGET for gain, _ in gains.values()) >= 6
+    bound = [pair for name, pair in gains.items() if name not in ("sd15-512x512", "sdxl-1024x1024")]
+    assert all(0.97 * told <= gain <= 1.06 * told for gain, told in bound), bound
 
 
 @pytest.mark.parametrize("device", CLASSES)
