@@ -175,7 +175,7 @@ class Runs(Quiet):
         for mutant in self.todo:
             if mutant.is_inner and not self.is_over():
                 tests = self.tests_of(mutant)
-                chosen = [items[test] for test in tests]
+                chosen = [items[test] for test in tests if test in items]
                 self.one(mutant, tests, lambda mutant=mutant, chosen=chosen: self.exchanged(session, mutant, chosen))
         return True
 

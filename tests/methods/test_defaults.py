@@ -42,4 +42,5 @@ def test_defaults_are_those_that_were_published_or_measured(name):
     assert {setting: getattr(made, setting) for setting in DEFAULTS[name]} == DEFAULTS[name]
     assert getattr(made, "needs", ()) == NEEDS.get(name, ())
     assert made.keeps_all == (name == "identity")
+    assert made.plans_videos == (name not in ("pool", "stride", "tome", "turbo_vit"))
     assert made.map_period == {"turbo": 2, "vistog": 1}.get(name, 0)

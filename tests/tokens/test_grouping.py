@@ -142,3 +142,9 @@ def test_defaults_are_a_window_of_three_and_one_refinement():
     metric = values(2, 96, 4)
     plain, told = group_tokens(metric, (8, 12), 30), group_tokens(metric, (8, 12), 30, 3, 1, 0)
     assert torch.equal(plain.slot_BN, told.slot_BN) and torch.equal(plain.anchor_BM, told.anchor_BM)
+
+
+def test_a_token_that_is_no_number_is_alone_first():
+    """Catches NaN that is nearer to a centre than a token that points the other way."""
+    metric = torch.tensor([[[-1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [math.nan, 0.0]]])
+    assert group_tokens(metric, (1, 4), 2, num_refinements=0, num_free=1).anchor_BM.tolist() == [[1, 3]]

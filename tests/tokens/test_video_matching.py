@@ -108,3 +108,34 @@ def test_what_does_not_fit_is_told():
     assert video_soft_matching(x, T, GRID, 0).is_identity
     site = LayerInfo("pre_llm", 0.9, GRID, num_frames=T)
     assert TurboProcessor(0.9).max_ratio_at(site) == 1 - 9 / 120 and TurboProcessor(0.9).max_ratio == 0.75
+
+
+def test_turbo_passes_its_settings_on():
+    """Catches other tiles than those of the settings, penalties left out, and fewer tokens than a video can lose."""
+    grid, frames = (12, 14), 2
+    x = torch.randn(1, frames * 168, 6, generator=torch.Generator().manual_seed(3))
+    value = torch.rand(1, frames * 168, generator=torch.Generator().manual_seed(4))
+    penalty = 0.5 * value / value.mean()
+    count = int(336 * 0.8)
+    for tile, side in [(8, 4), (0, 14), (2, 2)]:
+        method = TurboProcessor(0.8, tile=tile, value_weight=0.5)
+        site = LayerInfo("pre_llm", 0.8, grid, {"self": value}.get, num_frames=frames)
+        expected = video_soft_matching(x, frames, grid, count, side, (2, 2), penalty)
+        plan = method.plan(x, site, StepInfo(num_plans=1))
+        assert torch.equal(plan.slot_BN, expected.slot_BN) and torch.equal(plan.anchor_BM, expected.anchor_BM)
+    plain, told = (video_soft_matching(x, frames, grid, 99, *tile) for tile in [(), (8, (2, 2), None)])
+    assert torch.equal(plain.slot_BN, told.slot_BN)
+    one, line = LayerInfo("x", 0.5, (7, 9), num_frames=1), LayerInfo("x", 0.5, num_frames=3)
+    assert TurboProcessor().max_ratio_at(one) == TurboProcessor().max_ratio_at(line) == 0.75
+    assert TurboProcessor().max_ratio_at(LayerInfo("x", 0.5, (7, 9), num_frames=3)) == 1 - 20 / 189
+    flat = TurboProcessor(0.5).plan(x[:, :64], LayerInfo("x", 0.5, num_frames=2), StepInfo())
+    assert torch.equal(flat.slot_BN, TurboProcessor(0.5).plan(x[:, :64], LayerInfo("x", 0.5), StepInfo()).slot_BN)
+
+
+def test_the_same_token_in_time_goes_before_its_like_in_space():
+    """Catches a still token that rounding sends to a neighbour, and one that the last frame lends to the first."""
+    frame = torch.ones(1, N, 3) + 1e-4 * torch.rand(1, N, 3, generator=torch.Generator().manual_seed(0))
+    plan = video_soft_matching(frame.repeat(1, T, 1), T, GRID, (T - 1) * N)
+    own = plan.anchor_BM.gather(1, plan.slot_BN)[0].tolist()
+    left = [token for token in range(N, T * N) if own[token] != token]
+    assert len(left) > N and all(own[token] == own[token - N] for token in left)
