@@ -85,8 +85,13 @@ class BenchRecord:
     origin: Origin = field(default_factory=Origin.here)
 
     def to_line(self) -> str:
-        """The record as one line of JSON without spaces; seconds and values keep five significant digits."""
-        return json.dumps(_rounded(dataclasses.asdict(self)), allow_nan=False, separators=(",", ":"))
+        """The record as one line of JSON without spaces; seconds and values keep five significant digits.
+
+        Values that are all 0 or 1, such as thousands of right and wrong answers, are one string of digits.
+        """
+        data = _rounded(dataclasses.asdict(self))
+        data["values"] = {name: _digits(values) for name, values in data["values"].items()}
+        return json.dumps(data, allow_nan=False, separators=(",", ":"))
 
     @classmethod
     def from_line(cls, line: str) -> BenchRecord:
@@ -97,8 +102,9 @@ class BenchRecord:
         """
         try:
             data = json.loads(line)
-            return cls(**{**data, "origin": Origin(**data["origin"])})
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            values = {name: [float(value) for value in given] for name, given in data["values"].items()}
+            return cls(**{**data, "values": values, "origin": Origin(**data["origin"])})
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a benchmark record: {line[:80]!r} ({error}); delete the line") from error
 
 
@@ -149,11 +155,14 @@ def _key(setting: str, params: Mapping[str, Any], seed: int) -> str:
     return json.dumps([setting, _rounded(dict(params)), seed], sort_keys=True)
 
 
+def _digits(values: list[Any]) -> str | list[Any]:
+    is_of_digits = values and all(value in (0, 1) for value in values)
+    return "".join(str(int(value)) for value in values) if is_of_digits else values
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        rounded = float(f"{value:.5g}")
-        # Answers are right or wrong, thousands of times: 1 instead of 1.0.
-        return int(rounded) if rounded in (0.0, 1.0) else rounded
+        return float(f"{value:.5g}")
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -157,7 +157,7 @@ def _searched(pipe: Any, namespace: argparse.Namespace, draw: _Draw) -> list[Any
     if others:
         raise ConfigError(
             f"{type(model).__name__} is called {len(whole[WHOLE])} times in {namespace.prompts} runs of {num_calls} "
-            "steps, so parts of its calls cannot be told apart by step; use --no-parts"
+            "steps, so its calls do not fall into steps of as many; use --no-parts"
         )
     prices = measure(Probe(model, host, used, groups, num_branches), draw, num_calls, namespace.prompts, _note)
     found = []

@@ -35,6 +35,14 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
     assert records.load(tmp_path, "toy") == [record]
 
 
+def test_right_and_wrong_answers_survive_as_digits() -> None:
+    """Catches answers that are read back as one number, or an empty list or other values taken for answers."""
+    values = {"passed": [1.0, 0.0, 1.0], "none": [], "psnr_db": [1.0, 0.0, 40.5]}
+    record = _record(values=values)
+    assert json.loads(record.to_line())["values"] == {"passed": "101", "none": [], "psnr_db": [1.0, 0.0, 40.5]}
+    assert BenchRecord.from_line(record.to_line()).values == values
+
+
 def test_a_record_says_where_it_comes_from() -> None:
     """Catches numbers without hardware, versions, commit, command or date."""
     origin = json.loads(_record().to_line())["origin"]
