@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 from PIL import Image
 
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
+from gen_turbo.api import adapter_of
 from gen_turbo.engine.graphs import GraphsWarning
 from tests.engine.cuda import stand_in
 from tests.engine.families import relative
@@ -92,7 +93,7 @@ class Planned(TurboProcessor):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_removed_is_bit_identical(name):
     """Catches regions that reorder tokens."""
-    model, inputs = model_of(name), inputs_of(name)
+    model, inputs = model_of(name), inputs_of(name) | {"timestep": torch.full((2,), 0.5)}
     stock = run(model, inputs)
     for scope in SCOPES:
         for reducer in (TurboProcessor(0.0, scope=scope), IdentityProcessor(0.4, scope=scope)):
@@ -104,7 +105,7 @@ def test_nothing_removed_is_bit_identical(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_region_has_a_grid_and_a_map_of_its_own(name, scope):
     """Catches a call that loses its grid, and tokens of the target that are merged with those of a reference."""
-    model, inputs = model_of(name), inputs_of(name)
+    model, inputs = model_of(name), inputs_of(name) | {"timestep": torch.full((2,), 0.5)}
     stock = run(model, inputs)
     processor = Planned(0.4, restore="copy", scope=scope, reference_ratio=0.6)
     with attach(model, processor) as attachment:
@@ -274,3 +275,13 @@ def _drawn(pipe: Flux2KleinPipeline, image: Image.Image) -> torch.Tensor:
     size = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
     generator = torch.Generator().manual_seed(0)
     return pipe(image=image, prompt_embeds=random(1, 5, 32), generator=generator, **size).images
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_a_default_device_is_not_where_images_are_told_apart(name):
+    """Catches numbers made on PyTorch's default device, which positions on the host are compared with."""
+    model, inputs = model_of(name), inputs_of(name) | {"timestep": torch.full((2,), 0.5)}
+    adapter = adapter_of(model)
+    expected = adapter.geometry(model, inputs)
+    with torch.device("meta"):
+        assert adapter.geometry(model, inputs) == expected

@@ -246,10 +246,11 @@ class Cells:
 
 
 def _chosen(pipeline: BarePipeline) -> dict[str, int]:
-    """What the package decided for the last run: how many layers are merged, and every how many steps in full."""
+    """What was decided for the last run: how many layers merge, how often they run in full, whether it was captured."""
     part: Any = attachments(pipeline.model)[0]
     reducer = part.arrangement.reducer
-    return {"layers": len(part.layers), "full_every": reducer.refresh_every, "warmup_steps": reducer.num_warmup}
+    rhythm = {"full_every": reducer.refresh_every, "warmup_steps": reducer.num_warmup}
+    return {"layers": len(part.layers), **rhythm, "captured": int(part.graph_status.startswith("captured"))}
 
 
 def _more_runs(variant: Variant, mode: Mode) -> int:

@@ -29,7 +29,7 @@ def _image_ids(model: Any, arguments: Mapping[str, Any]) -> Regions:
     ids = arguments["img_ids"]
     ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].round().int().cpu()
     step = torch.diff(ids, dim=0)
-    begins = (step.ne(torch.tensor([0, 0, 1])).any(1).nonzero()[:, 0] + 1).tolist()
+    begins = (step.ne(step.new_tensor([0, 0, 1])).any(1).nonzero()[:, 0] + 1).tolist()
     lines = [(*ids[first].tolist(), last - first) for first, last in pairwise([0, *begins, len(ids)])]
     regions: list[Region] = []
     for before, (number, row, column, width) in zip([None, *lines], lines, strict=False):
