@@ -168,7 +168,7 @@ def vscan(rows, early, late, num_kept: int, share: float, grid: tuple[int, int])
     return [n if n in kept else kept[row.index(max(row))] for n, row in enumerate(alike)]
 
 
-@pytest.mark.parametrize("grid", [(8, 8), (5, 7), (3, 9), (9, 1), (2, 20), None])
+@pytest.mark.parametrize("grid", [(8, 8), (5, 7), (3, 9), (24, 1), (13, 2), (2, 20), None])
 @pytest.mark.parametrize(("ratio", "local"), [(0.25, 0.5), (0.5, 1.0), (0.8, 0.5), (0.8, 0.0), (0.999, 0.5)])
 def test_vscan(grid, ratio, local):
     """Catches windows of other sides, second choices before first ones, and a token that both scans choose."""

@@ -44,3 +44,8 @@ def test_defaults_are_those_that_were_published_or_measured(name):
     assert made.keeps_all == (name == "identity")
     assert made.plans_videos == (name not in ("pool", "stride", "tome", "turbo_vit"))
     assert made.map_period == {"turbo": 2, "vistog": 1}.get(name, 0)
+
+
+def test_every_method_registers_itself():
+    """Catches a file of a method that is not imported, whose tests would all be left out."""
+    assert sorted(METHODS.names()) == sorted(DEFAULTS)
