@@ -223,6 +223,8 @@ def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer")
     kinds, advice = getattr(config, "layer_types", None) or (), "; use place='pre_llm'" if setting == "layer" else ""
     if "sliding_attention" in kinds:
         raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut{advice}")
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise ValueError(f"{name} gives every layer inputs of its own, which cannot follow a cut{advice}")
     if "linear_attention" in kinds:
         raise ValueError(f"{name} has recurrent layers, whose state has read the tokens that a cut removes{advice}")
     stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())

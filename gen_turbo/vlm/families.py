@@ -9,11 +9,12 @@ from gen_turbo.vlm.family import (
     feature_block,
     one_class_token,
     packed_grids,
+    placed_grids,
     sized_grids,
     square_grids,
     tile_length,
 )
-from gen_turbo.vlm.videos import packed_frames, pooled_frames
+from gen_turbo.vlm.videos import packed_frames, placed_frames, pooled_frames
 
 _CLIP = TowerFacts(
     "model.vision_tower",
@@ -40,6 +41,13 @@ FAMILIES = (
     Family(("Mistral3ForConditionalGeneration",), grids=sized_grids),
     Family(("Cohere2VisionForConditionalGeneration",), tower=_SIGLIP, grids=square_grids),
     Family(("Gemma3ForConditionalGeneration",), tower=_SIGLIP, grids=square_grids, masks_in_base=True),
+    # Positions of patches decide how the tower pools them, so that it has to see all.
+    Family(
+        ("Gemma4ForConditionalGeneration",),
+        grids=placed_grids,
+        frames=placed_frames,
+        masks_in_base=True,
+    ),
     Family(
         ("PaliGemmaForConditionalGeneration",),
         tower=replace(_SIGLIP, projector=_PROJECTOR),

@@ -139,6 +139,19 @@ def packed_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) ->
     return [grids.get(length) for length in lengths]
 
 
+def placed_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
+    """The grids of Gemma 4's pooled patches, whose (x, y) come with the call; -1 is padding."""
+    places = kwargs.get("image_position_ids")
+    return [None] * len(lengths) if places is None else pooled_grids(base, places)
+
+
+def pooled_grids(base: nn.Module, places: Tensor) -> list[Grid | None]:
+    """The (height, width) in tokens of images whose patches have these (x, y), (B, patches, 2)."""
+    config: Any = base.config
+    side = config.vision_config.pooling_kernel_size
+    return [((y + 1) // side, (x + 1) // side) for x, y in places.amax(1).tolist()]
+
+
 def tile_length(base: nn.Module) -> int:
     """Tokens of one tile of Idefics3."""
     length: int = base.image_seq_len  # type: ignore[assignment]

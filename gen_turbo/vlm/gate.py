@@ -117,10 +117,11 @@ class Gate(Stage):
         length = next(given[name].shape[1] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         columns = cache.columns.grown(cache.get_seq_length() + length)
         changed = {"attention_mask": mask_2d(columns, mask, True)}
-        types = given.get("token_type_ids")
-        if types is not None and types.shape[1] == columns.num_columns:
-            # Types of the whole conversation, by which a mask looks up the columns that are held.
-            changed["token_type_ids"] = columns.mask(types)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            types = given.get(name)
+            if types is not None and types.shape[1] == columns.num_columns:
+                # Types of the whole conversation, by which a mask looks up the columns that are held.
+                changed[name] = columns.mask(types)
         return args, {**kwargs, **changed}
 
     def _images(self, call: Running, embeds_BLC: Tensor) -> Images | None:
@@ -229,6 +230,8 @@ class Gate(Stage):
         if positions is None:
             positions = torch.arange(seen, seen + length, device=embeds.device)[None]
         changed["position_ids"] = here.take(positions, -1, batch_dim=-2)
+        if kwargs.get("per_layer_inputs") is not None:
+            changed["per_layer_inputs"] = here.take(kwargs["per_layer_inputs"], 1)
         if kwargs.get("visual_pos_masks") is not None:
             changed.update(deepstack(kwargs, reduction, here, self._is_merged))
         call.length = here.num_kept

@@ -100,11 +100,17 @@ def masks_by_kind(
     if "flash" in attention:
         # Such kernels slide the windows themselves.
         return {kind: mask_2d(total, mask, False) for kind, mask in masks.items()}
-    full = masks["full_attention"]
+    full, sliding = masks["full_attention"], masks.get("sliding_attention")
     full = _causal(num_held, embeds, attention == "eager") if full is None else full
     shorter = short_mask(full, here, total, num_held, True)
     assert shorter is not None
-    made = {"full_attention": shorter, "sliding_attention": _windowed(shorter, config.sliding_window)}
+    wide = shorter
+    if sliding is not None:
+        # In Gemma 4 tokens of an image see each other in the layers with windows alone.
+        own = here.queries(here.keys(sliding[..., -embeds.shape[1] :]))
+        own = F.pad(own, (shorter.shape[-1] - own.shape[-1], 0), value=_hidden(own))
+        wide = shorter | own if own.dtype == torch.bool else torch.maximum(shorter, own)
+    made = {"full_attention": shorter, "sliding_attention": _windowed(wide, config.sliding_window)}
     return {kind: made[kind] for kind in masks}
 
 

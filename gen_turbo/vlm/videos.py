@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.vlm.call import Calls, Last
+from gen_turbo.vlm.family import pooled_grids
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.images import FRAME, Frame, Images
 from gen_turbo.vlm.running import Running
@@ -120,6 +121,17 @@ def pooled_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
     side = -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
     count = given["pixel_values_videos"].shape[1]
     return {count * side**2 + 1: [*[Frame(side**2, (side, side))] * count, Frame(1, None)]}
+
+
+def placed_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
+    """The frames of Gemma 4's videos, whose patches' (x, y) come with the call."""
+    grids = pooled_grids(base, given["video_position_ids"])
+    frames = [Frame(grid[0] * grid[1], grid) for grid in grids if grid is not None]
+    found, first = {}, 0
+    for count in given["num_frames_per_video"].tolist():
+        own = frames[first : first + count]
+        found[sum(frame.length for frame in own)], first = own, first + count
+    return found
 
 
 def with_frames(images: Images | None, is_video_BL: Tensor, frames: list[Frame]) -> Images:

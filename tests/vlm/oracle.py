@@ -72,19 +72,22 @@ def run_layers(
     skip: Any = (),
     blocks: Tensor | None = None,
     sizes: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Any:
     """Decoder layers `first` to `last`, but those to skip, on one row (1, n, C), causal behind `prefix` columns.
 
     Windows slide over the columns that are there. Columns of one of the `blocks` (n,), but -1, see each other. Each
-    column weighs as many as its size (n,) says.
+    column weighs as many as its size (n,) says. Where every layer has inputs of its own (1, n, layers, D), as in Gemma
+    4, keys are shared among layers and blocks are of those with windows alone.
     """
     length = hidden.shape[1]
     mask = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
     mask[..., :prefix, :prefix] = 0
+    causal, shared = mask.clone(), {}
     if blocks is not None:
         mask[0, 0][(blocks[:, None] == blocks) & (blocks >= 0)] = 0
     if sizes is not None:
-        mask = mask + sizes.log()
+        causal, mask = causal + sizes.log(), mask + sizes.log()
     column = torch.arange(length)
     is_past = column[:, None] - column[None] >= (getattr(text.config, "sliding_window", None) or length)
     kinds = getattr(text.config, "layer_types", None) or []
@@ -95,7 +98,12 @@ def run_layers(
             rotary = text.rotary_emb(hidden, positions, *kinds[index : index + 1 if has_kinds else index])
             seen = mask.masked_fill(is_past, torch.finfo(hidden.dtype).min) if slides else mask
             seen = None if "linear_attention" in kinds[index : index + 1] else seen
-            hidden = text.layers[index](hidden, attention_mask=seen, position_embeddings=rotary, position_ids=None)
+            more = {}
+            if inputs is not None:
+                seen = seen if slides else causal
+                more = {"per_layer_input": inputs[:, :, index], "shared_kv_states": shared}
+            known = {"position_embeddings": rotary, "position_ids": None}
+            hidden = text.layers[index](hidden, attention_mask=seen, **known, **more)
         if index < len(deep):
             hidden = hidden + deep[index][None]
     return hidden
@@ -116,11 +124,19 @@ def positions_of(model: nn.Module, ids: Tensor, count: int) -> Tensor:
 
 def blocks_of(model: nn.Module, ids: Tensor) -> Tensor | None:
     """The image of each column of one row, -1 for words, where tokens of one image see each other."""
-    if "Gemma3" not in type(model).__name__:
+    if "Gemma3" not in type(model).__name__ and "Gemma4" not in type(model).__name__:
         return None
     is_image = ids == IMAGE
     starts = is_image & ~torch.cat([torch.tensor([False]), is_image[:-1]])
     return torch.where(is_image, starts.cumsum(0), -1)
+
+
+def inputs_of(text: nn.Module, hidden_LC: Tensor, ids: Tensor) -> Tensor | None:
+    """The inputs of every layer for what enters the first, as in Gemma 4: (1, n, layers, D)."""
+    if not hasattr(text, "get_per_layer_inputs"):
+        return None
+    own = text.get_per_layer_inputs(ids.masked_fill(ids == IMAGE, 0)[None], None)
+    return text.project_per_layer_inputs(hidden_LC[None], own)
 
 
 @torch.no_grad()
@@ -134,7 +150,7 @@ def features_of(model: nn.Module, vlm: TinyVlm, inputs: dict[str, Tensor]) -> tu
 
 def embedded(model: nn.Module, ids: Tensor, own: list, deep: list) -> tuple[Tensor, list[Tensor]]:
     """What the first layer of one unpadded row (n,) reads, and what later layers add: the images in their places."""
-    safe = ids.masked_fill(ids == IMAGE, 0) if "PaliGemma" in type(model).__name__ else ids
+    safe = ids.masked_fill(ids == IMAGE, 0) if "Gemma" in type(model).__name__ else ids
     hidden = model.get_input_embeddings()(safe).clone()
     added = [torch.zeros_like(hidden) for _ in deep]
     if own:
@@ -159,8 +175,8 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
     depth = text.config.num_hidden_layers
     blocks = None if blocks is None else blocks[columns]
     positions = positions[..., columns]
-    done = run_layers(text, hidden[None], positions, method.cut, depth, kept, added, blocks=blocks, sizes=sizes)
-    out = text.norm(done)
+    given = {"blocks": blocks, "sizes": sizes, "inputs": inputs_of(text, hidden, ids[columns])}
+    out = text.norm(run_layers(text, hidden[None], positions, method.cut, depth, kept, added, **given))
     return model.lm_head(out[0, -1])
 
 

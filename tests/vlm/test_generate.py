@@ -61,7 +61,7 @@ PLACES = [(family, cut) for family, vlm in VLMS.items() for cut in (0, 2) if cut
 # The stock model gives beams of a row with two images the images of other rows.
 STOCK_MIXES_BEAMS = ("glm4v",)
 # With causal attention, sliding windows, and images whose tokens see each other.
-TURNS = [("llava", 0), ("llava", 2), ("aya", 0), ("gemma3", 0)]
+TURNS = [("llava", 0), ("llava", 2), ("aya", 0), ("gemma3", 0), ("gemma4", 0)]
 
 
 @pytest.mark.parametrize(("family", "prompt", "attention", "cut"), CASES)
@@ -241,14 +241,14 @@ def test_a_image_in_the_second_turn_is_reduced_too(family, cut):
         grown = torch.ones(3, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
         mask = torch.cat([inputs["attention_mask"], grown], 1)
         more = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(9))
-        new = {"input_ids": ids, "attention_mask": mask, "pixel_values": more, **vlm.extra(ids, mask)}
+        places = {name: value for name, value in inputs.items() if name == "image_position_ids"}
+        new = {"input_ids": ids, "attention_mask": mask, "pixel_values": more, **places, **vlm.extra(ids, mask)}
         # The ids of the whole conversation are sliced by generate; the images are those of this turn.
         again, logits, _ = generate(model, new, **{CACHE: cache_in(first)})
     old = inputs["pixel_values"]
     order = torch.cat([old[:2], more[:1], old[2:3], more[1:2], more[2:]])
-    expected = oracle.generated_logits(
-        model, vlm, new | {"pixel_values": order}, again, oracle_method(method, vlm, cut)
-    )
+    whole = new | {"pixel_values": order} | {name: torch.cat([value] * 2) for name, value in places.items()}
+    expected = oracle.generated_logits(model, vlm, whole, again, oracle_method(method, vlm, cut))
     assert (logits - expected).abs().max() < TOLERANCE
 
 

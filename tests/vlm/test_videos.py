@@ -24,16 +24,16 @@ from tests.vlm.tiny_vlms import VLMS
 VIDEO = 98
 FRAMES = 3
 QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe")
-FAMILIES = (*QWEN, "llava_onevision")
+FAMILIES = (*QWEN, "gemma4", "llava_onevision")
 
 
 def call(family, parts, frames=FRAMES):
     """A call of one row: numbers of words, "i" for an image and "v" for a video of some frames."""
     is_qwen, generator = family in QWEN, torch.Generator().manual_seed(4)
-    frame = 16 if is_qwen else 4
-    sizes = {"i": VLMS[family].num_tokens, "v": frames * frame + (not is_qwen)}
-    # Qwen3-VL has times between the frames of a video; one word stands for one.
-    pause = [7] if family.startswith("qwen3") else []
+    frame = 4 if family == "llava_onevision" else 16
+    sizes = {"i": VLMS[family].num_tokens, "v": frames * frame + (frame == 4)}
+    # Qwen3-VL and Gemma 4 have times between the frames of a video; one word stands for one.
+    pause = [7] if family.startswith(("qwen3", "gemma4")) else []
     tokens = {"i": [IMAGE] * sizes["i"], "v": [VIDEO] * sizes["v"]}
     if pause:
         tokens["v"] = [token for _ in range(frames) for token in [*pause, *[VIDEO] * frame]]
@@ -44,9 +44,13 @@ def call(family, parts, frames=FRAMES):
     if "v" in parts and is_qwen:
         patches = torch.randn(parts.count("v") * frames * 64, 3 * 2 * 8 * 8, generator=generator)
         given |= {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[frames, 8, 8]] * parts.count("v"))}
+    elif "v" in parts and family == "gemma4":
+        images = VLMS[family].images([parts.count("v") * frames])
+        given |= {"pixel_values_videos": images["pixel_values"], "video_position_ids": images["image_position_ids"]}
+        given["num_frames_per_video"] = torch.tensor([frames] * parts.count("v"))
     elif "v" in parts:
         given["pixel_values_videos"] = torch.randn(parts.count("v"), frames, 3, 32, 32, generator=generator)
-    if is_qwen:
+    if family != "llava_onevision":
         types = (given["input_ids"] == IMAGE).int() + 2 * (given["input_ids"] == VIDEO).int()
         given["mm_token_type_ids"] = types
     return given
@@ -54,7 +58,7 @@ def call(family, parts, frames=FRAMES):
 
 def runs_of(ids, family):
     """The columns of every image and of every frame of a row, in order; a newline behind a video is its own."""
-    frame, size = (16 if family in QWEN else 4), VLMS[family].num_tokens
+    frame, size = (4 if family == "llava_onevision" else 16), VLMS[family].num_tokens
     found, at = [], 0
     while at < len(ids):
         token = int(ids[at])
@@ -95,14 +99,20 @@ def last_logits(model, family, given, plan, runs=None, is_merged=True):
     columns = [column for column in range(len(ids)) if keep[column]]
     hidden, *added = (stream[columns] for stream in out)
     depth = text.config.num_hidden_layers
-    done = oracle.run_layers(text, hidden[None], positions[..., columns], 0, depth, 0, added)
+    more = {}
+    if "per_layer_inputs" in seen:
+        own = seen["per_layer_inputs"][:, columns]
+        of_run = {column: number for number, run in enumerate(runs_of(ids, family)) for column in run}
+        blocks = torch.tensor([of_run.get(column, -1) for column in columns])
+        more = {"inputs": text.project_per_layer_inputs(hidden[None], own), "blocks": blocks}
+    done = oracle.run_layers(text, hidden[None], positions[..., columns], 0, depth, 0, added, **more)
     return model.lm_head(text.norm(done)[0, -1])
 
 
 def reducer_plan(method, family):
     """What a method does to the tokens of one image or frame."""
     grids = {16: (4, 4), 4: (2, 2)}
-    if family not in QWEN:
+    if family == "llava_onevision":
         # Tiles with newlines make no grid, but a frame does.
         grids = {4: (2, 2)}
     return lambda tokens: method.plan_tokens(tokens, grid=grids.get(tokens.shape[1]) if tokens.shape[1] > 1 else None)

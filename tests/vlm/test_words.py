@@ -45,8 +45,9 @@ def prompt(vlm, rows=ROWS, side="left"):
 
 
 def words_of(model, ids):
-    """Columns of one unpadded prompt that may leave. Qwen's models name 96 to 99, GLM's 94 to 99."""
-    added = {"Qwen": 96, "Glm4": 94}.get(type(model).__name__[:4], IMAGE)
+    """Columns of one unpadded prompt that may leave. Qwen's models name 96 to 99, GLM's 94 to 99, Gemma 4 95 on."""
+    firsts = {"Qwen": 96, "Glm4": 94, "Gemma4": 95}
+    added = next((first for name, first in firsts.items() if type(model).__name__.startswith(name)), IMAGE)
     return [at for at in range(1, len(ids) - 1) if int(ids[at]) not in (PAD, 1) and int(ids[at]) < added]
 
 
@@ -76,7 +77,8 @@ def next_logits(model, vlm, ids, own, deep, count, method):
     columns = [columns[index] for index in kept]
     prefix, depth = sum(column < count for column in columns) * is_prefix, text.config.num_hidden_layers
     blocks, positions = None if blocks is None else blocks[kept], positions[..., columns]
-    out = text.norm(run(text, hidden[None], positions, method.cut, depth, prefix, added, blocks=blocks))
+    given = {"blocks": blocks, "inputs": oracle.inputs_of(text, hidden, ids[columns])}
+    out = text.norm(run(text, hidden[None], positions, method.cut, depth, prefix, added, **given))
     return model.lm_head(out[0, -1])
 
 

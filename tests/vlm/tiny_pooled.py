@@ -8,6 +8,10 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    Gemma4VisionConfig,
     GemmaConfig,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
@@ -33,6 +37,15 @@ def _rows_of_images(counts: list[int]) -> dict[str, Tensor]:
     for row, count in enumerate(counts):
         rows[row, :count] = torch.randn(count, 3, 64, 64, generator=generator)
     return {"pixel_values": rows}
+
+
+def _placed_images(counts: list[int]) -> dict[str, Tensor]:
+    """Images of 8 x 8 patches and where each patch is, (x, y)."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    places = torch.stack([x.flatten(), y.flatten()], 1)[None].expand(sum(counts), -1, -1)
+    patches = torch.rand(sum(counts), 64, 3 * 8 * 8, generator=generator)
+    return {"pixel_values": patches, "image_position_ids": places}
 
 
 _TILES = {
@@ -99,6 +112,38 @@ POOLED = {
         cuts=(),
         images=wide_images,
         extra=lambda ids, mask: {"token_type_ids": (ids == IMAGE).int()},
+    ),
+    "gemma4": TinyVlm(
+        maker(
+            Gemma4ForConditionalGeneration,
+            Gemma4Config,
+            vision_config=lambda: Gemma4VisionConfig(
+                **{name: value for name, value in VISION.items() if name != "image_size"},
+                num_key_value_heads=4,
+                head_dim=8,
+                pooling_kernel_size=2,
+                position_embedding_size=16,
+            ),
+            text_config=lambda: Gemma4TextConfig(
+                **TEXT | {"num_hidden_layers": 6},
+                head_dim=8,
+                global_head_dim=8,
+                sliding_window=9,
+                layer_types=["sliding_attention", "full_attention"] * 3,
+                hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=100,
+                num_kv_shared_layers=2,
+                use_bidirectional_attention="vision",
+            ),
+            audio_config=lambda: None,
+            image_token_id=IMAGE,
+            video_token_id=98,
+            audio_token_id=95,
+        ),
+        cuts=(),
+        has_tower=False,
+        images=_placed_images,
+        extra=lambda ids, mask: {"mm_token_type_ids": (ids == IMAGE).int()},
     ),
     "paligemma": TinyVlm(
         maker(
