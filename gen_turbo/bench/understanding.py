@@ -66,9 +66,10 @@ def catalogue(total: int = 256) -> list[Setting]:
 def _chosen(name: str, ratio: float) -> list[Setting]:
     """What keeps most in the tower without training, chosen on questions of the seeds 2000 and 2001."""
     own = {"ratio": ratio, "semantic": "self", "value_weight": 0.05}
-    groups = {"ratio": ratio, "num_refinements": 3}
+    groups, weighed = {"ratio": ratio, "num_refinements": 3}, {"proportional_attention": True}
     return [
         Method(f"turbo_vit-self-{name}", "turbo_vit, tower, self", "turbo_vit", own),
+        Method(f"turbo_vit-weighed-{name}", "turbo_vit, tower, self, weighed", "turbo_vit", own | weighed),
         InTower(f"vistog-tower-{name}", "vistog, tower", "vistog", groups),
     ]
 
