@@ -271,6 +271,9 @@ def test_wrong_shapes_raise_with_the_numbers() -> None:
     ("slot", "anchor", "message"),
     [
         (torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), "batch axis"),
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), "batch axis"),
+        (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), "batch axis"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), "batch axis"),
         (torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int64), "int64"),
         (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), "2 slots for 1 tokens"),
     ],

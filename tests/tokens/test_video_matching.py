@@ -139,3 +139,24 @@ def test_the_same_token_in_time_goes_before_its_like_in_space():
     own = plan.anchor_BM.gather(1, plan.slot_BN)[0].tolist()
     left = [token for token in range(N, T * N) if own[token] != token]
     assert len(left) > N and all(own[token] == own[token - N] for token in left)
+
+
+def test_all_but_the_first_frames_destinations_can_leave_an_odd_grid():
+    """Catches a limit that rounds an odd side down, or counts destinations of later frames."""
+    first = [row * GRID[1] + column for row in range(0, GRID[0], 2) for column in range(0, GRID[1], 2)]
+    x = torch.randn(1, T * N, 16, generator=torch.Generator().manual_seed(0))
+    most = T * N - len(first)
+    assert video_soft_matching(x, T, GRID, most).anchor_BM[0].tolist() == first
+    with pytest.raises(ValueError, match=f"cannot remove {most + 1} of {T * N} tokens of a video: {most} can leave"):
+        video_soft_matching(x, T, GRID, most + 1)
+    site = LayerInfo("pre_llm", 0.5, GRID, num_frames=T)
+    assert TurboProcessor(0.5).max_ratio_at(site) == 1 - len(first) / (T * N)
+
+
+def test_what_is_no_number_leaves_last():
+    """Catches NaN taken for a cosine of zero, which is more than that of opposite tokens."""
+    x = torch.randn(1, 2 * N, 16, generator=torch.Generator().manual_seed(1))
+    x[0, N:] = -x[0, :N]
+    x[0, N] = float("nan")
+    kept = video_soft_matching(x, 2, GRID, 2 * N - 9 - 1).anchor_BM[0].tolist()
+    assert N in kept
