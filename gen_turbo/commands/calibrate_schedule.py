@@ -151,8 +151,8 @@ def _searched(pipe: Any, namespace: argparse.Namespace, draw: _Draw) -> list[Any
     units = host.units(model)
     groups = groups_of(model, host, units)
     used = {name: units[name] for names in groups.values() for name in names}
-    num_calls = len(pipe.scheduler.timesteps)
     whole = _seconds(pipe, model, used, draw, namespace.prompts, None)
+    num_calls = len(pipe.scheduler.timesteps)
     num_branches, others = divmod(len(whole[WHOLE]), num_calls * namespace.prompts)
     if others:
         raise ConfigError(
