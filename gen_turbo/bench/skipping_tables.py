@@ -39,6 +39,13 @@ def at_cost(curve: Sequence[BenchRecord], cost: float) -> float | None:
     return None
 
 
+def within(curve: Sequence[BenchRecord], cost: float) -> float | None:
+    """The distance in dB that a curve reaches at no more than a counted cost; None where all of it costs more."""
+    found = at_cost(curve, cost)
+    cheaper = [distance(record) for record in curve if share_of_flops(record) <= cost]
+    return max(cheaper, default=None) if found is None else found
+
+
 def skipping(folder: Path, steps: int) -> str:
     """Counted cost, distance to stock, distance to the calibrated schedules at equal cost, and check rate."""
     records = curve_records(folder, steps)
@@ -58,7 +65,7 @@ def skipping(folder: Path, steps: int) -> str:
 
 
 def merging(folder: Path) -> str:
-    """What merging adds to leaving steps out, at equal cost: by tokens and steps, the best of the rows that merge."""
+    """What merging adds to leaving steps out, at no more cost: by tokens and steps, the best of the rows that merge."""
     records = [record for record in _counted(folder) if "pixels" in record.params]
     rows, shown = [], []
     for group in by_workload(records):
@@ -68,9 +75,7 @@ def merging(folder: Path) -> str:
             shown += run
             side = run[0].params["pixels"] // _PATCH
             for title, families in (("alone", RHYTHM_FAMILIES), ("with steps left out", (GENERIC_MERGED,))):
-                costs = [
-                    (record, at_cost(plain, share_of_flops(record))) for record in run if record.family in families
-                ]
+                costs = [(record, within(plain, share_of_flops(record))) for record in run if record.family in families]
                 beside = [(distance(r) - other, other, r) for r, other in costs if other is not None]
                 if not beside:
                     continue

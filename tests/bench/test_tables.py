@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from gen_turbo.bench import records
+from gen_turbo.bench.catalogue import RHYTHM_FAMILIES
 from gen_turbo.bench.markdown import NO_RECORDS
 from gen_turbo.bench.plot import is_own, plot_quality
 from gen_turbo.bench.reading_tables import curve_of, share_of_stock
@@ -92,6 +93,15 @@ def test_merging_is_held_against_skipping_of_the_same_run(tmp_path: Path) -> Non
         "| 1,024 tokens, 28 steps, merging with steps left out | generic-merged-b0.75 | 0.70 | 52.0 | 55.0 | -3.0 |",
         "| 4,096 tokens, 28 steps, merging with steps left out | generic-merged-b0.75 | 0.70 | 57.0 | 55.0 | +2.0 |",
     ]
+
+
+def test_merging_that_costs_more_than_any_schedule_is_held_against_the_dearest(tmp_path: Path) -> None:
+    """Catches short runs without a row, for nothing was left out at their cost, and a row beside a dearer schedule."""
+    _skipped(tmp_path, "generic-b0.75", "PAR, generic", 60, 30.0, pixels=128)
+    _skipped(tmp_path, "turbo-late", RHYTHM_FAMILIES[0], 70, 62.0, pixels=128)
+    _skipped(tmp_path, "turbo-block-k4-w1", RHYTHM_FAMILIES[0], 50, 99.0, pixels=128)
+    rows = TABLES["merging"](tmp_path).splitlines()[2:4]
+    assert rows == ["| 1,024 tokens, 28 steps, merging alone | turbo-late | 0.70 | 62.0 | 30.0 | +32.0 |", ""]
 
 
 def test_curves_of_this_package_are_told_apart() -> None:
