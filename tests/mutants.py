@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 _COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -177,3 +179,28 @@ def codes_of(code: types.CodeType, into: dict[tuple[str, int], types.CodeType]) 
         if isinstance(inner, types.CodeType):
             into[inner.co_qualname, inner.co_firstlineno] = inner
             codes_of(inner, into)
+
+
+class Told:
+    """Says which test failed."""
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            os.write(self.stream, report.nodeid.encode()[:500])
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.pytest_runtest_logreport(report)  # type: ignore[arg-type]
+
+
+class Ordered:
+    """Runs the tests of a mutant, in their order."""
+
+    def __init__(self, order: dict[str, int]) -> None:
+        self.order = order
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])

@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 
 sys.path[:0] = [os.getcwd(), "tests"]
-from tests.mutants import Changed, Mutant, codes_of, mutants  # noqa: E402
+from tests.mutants import Changed, Mutant, Ordered, Told, codes_of, mutants  # noqa: E402
 
 FILES = sorted(map(str, [*Path("gen_turbo/tokens").glob("*.py"), *Path("gen_turbo/methods").glob("*.py")]))
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception",
@@ -164,7 +164,7 @@ class Runs(Quiet):
         module = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         sys.meta_path.insert(0, Changed(module, mutant))
         order = {test: place for place, test in enumerate(tests)}
-        return int(pytest.main([*OPTIONS, "-x", *tests], plugins=[Quiet(), _Ordered(order), Told(self.told)]) != 0)
+        return int(pytest.main([*OPTIONS, "-x", *tests], plugins=[Quiet(), Ordered(order), Told(self.told)]) != 0)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Runs what functions run, from a process that has collected every test."""
@@ -232,29 +232,6 @@ class Runs(Quiet):
 
     def is_over(self) -> bool:
         return time.monotonic() > self.ends
-
-
-class Told:
-    """Says which test failed."""
-
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            os.write(self.stream, report.nodeid.encode()[:500])
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        self.pytest_runtest_logreport(report)  # type: ignore[arg-type]
-
-
-class _Ordered:
-    def __init__(self, order: dict[str, int]) -> None:
-        self.order = order
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
 
 
 def table(files: list[Path]) -> None:

@@ -128,7 +128,7 @@ class Graphs:
             return lambda: self._eager(entry, inner, args, kwargs)
         if entry.graph is None:
             return lambda: self._capture(entry, inner, leaves, (args, kwargs))
-        if is_first and not is_once:
+        if is_looked_at_later:
             return lambda: self._replay_first(entry, leaves, lambda: inner(*args, **kwargs))
         return lambda: self._replay(entry, leaves)
 

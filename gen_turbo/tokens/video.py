@@ -63,9 +63,10 @@ def video_soft_matching(
         unit = F.normalize(frames.to(torch.promote_types(frames.dtype, torch.float32)), dim=-1)
         unit = unit.view(batch, num_frames, size, channels)
         before = (unit[:, 1:] * unit[:, :-1]).sum(-1).nan_to_num(nan=-2.0)
-        similarity_BL = torch.maximum(inside, F.pad(before, (0, 0, 1, 0), value=-torch.inf)).flatten(1)
+        before = F.pad(before, (0, 0, 1, 0), value=-torch.inf)
+        similarity_BL = torch.maximum(inside, before).flatten(1)
         # Rounding must not prefer a neighbour in space to the very same token in time.
-        is_before = F.pad(before, (0, 0, 1, 0), value=-torch.inf) >= inside - 1e-6
+        is_before = before >= inside - 1e-6
         target_BL = torch.where(is_before.flatten(1), token_L - size, nearest_BL)
         target_BL = torch.where(leaving(similarity_BL, num_removed, penalty_BL), target_BL, token_L)
         # Each step follows twice as many links of a chain: one in space and one in time for each frame at most.
