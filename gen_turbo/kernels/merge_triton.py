@@ -67,6 +67,7 @@ def unmerge_kernel(
     length: tl.tensor,
     channels: tl.tensor,
     extent: tl.tensor,
+    HAS_SLOT: tl.constexpr,
     HAS_BASE: tl.constexpr,
     HAS_MINUS: tl.constexpr,
     TERMS: tl.constexpr,
@@ -78,7 +79,7 @@ def unmerge_kernel(
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
     row = batch * length + token
-    source = tl.load(slot + row, mask=token < length, other=0)[:, None]
+    source = (tl.load(slot + row, mask=token < length, other=0) if HAS_SLOT else row)[:, None]
     mask = (token < length)[:, None] & (channel < channels)
     at = row[:, None] * channels + channel
     value = tl.load(y + batch * y_shift + source * y_stride + channel, mask=mask, other=0.0).to(tl.float32)
@@ -120,15 +121,19 @@ def launch_merge(kernel: Any, x: Tensor, order: Tensor, offsets: Tensor) -> Tens
 def launch_unmerge(
     kernel: Any,
     y: Tensor,
-    slot: Tensor,
+    slot: Tensor | None,
     base: Tensor | None,
     minus: Tensor | None,
     detail: Tensor | None,
     weights: Tensor | None,
 ) -> Tensor:
-    """Launches `unmerge_kernel`, plain or wrapped for tracing, on the current device; arguments as `verbs.restore`."""
-    batch, _, channels = y.shape
-    length = slot.shape[0] // batch
+    """Launches `unmerge_kernel`, plain or wrapped for tracing, on the current device; arguments as `verbs.restore`.
+
+    Without `slot` every row of `y` is a token.
+    """
+    batch, length, channels = y.shape
+    if slot is not None:
+        length = slot.shape[0] // batch
     out = y.new_empty(batch, length, channels)
     several = None if detail is None else (detail.shape[0], *out.shape)
     for term, shape in ((base, out.shape), (minus, y.shape), (detail, several)):
@@ -142,7 +147,7 @@ def launch_unmerge(
     block = _block(channels)
     kernel[(-(-length // _ROWS), batch, -(-channels // block))](
         y,
-        slot,
+        y if slot is None else slot,
         onto,
         y if minus is None else minus.contiguous(),
         y if detail is None else detail.contiguous(),
@@ -155,6 +160,7 @@ def launch_unmerge(
         length,
         channels,
         batch * length * channels,
+        HAS_SLOT=slot is not None,
         HAS_BASE=base is not None,
         HAS_MINUS=minus is not None,
         TERMS=0 if detail is None else detail.shape[0],

@@ -18,7 +18,7 @@ def merge(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
 @triton_op("gen_turbo::unmerge", mutates_args=())
 def unmerge(
     y: Tensor,
-    slot: Tensor,
+    slot: Tensor | None,
     base: Tensor | None,
     minus: Tensor | None,
     detail: Tensor | None,

@@ -123,34 +123,35 @@ def restore(
         ValueError: If the Triton kernel is given a tensor of another shape.
     """
     restored = list(outputs)
-    # Not `in`, which torch.compile takes for false where it has made the places symbols.
     for index, y in enumerate(outputs):
-        detail, is_merged = details[index] if details else None, merged.count(index) > 0
-        if y is None or not (is_merged or detail is not None):
+        detail = details[index] if details else None
+        # Not `in`, which torch.compile takes for false where it has made the places symbols.
+        rows = slot if merged.count(index) else None
+        if y is None or (rows is None and detail is None):
+            continue
+        before, off = (None, None) if rows is None or plain.count(index) else (base, minus)
+        launched = _launched(y, rows, before, off, detail, weights) if y.is_cuda and _HAS_TRITON else None
+        if launched is not None:
+            restored[index] = launched
             continue
         out = y
-        if is_merged:
-            before, off = (None, None) if plain.count(index) else (base, minus)
-            launched = _launched(y, slot, before, off, detail, weights) if y.is_cuda and _HAS_TRITON else None
-            if launched is not None:
-                restored[index] = launched
-                continue
+        if rows is not None:
             batch, num_slots, channels = y.shape
             change = y if off is None else y - off
-            out = change.reshape(batch * num_slots, channels).index_select(0, slot).view(batch, -1, channels)
+            out = change.reshape(batch * num_slots, channels).index_select(0, rows).view(batch, -1, channels)
             if before is not None:
                 out.add_(before)
         if detail is not None and weights is not None:
             if detail.shape[0] == 2 and detail.dtype == weights.dtype and not y.is_cuda:
                 # Both terms in one pass over memory; half types have no fast product of this kind on a CPU.
                 columns = detail.flatten(1).t()
-                if is_merged:
+                if rows is not None:
                     out.view(-1).addmv_(columns, weights)
                 else:
                     out = y.reshape(-1).addmv(columns, weights).view(y.shape)
             else:
                 missed, *slopes = detail.unbind()
-                out = out.add_(missed) if is_merged else out + missed
+                out = out.add_(missed) if rows is not None else out + missed
                 if slopes:
                     out.addcmul_(slopes[0], weights.select(0, 1))
         restored[index] = out
@@ -158,7 +159,12 @@ def restore(
 
 
 def _launched(
-    y: Tensor, slot: Tensor, base: Tensor | None, minus: Tensor | None, detail: Tensor | None, weights: Tensor | None
+    y: Tensor,
+    slot: Tensor | None,
+    base: Tensor | None,
+    minus: Tensor | None,
+    detail: Tensor | None,
+    weights: Tensor | None,
 ) -> Tensor | None:
     """What the Triton kernel makes of one output; None where it cannot run."""
     is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, base, minus, detail))

@@ -53,7 +53,7 @@ def traced() -> list[dict[str, Any]]:
 
     def both(x: Tensor, order: Tensor, offsets: Tensor, share: Tensor, weights: Tensor, detail: Tensor) -> Any:
         y = merge(x, order, offsets, share)
-        return restore([y], order, (0,), x, y, (), [detail], weights)[0]
+        return restore([y, x], order, (0,), x, y, (), [detail, detail], weights)
 
     with FakeTensorMode(), torch.no_grad():
         ints = [torch.empty(n, dtype=torch.int64, device="cuda") for n in (24, 11)]
@@ -71,6 +71,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
     tile = {"BLOCK": 512, "ROWS": 4}
-    flags = {"HAS_BASE": True, "HAS_MINUS": True, "TERMS": 2}
-    found = {"merge": assembly(merge_kernel, tile), "unmerge": assembly(unmerge_kernel, flags | tile)}
+    every = {"HAS_SLOT": True, "HAS_BASE": True, "HAS_MINUS": True, "TERMS": 2}
+    added = {"HAS_SLOT": False, "HAS_BASE": False, "HAS_MINUS": False, "TERMS": 2}
+    found = {"merge": assembly(merge_kernel, tile)}
+    found |= {name: assembly(unmerge_kernel, flags | tile) for name, flags in (("unmerge", every), ("added", added))}
     print(json.dumps({"assembly": found, "traced": traced()}))

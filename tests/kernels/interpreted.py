@@ -33,6 +33,10 @@ def random_maps() -> Pairs:
         yield f"merge {name}", y, merge(x.float(), flat.order, flat.offsets, flat.share).to(dtype)
         restored = launch_unmerge(unmerge_kernel, y, flat.slot, *[None] * 4)
         yield f"unmerge {name}", restored, unmerge(y, flat.slot)
+        detail = values(2, *x.shape, seed=1, dtype=dtype)
+        weights = torch.tensor([1.0, 3.0])
+        added = launch_unmerge(unmerge_kernel, x, None, None, None, detail, weights)
+        yield f"no slots {name}", added, (x.double() + detail[0].double() + 3 * detail[1].double()).to(dtype)
 
 
 def strides() -> Pairs:
@@ -51,6 +55,8 @@ def strides() -> Pairs:
         terms = {"base": x, "minus": x[:, 5:10], "detail": x.expand(2, *x.shape), "weights": torch.tensor([1.0, 2.0])}
         restored = launch_unmerge(unmerge_kernel, x[:, :5], flat.slot, **terms)
         yield f"unmerge {name}", restored, unmerge(x[:, :5], flat.slot, **terms)
+        added = launch_unmerge(unmerge_kernel, x, None, None, None, terms["detail"], terms["weights"])
+        yield f"no slots {name}", added, x * 4
 
 
 def terms() -> Pairs:
@@ -68,6 +74,12 @@ def terms() -> Pairs:
         got = launch_unmerge(unmerge_kernel, y, flat.slot, **given)
         name = " + ".join([f"{dtype} {last}", *(name for name, term in given.items() if term is not None)])
         yield name, got, unmerge(y.float(), flat.slot, **wide).to(dtype)
+        if last and not has_minus:
+            x = values(2, 11, 6, seed=4, dtype=dtype)
+            added = launch_unmerge(unmerge_kernel, x, None, **given)
+            terms = [(x, 1), (given["base"], 1), *zip(given["detail"], (1, 3), strict=False)]
+            total = sum(weight * term.double() for term, weight in terms if term is not None)
+            yield f"no slots {name}", added, total.to(dtype)
 
 
 def empty_slots() -> Pairs:
@@ -88,6 +100,9 @@ def operators() -> Pairs:
         terms = dict(zip(("base", "minus", "detail", "weights"), given, strict=True))
         yield f"unmerge {len(given)}", ops.unmerge(y, flat.slot, *given), unmerge(y, flat.slot, **terms)
         torch.library.opcheck(torch.ops.gen_turbo.unmerge, (y, flat.slot, *given), test_utils="test_schema")
+    only_detail = (None, None, None, values(2, 2, 12, 6), weights)
+    yield "no slots", ops.unmerge(x, *only_detail), x + only_detail[3][0] + 3 * only_detail[3][1]
+    torch.library.opcheck(torch.ops.gen_turbo.unmerge, (x, *only_detail), test_utils="test_schema")
     torch.library.opcheck(torch.ops.gen_turbo.merge, (x, flat.order, flat.offsets), test_utils="test_schema")
 
 
@@ -101,6 +116,10 @@ def shapes() -> Pairs:
             yield "not refused", got, torch.zeros(())
         except ValueError as error:
             assert "is needed" in str(error), error
+    try:
+        yield "not refused", launch_unmerge(unmerge_kernel, x, None, None, None, y[None], None), torch.zeros(())
+    except ValueError as error:
+        assert "is needed" in str(error), error
 
 
 def failures(check: Callable[[], Pairs]) -> list[str]:

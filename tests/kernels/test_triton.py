@@ -14,7 +14,7 @@ import pytest
 import torch
 from flat_maps import random_map, unmerge, values
 
-from gen_turbo.kernels import merge, verbs
+from gen_turbo.kernels import merge, restore, verbs
 
 HERE = Path(__file__).parent
 HAS_TRITON = pytest.mark.skipif(not verbs._HAS_TRITON, reason="triton is not installed")
@@ -79,20 +79,27 @@ def test_operators(interpreted):
 
 
 @HAS_TRITON
-@pytest.mark.parametrize("kernel", ["merge", "unmerge"])
-def test_rows_move_in_vectors_of_16_bytes(compiled, kernel):
+@pytest.mark.parametrize(("kernel", "least"), [("merge", 5), ("unmerge", 5), ("added", 4)])
+def test_rows_move_in_vectors_of_16_bytes(compiled, kernel, least):
     """Catches a kernel that only the interpreter accepts, loads of single numbers, and sums across threads."""
     assembly = compiled["assembly"][kernel]
     rows = re.findall(r"(?:ld|st)\.global\S*b16|(?:ld|st)\.global\.v4\.b32", assembly)
-    assert len(rows) >= 5 and set(rows) == {"ld.global.v4.b32", "st.global.v4.b32"}
+    assert len(rows) >= least and set(rows) == {"ld.global.v4.b32", "st.global.v4.b32"}
     assert "shfl" not in assembly and "bar.sync" not in assembly
+
+
+@HAS_TRITON
+def test_what_is_on_no_slots_reads_no_indices(compiled):
+    """Catches a table of the tokens' own numbers that is made and read."""
+    assert "ld.global.b64" in compiled["assembly"]["unmerge"] or "ld.global.v2.b64" in compiled["assembly"]["unmerge"]
+    assert "b64" not in "".join(re.findall(r"ld\.global\S*", compiled["assembly"]["added"]))
 
 
 @HAS_TRITON
 def test_inductor_sees_kernels_that_write_their_result_alone(compiled):
     """Catches an operator that stays closed to inductor, and inputs that it would copy before each launch."""
-    assert [kernel["written"] for kernel in compiled["traced"]] == [["out"], ["out"]]
-    assert [kernel["grid"] for kernel in compiled["traced"]] == [[[5, 2, 1]], [[3, 2, 1]]]
+    assert [kernel["written"] for kernel in compiled["traced"]] == [["out"]] * 3
+    assert [kernel["grid"] for kernel in compiled["traced"]] == [[[5, 2, 1]], [[3, 2, 1]], [[3, 2, 1]]]
 
 
 class TestOnAGpu:
@@ -114,6 +121,8 @@ class TestOnAGpu:
         expected = unmerge(y.cpu().float(), flat.slot, **wide).to(dtype)
         got = unmerge(y, maps[3], **{name: term.cuda() for name, term in terms.items()})
         torch.testing.assert_close(got.cpu(), expected, **rounding)
+        added = restore([x.cuda()], maps[3], (), details=[terms["detail"].cuda()], weights=terms["weights"].cuda())[0]
+        torch.testing.assert_close(added.cpu(), (x.float() * 5).to(dtype), **rounding)
 
     def test_a_cuda_graph_follows_the_map(self):
         """Catches a launch that capture refuses, and values of the map or the weights baked into the graph."""

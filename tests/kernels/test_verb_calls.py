@@ -95,10 +95,12 @@ def on_gpu(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tokens, *ints, *floats, detail
 
 
-def both(x: Tensor, order: Tensor, offsets: Tensor, share: Tensor, weights: Tensor, detail: Tensor) -> Tensor:
-    """Both verbs with every argument."""
+def both(
+    x: Tensor, order: Tensor, offsets: Tensor, share: Tensor, weights: Tensor, detail: Tensor
+) -> list[Tensor | None]:
+    """Both verbs with every argument, and an output of which something is missed that is on no slots, such as text."""
     y = merge(x, order, offsets, share)
-    return unmerge(y, order, base=x, minus=y, detail=detail, weights=weights)
+    return restore([y, x], order, (0,), x, y, (), [detail, detail], weights)
 
 
 @HAS_TRITON
@@ -107,7 +109,7 @@ def test_a_gpu_gets_one_kernel_each(dtype: torch.dtype) -> None:
     """Catches tensors widened or copied before the kernel, and a wait for the device, which has no values here."""
     with FakeTensorMode(), torch.no_grad():
         given = on_gpu(dtype)
-        assert operators(lambda: both(*given)) == ["merge", "unmerge"]
+        assert operators(lambda: both(*given)) == ["merge", "unmerge", "unmerge"]
 
 
 class OnGpu(Tensor):
@@ -133,7 +135,8 @@ def test_without_triton_half_types_on_a_gpu_are_not_widened(monkeypatch: pytest.
     with FakeTensorMode(), torch.no_grad():
         given = on_gpu(torch.float16)
         names = operators(lambda: both(*given))
-    assert names == ["_embedding_bag_forward_only", "sub", "index_select", "add_", "add_", "addcmul_"]
+    on_slots = ["sub", "index_select", "add_", "add_", "addcmul_"]
+    assert names == ["_embedding_bag_forward_only", *on_slots, "add", "addcmul_"]
 
 
 @HAS_TRITON
@@ -149,7 +152,7 @@ def test_tracing_on_a_gpu_gives_one_operator_each() -> None:
     with FakeTensorMode(), torch.no_grad():
         torch.compile(both, backend=keep, fullgraph=True)(*on_gpu(torch.float16))
     targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert targets == ["gen_turbo.merge.default", "gen_turbo.unmerge.default"]
+    assert targets == ["gen_turbo.merge.default", *["gen_turbo.unmerge.default"] * 2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may run here")
