@@ -211,9 +211,8 @@ class TokenReducer(ABC):
             raise ValueError(f"merge_span={self.merge_span} is of whole blocks; use scope='block', got {self.scope!r}")
         inside = [name for name in ("kv_only", "proportional_attention") if getattr(self, name)]
         if self.scope not in ("attention", "auto") and inside:
-            raise ValueError(
-                f"{' and '.join(inside)} concern attention alone; use scope='attention', got {self.scope!r}"
-            )
+            names = " and ".join(inside)
+            raise ValueError(f"{names} can only be set with scope='attention' or 'auto', got {self.scope!r}")
 
     map_period: ClassVar[int] = 0
     """After how many maps of a run a method chooses alike again; 0 where it may choose otherwise at every step."""

@@ -15,6 +15,8 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 SIZE_MULTIPLE = 8
 MOST = 1_000_000
 """More of anything is a slip of the keyboard."""
+LARGEST_SEED = 2**32 - 1
+"""PyTorch's generator on a CPU, which draws the noise of images, reads the lower 32 bits of its seed alone."""
 _KINDS: dict[str, tuple[type, str]] = {
     "bool": (bool, "true or false"),
     "int": (Integral, "a whole number"),
@@ -168,6 +170,16 @@ _SCHEMAS: dict[str, type[Settings]] = {"caption": CaptionConfig, "caption-genera
 def schema_of(tree: Mapping[str, Any]) -> type[Settings]:
     """The schema of a file's settings, by what it has under `pipeline`."""
     return _SCHEMAS.get(str(tree.get("pipeline")), PipelineConfig)
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed that is negative, or whose noise on a CPU would be that of a smaller one.
+
+    Raises:
+        ConfigError: With the seeds that may be given.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"the seed must be between 0 and {LARGEST_SEED}; got {seed}")
 
 
 def check_count(name: str, count: int, most: int = MOST, limit: str | None = None) -> None:

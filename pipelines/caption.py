@@ -112,7 +112,7 @@ class CaptionPipeline:
         Raises:
             ConfigError: If there is no image, one has no known white, or the template does not fit.
         """
-        each = [images] if isinstance(images, Image.Image) else list(images)
+        each = [images] if isinstance(images, Image.Image) else [*images] if isinstance(images, Sequence) else []
         if not each or not all(isinstance(one, Image.Image) for one in each):
             raise ConfigError(f"expected a PIL image or a list of them; got {images!r:.80}")
         length = positive("max_new_tokens", max_new_tokens, self.config.max_new_tokens)

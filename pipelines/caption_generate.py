@@ -18,7 +18,7 @@ from gen_turbo.engine.report import report
 from gen_turbo.inputs import images_of
 from gen_turbo.method import TokenReducer
 from gen_turbo.registry import PIPELINES
-from gen_turbo.schemas import check_strength
+from gen_turbo.schemas import check_seed, check_strength
 
 from .caption import CaptionPipeline, positive
 from .caption import caption as load_caption
@@ -113,6 +113,8 @@ class CaptionGeneratePipeline:
         check_strength(strength)
         sources = images_of(images)
         each = [seeds] * len(sources) if isinstance(seeds, int) else list(seeds)
+        for seed in each:
+            check_seed(seed)
         if len(each) != len(sources):
             raise ConfigError(f"{len(each)} seeds do not fit {len(sources)} images; give one each, or one for all")
         said = self.caption(sources, prompt)

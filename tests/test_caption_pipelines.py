@@ -224,3 +224,11 @@ def test_attach_takes_the_pipeline(vlm):
     with attach(pipe, TurboProcessor(0.5)):
         assert report(pipe).layers
     assert not report(pipe).layers
+
+
+@pytest.mark.parametrize("images", [None, 3, "image.png", [], [None]], ids=repr)
+def test_what_is_no_image_is_refused_in_a_sentence(images):
+    """Catches a TypeError about iteration where somebody passes None or the number of an image."""
+    pipe = load_pipeline("caption", processor=None)
+    with pytest.raises(ConfigError, match="expected a PIL image or a list of them; got"):
+        pipe(images)

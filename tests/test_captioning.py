@@ -120,6 +120,7 @@ WRONG = {
     "generate": (["generate", "--prompt", "x", "--config", "caption"], "cannot use the configuration caption"),
     "strength": (["caption-generate", "in", "--strength", "7"], "strength must be a number in (0, 1]"),
     "seed": (["caption-generate", "in", "--seed", "-1"], "the seed must be between 0"),
+    "far seed": (["caption-generate", "in", "--seed", "4294967296"], "the seed must be between 0 and 4294967295"),
     "output": (["caption", "in", "--output", "said.txt"], "name a .jsonl file"),
     "method": (["caption", "in", "processor=nope"], "unknown method 'nope'"),
     "key": (["caption-generate", "in", "images=2"], "no setting 'images'"),

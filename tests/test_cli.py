@@ -149,6 +149,11 @@ WRONG = {
     "not a number": (["--steps", "x"], "invalid int value: 'x'"),
     "odd height": (["--height", "100"], "height must be a positive multiple of 8"),
     "no images": (["--num-images", "0"], "the number of images must be at least 1"),
+    "seed whose noise is that of 0": (["--seed", "4294967296"], "the seed must be between 0 and 4294967295"),
+    "last seed whose noise is that of 0": (
+        ["--seed", "4294967295", "--num-images", "2"],
+        "the seed must be between 0 and 4294967295; got 4294967296",
+    ),
     "negative seed": (["--seed", "-1"], "the seed must be between 0"),
     "file below a file": (["--output", "/dev/null/x.png"], "cannot write to /dev/null"),
     "many in one": (["--num-images", "2", "--output", "x.png"], "2 images do not fit"),

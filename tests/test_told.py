@@ -139,6 +139,16 @@ def test_a_replaced_transformer_is_told(name):
     assert len(told) == 1
 
 
+def test_a_class_in_place_of_a_processor_is_refused():
+    """Catches `set_attn_processor(TurboProcessor)`, which diffusers takes and calls in the middle of the next run."""
+    pipe = sd_pipeline()
+    attach(pipe, TurboProcessor(0.5))
+    before = dict(pipe.unet.attn_processors)
+    with pytest.raises(TypeError, match=r"a processor such as TurboProcessor\(0.4\), got the class TurboProcessor"):
+        pipe.set_attn_processor(TurboProcessor)
+    assert attachments(pipe.unet) and pipe.unet.attn_processors == before
+
+
 def test_detach_reaches_the_model_that_was_replaced():
     """Catches an old model that keeps its processor after the pipeline was detached, and one that lost it before."""
     pipe = sd_pipeline()

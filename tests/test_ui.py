@@ -182,6 +182,7 @@ def test_no_file_of_the_server_can_be_read(page: Any, address: str, folder: Path
         ({"preset": "x"}, "there is no setting 'x'"),
         ({"steps": 101}, "steps must be between 1 and 100"),
         ({"seed": -1}, "the seed must be between"),
+        ({"seed": 2**32}, "the seed must be between"),
         ({"ratio": float("nan")}, "ratio must be a finite number"),
         ({"steps": None}, "steps must be a whole number"),
         ({"strength": 0.0}, "strength must be a number in"),

@@ -15,12 +15,12 @@ from urllib.parse import quote
 from gen_turbo.config import ConfigError
 from gen_turbo.inputs import find_images
 from gen_turbo.lines import Item, as_json
+from gen_turbo.schemas import LARGEST_SEED
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 _OWN = ("id", "prompt", "image", "seed")
 NOTES = ("input", "digest", "settings", "sha256", "quarantined", "tries")
 """What the manifest notes of an item beside its results."""
-_LARGEST_SEED = 2**63 - 1
 _LONGEST_ID = 200
 
 
@@ -47,7 +47,7 @@ class Row:
         if self.seed is not None:
             return self.seed
         digest = hashlib.sha256(f"{run} {self.id}".encode()).digest()
-        return int.from_bytes(digest[:8]) >> 1
+        return int.from_bytes(digest[:4])
 
     def item(self, source: Path, settings: str) -> Item:
         """What the manifest knows it by: a name under the input, and a digest of all that its result depends on."""
@@ -168,6 +168,6 @@ def _seed(value: Any, where: str) -> int | None:
         seed = int(value)
     except (TypeError, ValueError):
         seed = -1
-    if isinstance(value, (bool, float)) or not 0 <= seed <= _LARGEST_SEED:
-        raise ConfigError(f"{where}: seed must be a whole number from 0 to {_LARGEST_SEED}; got {value!r:.80}")
+    if isinstance(value, (bool, float)) or not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"{where}: seed must be a whole number from 0 to {LARGEST_SEED}; got {value!r:.80}")
     return seed

@@ -21,6 +21,7 @@ from gen_turbo.inputs import find_images, open_image
 from gen_turbo.lines import Item, Line, as_json, digest_of
 from gen_turbo.manifest import Manifest
 from gen_turbo.output import check_writable, png_of
+from gen_turbo.schemas import check_seed
 
 MANIFEST = "manifest.jsonl"
 SOME_FAILED = 1
@@ -88,8 +89,7 @@ def run_caption_generate(namespace: argparse.Namespace) -> int:
     flags = [(key, value) for key, value in given.items() if value is not None]
     config = load_config_of(CaptionGenerateConfig, "gen-turbo caption-generate", namespace.config, [*overrides, *flags])
     processors = processors_of(config)
-    if not 0 <= namespace.seed < 2**63:
-        raise ConfigError(f"the seed must be between 0 and {2**63 - 1}; got {namespace.seed}")
+    check_seed(namespace.seed)
     folder = Path(namespace.output).expanduser()
     images = find_images(sources)
     check_writable(folder)

@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 
 from gen_turbo.api import attach
-from gen_turbo.config import CALL_SETTINGS, ConfigError, PipelineConfig
+from gen_turbo.config import CALL_SETTINGS, PipelineConfig
 from gen_turbo.engine.report import LayerReport, report
 from gen_turbo.metrics.image import psnr
-from gen_turbo.schemas import check_count
+from gen_turbo.schemas import check_count, check_seed
 
 _GAP_PX = 4
 _WARM_UP_STEPS = 3
-_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ def plan_jobs(prompts: Sequence[str], seed: int, num_images: int) -> list[Job]:
         ConfigError: If there would be none, or a seed is out of range.
     """
     check_count("the number of images", num_images)
-    if not 0 <= seed <= _LARGEST_SEED - num_images:
-        raise ConfigError(f"the seed must be between 0 and {_LARGEST_SEED - num_images}; got {seed}")
+    for last in (seed, seed + num_images - 1):
+        check_seed(last)
     return [Job(prompt, seed + offset) for prompt in prompts for offset in range(num_images)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from gen_turbo.config import ConfigError
-from gen_turbo.schemas import check_finite, check_kinds
+from gen_turbo.schemas import check_finite, check_kinds, check_seed
 
 MOST_PROMPT, MOST_STEPS, MOST_PIXELS = 500, 100, 4096 * 4096
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,8 +58,7 @@ class Wish:
         settings_of(self.preset, self.ratio)
         if not 1 <= self.steps <= MOST_STEPS:
             raise ConfigError(f"steps must be between 1 and {MOST_STEPS}; got {self.steps}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"the seed must be between 0 and {2**63 - 1}; got {self.seed}")
+        check_seed(self.seed)
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength must be a number in (0, 1]; got {self.strength}")
         check_image(self.source)

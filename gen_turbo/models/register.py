@@ -15,10 +15,15 @@ def set_attn_processor(self: DiffusionPipeline, processor: Any) -> None:
     None detaches. A processor of diffusers' own, or a dict of them, goes to each denoiser's `set_attn_processor`.
 
     Raises:
+        TypeError: If the class of a processor is given, not a processor.
         ValueError: If the processor would reduce nothing on this pipeline.
     """
     from gen_turbo import api
 
+    if isinstance(processor, type):
+        raise TypeError(
+            f"expected a processor such as TurboProcessor(0.4), got the class {processor.__name__}; call it"
+        )
     if processor is None:
         api.detach(self)
     elif isinstance(processor, TokenReducer):

@@ -6,6 +6,7 @@ Shape names: B batch, N columns of the long sequence, M of the short one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +83,12 @@ class Columns:
         )
 
     def _log_sizes_beside(self, later: Columns) -> Tensor | None:
-        known = [part.log_size_BM for part in (self, later) if part.log_size_BM is not None]
-        if not known:
-            return None
         parts = (self, later)
-        return torch.cat(
-            [p.log_size_BM if p.log_size_BM is not None else known[0].new_zeros(p.index_BM.shape) for p in parts], 1
-        )
+        known = next((part.log_size_BM for part in parts if part.log_size_BM is not None), None)
+        if known is None:
+            return None
+        sizes = [known.new_zeros(p.index_BM.shape) if p.log_size_BM is None else p.log_size_BM for p in parts]
+        return torch.cat(sizes, 1)
 
     def weighed(self, log_size_BN: Tensor) -> Columns:
         """The same columns, each standing for as many as the exponential of its log size."""
@@ -98,7 +98,7 @@ class Columns:
         """Joins these columns and those that stay of their places."""
         index = self.index_BM.gather(1, later.index_BM) * later.valid_BM
         log_size = None if self.log_size_BM is None else self.log_size_BM.gather(1, later.index_BM)
-        return Columns(index, later.valid_BM, self.num_columns, later.is_ragged, log_size)
+        return replace(later, index_BM=index, num_columns=self.num_columns, log_size_BM=log_size)
 
     def without_last(self, count: int) -> Columns:
         """Takes the last `count` columns off both sequences.
@@ -112,9 +112,7 @@ class Columns:
             raise ValueError(
                 f"columns are missing among the last {count} of {self.num_columns}; begin with a new cache"
             )
-        log_size = None if self.log_size_BM is None else self.log_size_BM[:, :-count]
-        index, valid = self.index_BM[:, :-count], self.valid_BM[:, :-count]
-        return Columns(index, valid, self.num_columns - count, self.is_ragged, log_size)
+        return replace(self._at((slice(None), slice(-count))), num_columns=self.num_columns - count)
 
     def take(self, x: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
         """Takes the kept columns of `x` along `dim`; a batch axis of 1 serves every row. Padding takes column 0."""
@@ -161,8 +159,12 @@ class Columns:
 
     def rows(self, index: Tensor) -> Columns:
         """Takes rows of the batch, as beam search reorders them."""
-        log_size = None if self.log_size_BM is None else self.log_size_BM[index]
-        return Columns(self.index_BM[index], self.valid_BM[index], self.num_columns, self.is_ragged, log_size)
+        return self._at(index)
+
+    def _at(self, where: Any) -> Columns:
+        """The rows, or rows and places, that an index picks of each tensor."""
+        log_size = None if self.log_size_BM is None else self.log_size_BM[where]
+        return replace(self, index_BM=self.index_BM[where], valid_BM=self.valid_BM[where], log_size_BM=log_size)
 
     def repeated(self, times: int) -> Columns:
         """Repeats each row of the batch `times` times, copies side by side."""

@@ -184,5 +184,5 @@ def test_sizes_do_not_leave_the_fast_kernel(backend):
 @pytest.mark.parametrize("settings", [{"kv_only": True}, {"proportional_attention": True}])
 def test_block_scope_refuses_what_concerns_attention_alone(settings):
     """Catches a combination of settings of which one is dropped."""
-    with pytest.raises(ValueError, match="concern attention alone; use scope='attention'"):
+    with pytest.raises(ValueError, match="can only be set with scope='attention'"):
         TurboProcessor(0.4, scope="block", **settings)

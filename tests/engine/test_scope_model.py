@@ -174,7 +174,7 @@ def test_other_models_are_refused(name, words):
     ("settings", "words"),
     [
         ({"merge_span": 2}, "merge_span=2 is of whole blocks; use scope='block', got 'model'"),
-        ({"kv_only": True}, "kv_only concern attention alone; use scope='attention', got 'model'"),
+        ({"kv_only": True}, "kv_only can only be set with scope='attention' or 'auto', got 'model'"),
     ],
 )
 def test_settings_of_other_scopes_are_refused(settings, words):
