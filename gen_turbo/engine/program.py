@@ -12,6 +12,7 @@ from gen_turbo.engine.layer import ReducedLayer
 from gen_turbo.engine.state import LayerState, Phase
 from gen_turbo.method import StepInfo, TokenReducer
 from gen_turbo.tokens.ratios import ratio_at_step
+from gen_turbo.training.schedule import MERGING
 
 
 @dataclass
@@ -152,7 +153,8 @@ class Program:
         """Counts a step that is over; gives how many states were reduced in it."""
         num_reduced, seen = 0, set[int]()
         for group, state in zip(self.groups, context.groups, strict=True):
-            runs = not (group.units & skipped)
+            # A step whose merging is left out runs the layers in full.
+            runs = not group.units & (skipped - {MERGING})
             for layer in group.layers:
                 held = context.states[layer]
                 if not runs or id(held) in seen:

@@ -65,9 +65,11 @@ class Report:
         if self.text_tokens[0]:
             lines.append(f"  text: {self.text_tokens[0]} -> {self.text_tokens[1]} tokens")
         for layer in self.layers:
-            if layer.status == "reduced":
-                unknown = "no grid" if layer.num_tokens else "not run yet"
-                grid = f"{layer.grid[0]} x {layer.grid[1]}" if layer.grid else unknown
+            if layer.status == "reduced" and not layer.num_tokens:
+                so_far = f"in full in all of {layer.num_full} calls" if layer.num_full else "not run yet"
+                lines.append(f"  {layer.name}: {so_far}")
+            elif layer.status == "reduced":
+                grid = f"{layer.grid[0]} x {layer.grid[1]}" if layer.grid else "no grid"
                 calls = f"{layer.num_reduced} reduced and {layer.num_full} full calls"
                 tokens = f"{layer.num_tokens} -> {layer.num_kept} tokens"
                 age = f"plans up to {layer.plan_age} steps old"

@@ -26,6 +26,15 @@ def test_every_line_of_the_text():
     assert str(report(unet)) == "no gen_turbo processor is attached"
 
 
+def test_layers_that_ran_in_full_are_said_to_have_run():
+    """Catches "reduced, not run yet, 0 -> 0 tokens" of layers that a ratio of 0 has run in every step."""
+    unet = sd15_unet()
+    with attach(unet, TurboProcessor(0.0)):
+        run_unet(unet, **unet_inputs())
+        told = str(report(unet))
+    assert told.count("in full in all of 4 calls") == 3 and "not run yet" not in told and " -> " not in told
+
+
 @pytest.mark.parametrize("kv_only", [False, True])
 def test_its_flops_are_those_that_ran(kv_only):
     """Catches a formula that drifts from what is computed."""

@@ -265,3 +265,13 @@ def test_image_to_image_starts_late_and_forecasts_from_what_it_has(pipe):
         _draw(late, image=torch.rand(1, 3, 32, 32), strength=0.67)
     stats = attachments(late)[0].skipped_units["output"]
     assert (stats.num_run, stats.num_skipped) == (3, 1)
+
+
+def test_steps_that_leave_merging_out_are_counted_as_full_ones(pipe):
+    """Catches a report whose layers never run, and whose savings leave out the steps in which nothing is merged."""
+    inner = TurboProcessor(0.5, restore="copy")
+    file = _file(pipe, 6, {"output": [2, 4], "merging": [0, 1, 3]})
+    pipe.set_attn_processor(PARProcessor(budget=0.5, schedule=file, inner=inner))
+    _draw(pipe)
+    rows = [row for row in report(pipe).layers if row.status == "reduced"]
+    assert {(row.num_full, row.num_reduced) for row in rows} == {(3, 1)}
