@@ -64,16 +64,7 @@ class Report:
             lines.append(f"  {height} x {width}: {before} -> {kept} tokens in {layers} layers")
         if self.text_tokens[0]:
             lines.append(f"  text: {self.text_tokens[0]} -> {self.text_tokens[1]} tokens")
-        for layer in self.layers:
-            if layer.status == "reduced" and not layer.num_tokens:
-                so_far = f"in full in all of {layer.num_full} calls" if layer.num_full else "not run yet"
-                lines.append(f"  {layer.name}: {so_far}")
-            elif layer.status == "reduced":
-                grid = f"{layer.grid[0]} x {layer.grid[1]}" if layer.grid else "no grid"
-                calls = f"{layer.num_reduced} reduced and {layer.num_full} full calls"
-                tokens = f"{layer.num_tokens} -> {layer.num_kept} tokens"
-                age = f"plans up to {layer.plan_age} steps old"
-                lines.append(f"  {layer.name}: {layer.status}, {grid}, {tokens}, {calls}, {age}")
+        lines += [f"  {layer.name}: {_so_far(layer)}" for layer in reached]
         for unit, (num_skipped, num_run) in self.skipped.items():
             lines.append(f"  {unit}: skipped in {num_skipped} of {num_skipped + num_run} calls")
         left: dict[str, int] = {}
@@ -86,6 +77,16 @@ class Report:
             lines.append(f"  CUDA graphs: {self.graphs}")
         lines.append(f"  remembered at most: {self.most_remembered_bytes / 1e6:.1f} MB")
         return "\n".join(lines)
+
+
+def _so_far(layer: LayerReport) -> str:
+    """What happened at a layer that is reduced."""
+    if not layer.num_tokens:
+        return f"in full in all of {layer.num_full} calls" if layer.num_full else "not run yet"
+    grid = f"{layer.grid[0]} x {layer.grid[1]}" if layer.grid else "no grid"
+    tokens = f"{layer.num_tokens} -> {layer.num_kept} tokens"
+    calls = f"{layer.num_reduced} reduced and {layer.num_full} full calls"
+    return f"reduced, {grid}, {tokens}, {calls}, plans up to {layer.plan_age} steps old"
 
 
 def report(target: Any) -> Report:
