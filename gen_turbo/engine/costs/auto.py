@@ -61,11 +61,12 @@ class Choice:
         where = f"in {self.rhythm.steps} steps on a {self.device}"
         why = f"; {self.why}" if self.why else ""
         if not self.layers:
-            gain = f"expected {self.gain:.2f} times faster"
+            gain = f"the denoiser is expected to be {self.gain:.2f} times faster"
             return f"no image token is merged {where}, for that would gain nothing; {gain}{why}"
         return (
-            f"scope={self.scope!r} in {len(self.layers)} layers, {self.rhythm}; expected {self.gain:.2f} times faster "
-            f"{where}, {self.merging_gain:.2f} by merging, with {self.flops:.0%} of the FLOPs{why}"
+            f"scope={self.scope!r} in {len(self.layers)} layers, {self.rhythm}; the denoiser is expected to be "
+            f"{self.gain:.2f} times faster {where}, {self.merging_gain:.2f} by merging, with {self.flops:.0%} of the "
+            f"FLOPs, counted for a class of devices and not timed{why}"
         )
 
     def settled(self, reducer: TokenReducer) -> TokenReducer:

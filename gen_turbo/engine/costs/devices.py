@@ -56,8 +56,9 @@ _AMPERE = DeviceClass("data-centre GPU (Ampere)", 152e12, 9.6e12, 0.77, 1.7e12, 
 _CONSUMER = DeviceClass("consumer GPU", 80e12, 40e12, 0.77, 0.84e12, 3e-6, 15e-6)
 """RTX 4090 data sheet: 165 TFLOPS in half types with float32 sums, 82.6 in float32; 1.008 TB/s."""
 _CPU = DeviceClass("CPU", 68e9, 68e9, 0.75, 9e9, 2e-6, 8e-6, needs_launches=False)
-"""One core with AVX-512, measured: 43 GFLOP of attention and 7 of projections in 0.99 s, a merge of 17 MB in 1.8 ms
-(gen_turbo/bench/records, layer and primitives). More cores divide all but launches."""
+"""One older core with AVX-512: 43 GFLOP of attention and 7 of projections took 0.99 s, a merge of 17 MB 1.8 ms. More
+cores divide all but launches. A newer core, that of gen_turbo/bench/records/layer.jsonl, is more than twice as fast at
+both products and hardly at passes over memory, so merging attention gains less than expected of small models there."""
 
 
 def device_class(device: torch.device) -> DeviceClass:
