@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from gen_turbo.method import TokenReducer
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.token_map import TokenMap
-from gen_turbo.vlm.call import Calls, Last
+from gen_turbo.vlm.call import Calls
 from gen_turbo.vlm.counts import Counts
 from gen_turbo.vlm.family import TowerFacts
 from gen_turbo.vlm.images import Encoded
 from gen_turbo.vlm.merging import Merging
 from gen_turbo.vlm.recomputed import Recomputed
-from gen_turbo.vlm.stage import Handle, Stage
+from gen_turbo.vlm.stage import Encoder, Handle
 from gen_turbo.vlm.videos import Videos
 
 EARLY = "early "
@@ -50,7 +50,7 @@ class Pass:
 P = TypeVar("P", bound=Pass)
 
 
-class TowerStage(Stage, Generic[P]):
+class TowerStage(Encoder, Generic[P]):
     """A vision tower of pre-norm blocks.
 
     Merging happens where the norm between attention and MLP is entered: the MLP runs on slots, its output is copied
@@ -83,7 +83,7 @@ class TowerStage(Stage, Generic[P]):
         early: Callable[[int], int] | None = None,
         videos: Videos | None = None,
     ) -> None:
-        self._last: Last[Encoded] = Last(Encoded)
+        super().__init__()
         self._tower: Any = model.get_submodule(facts.module)
         self._encoder: Any = self._tower.get_submodule(facts.encoder) if facts.encoder else self._tower
         self._facts, self._counts, self._reducer, self._videos = facts, counts, reducer, videos
@@ -98,14 +98,6 @@ class TowerStage(Stage, Generic[P]):
         self._watched = sorted(self._asked.values()) if reducer is None else merging_blocks(reducer, count)
         for index in self._watched if reducer is not None else ():
             counts.add(self._name(index))
-
-    def forget(self) -> None:
-        """Drops what is known of the last call."""
-        self._last.forget()
-
-    def encoded(self) -> Encoded:
-        """What is known of the images of the last call."""
-        return self._last.value
 
     @abstractmethod
     def _watch(self, index: int) -> Iterator[Handle]:

@@ -18,7 +18,6 @@ from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.training.files import artefact_path
 from gen_turbo.training.probe import is_same_model, weight_probe
 from gen_turbo.training.vistog import SemanticGrouping, VisToGArtefact, VisToGShape
-from gen_turbo.vlm.call import Last
 from gen_turbo.vlm.counts import Counts
 from gen_turbo.vlm.family import Family, TowerFacts, square, tower_facts
 from gen_turbo.vlm.hooks import InstanceMethod
@@ -26,7 +25,7 @@ from gen_turbo.vlm.images import Encoded
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.semantic import SemanticStream
 from gen_turbo.vlm.settings import Grouped
-from gen_turbo.vlm.stage import Handle, Stage
+from gen_turbo.vlm.stage import Encoder, Handle
 
 
 class Grouper(Protocol):
@@ -57,7 +56,7 @@ class _Planned:
         return plan.merge(patches_BND) if merged else plan.select(patches_BND), plan
 
 
-class Grouping(Stage):
+class Grouping(Encoder):
     """Between vision tower and projector.
 
     The projector reads groups alone. What it returns is copied to the places of the patches, so that the model's own
@@ -85,7 +84,7 @@ class Grouping(Stage):
     ) -> None:
         self.grouping: SemanticGrouping | None = None
         self.connector: nn.Module | None = None
-        self._last: Last[Encoded] = Last(Encoded)
+        super().__init__()
         self._facts, self._counts, self._is_cross = facts, counts, is_cross
         self._leading = facts.num_leading(model)
         self._grouper: Grouper = self._grouper_of(model, reducer)
@@ -99,14 +98,6 @@ class Grouping(Stage):
             yield model.get_submodule(self._facts.module).register_forward_hook(self._after_tower)
         else:
             yield InstanceMethod(model.get_submodule(self._facts.projector), "forward", self._project)
-
-    def forget(self) -> None:
-        """Drops what is known of the last call."""
-        self._last.forget()
-
-    def encoded(self) -> Encoded:
-        """What is known of the images of the last call."""
-        return self._last.value
 
     def slots(self) -> Tensor | None:
         """The group of each patch of the images seen last, (B, N); None before the first."""

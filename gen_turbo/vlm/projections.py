@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ class Projections:
         modules = {"qkv": self._attn.qkv} if self._has_qkv else {kind: self._module(kind) for kind in ("q", "k")}
         for name, module in modules.items():
             yield module.register_forward_hook(Keeper(self._seen, name))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keeps what was projected while another call runs in this thread."""
+        seen = dict(vars(self._seen))
+        try:
+            yield
+        finally:
+            vars(self._seen).update(seen)
 
     def weigh(self, log_size: Callable[[], Tensor | None]) -> Any:
         """Weighs keys by the sizes of their tokens; gives back what takes the hook off.

@@ -12,15 +12,15 @@ from torch import nn
 
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
-from gen_turbo.vlm.call import Calls, Last
+from gen_turbo.vlm.call import Calls
 from gen_turbo.vlm.columns import protect_leading
 from gen_turbo.vlm.counts import Counts
 from gen_turbo.vlm.family import TowerFacts
 from gen_turbo.vlm.images import Encoded
-from gen_turbo.vlm.stage import Handle, Stage
+from gen_turbo.vlm.stage import Encoder, Handle
 
 
-class Shrink(Stage):
+class Shrink(Encoder):
     """Makes a tower's images smaller.
 
     The images are resampled to the grid of the method's plan, which must be cells in raster order, and the tower
@@ -29,7 +29,7 @@ class Shrink(Stage):
     """
 
     def __init__(self, model: nn.Module, facts: TowerFacts, counts: Counts, reducer: TokenReducer) -> None:
-        self._last: Last[Encoded] = Last(Encoded)
+        super().__init__()
         self._tower = model.get_submodule(facts.module)
         self._facts, self._counts, self._reducer = facts, counts, reducer
         self._leading = facts.num_leading(model)
@@ -41,14 +41,6 @@ class Shrink(Stage):
         yield self._tower.register_forward_pre_hook(self._before, with_kwargs=True)
         yield self._tower.register_forward_hook(self._after)
         yield self._tower.register_forward_hook(lambda tower, args, output: self._plans.end(), always_call=True)
-
-    def forget(self) -> None:
-        """Drops what is known of the last call."""
-        self._last.forget()
-
-    def encoded(self) -> Encoded:
-        """What is known of the images of the last call."""
-        return self._last.value
 
     def _before(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plans = self._plans.begin()

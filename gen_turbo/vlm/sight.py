@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,8 @@ from gen_turbo.vlm.family import Family
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.images import Encoded, Seen
 from gen_turbo.vlm.running import Running
-from gen_turbo.vlm.stage import Handle, Stage
+from gen_turbo.vlm.stage import Encoder, Handle, Stage
 from gen_turbo.vlm.videos import Videos
-
-
-class Encoder(Protocol):
-    """A stage on the vision tower, or behind it."""
-
-    def encoded(self) -> Encoded:
-        """What it knows of the images of its last call."""
-        ...
 
 
 class Sight(Stage):
@@ -51,6 +44,7 @@ class Sight(Stage):
         self.last: Last[Seen] = Last(Seen)
         self._base, self._family, self._calls = base, family, calls
         self._videos, self._encoder = videos, encoder
+        self._watched: Calls[None] = Calls(lambda: None)
 
     @property
     def num_bytes(self) -> int:
@@ -83,8 +77,15 @@ class Sight(Stage):
             # As transformers reads it: the call's own word, then the configuration's.
             asked = kwargs.get("return_dict")
             is_tuple = (getattr(self._base.config, "return_dict", True) if asked is None else asked) is False
-            output = get_image_features(*args, **(kwargs | {"return_dict": True} if is_tuple else kwargs))
-            see(output, signature.bind_partial(*args, **kwargs).arguments)
+            # A hook between the tower and the end of the call around this one may have the model read other images.
+            is_inner = self._watched.is_running
+            with self._encoder.aside() if is_inner and self._encoder is not None else nullcontext():
+                self._watched.begin()
+                try:
+                    output = get_image_features(*args, **(kwargs | {"return_dict": True} if is_tuple else kwargs))
+                finally:
+                    self._watched.end()
+                see(output, signature.bind_partial(*args, **kwargs).arguments)
             return output.to_tuple() if is_tuple else output
 
         apart = torch.compiler.disable(watched, recursive=False)  # type: ignore[no-untyped-call]

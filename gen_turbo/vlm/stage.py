@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import nn
 
+from gen_turbo.vlm.call import Last
 from gen_turbo.vlm.hooks import settle
+from gen_turbo.vlm.images import Encoded
 
 
 class Handle(Protocol):
@@ -61,3 +64,27 @@ class Stage(ABC):
 
     def forget(self) -> None:  # noqa: B027  most keep nothing
         """Drops what is held between the calls of the model."""
+
+
+class Encoder(Stage):
+    """A stage on the vision tower, or behind it, which knows the images of its last call."""
+
+    def __init__(self) -> None:
+        self._last: Last[Encoded] = Last(Encoded)
+
+    def encoded(self) -> Encoded:
+        """What is known of the images of the last call."""
+        return self._last.value
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keeps what is known of the last call while others run inside of the one that reads it."""
+        last = self._last.value
+        try:
+            yield
+        finally:
+            self._last.value = last
+
+    def forget(self) -> None:
+        """Drops what is known of the last call."""
+        self._last.forget()

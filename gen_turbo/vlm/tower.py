@@ -6,6 +6,7 @@ Shape names: B images, N tokens of the tower (class tokens first), P of them pat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,14 @@ class Tower(TowerStage[_Pass]):
     def encoded(self) -> Encoded:
         """What is known of the images of the last call, asked of what was projected where the tower is watched."""
         return super().encoded() if self._reducer is not None else Encoded([], self._kept_values(_Pass()))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keeps what was projected as well."""
+        with super().aside(), ExitStack() as kept:
+            for index in self._watched:
+                kept.enter_context(self._attention[index].aside())
+            yield
 
     def _watch(self, index: int) -> Iterator[Handle]:
         watching: Iterator[Handle] = self._attention[index].watch()

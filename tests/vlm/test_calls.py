@@ -131,6 +131,12 @@ def test_a_call_inside_the_vision_tower(name):
     _nest(name, "model.vision_tower.encoder.layers.1.layer_norm1", seed=5)
 
 
+@pytest.mark.parametrize("name", ["turbo", "turbo tower", "turbo_vit", "visionzip", "resize"])
+def test_a_call_between_the_tower_and_the_end_of_its_features(name):
+    """Catches attention and plans of the inner call's image, which the outer call reads as its own."""
+    _nest(name, "model.multi_modal_projector", seed=5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["turbo", "turbo decoder", "turbo tower", "visionzip", "par", "pyramiddrop"])
 def test_a_logits_processor_that_asks_the_model(name):
