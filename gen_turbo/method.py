@@ -27,6 +27,8 @@ class LayerInfo:
         semantic: Gives the semantic value of each token by kind ("self", "text") as (B, N), or None where the
             host has none to give. Called only when a method wants it, for it costs a projection.
         num_frames: Frames of a video that is planned as a whole, one frame of `grid` behind the other; 1 elsewhere.
+        num_leading: Class tokens in front of the others, of methods that say `plans_leading`; 0 elsewhere. They stay
+            in slots of their own, and `ratio` is of the others.
     """
 
     name: str
@@ -34,6 +36,7 @@ class LayerInfo:
     grid: Grid | None = None
     semantic: Callable[[str], Tensor | None] | None = None
     num_frames: int = 1
+    num_leading: int = 0
 
     def first_semantic(self, *kinds: str) -> Tensor | None:
         """The semantic value (B, N) of the first of some kinds that there is; None where there is none of them."""
@@ -221,6 +224,9 @@ class TokenReducer(ABC):
 
     plans_videos: ClassVar[bool] = True
     """Whether the tokens of a whole video can be planned at once, and not those of one grid or line alone."""
+
+    plans_leading: ClassVar[bool] = False
+    """Whether a plan is of the class tokens of a vision tower too; they are kept apart from others' plans."""
 
     @property
     def map_life(self) -> int:

@@ -64,6 +64,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
     num_merges: int = 8
 
     plans_videos = False
+    plans_leading = True
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
@@ -76,16 +77,17 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
 
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
         """Plans the merge of tokens (B, N, C): the mean keys of a block, or features before the language model."""
-        batch, num_tokens, _ = tokens.shape
+        batch, leading = len(tokens), site.num_leading
+        num_tokens = tokens.shape[1] - leading
         in_tower = self.num_removed > 0 and site.name != "text"
         left = min(self.num_removed, num_tokens // 2) if in_tower else num_removed(num_tokens, site.ratio)
         if not left or (in_tower and not self.removes) or num_tokens + 1 < self.threshold:
-            return TokenMap.identity(batch, num_tokens, tokens.device)
+            return TokenMap.identity(batch, num_tokens + leading, tokens.device)
         value, total = self._value(site), None
         while left:
-            now = min(left, tokens.shape[1] // 2)
-            penalty = None if value is None else self._penalty(value, frame.num_plans)
-            plan = alternating_soft_matching(tokens, now, penalty)
+            now = min(left, (tokens.shape[1] - leading) // 2)
+            penalty = None if value is None else self._penalty(value[:, leading:], frame.num_plans)
+            plan = alternating_soft_matching(tokens, now, penalty, leading)
             left -= now
             if not left:
                 return plan if total is None else total.plan().then(plan)

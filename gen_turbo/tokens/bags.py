@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_turbo.tokens.tables import stacked
+
 
 class Bags(NamedTuple):
     """Tokens sorted by slot.
@@ -28,10 +30,7 @@ class Bags(NamedTuple):
 
 def flat_rows(index: Tensor, length: int) -> Tensor:
     """Indices into rows of a length, (B, n), as indices into all rows behind each other, (B * n,)."""
-    if len(index) == 1:
-        return index.reshape(-1)
-    first = torch.arange(len(index), device=index.device)[:, None] * length
-    return (index + first).reshape(-1)
+    return stacked(index, length).reshape(-1)
 
 
 def sorted_bags(flat: Tensor, sizes: Tensor, dtype: torch.dtype) -> Bags:

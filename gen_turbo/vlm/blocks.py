@@ -104,6 +104,10 @@ class TowerStage(Encoder, Generic[P]):
         """Keeps what a block's attention projects."""
 
     @abstractmethod
+    def _weigh(self, index: int) -> Handle:
+        """Weighs the keys of a block's attention by how many tokens each token stands for."""
+
+    @abstractmethod
     def _before_block(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Has a block run on the slots that the blocks before it left."""
 
@@ -141,17 +145,12 @@ class TowerStage(Encoder, Generic[P]):
             return
         yield from self._recomputed.place()
         for index, block in enumerate(self._blocks):
-            yield self._attention[index].weigh(partial(self._log_size, index))
+            yield self._weigh(index)
             yield block.register_forward_pre_hook(partial(self._before_block, index), with_kwargs=True)
             if index in self._watched:
                 norm2 = getattr(block, self._facts.norm2)
                 yield norm2.register_forward_pre_hook(partial(self._before_norm2, index))
                 yield block.mlp.register_forward_hook(partial(self._after_mlp, index))
-
-    def _log_size(self, index: int) -> Tensor | None:
-        """The logarithm of how many tokens each token of a block's attention stands for; None if all are one."""
-        before = self._passes.now.totals.get(index - 1)
-        return before.log_sizes if before is not None else None
 
     def _before_norm2(self, index: int, norm: nn.Module, args: tuple[Any, ...]) -> Any:
         now = self._passes.now

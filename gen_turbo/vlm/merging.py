@@ -5,7 +5,7 @@ Shape names: B images, N tokens, M slots, C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_turbo.tokens.bags import flat_rows
+from gen_turbo.tokens.tables import counting, filled, stacked
 from gen_turbo.tokens.token_map import TokenMap
 
 
@@ -32,6 +32,7 @@ class Merging:
     anchor_BM: Tensor
     sizes: Tensor
     sizes_before: Tensor
+    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, plan: TokenMap, batch: int, leading: int = 0, sizes_BN: Tensor | None = None) -> Self:
@@ -47,11 +48,10 @@ class Merging:
         if len(slot) != batch:
             slot, anchor = slot.expand(batch, -1), anchor.expand(batch, -1)
         if leading:
-            own = torch.arange(leading, device=slot.device).expand(batch, -1)
+            own = counting(batch, leading, slot.device)
             slot, anchor = torch.cat([own, slot + leading], 1), torch.cat([own, anchor + leading], 1)
-        before = torch.ones(slot.shape, device=slot.device) if sizes_BN is None else sizes_BN
-        sizes = torch.zeros(anchor.shape, device=slot.device).scatter_add_(1, slot, before)
-        return cls(slot, anchor, sizes, before)
+        before = filled(*slot.shape, 1.0, slot.device) if sizes_BN is None else sizes_BN
+        return cls(slot, anchor, filled(*anchor.shape, 0.0, slot.device).scatter_add(1, slot, before), before)
 
     @property
     def num_tokens(self) -> int:
@@ -68,33 +68,39 @@ class Merging:
         """What proportional attention adds to the logits of each slot's key, (B, M)."""
         return self.sizes.log()
 
+    def logit_bias(self, dtype: torch.dtype) -> Tensor:
+        """The same for a mask of attention, (B, 1, 1, M)."""
+        if dtype not in self._biases:
+            self._biases[dtype] = converted(self.log_sizes, dtype).view(len(self.sizes), 1, 1, -1)
+        return self._biases[dtype]
+
     @cached_property
-    def _flat(self) -> Tensor:
-        """The slot of each token among all slots of the batch, (B * N,)."""
-        return flat_rows(self.slot_BN, self.num_slots)
+    def _slots(self) -> Tensor:
+        """The slot of each token among all slots of the batch, (B, N)."""
+        return stacked(self.slot_BN, self.num_slots)
 
     @cached_property
     def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens sorted by slot, where each slot begins, and each sorted token's share of its slot."""
-        # A stable sort sums each slot in token order, the same in every process.
-        sorted_slots, order = self._flat.sort(stable=True)
-        offsets = torch.searchsorted(sorted_slots, torch.arange(self.sizes.numel() + 1, device=order.device))
-        share = self.sizes_before / self.sizes.gather(1, self.slot_BN)
-        return order, offsets, share.view(-1).index_select(0, order)
+        # A stable sort sums each slot in token order, the same in every process; rows are short and sort at once.
+        sorted_slots, order = self._slots.sort(dim=1, stable=True)
+        order = stacked(order, self.num_tokens).view(-1)
+        begins = counting(1, self.sizes.numel() + 1, order.device)[0]
+        offsets = torch.searchsorted(sorted_slots.view(-1), begins)
+        return order, offsets, (self.sizes_before / self.sizes.gather(1, self.slot_BN)).take(order)
 
     def merge(self, x_BNC: Tensor) -> Tensor:
         """Averages the tokens of each slot by their sizes, in at least float32: (B, M, C), in the dtype of `x_BNC`."""
         order, offsets, share = self._bags
         wide = torch.float64 if x_BNC.dtype == torch.float64 else torch.float32
-        rows = x_BNC.reshape(-1, x_BNC.shape[-1]).to(wide)
-        slots = F.embedding_bag(
-            order, rows, offsets, mode="sum", per_sample_weights=share.to(wide), include_last_offset=True
-        )
-        return slots.view(len(x_BNC), -1, x_BNC.shape[-1]).to(x_BNC.dtype)
+        rows, weights = converted(x_BNC.reshape(-1, x_BNC.shape[-1]), wide), converted(share, wide)
+        slots = F.embedding_bag(order, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        return converted(slots.view(len(x_BNC), -1, x_BNC.shape[-1]), x_BNC.dtype)
 
     def unmerge(self, y_BMC: Tensor) -> Tensor:
         """Copies each slot back to all of its tokens: (B, N, C)."""
-        return y_BMC.reshape(-1, y_BMC.shape[-1]).index_select(0, self._flat).view(len(y_BMC), -1, y_BMC.shape[-1])
+        copies = y_BMC.reshape(-1, y_BMC.shape[-1]).index_select(0, self._slots.view(-1))
+        return copies.view(len(y_BMC), -1, y_BMC.shape[-1])
 
     def then(self, later: Merging) -> Merging:
         """Joins this merge and a later one of its slots into one."""
@@ -104,3 +110,8 @@ class Merging:
     def plan(self, leading: int = 0) -> TokenMap:
         """The merge without its sizes and without `leading` tokens that stayed as they were."""
         return TokenMap(self.slot_BN[:, leading:] - leading, self.anchor_BM[:, leading:] - leading)
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype; no operator where it has it."""
+    return x if x.dtype == dtype else x.to(dtype)

@@ -76,6 +76,10 @@ class PackedTower(TowerStage[_Pass]):
         watching: Iterator[Handle] = self._attention[index].watch(lambda: self._passes.now.seen.setdefault(index, {}))
         return watching
 
+    def _weigh(self, index: int) -> Handle:
+        handle: Handle = self._attention[index].weigh(lambda: self._log_size(index))
+        return handle
+
     def _before_tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._reducer is not None:
             self._recomputed.check()
@@ -201,8 +205,9 @@ class PackedTower(TowerStage[_Pass]):
         return [plans[image] for image in range(len(lengths))]
 
     def _log_size(self, index: int) -> Tensor | None:
-        units = super()._log_size(index)
-        return units[0].repeat_interleave(self._unit) if units is not None else None
+        """The logarithm of how many tokens each token of a block's attention stands for, (S,); None if all are one."""
+        total = self._passes.now.totals.get(index - 1)
+        return total.log_sizes[0].repeat_interleave(self._unit) if total is not None else None
 
     def _length(self, y: Tensor) -> int:
         length: int = len(y) // self._unit

@@ -49,24 +49,12 @@ class Projections:
         finally:
             vars(self._seen).update(seen)
 
-    def weigh(self, log_size: Callable[[], Tensor | None]) -> Any:
-        """Weighs keys by the sizes of their tokens; gives back what takes the hook off.
-
-        Args:
-            log_size: Gives the logarithm of each token's size, (B, N); None if all are of size one.
-        """
-
-        def give() -> Tensor | None:
-            log_size_BN = log_size()
-            return None if log_size_BN is None else log_size_BN[:, None, None, :]
-
-        return self.bias(give)
-
-    def bias(self, give: Callable[[], Tensor | None]) -> Any:
+    def bias(self, give: Callable[[torch.dtype], Tensor | None]) -> Any:
         """Adds to the logits of attention; gives back what takes the hook off.
 
         Args:
-            give: Gives what is added, of a shape that (B, H, N, N) is made of by repeating; None if nothing is.
+            give: Gives what is added, in a dtype and of a shape that (B, H, N, N) is made of by repeating; None if
+                nothing is.
         """
         if self._has_qkv:
             return InstanceMethod(self._attn, "forward", self._biased(give))
@@ -78,8 +66,8 @@ class Projections:
 
     def class_attention(self, log_size_BN: Tensor | None) -> Tensor:
         """What the first token attends to, averaged over heads: (B, N), every row summing to one."""
-        query, key = self._heads("q")[:, :1], self._heads("k")
-        wide = torch.promote_types(key.dtype, torch.float32)
+        query, key = self._heads("q", 1), self._heads("k")
+        wide = key.dtype if key.dtype == torch.float64 else torch.float32
         # One query has no use for a matrix product.
         logits_BNH = (key * (query * self._attn.head_dim**-0.5)).sum(-1, dtype=wide)
         if log_size_BN is not None:
@@ -92,9 +80,10 @@ class Projections:
         query, key = (self._heads(kind).transpose(1, 2) for kind in ("q", "k"))
         return attention_column_mean(query[:, :, :: max(1, query.shape[2] // _MOST_QUERIES)], key, log_size_BN)
 
-    def _heads(self, kind: str) -> Tensor:
-        """Queries or keys of every head, (B, N, H, D), with their norms."""
+    def _heads(self, kind: str, count: int | None = None) -> Tensor:
+        """Queries or keys of every head of the first tokens, all by default: (B, N, H, D), with their norms."""
         x: Tensor = getattr(self._seen, kind if not self._has_qkv else "qkv")
+        x = x if count is None else x[:, :count]
         if not self._has_qkv:
             return x.reshape(*x.shape[:2], self._attn.num_heads, -1)
         return x.reshape(*x.shape[:2], 3, self._attn.num_heads, -1)[:, :, "qkv".index(kind)]
@@ -104,31 +93,29 @@ class Projections:
         found: nn.Module = getattr(self._attn, f"{kind}_proj")
         return found if norm is None else norm
 
-    def _biased(self, give: Callable[[], Tensor | None]) -> Any:
+    def _biased(self, give: Callable[[torch.dtype], Tensor | None]) -> Any:
         """The attention of a layer with fused projections, with something added to its logits."""
 
         def run(forward: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
-            bias, attn = give(), self._attn
-            if bias is None:
+            attn, mask = self._attn, give(hidden_states.dtype)
+            if mask is None:
                 return forward(hidden_states, **kwargs)
             mixed = attn.qkv(hidden_states).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            mask = bias.to(mixed.dtype)
             out = F.scaled_dot_product_attention(mixed[0], mixed[1], mixed[2], attn_mask=mask, scale=attn.scale)
             return attn.projection(out.transpose(1, 2).flatten(2)), None
 
         return run
 
 
-def _masked(give: Callable[[], Tensor | None]) -> Any:
+def _masked(give: Callable[[torch.dtype], Tensor | None]) -> Any:
     def before(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bias = give()
+        bias = give((args[0] if args else kwargs["hidden_states"]).dtype)
         if bias is None:
             return None
         given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if given is not None and not _allows_all(given):
             raise ValueError("tokens of padded images cannot be reduced in the vision tower; use place='pre_llm'")
-        dtype = (args[0] if args else kwargs["hidden_states"]).dtype
-        return args[:1], {**kwargs, "attention_mask": bias.to(dtype)}
+        return args[:1], {**kwargs, "attention_mask": bias}
 
     return before
 

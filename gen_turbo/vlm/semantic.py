@@ -66,7 +66,7 @@ class SemanticStream:
         yield self._tower.register_forward_pre_hook(lambda tower, args: self._begin())
         yield self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
         for one in projections:
-            yield one.bias(lambda: self._calls.now.mask)
+            yield one.bias(lambda dtype: self._calls.now.mask)
         yield self._blocks[-1].register_forward_hook(self._leave)
         yield self._tower.register_forward_hook(self._after_tower)
         yield self._tower.register_forward_hook(lambda tower, args, output: self._calls.end(), always_call=True)

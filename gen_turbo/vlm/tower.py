@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_turbo.method import LayerInfo, StepInfo
@@ -75,6 +76,14 @@ class Tower(TowerStage[_Pass]):
         watching: Iterator[Handle] = self._attention[index].watch()
         return watching
 
+    def _weigh(self, index: int) -> Handle:
+        def bias(dtype: torch.dtype) -> Tensor | None:
+            before = self._passes.now.totals.get(index - 1)
+            return before.logit_bias(dtype) if before is not None else None
+
+        handle: Handle = self._attention[index].bias(bias)
+        return handle
+
     def _begin(self) -> None:
         self._recomputed.check()
         self._passes.begin()
@@ -94,33 +103,37 @@ class Tower(TowerStage[_Pass]):
     def _plan(self, now: _Pass, index: int) -> Merging | None:
         """Plans one block's merge on the mean of the keys over heads, class tokens apart."""
         assert self._reducer is not None
-        leading, merging = self.num_leading, self._watched
-        metric: Tensor = self._attention[index].mean_key()[:, leading:]
-        num_patches, total = metric.shape[1], now.totals.get(index - 1)
-        start = now.num_tokens - leading
+        merging, total = self._watched, now.totals.get(index - 1)
+        start, num_now = now.num_tokens - self.num_leading, now.num_tokens - self.num_leading
+        if total is not None:
+            num_now = total.num_slots - self.num_leading
+        planned = self.num_leading if self._reducer.plans_leading else 0
+        apart = self.num_leading - planned
 
         def semantic(kind: str) -> Tensor | None:
             value = self._value(now, kind, index)
-            return None if value is None else value[:, leading:]
+            return None if value is None else _behind(value, apart)
 
         site = LayerInfo(
             self._name(index),
-            block_ratio(start, num_patches, self._reducer.ratio_of(start), merging.index(index), len(merging)),
-            square(num_patches) if total is None else None,
+            block_ratio(start, num_now, self._reducer.ratio_of(start), merging.index(index), len(merging)),
+            square(num_now) if total is None else None,
             semantic=semantic,
+            num_leading=planned,
         )
-        plan = plan_tokens(self._reducer, metric, site, StepInfo(num_plans=index))
-        self._counts.count(site.name, num_patches, plan.num_slots)
+        metric = self._attention[index].mean_key()
+        plan = plan_tokens(self._reducer, _behind(metric, apart), site, StepInfo(num_plans=index))
+        self._counts.count(site.name, num_now, plan.num_slots - planned)
         if plan.is_identity:
             return None
-        return Merging.of(plan, len(metric), leading, total.sizes if total is not None else None)
+        return Merging.of(plan, len(metric), apart, total.sizes if total is not None else None)
 
     def _plans(self, now: _Pass) -> list[TokenMap]:
         return now.totals[max(now.totals)].plan(self.num_leading).by_row() if now.totals else []
 
     def _values(self, now: _Pass, kind: str, index: int) -> list[Tensor] | None:
         value = self._value(now, kind, index)
-        return None if value is None else list(value[:, self.num_leading :])
+        return None if value is None else list(_behind(value, self.num_leading))
 
     def _value(self, now: _Pass, kind: str, index: int) -> Tensor | None:
         """The semantic value of the tokens that reach a block, class tokens included: (B, N), rows summing to one.
@@ -145,3 +158,8 @@ class Tower(TowerStage[_Pass]):
         if now.totals:
             output.last_hidden_state = self._restored(now, len(self._blocks) - 1, output.last_hidden_state)
         return output
+
+
+def _behind(x: Tensor, leading: int) -> Tensor:
+    """The tokens behind the leading ones."""
+    return x[:, leading:] if leading else x
