@@ -185,12 +185,12 @@ def _count_operators(options: argparse.Namespace) -> None:
 
 
 def _operators(model: LlavaForConditionalGeneration, setting: Setting) -> dict[str, int]:
-    """Operators of one call by batch, once the setting has made what it keeps between calls."""
+    """Operators of one call by batch, once a call has made what the setting keeps between calls of that shape."""
     with torch.inference_mode(), setting.applied(model):
-        model(**_inputs())
         counts = {}
         for batch in BATCHES:
             given = _inputs(batch)
+            model(**given)
             counts[f"operators_{batch}"] = operators(lambda given=given: model(**given))  # type: ignore[misc]
     return counts
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_turbo.tokens.tables import counting
+
 
 @dataclass(frozen=True, eq=False)
 class Columns:
@@ -39,10 +41,10 @@ class Columns:
         counts = keep_BN.sum(1)
         numbers = counts.tolist()
         length, least = max(numbers), min(numbers)
-        # A stable sort of "is dropped" lists the kept columns first, in order.
-        order_BN = (~keep_BN).to(torch.uint8).argsort(dim=1, stable=True)
+        # A stable sort lists the kept columns first, in order.
+        order_BN = keep_BN.view(torch.uint8).argsort(dim=1, descending=True, stable=True)
         if length == least:
-            index_BM = order_BN[:, :length]
+            index_BM = order_BN[:, :length].contiguous()
             return cls(index_BM, torch.ones_like(index_BM, dtype=torch.bool), keep_BN.shape[1], False)
         place_BM = torch.arange(length, device=keep_BN.device)[None] - (length - counts)[:, None]
         valid_BM = place_BM >= 0
@@ -120,6 +122,8 @@ class Columns:
         batch, length = self.index_BM.shape
         if x.shape[batch_dim] != batch:
             x = x.expand(*[batch if axis == batch_dim else -1 for axis in range(x.ndim)])
+        if x.ndim == 2:
+            return x.gather(dim, self.index_BM)
         shape = [1] * x.ndim
         shape[batch_dim], shape[dim] = batch, length
         target = list(x.shape)
@@ -128,12 +132,13 @@ class Columns:
 
     def spread(self, y: Tensor) -> Tensor:
         """Gives (B, M, *rest) back its N columns: one that is missing copies the nearest kept one before it."""
-        keep_BN = torch.zeros(len(self.index_BM), self.num_columns + 1, dtype=torch.int64, device=y.device)
-        # Padding writes to a spare column behind all others.
-        index = self.index_BM.masked_fill(~self.valid_BM, self.num_columns) if self.is_ragged else self.index_BM
-        place_BN = (keep_BN.scatter_(1, index, 1)[:, :-1].cumsum(1) - 1).clamp(min=0)
+        column_BN = counting(len(self.index_BM), self.num_columns, y.device)
+        # How many places hold this column or one before it; padding holds column 0 and is never meant.
+        place_BN = torch.searchsorted(self.index_BM, column_BN, right=True) - 1
         if self.is_ragged:
-            place_BN = place_BN + (self.num_kept - self.valid_BM.sum(1, keepdim=True))
+            place_BN = torch.maximum(place_BN, (~self.valid_BM).sum(1, keepdim=True))
+        else:
+            place_BN = place_BN.clamp(min=0)
         return y.gather(1, place_BN.view(*place_BN.shape, *[1] * (y.ndim - 2)).expand(-1, -1, *y.shape[2:]))
 
     def mask(self, mask_BN: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -127,7 +126,9 @@ class Gate(Stage):
     def _images(self, call: Running, embeds_BLC: Tensor) -> Images | None:
         device = embeds_BLC.device
         is_image = image_token_mask(self._base, call.given) if call.has_images and call.features else None
-        images = None if is_image is None else seen_images(is_image.to(device), call.features, call.seen)
+        if is_image is not None and is_image.device != device:
+            is_image = is_image.to(device)
+        images = None if is_image is None else seen_images(is_image, call.features, call.seen)
         is_video = image_token_mask(self._base, call.given, "video") if call.has_videos else None
         return images if is_video is None else with_frames(images, is_video.to(device), call.frames)
 
@@ -198,7 +199,6 @@ class Gate(Stage):
         cache = shortened(cache) if cache is not None else None
         if cache is not None:
             cache.is_followed = True
-        length = embeds.shape[1]
         here, is_static = call.here, isinstance(cache, StaticCache)
         changed: dict[str, Any] = {}
         mask = kwargs.get("attention_mask")
@@ -228,8 +228,9 @@ class Gate(Stage):
             return changed
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.arange(seen, seen + length, device=embeds.device)[None]
-        changed["position_ids"] = here.take(positions, -1, batch_dim=-2)
+            changed["position_ids"] = here.index_BM + seen if seen else here.index_BM
+        else:
+            changed["position_ids"] = here.take(positions, -1, batch_dim=-2)
         if kwargs.get("per_layer_inputs") is not None:
             changed["per_layer_inputs"] = here.take(kwargs["per_layer_inputs"], 1)
         if kwargs.get("visual_pos_masks") is not None:

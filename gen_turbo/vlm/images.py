@@ -176,6 +176,7 @@ class Images:
     num_columns: int = 0
     counts: list[int] = field(default_factory=list)
     _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+    _taken: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -217,13 +218,18 @@ class Images:
 
     def anchors(self, group: Group, plan: TokenMap) -> Tensor:
         """The places of the tokens of a group that stay, one row behind the other."""
-        places = self.places(group)
-        return places.gather(1, plan.anchor_BM.expand(len(places), -1)).flatten()
+        places, anchor = self.places(group), plan.anchor_BM
+        return places.gather(1, anchor if len(anchor) == len(places) else anchor.expand(len(places), -1)).view(-1)
 
     def tokens(self, x: Tensor, group: Group) -> Tensor:
-        """A group's tokens (K, n, *rest) out of columns (B, L, *rest)."""
-        places = self.places(group)
-        return x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
+        """A group's tokens (K, n, *rest) out of columns (B, L, *rest); those taken last are at hand."""
+        key = tuple(group.images)
+        known, tokens = self._taken.get(key, (None, None))
+        if known is not x or tokens is None:
+            places = self.places(group)
+            tokens = x.flatten(0, 1).index_select(0, places.reshape(-1)).view(*places.shape, *x.shape[2:])
+            self._taken[key] = x, tokens
+        return tokens
 
 
 def seen_images(is_image_BL: Tensor, features: list[Tensor], seen: Seen) -> Images:

@@ -46,10 +46,12 @@ def real_columns(mask: Any, embeds_BLC: Tensor) -> Tensor:
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=embeds_BLC.device)
-    seen: Tensor = mask[..., -length:] if mask.ndim == 2 else mask[:, 0, -1, -length:]
-    is_added = seen.is_floating_point() and mask.ndim == 4
-    seen = seen > torch.finfo(seen.dtype).min / 2 if is_added else seen.bool()
-    return seen.expand(batch, -1)
+    if mask.ndim == 4:
+        seen: Tensor = mask[:, 0, -1, -length:]
+        seen = seen > torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else seen.bool()
+    else:
+        seen = (mask if mask.shape[1] == length else mask[:, -length:]).bool()
+    return seen if len(seen) == batch else seen.expand(batch, -1)
 
 
 def mask_2d(columns: Columns, mask: Tensor | None, has_cache: bool) -> Tensor | None:

@@ -24,6 +24,16 @@ def test_it_is_the_matching_with_even_tokens_as_destinations(num_tokens, dtype, 
         assert plan.is_identity == (num_removed == 0)
 
 
+@pytest.mark.parametrize("num_leading", [1, 3])
+def test_leading_tokens_neither_leave_nor_receive(num_leading):
+    """Catches a split that begins with the class token, slots that it shares, and penalties of other tokens."""
+    generator = torch.Generator().manual_seed(0)
+    metric, penalty = torch.randn(2, 9 + num_leading, 5, generator=generator), torch.rand(2, 9, generator=generator)
+    plan = alternating_soft_matching(metric, 3, penalty, num_leading)
+    behind = alternating_soft_matching(metric[:, num_leading:], 3, penalty).between(num_leading, 0)
+    assert torch.equal(plan.slot_BN, behind.slot_BN) and torch.equal(plan.anchor_BM, behind.anchor_BM)
+
+
 @pytest.mark.parametrize("num_removed", [-1, 4])
 def test_more_than_the_odd_tokens_cannot_leave(num_removed):
     """Catches a plan with fewer tokens removed than asked for."""

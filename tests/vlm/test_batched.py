@@ -62,7 +62,7 @@ def operators(model, batch):
 @pytest.mark.parametrize(
     ("name", "settings", "most"),
     [
-        ("turbo_vit", {}, 1.3),
+        ("turbo_vit", {}, 1.25),
         ("turbo_vit", {"place": "pre_llm"}, 1.1),
         ("divprune", {}, 1.1),
         ("fastv", {}, 1.1),
@@ -78,9 +78,12 @@ def test_operators_do_not_grow_with_the_batch(name, settings, most):
     model = deep()
     stock = operators(model, 1)
     with attach(model, METHODS[name](keep=KEEP, **settings)):
-        operators(model, 1)
-        found = {batch: operators(model, batch) for batch in (1, 8, 16)}
-    assert found[1] <= found[8] <= most * stock, found[8] / stock
+        found = {}
+        for batch in (1, 8, 16):
+            # The first call of a shape makes the tables that later ones find.
+            operators(model, batch)
+            found[batch] = operators(model, batch)
+    assert max(found.values()) <= most * stock, found[8] / stock
     assert found[16] == found[8]
 
 
