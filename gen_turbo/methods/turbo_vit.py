@@ -10,7 +10,7 @@ from torch import Tensor
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.registry import METHODS
-from gen_turbo.tokens.match import alternating_soft_matching
+from gen_turbo.tokens.alternating import alternating_soft_matching
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.score import information_penalty
 from gen_turbo.tokens.token_map import TokenMap

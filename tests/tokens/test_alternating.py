@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gen_turbo.tokens.match import alternating_soft_matching, bipartite_soft_matching
+from gen_turbo.tokens.alternating import alternating_soft_matching
+from gen_turbo.tokens.match import bipartite_soft_matching
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 12])

@@ -10,6 +10,7 @@ from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.eadaprune import EAdaPruneProcessor
 from gen_turbo.registry import METHODS
 from gen_turbo.tokens import bags, farthest, frames, group, match, partition, score, select, weighted
+from gen_turbo.tokens.alternating import alternating_soft_matching
 from gen_turbo.tokens.token_map import TokenMap
 
 TURBO = METHODS["turbo"]
@@ -42,7 +43,7 @@ MADE = {
     "nobody to receive": lambda: match.bipartite_soft_matching(X, EVEN[:0], 0),
     "from destinations": lambda: TokenMap.from_destinations(EVEN.repeat_interleave(2)[None]),
     "bipartite": lambda: match.bipartite_soft_matching(X, EVEN, 9, VALUE),
-    "alternating": lambda: match.alternating_soft_matching(X, 9, VALUE),
+    "alternating": lambda: alternating_soft_matching(X, 9, VALUE),
     "farthest": lambda: farthest.farthest_point_plan(X, 9),
     "groups": lambda: group.group_tokens(X, (8, 8), 20, 3, 1, 5),
     "as many groups": lambda: group.group_tokens(X, (8, 8), 64),
