@@ -112,8 +112,9 @@ def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
     copied.match_every = 0
     found = expected(costs, copied, run, scope, Rhythm(run.steps, "copy", run.steps, 1))
     height, width = run.load.grid
+    references = f" and no references (reference_ratio={reducer.reference_ratio})" if reducer.reference_ratio else ""
     why = (
-        f"scope='auto' merges no image tokens in this run of {run.steps} steps on a {run.device.name}: "
+        f"scope='auto' merges no image tokens{references} in this run of {run.steps} steps on a {run.device.name}: "
         f"at {height} x {width} tokens a full step in every few costs more than the merged ones save"
     )
     if found.layers:
