@@ -20,8 +20,10 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from PIL import Image
 
+import gen_turbo
 from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
 from gen_turbo.api import adapter_of
+from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.engine.graphs import GraphsWarning
 from tests.engine.cuda import stand_in
 from tests.engine.families import relative
@@ -160,6 +162,15 @@ def test_references_need_a_model_that_takes_them():
         attach(build("flux"), TurboProcessor(0.0, reference_ratio=0.5))
     with pytest.raises(ValueError, match="reference_ratio must be a fraction of tokens, 0 <= reference_ratio < 1"):
         TurboProcessor(0.4, reference_ratio=1.0)
+
+
+def test_a_run_that_merges_nothing_names_the_references_too():
+    """Catches a ratio of references that stays without effect and a warning that speaks of the image alone."""
+    with (
+        attach(model_of("flux2"), gen_turbo.TurboProcessor(0.4, reference_ratio=0.6)) as attachment,
+        pytest.warns(NoEffectWarning, match=r"no image tokens and no references \(reference_ratio=0.6\)"),
+    ):
+        run(attachment.parts[0].model, inputs_of("flux2"))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
