@@ -34,10 +34,12 @@ class Pass:
     Attributes:
         by_block: Each block's merge of the tokens that entered it; None where it merges none.
         totals: The tokens after each block, as a merge of those that the call began with; none before the first.
+        counted: Each merge, counted once the tower has run: its name, and the tokens before and after.
     """
 
     by_block: dict[int, Merging | None] = field(default_factory=dict)
     totals: dict[int, Merging] = field(default_factory=dict)
+    counted: list[tuple[str, int, int]] = field(default_factory=list)
 
     def note(self, index: int, merging: Merging | None) -> None:
         """Adds the merge of a block."""
@@ -70,6 +72,8 @@ class TowerStage(Encoder, Generic[P]):
     """
 
     _make: type[P]
+    _hook: type[partial[Any]] = partial
+    """What the hooks of blocks are: `Traced` where compiled code has them in its graph."""
     _attention: list[Any]
     """Watches and weighs the attention of each block."""
 
@@ -146,11 +150,11 @@ class TowerStage(Encoder, Generic[P]):
         yield from self._recomputed.place()
         for index, block in enumerate(self._blocks):
             yield self._weigh(index)
-            yield block.register_forward_pre_hook(partial(self._before_block, index), with_kwargs=True)
+            yield block.register_forward_pre_hook(self._hook(self._before_block, index), with_kwargs=True)
             if index in self._watched:
                 norm2 = getattr(block, self._facts.norm2)
-                yield norm2.register_forward_pre_hook(partial(self._before_norm2, index))
-                yield block.mlp.register_forward_hook(partial(self._after_mlp, index))
+                yield norm2.register_forward_pre_hook(self._hook(self._before_norm2, index))
+                yield block.mlp.register_forward_hook(self._hook(self._after_mlp, index))
 
     def _before_norm2(self, index: int, norm: nn.Module, args: tuple[Any, ...]) -> Any:
         now = self._passes.now
@@ -187,6 +191,8 @@ class TowerStage(Encoder, Generic[P]):
             output.hidden_states = tuple(
                 None if state is None else self._restored(now, index - 1, state) for index, state in enumerate(states)
             )
+        for name, before, after in now.counted:
+            self._counts.count(name, before, after)
         self._last.value = Encoded(self._plans(now), self._kept_values(now))
         return output
 

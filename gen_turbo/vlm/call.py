@@ -1,7 +1,8 @@
-"""State of the calls that are running: each thread, each task and each nested call has its own."""
+"""State of the calls that are running, and what stays of them: each thread, task and nested call has its own."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
@@ -18,22 +19,25 @@ _STATES: ContextVar[WeakKeyDictionary[Any, Any] | None] = ContextVar("gen_turbo_
 class Calls(Generic[T]):
     """The calls of one module that run here, each with a state of its own; those inside of others end first.
 
+    A call begins and ends in one thread and awaits nothing: its state is the thread's, which compiled code can read.
+
     Args:
         make: Gives the state of a call that begins.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
+        self._here = threading.local()
 
     @property
     def is_running(self) -> bool:
         """Whether a call has begun here and not ended."""
-        return _get(self) is not None
+        return self._entry is not None
 
     @property
     def now(self) -> T:
         """The state of the innermost call; a new one, which nobody keeps, where none is running."""
-        found = _get(self)
+        found = self._entry
         state: T = self._make() if found is None else found[0]
         return state
 
@@ -43,13 +47,18 @@ class Calls(Generic[T]):
         What is known of the call around it waits for `end`.
         """
         state = self._make() if state is None else state
-        _put(self, (state, _get(self)))
+        self._here.entry = (state, self._entry)
         return state
 
     def end(self) -> None:
         """Ends the call that `begin` began; without one, nothing happens."""
-        found = _get(self)
-        _put(self, None if found is None else found[1])
+        found = self._entry
+        self._here.entry = None if found is None else found[1]
+
+    @property
+    def _entry(self) -> Any:
+        """The state of the innermost call and, the same way, of those around it; None where none is running."""
+        return getattr(self._here, "entry", None)
 
 
 class Last(Generic[T]):

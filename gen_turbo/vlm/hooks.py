@@ -35,7 +35,7 @@ def settle(model: nn.Module, handles: list[Any], is_idle: bool = False) -> None:
             handle.is_idle = is_idle
         hooks: Any = handle.hooks_dict_ref() if isinstance(handle, RemovableHandle) else None
         if hooks is not None and not isinstance(hooks[handle.id], _Hook):
-            kind = _Idle if is_idle else _Traced if isinstance(hooks[handle.id], Keeper) else _Hook
+            kind = _Idle if is_idle else _Traced if isinstance(hooks[handle.id], Keeper | Traced) else _Hook
             hooks[handle.id] = kind(hooks[handle.id])
             changed.add(id(hooks))
     carriers = [
@@ -105,6 +105,10 @@ class Keeper:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Keeps the output."""
         setattr(self._kept, self._name, output)
+
+
+class Traced(partial[Any]):
+    """A hook that compiled code is to have in its graph: what it keeps belongs to the thread, and it takes no lock."""
 
 
 class _Hook(NotPickled):

@@ -6,8 +6,7 @@ Shape names: B images, N tokens, M slots, C channels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,8 @@ class Merging:
     anchor_BM: Tensor
     sizes: Tensor
     sizes_before: Tensor
-    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    # Not cached properties: before Python 3.12 they take a lock, which breaks the graph of compiled code.
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, plan: TokenMap, batch: int, leading: int = 0, sizes_BN: Tensor | None = None) -> Self:
@@ -63,31 +63,42 @@ class Merging:
         """M."""
         return self.anchor_BM.shape[1]
 
-    @cached_property
+    @property
     def log_sizes(self) -> Tensor:
         """What proportional attention adds to the logits of each slot's key, (B, M)."""
-        return self.sizes.log()
+        if "log_sizes" not in self._made:
+            self._made["log_sizes"] = self.sizes.log()
+        log_sizes: Tensor = self._made["log_sizes"]
+        return log_sizes
 
     def logit_bias(self, dtype: torch.dtype) -> Tensor:
         """The same for a mask of attention, (B, 1, 1, M)."""
-        if dtype not in self._biases:
-            self._biases[dtype] = converted(self.log_sizes, dtype).view(len(self.sizes), 1, 1, -1)
-        return self._biases[dtype]
+        if dtype not in self._made:
+            self._made[dtype] = converted(self.log_sizes, dtype).view(len(self.sizes), 1, 1, -1)
+        bias: Tensor = self._made[dtype]
+        return bias
 
-    @cached_property
+    @property
     def _slots(self) -> Tensor:
         """The slot of each token among all slots of the batch, (B, N)."""
-        return stacked(self.slot_BN, self.num_slots)
+        if "slots" not in self._made:
+            self._made["slots"] = stacked(self.slot_BN, self.num_slots)
+        slots: Tensor = self._made["slots"]
+        return slots
 
-    @cached_property
+    @property
     def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens sorted by slot, where each slot begins, and each sorted token's share of its slot."""
-        # A stable sort sums each slot in token order, the same in every process; rows are short and sort at once.
-        sorted_slots, order = self._slots.sort(dim=1, stable=True)
-        order = stacked(order, self.num_tokens).view(-1)
-        begins = counting(1, self.sizes.numel() + 1, order.device)[0]
-        offsets = torch.searchsorted(sorted_slots.view(-1), begins)
-        return order, offsets, (self.sizes_before / self.sizes.gather(1, self.slot_BN)).take(order)
+        if "bags" not in self._made:
+            # A stable sort sums each slot in token order, the same in every process; rows are short and sort at once.
+            sorted_slots, order = self._slots.sort(dim=1, stable=True)
+            order = stacked(order, self.num_tokens).view(-1)
+            begins = counting(1, self.sizes.numel() + 1, order.device)[0]
+            offsets = torch.searchsorted(sorted_slots.view(-1), begins)
+            shares = (self.sizes_before / self.sizes.gather(1, self.slot_BN)).take(order)
+            self._made["bags"] = order, offsets, shares
+        bags: tuple[Tensor, Tensor, Tensor] = self._made["bags"]
+        return bags
 
     def merge(self, x_BNC: Tensor) -> Tensor:
         """Averages the tokens of each slot by their sizes, in at least float32: (B, M, C), in the dtype of `x_BNC`."""

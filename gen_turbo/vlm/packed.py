@@ -156,7 +156,7 @@ class PackedTower(TowerStage[_Pass]):
         for images, plan in zip(groups.values(), plans, strict=True):
             for image in images:
                 now.left[image] = plan.num_slots
-        self._counts.count(self._name(index), sum(before), sum(now.left))
+        now.counted.append((self._name(index), sum(before), sum(now.left)))
         if now.left == before:
             return None
         slot_U = places[0].new_empty(sum(before))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gen_turbo.tokens.score import attention_column_mean
 from gen_turbo.vlm.family import TowerFacts
-from gen_turbo.vlm.hooks import InstanceMethod, Keeper
+from gen_turbo.vlm.hooks import InstanceMethod, Keeper, Traced
 
 _MOST_QUERIES = 256
 
@@ -58,7 +58,7 @@ class Projections:
         """
         if self._has_qkv:
             return InstanceMethod(self._attn, "forward", self._biased(give))
-        return self._attn.register_forward_pre_hook(_masked(give), with_kwargs=True)
+        return self._attn.register_forward_pre_hook(Traced(_masked(give)), with_kwargs=True)
 
     def mean_key(self) -> Tensor:
         """The mean over heads of the keys, (B, N, D)."""

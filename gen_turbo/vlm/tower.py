@@ -17,6 +17,7 @@ from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.blocks import Pass, TowerStage, block_ratio
 from gen_turbo.vlm.family import square
+from gen_turbo.vlm.hooks import Traced
 from gen_turbo.vlm.images import Encoded
 from gen_turbo.vlm.merging import Merging
 from gen_turbo.vlm.planning import plan_tokens
@@ -43,7 +44,7 @@ class Tower(TowerStage[_Pass]):
         num_leading: Class tokens in front.
     """
 
-    _make = _Pass
+    _make, _hook = _Pass, Traced
 
     def __init__(self, model: nn.Module, *settings: Any, **more: Any) -> None:
         super().__init__(model, *settings, **more)
@@ -55,8 +56,8 @@ class Tower(TowerStage[_Pass]):
         yield from self._place_blocks()
         if self._reducer is None:
             return
-        yield self.module.register_forward_pre_hook(lambda module, args: self._begin())
-        yield self._encoder.register_forward_hook(self._after_encoder)
+        yield self.module.register_forward_pre_hook(Traced(self._begin))
+        yield self._encoder.register_forward_hook(Traced(self._after_encoder))
         yield self.module.register_forward_hook(self._after_tower)
         yield self.module.register_forward_hook(lambda module, args, output: self._passes.end(), always_call=True)
 
@@ -84,7 +85,7 @@ class Tower(TowerStage[_Pass]):
         handle: Handle = self._attention[index].bias(bias)
         return handle
 
-    def _begin(self) -> None:
+    def _begin(self, tower: nn.Module, args: tuple[Any, ...]) -> None:
         self._recomputed.check()
         self._passes.begin()
 
@@ -123,7 +124,7 @@ class Tower(TowerStage[_Pass]):
         )
         metric = self._attention[index].mean_key()
         plan = plan_tokens(self._reducer, _behind(metric, apart), site, StepInfo(num_plans=index))
-        self._counts.count(site.name, num_now, plan.num_slots - planned)
+        now.counted.append((site.name, num_now, plan.num_slots - planned))
         if plan.is_identity:
             return None
         return Merging.of(plan, len(metric), apart, total.sizes if total is not None else None)

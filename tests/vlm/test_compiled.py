@@ -6,8 +6,10 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
+from transformers import StaticCache
 
-from gen_turbo import IdentityProcessor, TurboProcessor, attach
+from gen_turbo import IdentityProcessor, TurboProcessor, attach, report
 from gen_turbo.registry import METHODS
 from gen_turbo.vlm.cache_argument import CACHE, cache_in
 from gen_turbo.vlm.gate import Gate
@@ -121,6 +123,39 @@ def test_a_tower_whose_attention_is_read_stays_one_graph(method):
             ran.clear()
             assert (model(**inputs).logits - expected).abs().max() < TOLERANCE
     assert len(ran) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_tower_that_merges_is_one_graph_of_a_compiled_model(cache):
+    """Catches hooks of blocks that break the graph, several per block, and a lock or a context variable in their way.
+
+    Also graphs of one prompt that merge the next one as they did the first, and merges that nobody counts.
+    """
+    vlm, ran = VLMS["llava"], []
+    model, prompts = vlm.make("sdpa"), [PROMPTS[name].inputs(vlm) for name in ("one", "even")]
+
+    def counted(module, given):
+        linear = sum("linear" in str(node.target) for node in module.graph.nodes)
+        return lambda *args: ran.append(linear) or module.forward(*args)
+
+    def logits(inputs):
+        held = {CACHE: StaticCache(config=model.config.text_config, max_cache_len=64)} if cache == "static" else {}
+        return model(**inputs, **held).logits
+
+    stock = logits(prompts[0])
+    with attach(model, METHODS["turbo_vit"](0.6)):
+        expected, eager = [logits(one) for one in prompts], report(model).layers
+    assert (expected[0] - stock).abs().max() > 100 * TOLERANCE
+    model.compile(backend=counted)
+    with attach(model, METHODS["turbo_vit"](0.6)):
+        for one, right in zip(prompts, expected, strict=True):
+            ran.clear()
+            assert (logits(one) - right).abs().max() < TOLERANCE
+            blocks = model.model.vision_tower.encoder.layers
+            assert max(ran[: len(ran) // 2]) == sum(isinstance(part, nn.Linear) for part in blocks.modules())
+            assert len(ran) <= 8
+        assert report(model).layers == eager
 
 
 IDLE = {
