@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from gen_turbo.engine.placed import Placed
 from gen_turbo.engine.values import num_bytes, tensors
+from gen_turbo.tokens.tables import is_capturing
 
 
 @dataclass
@@ -73,7 +74,7 @@ class PositionMaker(Placed):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Gives what it gave before where it is asked for the same, else what the module makes."""
         # A graph makes its own each time, for what it reads has to stay where it is.
-        if is_compiling() or self.positions is None or _is_capturing():
+        if is_compiling() or self.positions is None or is_capturing():
             return self.inner(*args, **kwargs)
         shapes = [tensor.shape for tensor in tensors([args, kwargs])]
         asked, made = self.positions.made.get(self.name, (None, None))
@@ -90,7 +91,3 @@ def lend(makers: Sequence[PositionMaker], positions: Positions | None, arguments
         positions = None
     for maker in makers:
         maker.positions = positions
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -14,15 +14,20 @@ from torch import Tensor
 
 
 def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps what a function of a shape and a device makes; compiled code makes it in its graph."""
+    """Keeps what a function of a shape and a device makes; compiled code and CUDA graphs make it in their graph."""
     # Tables made in inference mode would serve no training.
     kept = lru_cache(maxsize=256)(torch.inference_mode(False)(make))
 
     @wraps(make)
     def table(*of: Any) -> Tensor:
-        return make(*of) if torch.compiler.is_compiling() else kept(*of)
+        return make(*of) if torch.compiler.is_compiling() or is_capturing() else kept(*of)
 
     return table
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured: what it reads later must stay where it is, so it keeps its own."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @_kept

@@ -9,7 +9,7 @@ import gen_turbo.methods  # noqa: F401  registers the methods
 from gen_turbo.method import LayerInfo, StepInfo
 from gen_turbo.methods.eadaprune import EAdaPruneProcessor
 from gen_turbo.registry import METHODS
-from gen_turbo.tokens import bags, farthest, frames, group, match, partition, score, select, weighted
+from gen_turbo.tokens import bags, farthest, frames, group, match, partition, score, select, tables, weighted
 from gen_turbo.tokens.alternating import alternating_soft_matching
 from gen_turbo.tokens.token_map import TokenMap
 
@@ -98,3 +98,16 @@ def test_a_plan_shows_and_takes_its_two_tensors_alone():
         with pytest.raises(TypeError):
             TokenMap(ROW.slot_BN, ROW.anchor_BM, *[{}] * number)
     assert not TokenMap(ROW.slot_BN, ROW.anchor_BM)._wide_cache
+
+
+def test_what_a_graph_reads_is_its_own(monkeypatch):
+    """Catches a table that is kept for eager calls but lies in a graph's memory, or one that a graph reads and that
+    is forgotten with later shapes."""
+    kept = tables.counting(2, 7, CPU)
+    assert tables.counting(2, 7, CPU) is kept
+    monkeypatch.setattr(tables, "is_capturing", lambda: True)
+    captured = tables.counting(2, 7, CPU)
+    assert captured is not kept
+    assert torch.equal(captured, kept)
+    monkeypatch.undo()
+    assert tables.counting(2, 7, CPU) is kept
