@@ -102,7 +102,8 @@ def test_a_plan_shows_and_takes_its_two_tensors_alone():
 
 def test_what_a_graph_reads_is_its_own(monkeypatch):
     """Catches a table that is kept for eager calls but lies in a graph's memory, or one that a graph reads and that
-    is forgotten with later shapes."""
+    is forgotten with later shapes.
+    """
     kept = tables.counting(2, 7, CPU)
     assert tables.counting(2, 7, CPU) is kept
     monkeypatch.setattr(tables, "is_capturing", lambda: True)
