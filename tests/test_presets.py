@@ -60,7 +60,7 @@ def counted(name: str, decibels: list[float], flops: int) -> BenchRecord:
     values = {"psnr_db": decibels, "passed": [1.0, 0.0]}
     params = {"pipeline": "tiny", "steps": 25, **setting.params()}
     counts = {"flops": flops, "stock_flops": 100}
-    return BenchRecord("quality", name, setting.family, params, [], [], [], [], 0, values=values, counts=counts)
+    return BenchRecord("quality", name, setting.family, params, 0, values=values, counts=counts)
 
 
 def test_list_shows_what_was_measured(tmp_path, capsys):

@@ -54,8 +54,8 @@ def run(options: argparse.Namespace) -> None:
         cpu, wall, load = (list(part) for part in zip(*found[name], strict=True))
         base = found[_LOCAL]
         record = records.BenchRecord(
-            *(BENCH, name, name.partition("-")[0], params, cpu, [one[0] for one in base]),
-            *(wall, [one[1] for one in base], options.seed),
+            *(BENCH, name, name.partition("-")[0], params, options.seed),
+            *(cpu, [one[0] for one in base], wall, [one[1] for one in base]),
             values={"other_load": load},
             origin=records.Origin.here(options.device),
         )

@@ -44,9 +44,7 @@ def run(options: argparse.Namespace) -> None:
         params["choice"] = short(found)
         name = f"{case.name}-{device}-{steps}"
         if not records.is_finished(options.records, BENCH, name, params, options.seed):
-            record = records.BenchRecord(
-                BENCH, name, case.name, params, [], [], [], [], options.seed, values=values, counts=counts
-            )
+            record = records.BenchRecord(BENCH, name, case.name, params, options.seed, values=values, counts=counts)
             records.append(options.records, record)
 
 

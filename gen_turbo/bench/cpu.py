@@ -117,11 +117,11 @@ def _record(
         SETTING,
         case.name,
         params,
+        seed,
         [own.cpu_s for own in whole],
         [kinds.stock.cpu_s for kinds in timed],
         [own.wall_s for own in whole],
         [kinds.stock.wall_s for kinds in timed],
-        seed,
         values={
             "expected": [choice.gain],
             "full_s": [kinds.full.cpu_s for kinds in timed],

@@ -95,9 +95,7 @@ def _record_all(options: argparse.Namespace, counted: Counted) -> None:
         counts = {"stock": stocks[pixels].total, "planned": planned, "served": served}
         image_share = 1.0 if takes_text else denoiser.image_share(pixels)
         values = {"bound": [stocks[pixels].bound(scope, ratio, image_share)]}
-        record = records.BenchRecord(
-            "flops", name, denoiser.name, params, [], [], [], [], options.seed, values=values, counts=counts
-        )
+        record = records.BenchRecord("flops", name, denoiser.name, params, options.seed, values=values, counts=counts)
         records.append(options.records, record)
 
 

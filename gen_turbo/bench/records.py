@@ -59,13 +59,13 @@ class BenchRecord:
         setting: What was measured.
         family: Settings of one family form one curve.
         params: What defines workload and setting; a setting with equal `params` and seed need not run again.
+        seed: Of everything drawn.
         cpu_s: CPU seconds of the setting, by round.
         baseline_cpu_s: CPU seconds of the baseline in the same rounds.
         wall_s: As `cpu_s`, in seconds that passed.
         baseline_wall_s: As `baseline_cpu_s`, in seconds that passed.
         values: Other measurements, by name and case: `psnr_db`, `passed`.
         counts: Counted, not measured: `attention_flops`.
-        seed: Of everything drawn.
         failure: Why there is no measurement; empty where there is one.
         origin: Hardware, versions, commit, command, date.
     """
@@ -74,11 +74,11 @@ class BenchRecord:
     setting: str
     family: str
     params: dict[str, Any]
-    cpu_s: list[float]
-    baseline_cpu_s: list[float]
-    wall_s: list[float]
-    baseline_wall_s: list[float]
     seed: int
+    cpu_s: list[float] = field(default_factory=list)
+    baseline_cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+    baseline_wall_s: list[float] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     failure: str = ""
@@ -87,10 +87,12 @@ class BenchRecord:
     def to_line(self) -> str:
         """The record as one line of JSON without spaces; seconds and values keep five significant digits.
 
-        Values that are all 0 or 1, such as thousands of right and wrong answers, are one string of digits.
+        Values that are all 0 or 1, such as thousands of right and wrong answers, are one string of digits. What was
+        not measured is left out.
         """
-        data = _rounded(dataclasses.asdict(self))
-        data["values"] = {name: _digits(values) for name, values in data["values"].items()}
+        data = {name: value for name, value in _rounded(dataclasses.asdict(self)).items() if value not in ([], {}, "")}
+        if self.values:
+            data["values"] = {name: _digits(values) for name, values in data["values"].items()}
         return json.dumps(data, allow_nan=False, separators=(",", ":"))
 
     @classmethod
@@ -102,7 +104,7 @@ class BenchRecord:
         """
         try:
             data = json.loads(line)
-            values = {name: [float(value) for value in given] for name, given in data["values"].items()}
+            values = {name: [float(value) for value in given] for name, given in data.get("values", {}).items()}
             return cls(**{**data, "values": values, "origin": Origin(**data["origin"])})
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a benchmark record: {line[:80]!r} ({error}); delete the line") from error

@@ -217,7 +217,7 @@ def run(options: argparse.Namespace) -> None:
         if record is None:
             values, counts = accuracy(pipe, asks, setting)
             record = records.BenchRecord(
-                BENCH, setting.name, setting.family, params, [], [], [], [], options.seed, values, counts
+                BENCH, setting.name, setting.family, params, options.seed, values=values, counts=counts
             )
             print(f"{setting.name}: {counts['kept']} tokens, " + ", ".join(_shares(values)), flush=True)
         records.append(options.records, timed(pipe, asks, setting, record, rounds) if rounds else record)

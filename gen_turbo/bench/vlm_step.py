@@ -174,10 +174,6 @@ def _count_operators(options: argparse.Namespace) -> None:
             setting=setting.name,
             family=setting.family,
             params=_WHOLE | setting.params() | {"phase": OPERATORS},
-            cpu_s=[],
-            baseline_cpu_s=[],
-            wall_s=[],
-            baseline_wall_s=[],
             counts=counts,
             seed=options.seed,
         )

@@ -43,6 +43,14 @@ def test_right_and_wrong_answers_survive_as_digits() -> None:
     assert BenchRecord.from_line(record.to_line()).values == values
 
 
+def test_what_was_not_measured_takes_no_room() -> None:
+    """Catches empty fields in every line of the repository, and a reader that needs them."""
+    nothing: dict[str, Any] = {name: [] for name in ("cpu_s", "baseline_cpu_s", "wall_s", "baseline_wall_s")}
+    record = _record(**nothing, values={}, counts={})
+    assert set(json.loads(record.to_line())) == {"bench", "setting", "family", "params", "seed", "origin"}
+    assert BenchRecord.from_line(record.to_line()) == record
+
+
 def test_a_record_says_where_it_comes_from() -> None:
     """Catches numbers without hardware, versions, commit, command or date."""
     origin = json.loads(_record().to_line())["origin"]

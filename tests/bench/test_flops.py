@@ -93,7 +93,7 @@ def test_a_plan_is_paid_by_the_calls_it_serves(tmp_path: Path) -> None:
     """Catches a table of calls that are served plans nobody made."""
     params = {"model": "flux", "pixels": 512, "scope": "block", "ratio": 0.5, "text_ratio": 0.0}
     counts = {"stock": 100, "planned": 60, "served": 50}
-    record = BenchRecord("flops", "a", "flux", params, [], [], [], [], 0, {"bound": [2.0]}, counts)
+    record = BenchRecord("flops", "a", "flux", params, 0, values={"bound": [2.0]}, counts=counts)
     assert reduction_of(record) == pytest.approx(500 / 260)
     append(tmp_path, record)
     assert "| flux 512 | 1.92 of 2.00 (96%) |" in TABLES["flops"](tmp_path)

@@ -217,7 +217,6 @@ class Cells:
         print(described(record), flush=True)
 
     def _record(self, variant: Variant, mode: Mode, **measured: Any) -> records.BenchRecord:
-        nothing: dict[str, Any] = {"cpu_s": [], "baseline_cpu_s": [], "wall_s": [], "baseline_wall_s": []}
         return records.BenchRecord(
             bench=BENCH,
             setting=variant.setting.name,
@@ -225,7 +224,7 @@ class Cells:
             params=self._full(variant, mode),
             seed=self._wishes.seed,
             origin=origin(),
-            **nothing | measured,
+            **measured,
         )
 
     def _full(self, variant: Variant, mode: Mode) -> dict[str, Any]:

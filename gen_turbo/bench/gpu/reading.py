@@ -252,7 +252,6 @@ class _Bench:
         } | cell.setting.params()
 
     def _record(self, cell: _Cell, **measured: Any) -> records.BenchRecord:
-        nothing: dict[str, Any] = {"cpu_s": [], "baseline_cpu_s": [], "wall_s": [], "baseline_wall_s": []}
         return records.BenchRecord(
             bench=BENCH,
             setting=cell.setting.name,
@@ -260,5 +259,5 @@ class _Bench:
             params=self._params(cell),
             seed=self.wishes.seed,
             origin=origin(),
-            **nothing | measured,
+            **measured,
         )
