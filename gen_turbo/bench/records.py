@@ -90,7 +90,8 @@ class BenchRecord:
         Values that are all 0 or 1, such as thousands of right and wrong answers, are one string of digits. What was
         not measured is left out.
         """
-        data = {name: value for name, value in _rounded(dataclasses.asdict(self)).items() if value not in ([], {}, "")}
+        given = _rounded(dataclasses.asdict(self))
+        data = {name: value for name, value in given.items() if name in _NEEDED or value}
         if self.values:
             data["values"] = {name: _digits(values) for name, values in data["values"].items()}
         return json.dumps(data, allow_nan=False, separators=(",", ":"))
@@ -108,6 +109,9 @@ class BenchRecord:
             return cls(**{**data, "values": values, "origin": Origin(**data["origin"])})
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a benchmark record: {line[:80]!r} ({error}); delete the line") from error
+
+
+_NEEDED = ("bench", "setting", "family", "params", "seed", "origin")
 
 
 def append(folder: Path, record: BenchRecord) -> Path:

@@ -46,7 +46,7 @@ def test_right_and_wrong_answers_survive_as_digits() -> None:
 def test_what_was_not_measured_takes_no_room() -> None:
     """Catches empty fields in every line of the repository, and a reader that needs them."""
     nothing: dict[str, Any] = {name: [] for name in ("cpu_s", "baseline_cpu_s", "wall_s", "baseline_wall_s")}
-    record = _record(**nothing, values={}, counts={})
+    record = _record(**nothing, family="", seed=0, values={}, counts={})
     assert set(json.loads(record.to_line())) == {"bench", "setting", "family", "params", "seed", "origin"}
     assert BenchRecord.from_line(record.to_line()) == record
 
