@@ -142,6 +142,9 @@ class Skipping:
             n for n, calls in route.schedule.skips.items() if n != MERGING and any(other > call for other in calls)
         ]
         actions = dict.fromkeys((m for name in later for m in self._modules(name)), Action.KEEP) | actions
+        left_out = [m for m, action in actions.items() if action is not Action.KEEP]
+        # What lies in a module that is left out does not run, so that it gives nothing to remember.
+        actions = {m: action for m, action in actions.items() if not _lies_in(m, left_out)}
         for module in actions:
             memory = route.memories.get(module) or self._remembered(module, route, context)
             if actions[module] is Action.FORECAST or (self.threshold is not None and len(memory.calls) >= NUM_USED):
@@ -151,7 +154,7 @@ class Skipping:
         self._actions = actions
         self.kind = tuple(sorted((module, action.value) for module, action in actions.items()))
         for name, unit in self.units.items():
-            is_skipped = WHOLE in skipped or actions.get(unit.module) in (Action.FORECAST, Action.IDLE)
+            is_skipped = unit.module in left_out or _lies_in(unit.module, left_out)
             self.stats[name].num_skipped += is_skipped
             self.stats[name].num_run += not is_skipped
         is_first = any(a is Action.KEEP and route.memories[m].like is None for m, a in actions.items() if m)
@@ -280,3 +283,8 @@ class Skipping:
         return (
             memory.calls[:count] == route.schedule.ran_before(name, route.call)[:count] and len(memory.calls) >= count
         )
+
+
+def _lies_in(module: str, others: Sequence[str]) -> bool:
+    """Whether a module is a part of one of the others; every one is of the whole model, whose path is empty."""
+    return any(module.startswith(f"{other}." if other else "") for other in others if other != module)
