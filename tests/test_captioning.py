@@ -27,6 +27,8 @@ def here(tmp_path, monkeypatch) -> Path:
 def generate(vlm, tiny_checkpoint):
     """Runs `caption-generate` at toy size."""
     size = ["generate.height=32", "generate.width=32", "generate.steps=2", "generate.processor.restore=copy"]
+    # At so few tokens a model of costs would merge none.
+    size += ["generate.processor.scope=attention"]
     small = [f"caption.checkpoint={vlm}", f"generate.checkpoint={tiny_checkpoint}", "caption.max_new_tokens=3", *size]
     return lambda *arguments: cli.main(["caption-generate", *arguments, "--output", "out", *small])
 
