@@ -51,7 +51,7 @@ def row_starts(batch: int, length: int, device: torch.device) -> Tensor:
 @_kept
 def filled(batch: int, length: int, value: float, device: torch.device) -> Tensor:
     """One number everywhere: (B, N) float32."""
-    return torch.full((batch, length), value, device=device)
+    return torch.full((batch, length), value, dtype=torch.float32, device=device)
 
 
 def stacked(index: Tensor, length: int) -> Tensor:
