@@ -19,7 +19,7 @@ from gen_turbo.schemas import CaptionGenerateConfig as CaptionGenerateConfig
 from gen_turbo.schemas import ConfigError as ConfigError
 from gen_turbo.schemas import PipelineConfig as PipelineConfig
 from gen_turbo.schemas import Settings as Settings
-from gen_turbo.schemas import schema_of
+from gen_turbo.schemas import reason, schema_of
 
 T = TypeVar("T")
 S = TypeVar("S", PipelineConfig, CaptionConfig, CaptionGenerateConfig)
@@ -47,10 +47,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[Override] = ()) ->
     Raises:
         ConfigError: If the file is missing or no YAML, or a key or value does not fit.
     """
-    tree = read_yaml("pipeline", name_or_path)
-    _expand(tree)
-    for override in overrides:
-        _set(tree, *(_parsed(override) if isinstance(override, str) else override))
+    tree = _tree(name_or_path, overrides)
     return typed(schema_of(tree), tree, f"pipeline configuration {name_or_path}")
 
 
@@ -66,11 +63,21 @@ def load_config_of(schema: type[S], command: str, name_or_path: str | Path, over
     Raises:
         ConfigError: If the settings are of another kind, or for any reason that `load_config` has.
     """
-    config = load_config(name_or_path, overrides)
-    if not isinstance(config, schema):
-        kind = config.pipeline
+    tree = _tree(name_or_path, overrides)
+    # Before the settings are checked: those of the command are none of another kind's.
+    if schema_of(tree) is not schema:
+        kind = tree.get("pipeline")
         raise ConfigError(f"{command} cannot use the configuration {name_or_path}, which is of the kind {kind!r}")
-    return config
+    return typed(schema, tree, f"pipeline configuration {name_or_path}")
+
+
+def _tree(name_or_path: str | Path, overrides: Sequence[Override]) -> dict[str, Any]:
+    """The settings of a YAML file with the overrides in place, unchecked."""
+    tree = read_yaml("pipeline", name_or_path)
+    _expand(tree)
+    for override in overrides:
+        _set(tree, *(_parsed(override) if isinstance(override, str) else override))
+    return tree
 
 
 def processor_tree(processor: object) -> object:
@@ -99,7 +106,10 @@ def typed(schema: type[T], tree: Mapping[str, Any], what: str) -> T:
     names = [field.name for field in fields(cast(Any, schema))]
     unknown = [str(key) for key in tree if key not in names]
     if unknown:
-        raise ConfigError(f"{what} has no setting {', '.join(map(repr, unknown))}; known: {', '.join(names)}")
+        halves = [half for half in HALVES if half in names]
+        inside = [f"{half}.{key}" for key in unknown for half in halves if key in get_type_hints(hints[half])]
+        known = f"write {' or '.join(inside)}" if inside else f"known: {', '.join(names)}"
+        raise ConfigError(f"{what} has no setting {', '.join(map(repr, unknown))}; {known}")
     given = _exact(tree, hints, what)
     rest = {name: value for name, value in tree.items() if name not in given}
     needed = OmegaConf.missing_keys(OmegaConf.structured(schema))
@@ -159,7 +169,7 @@ def read_yaml(kind: str, name_or_path: str | Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {reason(error)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_sentence(error)}") from error
     if not isinstance(tree, dict | None):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gen_turbo.config import ConfigError
+from gen_turbo.schemas import reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What counts as an image in a folder; a file named outright may have any name."""
@@ -58,9 +59,11 @@ def open_image(path: Path) -> Image.Image:
             _refuse_odd_tiff(file)
             file.load()
             return as_rgb(ImageOps.exif_transpose(file), file.format)
+    except UnidentifiedImageError as error:
+        raise ConfigError(f"cannot read the image {path}: it is no image that Pillow knows") from error
     # What damaged images raise has no common class: their readers raise whatever comes.
     except Exception as error:
-        raise ConfigError(f"cannot read the image {path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"cannot read the image {path}: {reason(error)}") from error
 
 
 def _refuse_odd_tiff(file: Any) -> None:

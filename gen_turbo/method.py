@@ -222,6 +222,10 @@ class TokenReducer(ABC):
     keeps_all: ClassVar[bool] = False
     """Whether a method removes nothing, whatever the ratio."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What a method reads beside tokens: attention of a tower ("class", "self"), that of a prompt's last token to a
+    decoder layer's input ("last") or in it ("next"), or images themselves ("input")."""
+
     plans_videos: ClassVar[bool] = True
     """Whether the tokens of a whole video can be planned at once, and not those of one grid or line alone."""
 

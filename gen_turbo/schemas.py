@@ -31,6 +31,11 @@ class ConfigError(ValueError):
     """A setting, file or machine does not allow what was asked; the message is one sentence for the user."""
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, in one line; what the system says, without its number and the file's name."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
 @dataclass
 class Loading:
     """Where a model comes from and where it goes.

@@ -43,7 +43,7 @@ def test_captions_are_printed_and_kept(here, vlm, capsys):
     assert cli.main([*arguments, "--output", "said.jsonl"]) == captioning.SOME_FAILED
     out, err = capsys.readouterr()
     assert [line.partition(": ")[0] for line in out.splitlines()] == [str(here / "in" / f"{i}.png") for i in (0, 1)]
-    assert "bad.png: cannot read the image" in err
+    assert f"gen-turbo: cannot read the image {here / 'in' / 'bad.png'}: it is no image that Pillow knows\n" in err
     assert "2 done, 0 finished before, 1 failed" in err
     good = [line for line in _lines("said.jsonl") if "error" not in line]
     assert [f"{line['input']}: {line['caption']}" for line in good] == out.splitlines()
@@ -126,6 +126,7 @@ WRONG = {
     "output": (["caption", "in", "--output", "said.txt"], "name a .jsonl file"),
     "method": (["caption", "in", "processor=nope"], "unknown method 'nope'"),
     "key": (["caption-generate", "in", "images=2"], "no setting 'images'"),
+    "key of a half": (["caption-generate", "in", "steps=2"], "no setting 'steps'; write generate.steps\n"),
     "no manifest": (["caption", "in", "--output", "other.jsonl"], "is no manifest: it has the line"),
 }
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -159,13 +160,24 @@ WRONG = {
     "many in one": (["--num-images", "2", "--output", "x.png"], "2 images do not fit"),
     "other format": (["--output", "x.jpg"], "images are written as PNG"),
     "nothing to compare": (["--compare", "processor=null"], "there is no processor to compare"),
+    "report on captions": (["report", "--config", "caption"], "gen-turbo report cannot use the configuration caption"),
+    "no semantic tokens": (["calibrate", "vistog", "--num-tokens", "0"], "--num-tokens must be at least 1; got 0"),
+    "no prompts": (["calibrate", "par", "--config", "tiny", "--prompts", "0"], "--prompts must be at least 1; got 0"),
+    "too many prompts": (
+        ["calibrate", "par", "--config", "tiny", "--prompt", "x", "--prompts", "2"],
+        "--prompts must be at most 1, or give more --prompt; got 2",
+    ),
+    "no schedule": (
+        ["processor=par", "processor.schedule=nowhere.yaml"],
+        "cannot read the schedule nowhere.yaml: No such file or directory\n",
+    ),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_use_is_one_sentence(here, capsys, arguments, message):
     """Catches tracebacks, usage pages, other exit codes, and folders made before the check."""
-    is_whole = not arguments or arguments[0] in ("paint", "generate")
+    is_whole = not arguments or arguments[0] in ("paint", "generate", "report", "calibrate")
     code = cli.main(arguments if is_whole else ["generate", "--prompt", PROMPT, *arguments])
     printed = capsys.readouterr()
     assert code == 2
@@ -181,6 +193,27 @@ def test_a_level_that_the_model_lacks_is_one_sentence(here, tiny_checkpoint, cap
     assert _generate(tiny_checkpoint, "processor.ratios.7=0.3") == 2
     assert "downsample factors [7]" in capsys.readouterr().err
     assert not _left(here)
+
+
+RULE = ("processor=par", "processor.schedule=generic", "processor.inner=null")
+
+
+def test_a_warning_is_one_sentence(here, tiny_checkpoint):
+    """Catches a warning that begins with a file of ours and ends with a line of its source."""
+    command = [str(Path(sys.executable).with_name("gen-turbo")), "generate", "--prompt", PROMPT]
+    settings = [*SMALL, f"checkpoint={tiny_checkpoint}", *RULE]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "nothing is skipped" in line or "skipping" in line]
+    assert done.returncode == 0
+    assert [line.partition("run: ")[0] for line in said] == ["gen-turbo: warning: nothing is skipped in this "]
+
+
+def test_warm_up_is_not_warned_of(here, tiny_checkpoint, capsys):
+    """Catches a warning of three steps that the user never wanted, and a column that says 0 of 0 tokens."""
+    assert _generate(tiny_checkpoint, *RULE, "--compare", "--steps", "6", "--output", "a.png") == 0
+    assert "all" in capsys.readouterr().out and warnings.formatwarning("x", UserWarning, "f.py", 7, "").startswith(
+        "f.py"
+    )
 
 
 def test_the_command_is_installed_and_prints_no_traceback(here):

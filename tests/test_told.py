@@ -6,6 +6,7 @@ import copy
 import gc
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ from torch import nn
 
 from gen_turbo import attach, detach, report
 from gen_turbo.api import NoEffectWarning, attachments
+from gen_turbo.methods.fastv import FastVProcessor
+from gen_turbo.methods.pyramiddrop import PyramidDropProcessor
+from gen_turbo.methods.resize import ResizeProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
+from gen_turbo.methods.vscan import VScanProcessor
 from tests.engine.pipelines import made
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
@@ -80,6 +85,19 @@ def test_what_a_method_cannot_do_is_refused_by_attach(family):
     with pytest.raises(ValueError, match="are no patches of its vision tower"):
         attach(model, VisionZipProcessor(0.5))
     assert differences(before, model_state(model)) == []
+
+
+@pytest.mark.parametrize(
+    "reducer", [FastVProcessor(0.5), PyramidDropProcessor(0.5), ResizeProcessor(), VScanProcessor()]
+)
+def test_what_no_denoiser_has_is_refused_by_attach(reducer):
+    """Catches an error in the first call that speaks of a decoder, and one where nothing would be removed."""
+    unet = sd15_unet()
+    before = model_state(unet)
+    with pytest.raises(ValueError, match="works on vision-language models alone, and UNet2DConditionModel is a denois"):
+        attach(unet, reducer)
+    assert differences(before, model_state(unet)) == []
+    attach(unet, replace(reducer, ratio=0.0)).detach()
 
 
 def test_features_in_embeddings_are_told():

@@ -17,6 +17,7 @@ import torch
 
 from gen_turbo import scenes
 from gen_turbo.config import CALL_SETTINGS, ConfigError, PipelineConfig
+from gen_turbo.schemas import check_count
 
 _PROMPTS = (
     "a photo of a street market with many people",
@@ -258,16 +259,15 @@ def _drawn(draw: _Draw, index: int) -> tuple[Any, float]:
 
 def _prompts(namespace: argparse.Namespace, config: PipelineConfig) -> list[str]:
     """As many prompts as were asked for: those given, scenes for the embedded models, or some of our own."""
+    check_count("--prompts", namespace.prompts)
     if namespace.prompt:
         known: list[str] = namespace.prompt
     elif config.checkpoint.startswith("embedded:"):
         known = list(scenes.captions(namespace.prompts, namespace.seed + _OWN_SEED))
     else:
         known = list(_PROMPTS)
-    if not 1 <= namespace.prompts <= len(known):
-        raise ConfigError(
-            f"--prompts must be between 1 and {len(known)}, or give more --prompt; got {namespace.prompts}"
-        )
+    if namespace.prompts > len(known):
+        raise ConfigError(f"--prompts must be at most {len(known)}, or give more --prompt; got {namespace.prompts}")
     return known[: namespace.prompts]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gen_turbo.config import CaptionConfig, ConfigError, load_config_of
+from gen_turbo.schemas import check_count
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,6 +75,7 @@ def run(namespace: argparse.Namespace) -> None:
         raise ConfigError(
             f"--batch and --hard-negatives count from 1; got {namespace.batch} and {namespace.hard_negatives}"
         )
+    check_count("--num-tokens", namespace.num_tokens)
     overrides = [*namespace.overrides, ("dtype", "float32"), ("processor", None)]
     config = load_config_of(CaptionConfig, "gen-turbo calibrate vistog", namespace.config, overrides)
     examples, held_out, data = _data(namespace)

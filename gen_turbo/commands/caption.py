@@ -208,7 +208,8 @@ class _Run:
         message = sentence(error)
         self.manifest.fail(item, message)
         self.tally.failed += 1
-        print(f"gen-turbo: {shown(item.path)}: {shown(message)}", file=sys.stderr)
+        where = "" if str(item.path) in message else f"{shown(item.path)}: "
+        print(f"gen-turbo: {where}{shown(message)}", file=sys.stderr)
 
 
 def _free_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    shown_before, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         namespace = _parse(sys.argv[1:] if arguments is None else list(arguments))
         code = namespace.run(namespace)
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         return _fail("there is not enough memory; take a smaller height and width, or another device")
+    finally:
+        warnings.formatwarning = shown_before
     return int(code or 0)
 
 
@@ -118,8 +122,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, help="images of each prompt (1)")
     parser.add_argument("--output", default="outputs", help="a folder, or a .png file for one image (outputs)")
     parser.add_argument("--compare", action="store_true", help="also generate without the processor, side by side")
-    for name, kind in (("steps", int), ("height", int), ("width", int)):
-        parser.add_argument(f"--{name}", type=kind, help=f"the same as {name}=... (default: as configured)")
+    for name, what in (("steps", "denoising steps"), ("height", "of images, in pixels"), ("width", "the same")):
+        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: as configured)")
     _add_config(parser)
     parser.set_defaults(run=_generate)
 
@@ -204,7 +208,7 @@ def _print_comparisons(comparisons: list[Comparison], name: str) -> None:
             f"{item.stock_s:.2f}",
             f"{item.image_s:.2f}",
             f"{item.stock_s / item.image_s:.2f}",
-            f"{item.num_kept}/{item.num_tokens}",
+            f"{item.num_kept}/{item.num_tokens}" if item.num_tokens else "all",
             f"{item.psnr_db:.1f}",
         )
     Console().print(table)
@@ -242,6 +246,11 @@ def _bench(namespace: argparse.Namespace) -> None:
     from gen_turbo.bench.commands import run
 
     run(namespace)
+
+
+def _warning(message: Warning | str, *where: object) -> str:
+    """A warning as one sentence: its line in the source says nothing to whoever types a command."""
+    return f"gen-turbo: warning: {shown(' '.join(str(message).split()))}\n"
 
 
 def _fail(message: str, code: int = _USAGE_ERROR) -> int:

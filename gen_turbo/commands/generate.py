@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gen_turbo.api import attach
+from gen_turbo.api import NoEffectWarning, attach
 from gen_turbo.config import CALL_SETTINGS, PipelineConfig
 from gen_turbo.engine.report import LayerReport, report
 from gen_turbo.metrics.image import psnr
@@ -118,7 +119,9 @@ def warm_up(pipe: Any, config: PipelineConfig, processor: Any, job: Job) -> None
     """Runs a few steps of both kinds, so that the first timed image pays for no start of a device or library."""
     steps = min(config.steps, _WARM_UP_STEPS)
     draw(pipe, config, job, "warm-up", steps)
-    with attach(pipe, processor):
+    with attach(pipe, processor), warnings.catch_warnings():
+        # So few steps gain nothing; of the image itself it is said where it is so.
+        warnings.simplefilter("ignore", NoEffectWarning)
         draw(pipe, config, job, "warm-up", steps)
 
 

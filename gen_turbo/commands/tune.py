@@ -76,7 +76,12 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=12, help="settings to try, with those of an earlier call (12)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--counted", action="store_true", help="count FLOPs instead of timing, for busy machines")
-    parser.add_argument("--output", type=Path, default=Path("runs/tune/tuned.yaml"), help="(runs/tune/tuned.yaml)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/tune/tuned.yaml"),
+        help="a YAML file of the best settings (runs/tune/tuned.yaml)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the pipeline")
     parser.set_defaults(run=run)
 

@@ -27,6 +27,9 @@ from gen_turbo.models.conditions import CachedPrefix, MaskedText, TextSignature
 from gen_turbo.training.generic import Generic
 from gen_turbo.training.schedule import Schedule
 
+_OF_READING = {"last", "next", "input"}
+"""What methods need that no denoiser has: the last token of a prompt in a decoder, and images to make smaller."""
+
 
 @runtime_checkable
 class LayerPruner(Protocol):
@@ -71,6 +74,7 @@ class DenoiserPart(OnModel):
         super().__init__(model)
         self.reducer, self.graphs = reducer, graphs
         self._tokens = reducer.merging(model) if isinstance(reducer, LayerPruner) else reducer
+        self._check_needs(model)
         self._blocks = sorted({type(model.get_submodule(block.name)).__name__ for block in adapter.blocks(model)})
         self._check_references(adapter)
         text = self._text_signature(model, adapter)
@@ -130,6 +134,13 @@ class DenoiserPart(OnModel):
         """What stands in front of layers or blocks now, in the order of the model."""
         return self.arrangement.layers
 
+    def _check_needs(self, model: nn.Module) -> None:
+        if self._tokens.removes_any and _OF_READING & set(self._tokens.needs):
+            raise ValueError(
+                f"{type(self._tokens).__name__} works on vision-language models alone, and {type(model).__name__} is "
+                "a denoiser; use another processor, such as TurboProcessor"
+            )
+
     def _check_references(self, adapter: Adapter) -> None:
         ratio = self._tokens.reference_ratio
         if ratio is not None and not adapter.has_references:
@@ -167,7 +178,7 @@ class DenoiserPart(OnModel):
         if not schedules:
             return None
         units, threshold = adapter.units(model), self.reducer.threshold
-        skipping = Skipping(model, units, schedules, threshold, lambda: _warn(skipping.schedules))
+        skipping = Skipping(model, units, schedules, threshold, lambda: _warn(skipping))
         return skipping
 
     def _check_units(self) -> None:
@@ -237,8 +248,13 @@ class DenoiserPart(OnModel):
         return cost.report(spec, totals)
 
 
-def _warn(schedules: Sequence[Schedule]) -> None:
-    known = " or ".join(sorted({f"{len(schedule.times)} steps from {schedule.times[0]:g}" for schedule in schedules}))
-    why = f"the schedules are for {known}; take as many steps, or calibrate for this run"
-    few = "it has too few steps for this budget; take at least 4 steps, or a smaller budget"
-    warnings.warn(f"nothing is skipped in this run: {why if known else few}", NoEffectWarning, stacklevel=2)
+def _warn(skipping: Skipping) -> None:
+    lengths = sorted({(len(schedule.times), schedule.times[0]) for schedule in skipping.schedules})
+    known = " or ".join(f"{steps} steps from {first:g}" for steps, first in lengths)
+    # With the rule, runs of other lengths are skipped too, but for those that it finds too short.
+    why = (
+        f"the schedules are for {known}; take as many steps, or calibrate for this run"
+        if skipping.generic is None
+        else "it has too few steps for this budget; take at least 4 steps, or a smaller budget"
+    )
+    warnings.warn(f"nothing is skipped in this run: {why}", NoEffectWarning, stacklevel=2)

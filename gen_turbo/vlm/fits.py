@@ -47,7 +47,7 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
 
 def tower_needs(reducer: TokenReducer) -> set[str]:
     """The kinds of attention of a vision tower without which a method cannot work."""
-    return {"class", "self"} & set(getattr(inner_of(reducer), "needs", ()))
+    return {"class", "self"} & set(inner_of(reducer).needs)
 
 
 def tower_attention(reducer: TokenReducer) -> str:

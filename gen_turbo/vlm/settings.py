@@ -186,7 +186,7 @@ def check_settings(
         unread["proportional_attention"] = "denoisers, and place='pre_llm' or before where prompts hold image tokens"
     if is_cross or placement.place in ("tower", "input", "projector"):
         unread["adaptive"] = "place='pre_llm' and place='decoder' of models whose prompt holds the image tokens"
-    needs = set(getattr(method, "needs", ()))
+    needs = set(method.needs)
     if needs - {"class", "self"} or (needs and not is_cross):
         unread["text_ratio"] = "methods that read tokens alone, such as turbo"
     where = _where_videos_are(method, placement.place, has_frames)
@@ -204,6 +204,6 @@ def _where_videos_are(method: TokenReducer, place: str, has_frames: bool) -> str
     """Where videos can be planned as a whole; empty if they can here."""
     if not has_frames:
         return "models whose videos are known frame by frame, such as Qwen-VL and LLaVA-OneVision"
-    if {"class", "self"} & set(getattr(method, "needs", ())) or place not in ("pre_llm", "decoder"):
+    if {"class", "self"} & set(method.needs) or place not in ("pre_llm", "decoder"):
         return "place='pre_llm' or place='decoder' and methods that read no attention of the tower"
     return "" if method.plans_videos else "methods that look at several frames, such as turbo and divprune"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DModel, UniPCMultistepScheduler
 
-from gen_turbo import PARProcessor, TurboProcessor, attach, report
+from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline, report
 from gen_turbo.api import attachments
 from gen_turbo.engine.denoiser import NoEffectWarning
 from gen_turbo.training.generic import Generic
@@ -174,6 +174,13 @@ def test_a_model_without_a_schedule_follows_the_rule_and_says_so(pipe, caplog):
     with pytest.warns(NoEffectWarning, match="too few steps for this budget; take at least 4"):
         draw(pipe, steps=3)
     pipe.reset_attn_processor()
+
+
+def test_too_short_a_run_is_not_sent_to_the_lengths_of_schedules():
+    """Catches the advice to take as many steps as a schedule has, where the rule serves any run but too short ones."""
+    pipe = load_pipeline("tiny-dit", processor=PARProcessor(budget=0.5))
+    with pytest.warns(NoEffectWarning, match="in this run: it has too few steps for this budget; take at least 4"):
+        draw(pipe, steps=2)
 
 
 def test_a_bare_model_follows_the_rule_by_its_steps():
