@@ -248,7 +248,9 @@ def _bench(namespace: argparse.Namespace) -> None:
     run(namespace)
 
 
-def _warning(message: Warning | str, *where: object) -> str:
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """A warning as one sentence: its line in the source says nothing to whoever types a command."""
     return f"gen-turbo: warning: {shown(' '.join(str(message).split()))}\n"
 

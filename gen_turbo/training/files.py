@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gen_turbo.output import write_file
+from gen_turbo.schemas import reason
 
 EMBEDDED = "embedded:"
 MOST = 2**20
@@ -108,7 +109,7 @@ def _loaded(file: Any, notes: Notes, sizes: Sizes, whole: str) -> dict[str, Tens
 
 def reason_of(error: Exception) -> str:
     """Why what a file says does not fit, in words."""
-    return f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+    return f"it lacks {error}" if isinstance(error, KeyError) else reason(error)[:200]
 
 
 def from_note(kind: type[T], value: Any) -> T:

@@ -15,7 +15,6 @@ from torch import nn
 
 from gen_turbo.models.adapter import WHOLE as WHOLE
 from gen_turbo.output import write_text
-from gen_turbo.schemas import reason
 from gen_turbo.training.files import ODD_NOTES, check_keys, check_value, reason_of
 from gen_turbo.training.probe import is_same_model, weight_probe
 
@@ -224,7 +223,7 @@ def read(path: str | Path) -> ScheduleFile:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the schedule {path}: {reason(error)}") from error
+        raise ValueError(f"cannot read the schedule {path}: {reason_of(error)}") from error
     try:
         check_keys(tree, _KEYS)
         return _file_of(tree)
