@@ -11,6 +11,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from gen_turbo.engine.arrangement import Arrangement
 from gen_turbo.engine.base import NoEffectWarning
+from gen_turbo.engine.branch import go_on
 from gen_turbo.engine.context import Context
 from gen_turbo.engine.graphs import Graphs
 from gen_turbo.engine.layer import argument_names
@@ -26,7 +27,6 @@ from gen_turbo.engine.values import kept_out, skipped
 from gen_turbo.models.adapter import Adapter
 from gen_turbo.models.conditions import CachedPrefix, MaskedText, TextSignature
 
-_NOTHING: frozenset[str] = frozenset()
 _CHECKPOINTED = (
     "calls that record gradients run in full while gradient checkpointing is on, which runs blocks once more in the "
     "backward pass; call disable_gradient_checkpointing to reduce tokens while training"
@@ -196,6 +196,8 @@ class Root(Placed):
         self.program.enter(context)
         if self.skipping is not None:
             self.skipping.enter(context)
+        elif (whole := go_on(context, self.runs.contexts())) is not None:
+            self.runs.end(whole)
 
     @kept_out
     def replaced(self, step: _Step) -> Any:
@@ -282,7 +284,7 @@ class _Step:
 
     def __init__(self, context: Context | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.context, self.args, self.kwargs = context, args, kwargs
-        self.skipped = _NOTHING
+        self.skipped: frozenset[str] = frozenset()
         self.run: Any = None
         self.output: Any = None
 

@@ -99,11 +99,21 @@ class RunMap:
         """Which rows of an argument of positions the merged tokens keep, flattened over the batch if it has one."""
         before = num_text if arg.has_text_before else 0
         after = value.shape[arg.axis] - before - self.num_tokens
-        place = before, after, value.shape[0] if arg.has_batch else 0
+        return self.rows_at(before, after, value.shape[0] if arg.has_batch else 0)
+
+    def rows_at(self, before: int, after: int, batch: int) -> Tensor:
+        """The same by the tokens around those of the image, and by the samples; 0 for an argument without a batch."""
+        place = before, after, batch
         if place not in self.taken:
             rows = self.taken[place] = _rows(self._value, *place)
             self.num_bytes += num_bytes(rows)
         return self.taken[place]
+
+    def part(self, rows: slice) -> TokenMap:
+        """The map of some of the samples, which is that of all where these share one."""
+        num = len(self.slot_BN)
+        own = slice(rows.start % num, rows.start % num + min(num, rows.stop - rows.start))
+        return TokenMap(self.slot_BN[own], self.anchor_BM[own])
 
     @property
     def _value(self) -> TokenMap:
