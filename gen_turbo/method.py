@@ -62,6 +62,9 @@ class StepInfo:
 class TokenReducer(ABC):
     """Decides which visual tokens survive, and says where, when and how reduction is applied.
 
+    Settings are checked when the object is made: a ValueError names the setting, its value and what it may be. `attach`
+    raises ValueError for a setting that nothing would read on the model.
+
     Attributes:
         ratio: Fraction of visual tokens removed, in [0, 1). Raising it is faster and further from stock.
         max_downsample: The coarsest layers of a UNet that are reduced, by how many times their grid is smaller than the
@@ -267,4 +270,16 @@ class TokenReducer(ABC):
 
     @abstractmethod
     def plan(self, tokens: Tensor, site: LayerInfo, frame: StepInfo) -> TokenMap:
-        """Plans the reduction of tokens (B, N, C) at one site; the same input gives the same plan."""
+        """Plans the reduction of tokens at one site; the same input gives the same plan.
+
+        Args:
+            tokens: What the site reads, (B, N, C), floating point.
+            site: The layer, the ratio there and the grid.
+            frame: The running call of the denoiser.
+
+        Returns:
+            A map of the N tokens with B rows, or with one row that serves the whole batch.
+
+        Raises:
+            ValueError: If the method cannot reach `site.ratio` on this grid, or the site lacks what it reads.
+        """

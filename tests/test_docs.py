@@ -18,6 +18,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
+from gen_turbo import TurboProcessor
 from gen_turbo.bench.readme import pages_of, with_tables
 from gen_turbo.commands.cli import main
 from gen_turbo.config import config_files
@@ -158,7 +159,7 @@ def test_configurations_of_the_docs_exist() -> None:
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
-    """Catches a broken link, a page outside of the navigation, and a docstring that the site cannot show."""
+    """Catches a broken link, a page outside of the navigation, a docstring that cannot be shown, hidden defaults."""
     pytest.importorskip("mkdocs", reason="the docs extra is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -166,3 +167,6 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     assert "gen_turbo.api.attach" in page
+    turbo = (tmp_path / "methods" / "turbo" / "index.html").read_text(encoding="utf-8")
+    default = str(TurboProcessor().value_weight)
+    assert f'class="mf">{default}</span>' in turbo and "TurboProcessor.unread" not in turbo

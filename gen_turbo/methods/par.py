@@ -27,9 +27,9 @@ GENERIC, AUTO = "generic", "auto"
 class PARProcessor(Routed, ReductionProcessor):
     """Prunes tokens and layers together so that a run costs what the budget allows.
 
-    Pruning All-Rounder (PAR, ICCV 2025): one controller decides over tokens and layers. In a denoiser it is a
-    schedule, found by `gen-turbo calibrate par` on the model's own outputs: every step runs, runs on fewer tokens, or
-    skips blocks, or the whole model, whose result is then forecast from the last steps that ran them. In a
+    Pruning All-Rounder (PAR, ICCV 2025, arXiv 2412.06458): one controller decides over tokens and layers. In a denoiser
+    it is a schedule, found by `gen-turbo calibrate par` on the model's own outputs: every step runs, runs on fewer
+    tokens, or skips blocks, or the whole model, whose result is then forecast from the last steps that ran them. In a
     vision-language model it is a router that reads the prompt and keeps the image tokens and the decoder layers of
     highest score.
 
