@@ -16,6 +16,11 @@ class NoEffectWarning(UserWarning):
     """A whole run goes by without one reduced layer."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words, as "1 step" and "2 steps"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One layer.

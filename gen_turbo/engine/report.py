@@ -7,6 +7,7 @@ from typing import Any
 
 from gen_turbo.api import attachments, replaced
 from gen_turbo.engine.base import LayerReport as LayerReport
+from gen_turbo.engine.base import counted
 from gen_turbo.engine.denoiser import DenoiserPart
 from gen_turbo.method import Grid
 
@@ -57,16 +58,19 @@ class Report:
         if not self.layers and not self.skipped:
             return "\n  ".join(["no gen_turbo processor is attached", *self.notes])
         reached = [layer for layer in self.layers if layer.status == "reduced"]
-        saved = f"{self.flops_saved:.0%} of their FLOPs saved"
-        lines = [f"{len(reached)} of {len(self.layers)} layers reduced, {saved}"]
+        # Before the first call nothing was reduced, and with a ratio of 0 nothing is after it.
+        done = [layer for layer in reached if layer.num_reduced]
+        what = "reduced" if any(layer.num_full or layer.num_reduced for layer in reached) else "reached"
+        those = f"{len(done if what == 'reduced' else reached)} of {len(self.layers)} layers {what}"
+        lines = [f"{those}, {self.flops_saved:.0%} of their FLOPs saved"]
         lines += [f"  auto: {self.choice}"] if self.choice else []
         for (height, width), (before, kept, layers) in self.tokens_by_grid.items():
-            lines.append(f"  {height} x {width}: {before} -> {kept} tokens in {layers} layers")
+            lines.append(f"  {height} x {width}: {before} -> {kept} tokens in {counted(layers, 'layer')}")
         if self.text_tokens[0]:
             lines.append(f"  text: {self.text_tokens[0]} -> {self.text_tokens[1]} tokens")
         lines += [f"  {layer.name}: {_so_far(layer)}" for layer in reached]
         for unit, (num_skipped, num_run) in self.skipped.items():
-            lines.append(f"  {unit}: skipped in {num_skipped} of {num_skipped + num_run} calls")
+            lines.append(f"  {unit}: skipped in {num_skipped} of {counted(num_skipped + num_run, 'call')}")
         left: dict[str, int] = {}
         for layer in self.layers:
             if layer.status != "reduced":
@@ -82,11 +86,11 @@ class Report:
 def _so_far(layer: LayerReport) -> str:
     """What happened at a layer that is reduced."""
     if not layer.num_tokens:
-        return f"in full in all of {layer.num_full} calls" if layer.num_full else "not run yet"
+        return f"in full in all of {counted(layer.num_full, 'call')}" if layer.num_full else "not run yet"
     grid = f"{layer.grid[0]} x {layer.grid[1]}" if layer.grid else "no grid"
     tokens = f"{layer.num_tokens} -> {layer.num_kept} tokens"
-    calls = f"{layer.num_reduced} reduced and {layer.num_full} full calls"
-    return f"reduced, {grid}, {tokens}, {calls}, plans up to {layer.plan_age} steps old"
+    calls = f"{layer.num_reduced} reduced and {counted(layer.num_full, 'full call')}"
+    return f"reduced, {grid}, {tokens}, {calls}, plans up to {counted(layer.plan_age, 'step')} old"
 
 
 def report(target: Any) -> Report:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gen_turbo.engine.base import counted
 from gen_turbo.engine.context import Context, Layout, Run
 from gen_turbo.models.adapter import Geometry, ModelCall
 from gen_turbo.models.inputs import place_of
@@ -267,6 +268,6 @@ def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
 def no_effect(run: Run) -> str:
     """What is said of a run in which nothing was reduced."""
     return (
-        f"no token was removed in this run of {run.num_steps} steps: every step ran in full; take more steps, a "
-        "smaller `warmup_steps`, a larger `memory_limit_mb`, or restore='copy'"
+        f"no token was removed in this run of {counted(run.num_steps, 'step')}: every step ran in full; take more "
+        "steps, a smaller `warmup_steps`, a larger `memory_limit_mb`, or restore='copy'"
     )

@@ -6,8 +6,9 @@ import pytest
 from stated import TurboProcessor
 
 from gen_turbo import attach, report
+from gen_turbo.api import NoEffectWarning
 from gen_turbo.metrics.cost import count_cost
-from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
+from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
 
 
 def test_every_line_of_the_text():
@@ -17,7 +18,7 @@ def test_every_line_of_the_text():
         before = str(report(unet))
         run_unet(unet, **unet_inputs())
         told = report(unet)
-    assert "not run yet" in before and "0% of their FLOPs saved" in before
+    assert "not run yet" in before and before.startswith("6 of 14 layers reached, 0% of their FLOPs saved")
     lines = str(told).splitlines()
     assert lines[0].startswith("6 of 14 layers reduced, ") and f"{told.flops_saved:.0%}" in lines[0]
     assert lines[1:3] == ["  16 x 16: 256 -> 128 tokens in 3 layers", "  8 x 8: 64 -> 48 tokens in 3 layers"]
@@ -27,12 +28,22 @@ def test_every_line_of_the_text():
 
 
 def test_layers_that_ran_in_full_are_said_to_have_run():
-    """Catches "reduced, not run yet, 0 -> 0 tokens" of layers that a ratio of 0 has run in every step."""
+    """Catches "3 layers reduced" and "not run yet, 0 -> 0 tokens" of layers that a ratio of 0 has run in every step."""
     unet = sd15_unet()
     with attach(unet, TurboProcessor(0.0)):
         run_unet(unet, **unet_inputs())
         told = str(report(unet))
     assert told.count("in full in all of 4 calls") == 3 and "not run yet" not in told and " -> " not in told
+    assert told.startswith("0 of 14 layers reduced, 0% of their FLOPs saved")
+
+
+def test_one_of_a_thing_is_no_plural():
+    """Catches "a run of 1 steps", in the warning and in the report."""
+    pipe = sd_pipeline()
+    with attach(pipe, TurboProcessor(0.5)):
+        with pytest.warns(NoEffectWarning, match="no token was removed in this run of 1 step: "):
+            image(pipe, steps=1)
+        assert str(report(pipe)).count("0 reduced and 1 full call, ") == 3
 
 
 @pytest.mark.parametrize("kv_only", [False, True])

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from gen_turbo.engine.base import counted
 from gen_turbo.engine.choice import chosen_layers
 from gen_turbo.engine.costs.expected import Costs, Kinds, Rhythm, RunFacts
 from gen_turbo.method import TokenReducer
@@ -58,15 +59,15 @@ class Choice:
     why: str = ""
 
     def __str__(self) -> str:
-        where = f"in {self.rhythm.steps} steps on a {self.device}"
+        where = f"in {counted(self.rhythm.steps, 'step')} on a {self.device}"
         why = f"; {self.why}" if self.why else ""
         if not self.layers:
             gain = f"the denoiser is expected to be {self.gain:.2f} times faster"
             return f"no image token is merged {where}, for that would gain nothing; {gain}{why}"
         return (
-            f"scope={self.scope!r} in {len(self.layers)} layers, {self.rhythm}; the denoiser is expected to be "
-            f"{self.gain:.2f} times faster {where}, {self.merging_gain:.2f} by merging, with {self.flops:.0%} of the "
-            f"FLOPs, counted for a class of devices and not timed{why}"
+            f"scope={self.scope!r} in {counted(len(self.layers), 'layer')}, {self.rhythm}; the denoiser is expected to "
+            f"be {self.gain:.2f} times faster {where}, {self.merging_gain:.2f} by merging, with {self.flops:.0%} of "
+            f"the FLOPs, counted for a class of devices and not timed{why}"
         )
 
     def settled(self, reducer: TokenReducer) -> TokenReducer:
@@ -114,8 +115,8 @@ def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
     height, width = run.load.grid
     references = f" and no references (reference_ratio={reducer.reference_ratio})" if reducer.reference_ratio else ""
     why = (
-        f"scope='auto' merges no image tokens{references} in this run of {run.steps} steps on a {run.device.name}: "
-        f"at {height} x {width} tokens a full step in every few costs more than the merged ones save"
+        f"scope='auto' merges no image tokens{references} in this run of {counted(run.steps, 'step')} on a "
+        f"{run.device.name}: at {height} x {width} tokens a full step in every few costs more than the merged ones save"
     )
     if found.layers:
         gain = f"expected {found.gain:.2f} times faster, but further from stock"
