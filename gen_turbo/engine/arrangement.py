@@ -16,7 +16,7 @@ from gen_turbo.engine.choice import chosen_layers, layers_of
 from gen_turbo.engine.layer import FeatureMapKeysLayer, FeatureMapLayer, MergedKeysLayer, ReducedLayer
 from gen_turbo.engine.positions import PositionMaker
 from gen_turbo.engine.program import Program
-from gen_turbo.engine.span import joined, spans_of
+from gen_turbo.engine.span import check_between, joined, spans_of
 from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import WHOLE, Adapter, LayerSpec, Unit
 from gen_turbo.models.conditions import CachedPrefix, MaskedText, TextSignature
@@ -60,6 +60,27 @@ class Arrangement:
     def placed(self) -> list[Any]:
         """All that takes the place of something, what is called first last."""
         return [*self.insides.values(), *self.layers, *self.makers]
+
+    def check(self, model: nn.Module, arguments: Mapping[str, Any], is_told: bool) -> None:
+        """Looks at a call of the model before any layer runs.
+
+        Args:
+            model: The model.
+            arguments: Of the call, by name.
+            is_told: Whether the scope was given; one that was chosen allows for caches.
+
+        Raises:
+            ValueError: If something reaches between blocks of a span, or a cache of diffusers is on that compares whole
+                sequences between blocks.
+        """
+        if self.has_spans:
+            check_between(arguments)
+        scope = self.reducer.scope
+        if scope != "attention" and is_told and getattr(model, "is_cache_enabled", False):
+            raise ValueError(
+                f"scope={scope!r} cannot run with the cache that is on in {type(model).__name__}, which compares "
+                "whole sequences; use scope='attention' or call disable_cache"
+            )
 
     def install(self) -> None:
         """Puts everything in place but for what is so only while the model runs."""

@@ -16,7 +16,7 @@ from gen_turbo.engine.run_map import RunMap
 from gen_turbo.engine.state import LayerState, Phase, SequenceShape
 from gen_turbo.engine.values import num_bytes
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
-from gen_turbo.models.adapter import Adapter, coarsened
+from gen_turbo.models.adapter import Adapter, Geometry, coarsened
 from gen_turbo.tokens.frames import one_sequence, side_by_side
 from gen_turbo.tokens.token_map import TokenMap
 
@@ -35,20 +35,20 @@ class Beginning:
         self.reducer, self.adapter = reducer, adapter
         self.context: Context | None = None
 
-    def start(self, layer: ReducedLayer, given: dict[str, Any]) -> None:
-        """Finds the layer's tokens and its map, or says in `layer.state.left_alone` why it runs in full.
+    def check(self, geometry: Geometry) -> None:
+        """Raises ValueError if references are to be reduced, which the first call of a run does not allow."""
+        ratio = self.reducer.reference_ratio
+        if ratio and geometry.left_alone and not self.reducer.keeps_all:
+            raise ValueError(f"reference_ratio={ratio} has no effect, for {geometry.left_alone}; leave it out")
 
-        Raises:
-            ValueError: If references are to be reduced, which this call does not allow.
-        """
+    def start(self, layer: ReducedLayer, given: dict[str, Any]) -> None:
+        """Finds the layer's tokens and its map, or says in `layer.state.left_alone` why it runs in full."""
         state, context = layer.state, self.context
         assert context is not None
         signature, geometry = layer.spec.signature, context.geometry
         x = given.get(layer.tokens)
         context.release(state)
         if geometry.left_alone:
-            if ratio := self.reducer.reference_ratio:
-                raise ValueError(f"reference_ratio={ratio} has no effect, for {geometry.left_alone}; leave it out")
             self._leave(layer, geometry.left_alone)
             return
         if not isinstance(x, Tensor) or x.ndim != 3:

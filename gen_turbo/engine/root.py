@@ -21,10 +21,9 @@ from gen_turbo.engine.prefix import short_text
 from gen_turbo.engine.runs import NUM_RISES, RISING, Runs, no_effect
 from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
-from gen_turbo.engine.span import check_between
 from gen_turbo.engine.text import MergedText
 from gen_turbo.engine.values import kept_out, skipped
-from gen_turbo.models.adapter import Adapter
+from gen_turbo.models.adapter import Adapter, ModelCall
 from gen_turbo.models.conditions import CachedPrefix, MaskedText, TextSignature
 
 _CHECKPOINTED = (
@@ -136,14 +135,13 @@ class Root(Placed):
             if self._expects_effect():
                 warnings.warn(_CHECKPOINTED, NoEffectWarning, stacklevel=4)
             return _Step(None, args, kwargs)
-        self._check(arguments)
+        if self._expects_effect():
+            self.arrangement.check(self.module, arguments, self.settling is None)
         call = self.adapter.read(arguments)
         context = self.runs.find(call)
         is_new = context is None
         if context is None:
-            context = self.runs.open(call, self.adapter.geometry(self.module, arguments))
-            if context.run.num_rises == NUM_RISES and self._expects_effect():
-                warnings.warn(RISING, NoEffectWarning, stacklevel=4)
+            context = self._opened(call, arguments)
         if self.settling is not None:
             is_captured = self.graphs is not None and call.sample.is_cuda
             self._change(self.settling.wanted(context, call, is_captured))
@@ -162,6 +160,15 @@ class Root(Placed):
         starts = starts or "starts" in kind
         self._choose(context, step, starts, kind)
         return step
+
+    def _opened(self, call: ModelCall, arguments: dict[str, Any]) -> Context:
+        """Begins a context for a call that continues none."""
+        geometry = self.adapter.geometry(self.module, arguments)
+        self.beginning.check(geometry)
+        context = self.runs.open(call, geometry)
+        if context.run.num_rises == NUM_RISES and self._expects_effect():
+            warnings.warn(RISING, NoEffectWarning, stacklevel=5)
+        return context
 
     def _choose(self, context: Context, step: _Step, starts: bool, kind: tuple[object, ...]) -> None:
         """Decides what stands for a call: what skipping gives, an eager start, a captured step, or the model itself."""
@@ -247,18 +254,6 @@ class Root(Placed):
     def _expects_effect(self) -> bool:
         reducer = self.beginning.reducer
         return not reducer.keeps_all and any(layer.ratio > 0 for layer in self.program.layers)
-
-    def _check(self, arguments: dict[str, Any]) -> None:
-        if not self._expects_effect():
-            return
-        if self.arrangement.has_spans:
-            check_between(arguments)
-        model, scope = self.module, self.beginning.reducer.scope
-        if scope != "attention" and self.settling is None and getattr(model, "is_cache_enabled", False):
-            raise ValueError(
-                f"scope={scope!r} cannot run with the cache that is on in {type(model).__name__}, which compares "
-                "whole sequences; use scope='attention' or call disable_cache"
-            )
 
     def _give(
         self,

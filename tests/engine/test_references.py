@@ -191,11 +191,12 @@ def test_cached_references_keep_their_keys(scope):
     assert torch.equal(_denoised(model)[0], stock)
 
 
-def test_cached_references_cannot_be_reduced():
-    """Catches a ratio of references that klein-kv's calls never read."""
+@pytest.mark.parametrize("kind", [TurboProcessor, gen_turbo.TurboProcessor])
+def test_cached_references_cannot_be_reduced(kind):
+    """Catches a ratio of references that klein-kv's calls never read, also where the cost model takes no layer."""
     model = _klein_kv()
     with (
-        attach(model, TurboProcessor(0.4, scope="attention", warmup_steps=1, reference_ratio=0.6)),
+        attach(model, kind(0.4, warmup_steps=1, reference_ratio=0.6)),
         pytest.raises(
             ValueError, match="reference_ratio=0.6 has no effect, for the call keeps the keys of its referen"
         ),
