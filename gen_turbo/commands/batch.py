@@ -79,6 +79,7 @@ def run(namespace: argparse.Namespace) -> int:
     with Manifest(namespace.output / MANIFEST) as manifest:
         batch = Batch(manifest, rows, namespace.input, settings, namespace.tries, namespace.retry_quarantined)
         if batch.pending:
+            batch.check_seeds(namespace.seed)
             options = {"workers": namespace.workers, "address": namespace.address, "gpus": _gpus(namespace)}
             with closing(engine_of(namespace.engine, job, options, _say)) as engine:
                 batch.go(engine)
@@ -132,6 +133,21 @@ class Batch:
         self._before = len(self._rows) - len(undone)
         self._tries: Counter[Item] = Counter()
         self._count: Counter[str] = Counter()
+
+    def check_seeds(self, run: int) -> None:
+        """Raises ConfigError where a finished item was made with another seed than this run's seed gives it."""
+        known = {str(item.path): item for item in self._rows}
+        for line in self._manifest.lines():
+            item = known.get(line["input"])
+            if item is None or "error" in line or not item.is_of(line):
+                continue
+            row = self._rows[item]
+            made, seed = line.get("seed"), row.seed_of(run)
+            if made not in (None, seed):
+                raise ConfigError(
+                    f"{row.id} was made with seed {made} by a version that derived seeds otherwise, and now has "
+                    f"{seed}; start in another --output folder, or give every item a seed"
+                )
 
     def go(self, engine: Engine) -> None:
         """Works on all that is pending and in no other run's hands."""

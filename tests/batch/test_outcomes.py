@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from gen_turbo.commands import cli
+from gen_turbo.commands.batch_rows import Row
 from tests.batch.items import Stub, images, prompts, results, write
 
 
@@ -37,6 +38,23 @@ def test_a_failing_item_is_tried_again_and_then_quarantined(
     stub.failures = {}
     assert cli.main([*command, "--retry-quarantined"]) == 0 and stub.worked == ["item 2"]
     assert len(results(Path("out"))) == 4 and results(Path("out"), "quarantine.jsonl") == []
+
+
+def test_seeds_of_another_version_are_not_mixed(stub, capsys, monkeypatch):
+    """Catches a folder half of whose images have seeds that were derived otherwise, and a finished one that is lost."""
+    write(Path("in.jsonl"), [*prompts(3), {"id": "own", "prompt": "x", "seed": 7}])
+    command = ["batch", "in.jsonl", "--output", "out"]
+    stub.failures = {"item 2": 3}
+    with monkeypatch.context() as before:
+        before.setattr(Row, "seed_of", lambda row, run: row.seed if row.seed is not None else 2**40 + len(row.id))
+        assert cli.main(command) == 1
+    made, kept = images(Path("out")), results(Path("out"))
+    assert cli.main([*command, "--retry-quarantined"]) == 2
+    assert "was made with seed 1099511627782 by a version that derived seeds otherwise" in capsys.readouterr().err
+    assert (images(Path("out")), results(Path("out"))) == (made, kept)
+    # Nothing is left to do, so nothing is mixed.
+    write(Path("in.jsonl"), [*prompts(2), {"id": "own", "prompt": "x", "seed": 7}])
+    assert cli.main(command) == 0 and len(results(Path("out"))) == 3
 
 
 @pytest.mark.parametrize("name", ["error", "output", "input", "digest", "settings", "sha256", "quarantined", "tries"])
