@@ -46,14 +46,15 @@ def main() -> None:
     parser.add_argument("--pipeline", default="tiny", help="name or YAML of a text-to-image pipeline")
     parser.add_argument("--prompts", type=int, default=3, help="how many captions to draw")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first image")
     parser.add_argument(
         "--limit", type=float, default=90, help="seconds that drawing may take; a slow machine draws fewer"
     )
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
+    parser.add_argument("--output", type=png, default="outputs/demo.png", help="the page of stock and Turbo images")
     parser.add_argument("--workflow", default="caption-generate", help="name or YAML of a caption-generate pipeline")
     parser.add_argument("--images", type=int, default=1, help="how many images go the whole way; 0 skips it")
-    parser.add_argument("--workflow-output", type=Path, default=Path("outputs/demo-caption-generate.png"))
+    page = "outputs/demo-caption-generate.png"
+    parser.add_argument("--workflow-output", type=png, default=page, help="the page of images drawn anew")
     options = parser.parse_args()
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -75,6 +76,13 @@ def main() -> None:
         except ConfigError as error:
             print(f"\nimage -> caption -> new image was skipped: {error}")
     print(NEXT)
+
+
+def png(text: str) -> Path:
+    """The path of a .png file; checked before minutes of drawing."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text} is no .png file")
+    return Path(text)
 
 
 def clock_of(pipe: Any) -> Callable[[], float]:

@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, default=2, help="rows (default: 2)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"denoising steps (default: {STEPS})")
-    parser.add_argument("--output", type=Path, default=Path("outputs/gain.png"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/gain.png"), help="the image that is written")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipe = gen_turbo.load_pipeline("tiny", processor=None, device="cpu")

@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="use a small stand-in instead of the checkpoint")
     parser.add_argument("--image", help="an image file; a rendered scene by default")
-    parser.add_argument("--prompt", default="describe the picture")
+    parser.add_argument("--prompt", default="describe the picture", help="the question about it")
     options = parser.parse_args()
     caption = "a large red circle on the left of a gray background"
     image = Image.open(options.image).convert("RGB") if options.image else scenes.render(caption, 0)

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two prompts, the embedded model and one worker on the CPU")
     parser.add_argument("--address", help="a running cluster (default: Ray is started here)")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a model of its own (default: 2)")
-    parser.add_argument("--output", type=Path, default=Path("animals"))
+    parser.add_argument("--output", type=Path, default=Path("animals"), help="folder of the results")
     options = parser.parse_args()
     items = [
         {"id": f"{animal}-{number}", "prompt": f"a {animal} {place}", "place": place}
@@ -35,6 +35,8 @@ def main() -> None:
         command += ["--workers", str(options.workers), "--config", "sdxl", "processor.ratio=0.4"]
     # The same command continues after a crash. 1: some items were quarantined, see quarantine.jsonl.
     code = cli.main(command)
+    if code > 1:
+        raise SystemExit(code)
     for line in (options.output / "results.jsonl").read_text().splitlines():
         result = json.loads(line)
         print(f"{result['id']}: {result['output']}, seed {result['seed']}, {result['place']}")

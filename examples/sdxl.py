@@ -29,7 +29,7 @@ def main() -> None:
     """Generates one image and prints which layers ran on fewer tokens."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="use a small stand-in instead of the checkpoint")
-    parser.add_argument("--output", default="sdxl.png")
+    parser.add_argument("--output", default="sdxl.png", help="the image that is written")
     options = parser.parse_args()
     pipe = load(options.tiny)
     pipe.set_attn_processor(TurboProcessor(0.4))

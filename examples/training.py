@@ -24,10 +24,10 @@ WARMUP = 15
 def parsed(description: str, seconds: list[float], output: Path) -> argparse.Namespace:
     """Reads the command line of a training script, whose defaults are these budgets and this folder."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--seconds", type=float, nargs=len(seconds), default=seconds)
-    parser.add_argument("--output", type=Path, default=output)
-    parser.add_argument("--scenes", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--seconds", type=float, nargs=len(seconds), default=seconds, help="of each stage")
+    parser.add_argument("--output", type=Path, default=output, help="folder of checkpoints and the result")
+    parser.add_argument("--scenes", type=int, default=5000, help="scenes to train on")
+    parser.add_argument("--seed", type=int, default=2, help="of weights and scenes")
     parser.add_argument("--rank", type=int, default=0, choices=(0, 1), help="1 for the helping process")
     parser.add_argument("--ship", action="store_true", help="train nothing; put the result into the package")
     return parser.parse_args()

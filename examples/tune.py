@@ -17,7 +17,7 @@ def main() -> None:
     """Searches settings that stay near stock, and generates one image with them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="the embedded model and one counted trial")
-    parser.add_argument("--output", type=Path, default=Path("tuned.yaml"))
+    parser.add_argument("--output", type=Path, default=Path("tuned.yaml"), help="the settings that are found")
     options = parser.parse_args()
     if options.tiny:
         config, small = "tiny", ["steps=4", "height=64", "width=64"]

@@ -55,3 +55,13 @@ def test_the_demo_draws_pairs_and_says_where(
         assert image.width > 3 * 64
     with Image.open(output) as image:
         assert image.width > 2 * 64
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_drawing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches minutes of drawing for an image that has no format."""
+    monkeypatch.setattr(sys, "argv", [str(DEMO), "--output", "folder"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(DEMO), run_name="__main__")
+    assert "argument --output: folder is no .png file" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -166,3 +167,12 @@ def test_every_example_is_run_by_a_test():
     trainings = {"train_tiny", "train_tiny_dit", "train_tiny_vlm", "training", "tiny_data", "vlm_data", "muon"}
     tested = trainings | {"own_method", "demo", "gain", "tiny_models", "tune", "ray_batch", *MODEL_PAGES}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_option_has_a_help_text(script):
+    """Catches an option that `--help` names and does not explain."""
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    options = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    bare = [ast.unparse(call) for call in options if "help" not in [keyword.arg for keyword in call.keywords]]
+    assert bare == []

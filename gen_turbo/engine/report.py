@@ -90,7 +90,7 @@ def _so_far(layer: LayerReport) -> str:
     grid = f"{layer.grid[0]} x {layer.grid[1]}" if layer.grid else "no grid"
     tokens = f"{layer.num_tokens} -> {layer.num_kept} tokens"
     calls = f"{layer.num_reduced} reduced and {counted(layer.num_full, 'full call')}"
-    return f"reduced, {grid}, {tokens}, {calls}, plans up to {counted(layer.plan_age, 'step')} old"
+    return f"reduced, {grid}, {tokens}, {calls}, token maps up to {counted(layer.plan_age, 'step')} old"
 
 
 def report(target: Any) -> Report:

@@ -22,7 +22,7 @@ def test_every_line_of_the_text():
     lines = str(told).splitlines()
     assert lines[0].startswith("6 of 14 layers reduced, ") and f"{told.flops_saved:.0%}" in lines[0]
     assert lines[1:3] == ["  16 x 16: 256 -> 128 tokens in 3 layers", "  8 x 8: 64 -> 48 tokens in 3 layers"]
-    assert sum("4 reduced and 0 full calls, plans up to 3 steps old" in line for line in lines) == 6
+    assert sum("4 reduced and 0 full calls, token maps up to 3 steps old" in line for line in lines) == 6
     assert "  left alone, cross-attention: 7" in lines and "  left alone, level not chosen: 1" in lines
     assert str(report(unet)) == "no gen_turbo processor is attached"
 
