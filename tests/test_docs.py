@@ -32,6 +32,7 @@ OTHER_COMMANDS = ("pip install", "make ", "RAY_AUTH_MODE=token ")
 UNWANTED = re.compile(r"\b(told|tells?|asks|leaves|pictures?|takes up where|comes off)\b", re.IGNORECASE)
 STRINGS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 QUOTED = re.compile(r"`[^`]*`|describe the picture")
+NAMED = re.compile(r"`((?:gen_turbo|tests|examples|configs|docs|pipelines)/(?!.*NAME)[\w./-]+)`")
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
 
 
@@ -150,6 +151,12 @@ def run_commands(code: str, capsys: pytest.CaptureFixture[str]) -> None:
             assert main(words) == 0, f"{line}\n{capsys.readouterr().err}"
         else:
             assert command.startswith(OTHER_COMMANDS), line
+
+
+def test_files_that_pages_name_exist() -> None:
+    """Catches a page that sends the reader to a file which was moved or split."""
+    named = {name for page in PROSE for name in NAMED.findall(page.read_text(encoding="utf-8"))}
+    assert named and sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
 def test_configurations_of_the_docs_exist() -> None:

@@ -24,7 +24,7 @@ _LEAST_TILE, _TILES_A_SIDE = 4, 4
 @METHODS.register("turbo")
 @dataclass
 class TurboProcessor(ReductionProcessor):
-    """Merges the tokens that are most redundant and mean least.
+    """Merges the tokens that are most redundant and carry the least meaning.
 
     Turbo (Ju et al., ECCV 2024, arXiv 2407.11717): the information degree of a token falls with its mutual
     redundancy `R`, the cosine similarity to its most similar destination, and rises with its semantic value `A`,
