@@ -1,1 +1,1 @@
-"""Architecture families, one file each, and what installs a reducer on them and takes it off again."""
+"""A reducer at work on a denoiser: what stands in front of the model and its layers, and decides over every step."""

@@ -16,7 +16,7 @@ from gen_turbo.engine.run_map import RunMap
 from gen_turbo.engine.state import LayerState, Phase, SequenceShape
 from gen_turbo.engine.values import num_bytes
 from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
-from gen_turbo.models.adapter import Adapter, Geometry, coarsened
+from gen_turbo.models.adapter import Adapter, Geometry, LayerSpec, coarsened
 from gen_turbo.tokens.frames import one_sequence, side_by_side
 from gen_turbo.tokens.token_map import TokenMap
 
@@ -54,27 +54,18 @@ class Beginning:
         if not isinstance(x, Tensor) or x.ndim != 3:
             self._leave(layer, "its tokens have another shape")
             return
-        leading = context.num_text if signature.has_text_before else 0
-        rest = x.shape[1] - leading
-        grid = None if geometry.grid is None else coarsened(geometry.grid, layer.spec.downsample)
-        num_grid = geometry.num_frames * grid[0] * grid[1] if grid else 0
-        num_grid += sum(region.num_tokens for region in geometry.references)
-        num_image = min(num_grid, rest) if signature.has_text_after else rest
-        if num_image <= 0:
+        shape, state.sides = _shape_of(x, layer.spec, context)
+        if shape.image <= 0:
             self._leave(layer, "it has no image tokens")
             return
-        trailing = rest - num_image
-        state.sides = f"{grid[0]} {grid[1]}" if grid and num_image == num_grid else ""
-        num_text, num_merged = context.num_text, context.num_merged_text
-        is_cached = geometry.caches_text
-        state.shape = SequenceShape(len(x), num_image, leading, trailing, num_text, num_merged, is_cached)
-        base = self._map(layer, x[:, leading : leading + num_image], state)
+        state.shape = shape
+        base = self._map(layer, x[:, shape.leading : shape.leading + shape.image], state)
         state.num_kept = base.num_slots
         if base.num_slots == base.num_tokens:
             context.run.num_reduced += 1
             self._leave(layer, "its method keeps every token")
             return
-        state.base, state.map = base, base.widened(leading, trailing)
+        state.base, state.map = base, base.widened(shape.leading, shape.trailing)
         for arg in signature.token_args:
             value = given.get(arg.name)
             items: Any = enumerate(value) if isinstance(value, tuple | list) else [(None, value)]
@@ -198,6 +189,20 @@ class Beginning:
         metric = metric.reshape(len(metric) * num_frames, length, metric.shape[2])
         found = self.reducer.plan(metric, info, step_info)
         return one_sequence(found, num_frames) if num_frames > 1 else found
+
+
+def _shape_of(x: Tensor, spec: LayerSpec, context: Context) -> tuple[SequenceShape, str]:
+    """Where image tokens are in a layer's tokens (B, N, C), and the sides of their grid as `LayerState` has them."""
+    geometry, signature = context.geometry, spec.signature
+    leading = context.num_text if signature.has_text_before else 0
+    rest = x.shape[1] - leading
+    grid = None if geometry.grid is None else coarsened(geometry.grid, spec.downsample)
+    num_grid = geometry.num_frames * grid[0] * grid[1] if grid else 0
+    num_grid += sum(region.num_tokens for region in geometry.references)
+    num_image = min(num_grid, rest) if signature.has_text_after else rest
+    text = context.num_text, context.num_merged_text, geometry.caches_text
+    sides = f"{grid[0]} {grid[1]}" if grid and num_image == num_grid else ""
+    return SequenceShape(len(x), num_image, leading, rest - num_image, *text), sides
 
 
 def _side_by_side(rows: Tensor) -> Tensor:

@@ -201,6 +201,11 @@ class FeatureMapLayer(ReducedLayer):
 class MergedKeysLayer(ReducedLayer):
     """The same where keys and values alone are merged, so that every token still has a query of its own."""
 
+    def __init__(self, spec: LayerSpec, module: nn.Module, ratio: float, beginning: Beginning) -> None:
+        super().__init__(spec, module, ratio, beginning)
+        # None has fewer rows than the tokens.
+        self.outputs = ()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the layer as the phase says."""
         if self.phase is Phase.FULL:
@@ -219,15 +224,6 @@ class MergedKeysLayer(ReducedLayer):
             self.remember(full, output if isinstance(output, tuple) else (output,), None, None)
             return full
         return self.restored(output, None, None)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """None has fewer rows than the tokens."""
-        return ()
-
-    @outputs.setter
-    def outputs(self, value: tuple[int, ...]) -> None:
-        pass
 
 
 class FeatureMapKeysLayer(FeatureMapLayer, MergedKeysLayer):

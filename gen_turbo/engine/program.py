@@ -113,34 +113,38 @@ class Program:
             state.phase = self._phase(group, state, ratio, context.step, skipped)
             kind.append(state.phase)
             for layer in group.layers:
-                held = context.states[layer]
-                layer.state = held
+                held = layer.state = context.states[layer]
                 if ratio == 0 and held.map is not None:
                     context.release(held)
                 layer.phase = Phase.FULL if held.left_alone else state.phase
                 layer.starts = layer.writes_map = False
                 layer.keeps_references = True
-                if layer.phase is Phase.FULL:
-                    continue
-                if context.is_revived and context.step == 0 and held.base is not None:
-                    # The buffers are there; what is in them is made anew, eagerly as in any first step.
-                    kind.append("starts")
-                    if id(held.base) not in written and held.base.owner == layer.name:
-                        written.add(id(held.base))
-                        held.base.made_at = held.base.num_maps = 0
-                        layer.writes_map, layer.step_info = True, StepInfo(0)
-                        layer.keeps_references = False
-                    continue
-                may_change = layer.phase is Phase.REFRESH or self.reducer.restore == "copy"
-                if held.map is None or (may_change and held.ratio != ratio):
-                    context.release(held)
-                    layer.starts, held.ratio = True, ratio
-                    kind.append("starts")
-                elif may_change and self._is_stale(held, context, layer, written, absent):
-                    layer.writes_map = True
-                    layer.step_info = self._step_info(held, context)
-                    kind.append(layer.step_info)
+                if layer.phase is not Phase.FULL:
+                    kind += self._prepared(layer, context, ratio, written, absent)
         return tuple(kind)
+
+    def _prepared(
+        self, layer: ReducedLayer, context: Context, ratio: float, written: set[int], absent: set[str]
+    ) -> list[object]:
+        """Sets what a layer that merges makes before: its first map and memory, or a map anew; gives what tells so."""
+        held = layer.state
+        if context.is_revived and context.step == 0 and held.base is not None:
+            # The buffers are there; what is in them is made anew, eagerly as in any first step.
+            if id(held.base) not in written and held.base.owner == layer.name:
+                written.add(id(held.base))
+                held.base.made_at = held.base.num_maps = 0
+                layer.writes_map, layer.step_info = True, StepInfo(0)
+                layer.keeps_references = False
+            return ["starts"]
+        may_change = layer.phase is Phase.REFRESH or self.reducer.restore == "copy"
+        if held.map is None or (may_change and held.ratio != ratio):
+            context.release(held)
+            layer.starts, held.ratio = True, ratio
+            return ["starts"]
+        if may_change and self._is_stale(held, context, layer, written, absent):
+            layer.writes_map, layer.step_info = True, self._step_info(held, context)
+            return [layer.step_info]
+        return []
 
     def rest(self, context: Context | None) -> None:
         """Makes every layer stock, and keeps nothing that belongs to the step alone."""
