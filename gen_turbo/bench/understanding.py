@@ -64,14 +64,19 @@ def catalogue(total: int = 256) -> list[Setting]:
 
 
 def _chosen(name: str, ratio: float) -> list[Setting]:
-    """What keeps most in the tower without training, chosen on questions of the seeds 2000 and 2001."""
+    """What keeps most in the tower without training, chosen on questions of the seeds 2000 to 2005."""
     own = {"ratio": ratio, "semantic": "self", "value_weight": 0.05}
     groups, weighed = {"ratio": ratio, "num_refinements": 3}, {"proportional_attention": True}
-    return [
+    settings: list[Setting] = [
         Method(f"turbo_vit-self-{name}", "turbo_vit, tower, self", "turbo_vit", own),
         Method(f"turbo_vit-weighed-{name}", "turbo_vit, tower, self, weighed", "turbo_vit", own | weighed),
         InTower(f"vistog-tower-{name}", "vistog, tower", "vistog", groups),
     ]
+    if ratio > 0.8:
+        # The last of four blocks has to remove more than half of its tokens.
+        diverse = {"ratio": ratio, "semantic": "self", "beyond_half": "diverse"} | weighed
+        settings.append(Method(f"turbo_vit-diverse-{name}", "turbo_vit, tower, diverse", "turbo_vit", diverse))
+    return settings
 
 
 def _apart(settings: Sequence[Setting]) -> list[Setting]:

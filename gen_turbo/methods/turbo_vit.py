@@ -13,6 +13,7 @@ from gen_turbo.registry import METHODS
 from gen_turbo.tokens.alternating import alternating_soft_matching
 from gen_turbo.tokens.ratios import num_removed
 from gen_turbo.tokens.score import information_penalty
+from gen_turbo.tokens.select import keep_diverse
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.merging import Merging
 from gen_turbo.vlm.settings import Placement
@@ -32,8 +33,8 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
     tower's output is restored and the copies are dropped before the language model.
 
     Differs from the paper: tokens keep their raster order, so after the first block the alternation falls otherwise.
-    By default the weight of `A` does not depend on the number of tokens. Outside a tower, where a ratio above one
-    half cannot be reached at once, merging is repeated until it is.
+    By default the weight of `A` does not depend on the number of tokens. Where more than half of the tokens are to
+    leave at once, which one merge cannot reach, `beyond_half` says how they do.
 
     Attributes:
         num_removed: Tokens that leave in each block, `r` of the paper; 0 spreads `ratio` over the blocks evenly.
@@ -48,6 +49,11 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         threshold: A block with fewer tokens, class token included, merges none.
         num_merges: In a tower, how many blocks merge, evenly spaced, where `ratio` or `keep` says how much goes in
             all; 0 is every block, as published. Raising it costs operators, which small batches wait for.
+        beyond_half: Where more than half of the tokens are to leave at once: "repeat" merges again until they have;
+            "diverse" keeps those that are as unlike each other as can be, DivPrune's choice, and merges every other
+            into the most similar one. In a tower so many leave only in the last block that merges and only where few
+            stay, 28 of 256 in four blocks; there "diverse" keeps small things that repeated merging loses. It takes
+            one step per token that stays, which a batch does not lengthen.
     """
 
     ratio: float = 0.66
@@ -62,6 +68,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
     gamma: int = 0
     threshold: int = 0
     num_merges: int = 8
+    beyond_half: str = "repeat"
 
     plans_videos = False
     plans_leading = True
@@ -71,6 +78,8 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         super().__post_init__()
         if self.semantic not in ("class", "self", "none"):
             raise ValueError(f"semantic must be 'class', 'self' or 'none'; got {self.semantic!r}")
+        if self.beyond_half not in ("repeat", "diverse"):
+            raise ValueError(f"beyond_half must be 'repeat' or 'diverse'; got {self.beyond_half!r}")
         for setting in ("num_removed", "value_weight", "scale", "beta", "threshold", "num_merges"):
             if getattr(self, setting) < 0:
                 raise ValueError(f"{setting} must not be negative; got {getattr(self, setting)}")
@@ -83,6 +92,8 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         left = min(self.num_removed, num_tokens // 2) if in_tower else num_removed(num_tokens, site.ratio)
         if not left or (in_tower and not self.removes) or num_tokens + 1 < self.threshold:
             return TokenMap.identity(batch, num_tokens + leading, tokens.device)
+        if self.beyond_half == "diverse" and left > num_tokens // 2:
+            return keep_diverse(tokens[:, leading:], num_tokens - left).between(leading, 0)
         value, total = self._value(site), None
         while left:
             now = min(left, (tokens.shape[1] - leading) // 2)
@@ -103,7 +114,9 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
         if place != "tower":
             found |= dict.fromkeys(("num_removed", "num_merges"), "place='tower'")
         elif self.num_removed:
-            found |= dict.fromkeys(("num_merges", "ratio", "keep"), "num_removed=0")
+            found |= dict.fromkeys(("num_merges", "ratio", "keep", "beyond_half"), "num_removed=0")
+        if self.keep is None and max(self.ratio, self.text_ratio or 0.0) <= 0.5:
+            found["beyond_half"] = "ratio above 0.5"
         if self.alpha is None or self.semantic == "none":
             found |= dict.fromkeys(("scale", "beta", "gamma"), "alpha with a semantic value")
         if self.semantic == "none":

@@ -70,6 +70,7 @@ def test_pipelines_take_methods():
             [{"num_removed": -1}, {"value_weight": -0.1}, {"scale": -0.1}, {"beta": -0.1}],
         ),
         (TurboVisionProcessor, [{"gamma": -1, "alpha": -1.0}], [{"threshold": -1}, {"num_merges": -1}]),
+        (TurboVisionProcessor, [{"beyond_half": "diverse"}], [{"beyond_half": "half"}]),
         (VisToGProcessor, [{"window": 1}, {"window": 31}], [{"window": 0}, {"window": 2}, {"window": 33}]),
         (VisToGProcessor, [{"num_refinements": 0}, {"num_refinements": 100}], [{"num_refinements": -1}]),
         (VisToGProcessor, [{"free": 0.0}, {"free": 0.99}], [{"num_refinements": 101}, {"free": -0.1}, {"free": 1.0}]),

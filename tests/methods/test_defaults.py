@@ -23,6 +23,7 @@ DEFAULTS = {
     "turbo_vit": {
         "ratio": 0.66, "restore": "copy", "place": "tower", "num_removed": 0, "semantic": "class", "value_weight": 0.26,
         "alpha": None, "scale": 30.0, "beta": 1.0, "gamma": 0, "threshold": 0, "num_merges": 8,
+        "beyond_half": "repeat",
     },
     "visionzip": {"ratio": 0.66, "restore": "copy", "contextual": 10 / 64, "semantic": "class"},
     "vistog": {"ratio": 0.7, "window": 5, "num_refinements": 1, "free": 0.25},

@@ -138,6 +138,28 @@ def test_turbo_vit(settings, weight, ratio):
         assert own == turbo_vit(row, None if weight is None else received, weight, 19 - left(19, ratio))
 
 
+@pytest.mark.parametrize("leading", [0, 1])
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.02}, {"semantic": "none"}])
+def test_turbo_vit_keeps_what_is_diverse_beyond_half(settings, leading):
+    """Catches every other token gone before the choice, a choice made where half or fewer leave, by attention, or with
+    the class token as one to keep or to join.
+    """
+    x, values = tokens(19 + leading), Values({"class": value(19 + leading) + 0.05})
+
+    def found(num_left, how):
+        processor = TurboVisionProcessor(keep=num_left, beyond_half=how, **settings)
+        site = LayerInfo("tower", processor.ratio_of(19), None, semantic=values, num_leading=leading)
+        plan = processor.plan(x, site, StepInfo())
+        return plan.anchor_BM.gather(1, plan.slot_BN)
+
+    for num_left in (1, 5, 9):
+        for own, row in zip(found(num_left, "diverse").tolist(), x.tolist(), strict=True):
+            expected = oracles.keep_diverse(row[leading:], num_left)
+            assert own == [*range(leading), *(token + leading for token in expected)]
+    for num_left in (10, 15, 19):
+        assert torch.equal(found(num_left, "diverse"), found(num_left, "repeat"))
+
+
 def test_turbo_vit_in_every_block():
     """Catches the number of a block taken in the text or for half of the tokens, and a threshold off by one."""
     x = tokens(12)

@@ -15,7 +15,8 @@ GRID = "image tokens on a grid"
 VALUE = {"value_weight": "a semantic value, as place='tower' and place='pre_llm' have"}
 NO_ALPHA = dict.fromkeys(("scale", "beta", "gamma"), "alpha with a semantic value")
 NO_TOWER = dict.fromkeys(("num_removed", "num_merges"), "place='tower'")
-NO_RATIO = dict.fromkeys(("num_merges", "ratio", "keep"), "num_removed=0")
+NO_RATIO = dict.fromkeys(("num_merges", "ratio", "keep", "beyond_half"), "num_removed=0")
+NO_HALF = {"beyond_half": "ratio above 0.5"}
 NO_VALUE = dict.fromkeys(("alpha", "value_weight"), "a semantic value")
 NO_ATTENTION = dict.fromkeys(("semantic", "alpha", "value_weight"), "place='tower' and place='pre_llm'")
 NO_DENOISER = dict.fromkeys(("ratio", "schedule", "threshold", "inner"), "denoisers")
@@ -26,6 +27,10 @@ LEARNED = dict.fromkeys(("ratio", "keep", "first_block"), "weights=None, for wei
 CASES = [
     (Vision(), "tower", True, NO_ALPHA),
     (Vision(), "pre_llm", True, NO_ALPHA | NO_TOWER),
+    (Vision(0.5), "tower", True, NO_ALPHA | NO_HALF),
+    (Vision(0.5), "pre_llm", True, NO_ALPHA | NO_TOWER | NO_HALF),
+    (Vision(0.5, keep=3), "tower", True, NO_ALPHA),
+    (Vision(0.5, text_ratio=0.6), "pre_llm", True, NO_ALPHA | NO_TOWER),
     (Vision(alpha=0.1), "tower", True, {"value_weight": "alpha=None"}),
     (Vision(semantic="none"), "tower", True, NO_ALPHA | NO_VALUE),
     (Vision(semantic="none", alpha=0.1), "tower", True, NO_ALPHA | NO_VALUE),

@@ -26,6 +26,7 @@ OTHER = {
     "gamma": 1, "threshold": 3, "num_merges": 1, "num_tokens": 4, "weights": "nowhere.safetensors", "first_block": 1,
     "budget": 0.9, "schedule": "nowhere.json", "router": "random", "tokens": 0.7, "layers": 2, "first": 1,
     "mode": "mask", "inner": None, "cuts": [1, 3], "local": 0.25, "late": 0.5, "cut": 3, "energy": 0.5,
+    "beyond_half": "diverse",
 }  # fmt: skip
 SPECIAL = {
     ("restore", "copy"): "residual", ("restore", "residual"): "copy",

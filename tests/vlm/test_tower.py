@@ -71,9 +71,10 @@ def _plan(model):
         PUBLISHED,
         TurboVisionProcessor(0.75),
         TurboVisionProcessor(0.5, semantic="self"),
+        TurboVisionProcessor(0.9, beyond_half="diverse"),
         *(Placed(method(0.5), place="tower") for method in (TurboProcessor, ToMeProcessor, RandomProcessor)),
     ],
-    ids=["published", "ratio", "self", "turbo", "tome", "random"],
+    ids=["published", "ratio", "self", "diverse", "turbo", "tome", "random"],
 )
 def test_every_block_runs_on_fewer_tokens(family, processor):
     """Catches merging that only perturbs features, and a schedule that misses the ratio."""
