@@ -11,6 +11,7 @@ from PIL import Image
 
 from gen_turbo import load_pipeline, scenes
 from gen_turbo.bench import records, understanding
+from gen_turbo.bench.settings import Method
 from gen_turbo.bench.tables import TABLES
 from gen_turbo.commands.cli import main
 from gen_turbo.pipelines import tiny_vlm
@@ -48,6 +49,20 @@ def test_no_setting_stands_twice() -> None:
     assert {"pool-11", "vistog_vit-28", "pool-64", "vistog_vit-untrained-64"} <= names
     # At other numbers nothing would read the setting that gives them their name.
     assert {name for name in names if "turbo_vit-diverse" in name} == {"turbo_vit-diverse-11"}
+
+
+def test_dots_survive_where_more_than_half_leave_at_once() -> None:
+    """Catches the most alike kept instead of the most unlike, which loses what is small and stands alone."""
+    pipe = load_pipeline("caption", processor=None, device="cpu", dtype="float32")
+    asks = [ask for ask in understanding.asked(40, seed=7) if ask.kind == "detail"]
+    settings = {"keep": 28, "semantic": "self", "proportional_attention": True}
+    right = {}
+    for how in ("repeat", "diverse"):
+        setting = Method(how, how, "turbo_vit", settings | {"beyond_half": how})
+        values, counts = understanding.accuracy(pipe, asks, setting)
+        assert counts["kept"] == 28
+        right[how] = sum(values["detail"])
+    assert right["diverse"] > 0.9 * len(asks) > right["repeat"]
 
 
 def test_settings_say_how_many_tokens_they_keep(folder: Path, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def operators(model, batch):
     ("name", "settings", "most"),
     [
         ("turbo_vit", {}, 1.25),
+        ("turbo_vit", {"keep": 32, "beyond_half": "diverse"}, 1.25),
         ("turbo_vit", {"place": "pre_llm"}, 1.1),
         ("divprune", {}, 1.1),
         ("fastv", {}, 1.1),
@@ -77,7 +78,7 @@ def test_operators_do_not_grow_with_the_batch(name, settings, most):
     """Catches work row by row, layouts made anew in every call, and a merge in every block of a deep tower."""
     model = deep()
     stock = operators(model, 1)
-    with attach(model, METHODS[name](keep=KEEP, **settings)):
+    with attach(model, METHODS[name](**{"keep": KEEP} | settings)):
         found = {}
         for batch in (1, 8, 16):
             # The first call of a shape makes the tables that later ones find.
