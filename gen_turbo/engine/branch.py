@@ -74,7 +74,6 @@ def _take_over(context: Context, whole: Context, rows: slice) -> None:
     ids: dict[object, int] = {id(None): id(None)}
     for group, known in zip(context.groups, whole.groups, strict=True):
         group.last, group.ratio = known.last, known.ratio
-        group.write(known.written)
         ids[id(known.weights)] = id(group.weights)
     num, maps = context.layout.shape[0], context.maps
     context.maps, made = {}, dict[int, RunMap]()

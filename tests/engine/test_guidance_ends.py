@@ -38,7 +38,7 @@ class Guided(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
 
     @torch.no_grad()
-    def __call__(self, name: str, rows: slice | None = None) -> list[Tensor]:
+    def __call__(self, name: str, rows: slice | None = None, text: Tensor | None = None) -> list[Tensor]:
         outputs = []
         self.scheduler.set_timesteps(STEPS)
         if name in tiny_hosts.UNETS:
@@ -47,12 +47,14 @@ class Guided(DiffusionPipeline):
         else:
             given, argument = FAMILIES[name].inputs(2 * NUM, (8, 8)), "hidden_states"
             latents = random(NUM, *FAMILIES[name].latents((8, 8)))
-        latents, text = torch.cat([latents[:NUM]] * 2), given.pop("encoder_hidden_states")
+        latents, own = torch.cat([latents[:NUM]] * 2), given.pop("encoder_hidden_states")
+        text = own if text is None else text
         for step, time in enumerate(self.scheduler.timesteps):
             if step == AT and rows is not None:
                 latents, text = latents[rows], text[rows]
                 given = {key: _rows(value, rows) for key, value in given.items()}
-            told = {"timestep": time if argument == "sample" else time.expand(len(latents))}
+            num = len(latents)
+            told = {"timestep": time} if argument == "sample" else FAMILIES[name].time(int(time), num)
             call = {argument: latents * (1 - 0.05 * step), "encoder_hidden_states": text, **told, **given}
             outputs.append(self.transformer(**call, return_dict=False)[0])
         return outputs
@@ -72,7 +74,7 @@ def guided(name: str) -> Guided:
 
 @pytest.mark.parametrize("rows", [slice(NUM, None), slice(0, NUM)], ids=["conditional", "unconditional"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["sd15", "sd3", "pixart-alpha"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "pixart-alpha", "lumina2"])
 def test_the_branch_that_is_left_goes_on_where_it_is(name, kind, rows):
     """Catches memory that begins anew, that of the other branch, or of another sample, and a rhythm that is lost."""
     pipe, settings = guided(name), dict(KINDS[kind])
@@ -141,3 +143,35 @@ def test_other_text_begins_anew():
         rows = [row for row in report(pipe).layers if row.status == "reduced"]
     # Two at the beginning, and two of the new prompt.
     assert {row.num_full for row in rows} == {4}
+
+
+def test_a_branch_of_the_same_step_has_its_own_memory():
+    """Catches a call on the conditional rows beside that of the batch, taken for what is left of the batch."""
+    pipe, draw = made("sd3")
+    counts = []
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.8}
+    for kwargs in ({}, skipping):
+        with attach(pipe, TurboProcessor(0.4, full_every=8)):
+            draw(STEPS, **kwargs)
+            counts.append([(row.num_full, row.num_reduced) for row in report(pipe).layers if row.status == "reduced"])
+    # Layer 1 is left out of the four calls beside; two of these are full ones of their own.
+    (full, reduced), *_ = counts[0]
+    assert counts[1][0] == (full + 2, reduced + 2)
+
+
+@pytest.mark.parametrize(("num_words", "num_full"), [(3, 3), (7, 4)])
+def test_merged_text_of_another_length_begins_anew(num_words, num_full):
+    """Catches residuals of more text than the branch has alone, for the text of the other one was longer."""
+    pipe = guided("sd3")
+    text = torch.cat([random(NUM, 16, 32, seed=3), random(NUM, 16, 32)])
+    for rows, count in ((text[:NUM], num_words), (text[NUM:], 4)):
+        rows[:, count:] = 0
+    with attach(pipe, TurboProcessor(0.4, full_every=8, text_ratio=None)):
+        whole, told = pipe("sd3", text=text), report(pipe)
+        assert told.text_tokens == (16, max(num_words, 4) + 1)
+        before = {row.num_full for row in told.layers if row.status == "reduced"}
+        cut = pipe("sd3", slice(NUM, None), text)
+        after = {row.num_full for row in report(pipe).layers if row.status == "reduced"}
+    assert (before, after) == ({3}, {3 + num_full})
+    if num_full == 3:
+        torch.testing.assert_close(cut[-1], whole[-1][NUM:], rtol=1e-4, atol=1e-4)
