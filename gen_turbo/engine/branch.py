@@ -27,7 +27,7 @@ def go_on(context: Context, others: Sequence[Context]) -> Context | None:
     """
     for whole in others:
         rows = _rows_in(context, whole)
-        if rows is not None and _fits(context, whole):
+        if rows is not None and _has_same_text(context, whole, rows) and _fits(context, whole):
             _take_over(context, whole, rows)
             return whole
     return None
@@ -50,19 +50,24 @@ def _rows_in(context: Context, whole: Context) -> slice | None:
     return next((rows for rows in parts if torch.equal(there[rows], here)), None)
 
 
+def _has_same_text(context: Context, whole: Context, rows: slice) -> bool:
+    """Whether as much was merged of the text alone as of the same rows in the batch, and nothing of it is cached."""
+    is_cached = context.text_source is not None or whole.text_source is not None
+    counts = [(of.num_text, of.num_merged_text) for of in (context, whole)]
+    if is_cached or counts[0] != counts[1]:
+        return False
+    sizes, before = (of.text.sizes if of.text is not None else None for of in (context, whole))
+    if sizes is None or before is None:
+        return sizes is before
+    return torch.equal(sizes, before if len(before) == 1 else before[rows])
+
+
 def _fits(context: Context, whole: Context) -> bool:
     """Whether the sequences differ in nothing but the number of samples."""
     num, batch = context.layout.shape[0], whole.layout.shape[0]
-    text, before = context.text, whole.text
-    is_same_text = (context.num_text, context.num_merged_text) == (whole.num_text, whole.num_merged_text)
-    is_cached = context.text_source is not None or whole.text_source is not None
-    has_sizes = [held is not None and held.sizes is not None for held in (text, before)]
     states = [state for state in whole.states.values() if state.map is not None]
     return (
-        is_same_text
-        and not is_cached
-        and has_sizes[0] == has_sizes[1]
-        and context.geometry.num_images in (0, num)
+        context.geometry.num_images in (0, num)
         and replace(context.geometry, num_images=whole.geometry.num_images) == whole.geometry
         and all(state.shape is not None and state.shape.batch == batch for state in states)
         and all(detail is None or detail.shape[1] == batch for state in states for detail in state.details)
