@@ -74,11 +74,13 @@ def attach(target: Any, reducer: TokenReducer, *, replace: bool = False, graphs:
 
     Raises:
         TypeError: If `reducer` is no token reducer or `target` is neither a pipeline nor a model.
-        ValueError: If no family takes the model, no layer would be reduced, or a reducer is attached already.
-            Nothing was changed then.
+        ValueError: If no family takes the model, a setting does not fit it, no layer would be reduced, or a reducer is
+            attached already. Nothing was changed then.
     """
     if not isinstance(reducer, TokenReducer):
         raise TypeError(f"expected a processor such as TurboProcessor(0.4), got {reducer!r}")
+    if graphs not in ("auto", True, False):
+        raise ValueError(f"graphs must be 'auto', True or False; got {graphs!r}")
     pipeline, models = denoisers(target)
     before = _parts(models)
     if before and not replace:
@@ -277,7 +279,10 @@ def adapter_of(model: nn.Module) -> Any:
     for cls in bases:
         if cls.__name__ in REFUSED:
             raise ValueError(f"{cls.__name__} cannot be reduced: {REFUSED[cls.__name__]}")
-    known = ", ".join(name for prefix in _FAMILIES for adapter in _adapters(prefix) for name in adapter.models)
+    libraries = [prefix for prefix in _FAMILIES if any(cls.__module__.startswith(prefix) for cls in bases)]
+    known = ", ".join(
+        name for prefix in libraries or _FAMILIES for adapter in _adapters(prefix) for name in adapter.models
+    )
     raise ValueError(f"{type(model).__name__} is not supported; supported: {known}")
 
 

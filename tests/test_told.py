@@ -19,8 +19,10 @@ from gen_turbo.api import NoEffectWarning, attachments
 from gen_turbo.methods.fastv import FastVProcessor
 from gen_turbo.methods.pyramiddrop import PyramidDropProcessor
 from gen_turbo.methods.resize import ResizeProcessor
+from gen_turbo.methods.stride import StrideProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
 from gen_turbo.methods.vscan import VScanProcessor
+from gen_turbo.vlm.settings import Placed
 from tests.engine.pipelines import made
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import image, run_unet, sd15_unet, sd_pipeline, unet_inputs
@@ -98,6 +100,27 @@ def test_what_no_denoiser_has_is_refused_by_attach(reducer):
         attach(unet, reducer)
     assert differences(before, model_state(unet)) == []
     attach(unet, replace(reducer, ratio=0.0)).detach()
+
+
+@pytest.mark.parametrize(
+    ("reducer", "words"),
+    [
+        (Placed(TurboProcessor(0.5), place="decoder"), "place='decoder' is of vision-language models"),
+        (StrideProcessor(0.5, combine="merge"), "combine='merge' is of vision-language models"),
+        (TurboProcessor(0.5, adaptive=True), "adaptive=True .* is a denoiser, leave it out"),
+        (TurboProcessor(keep=9), "keep=9 .* is a denoiser, use ratio"),
+    ],
+)
+def test_what_a_denoiser_does_not_read_is_refused(reducer, words):
+    """Catches a place in a language model that a denoiser takes in silence."""
+    with pytest.raises(ValueError, match=words):
+        attach(sd15_unet(), reducer)
+
+
+def test_a_word_for_graphs_is_refused():
+    """Catches `graphs="off"`, which is true."""
+    with pytest.raises(ValueError, match="graphs must be 'auto', True or False; got 'off'"):
+        attach(sd15_unet(), TurboProcessor(0.5), graphs="off")
 
 
 def test_features_in_embeddings_are_told():

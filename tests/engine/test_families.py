@@ -167,6 +167,16 @@ def test_what_is_not_supported_names_what_is():
         attach(PriorTransformer(**shape, num_embeddings=4), ToMeProcessor(0.4))
 
 
+def test_what_is_supported_is_of_the_model_s_library():
+    """Catches a refusal that buries a language model's reader under the names of all denoisers."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    small = CLIPTextConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with pytest.raises(ValueError, match="CLIPTextModel is not supported; supported: .*Llava") as caught:
+        attach(CLIPTextModel(small), ToMeProcessor(0.4))
+    assert "Transformer2DModel" not in str(caught.value)
+
+
 def test_what_cannot_be_reduced_says_why():
     """Catches a convolution over a grid that merging has made irregular, and a refusal that leaves hope."""
     from diffusers import SanaTransformer2DModel
