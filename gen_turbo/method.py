@@ -229,6 +229,9 @@ class TokenReducer(ABC):
     """What a method reads beside tokens: attention of a tower ("class", "self"), that of a prompt's last token to a
     decoder layer's input ("last") or in it ("next"), or images themselves ("input")."""
 
+    vlm_settings: ClassVar[tuple[str, ...]] = ("keep", "adaptive", "across_frames")
+    """Settings that vision-language models alone read; a subclass names its own."""
+
     plans_videos: ClassVar[bool] = True
     """Whether the tokens of a whole video can be planned at once, and not those of one grid or line alone."""
 

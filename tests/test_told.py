@@ -14,13 +14,15 @@ from peft import LoraConfig, get_peft_model
 from stated import TurboProcessor
 from torch import nn
 
-from gen_turbo import attach, detach, report
+from gen_turbo import PARProcessor, attach, detach, report
 from gen_turbo.api import NoEffectWarning, attachments
 from gen_turbo.methods.fastv import FastVProcessor
 from gen_turbo.methods.pyramiddrop import PyramidDropProcessor
 from gen_turbo.methods.resize import ResizeProcessor
 from gen_turbo.methods.stride import StrideProcessor
+from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
+from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.methods.vscan import VScanProcessor
 from gen_turbo.vlm.settings import Placed
 from tests.engine.pipelines import made
@@ -107,6 +109,9 @@ def test_what_no_denoiser_has_is_refused_by_attach(reducer):
     [
         (Placed(TurboProcessor(0.5), place="decoder"), "place='decoder' is of vision-language models"),
         (StrideProcessor(0.5, combine="merge"), "combine='merge' is of vision-language models"),
+        (PARProcessor(tokens=0.4), "tokens=0.4 is of vision-language models"),
+        (VisToGVisionProcessor(num_tokens=64), "num_tokens=64 is of vision-language models"),
+        (TurboVisionProcessor(0.5, num_merges=3), "num_merges=3 is of vision-language models"),
         (TurboProcessor(0.5, adaptive=True), "adaptive=True .* is a denoiser, leave it out"),
         (TurboProcessor(keep=9), "keep=9 .* is a denoiser, use ratio"),
     ],

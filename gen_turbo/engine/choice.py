@@ -12,23 +12,14 @@ from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import Adapter, LayerSpec
 from gen_turbo.tokens.ratios import ratio_of_layer
 
-_OF_READING = ("keep", "adaptive", "across_frames", "place", "layer", "combine")
-"""Settings that a denoiser does not read."""
-
 
 def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list[LayerSpec]:
     """What the reducer's scope covers: attention layers or blocks.
 
     Raises:
-        ValueError: If blocks are asked for and the family has none, or a setting is not of denoisers.
+        ValueError: If blocks are asked for and the family has none, or the ratio is out of reach.
     """
     reducer.check_reach()
-    for name in _OF_READING:
-        if (value := getattr(reducer, name, None)) != getattr(type(reducer), name, None):
-            instead = "use ratio" if name == "keep" else "leave it out"
-            raise ValueError(
-                f"{name}={value!r} is of vision-language models; {type(model).__name__} is a denoiser, {instead}"
-            )
     if reducer.scope in ("attention", "auto"):
         return adapter.layers(model)
     blocks = adapter.blocks(model)

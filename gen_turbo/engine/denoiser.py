@@ -74,7 +74,8 @@ class DenoiserPart(OnModel):
         super().__init__(model)
         self.reducer, self.graphs = reducer, graphs
         self._tokens = reducer.merging(model) if isinstance(reducer, LayerPruner) else reducer
-        self._check_needs(model)
+        for one in {id(one): one for one in (reducer, self._tokens)}.values():
+            _check_needs(one, model)
         self._blocks = sorted({type(model.get_submodule(block.name)).__name__ for block in adapter.blocks(model)})
         self._check_references(adapter)
         text = self._text_signature(model, adapter)
@@ -133,13 +134,6 @@ class DenoiserPart(OnModel):
     def layers(self) -> list[ReducedLayer]:
         """What stands in front of layers or blocks now, in the order of the model."""
         return self.arrangement.layers
-
-    def _check_needs(self, model: nn.Module) -> None:
-        if self._tokens.removes_any and _OF_READING & set(self._tokens.needs):
-            raise ValueError(
-                f"{type(self._tokens).__name__} works on vision-language models alone, and {type(model).__name__} is "
-                "a denoiser; use another processor, such as TurboProcessor"
-            )
 
     def _check_references(self, adapter: Adapter) -> None:
         ratio = self._tokens.reference_ratio
@@ -246,6 +240,20 @@ class DenoiserPart(OnModel):
                 totals.add(context.states[layer])
         cost = Cost.of(self.model.get_submodule(layer.name), self._tokens.kv_only)
         return cost.report(spec, totals)
+
+
+def _check_needs(reducer: TokenReducer, model: nn.Module) -> None:
+    """Refuses methods and settings of vision-language models; raises ValueError."""
+    kind, name = type(reducer), type(model).__name__
+    if reducer.removes_any and _OF_READING & set(reducer.needs):
+        raise ValueError(
+            f"{kind.__name__} works on vision-language models alone, and {name} is a denoiser; use another processor, "
+            "such as TurboProcessor"
+        )
+    for setting in (setting for cls in kind.__mro__ for setting in vars(cls).get("vlm_settings", ())):
+        if (value := getattr(reducer, setting)) != getattr(kind, setting):
+            instead = "use ratio" if setting == "keep" else "leave it out"
+            raise ValueError(f"{setting}={value!r} is of vision-language models; {name} is a denoiser, {instead}")
 
 
 def _warn(skipping: Skipping) -> None:

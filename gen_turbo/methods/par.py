@@ -69,6 +69,8 @@ class PARProcessor(Routed, ReductionProcessor):
     threshold: float | None = None
     inner: Any = AUTO
 
+    vlm_settings = ("router", "tokens", "layers", "first", "mode")
+
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""
         super().__post_init__()

@@ -72,6 +72,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
 
     plans_videos = False
     plans_leading = True
+    vlm_settings = ("num_merges",)
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,6 +32,8 @@ class Placement:
     place: str = "pre_llm"
     layer: int = 2
     combine: str = "merge"
+
+    vlm_settings: ClassVar[tuple[str, ...]] = ("place", "layer", "combine")
 
     def __post_init__(self) -> None:
         """Checks every setting, its own and those of the method's other bases; raises ValueError."""
@@ -87,6 +89,8 @@ class Grouped(Placement):
     num_tokens: int = 0
     weights: str | None = None
     first_block: int = 0
+
+    vlm_settings: ClassVar[tuple[str, ...]] = ("num_tokens", "weights", "first_block")
 
     def __post_init__(self) -> None:
         """Checks every setting, its own and those of the method's other bases; raises ValueError."""
