@@ -59,7 +59,7 @@ class UnitMemory:
             self.results = [[value.detach().clone() for value in values], *older]
             return
         if self.error is not None and len(self.calls) >= NUM_USED:
-            self.error = _distance(self.forecast(), values)
+            self.error = distance(self.forecast(), values)
         for place in range(len(self.results) - 1, 0, -1):
             for tensor, newer in zip(self.results[place], self.results[place - 1], strict=True):
                 tensor.copy_(newer)
@@ -181,8 +181,8 @@ def _zeros(like: Tensor) -> Tensor:
     return like.new_zeros(like.shape)
 
 
-def _distance(guess: list[Tensor], actual: list[Tensor]) -> float:
-    """Relative distance of two lists of tensors."""
+def distance(guess: list[Tensor], actual: list[Tensor]) -> float:
+    """Relative distance of a result, as a list of tensors, to what it should be; 0 where that is all zeros."""
     off = sum(float((a - b).float().square().sum()) for a, b in zip(guess, actual, strict=True))
     size = sum(float(tensor.float().square().sum()) for tensor in actual)
-    return float(torch.tensor(off / size).sqrt()) if size else 0.0
+    return float((off / size) ** 0.5) if size else 0.0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_turbo.engine.gates import Action, UnitMemory, gates_of
+from gen_turbo.engine.gates import Action, UnitMemory, distance, gates_of
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
 from gen_turbo.engine.values import refilled, tensors
@@ -139,7 +139,7 @@ class Probe(Placed):
         for unit in self.units.values():
             self._recording.samples[unit.name] = self._memories[unit.module].samples
         for group, other in others.items():
-            self._recording.moved[group, step] = _moved(other, tensors(result))
+            self._recording.moved[group, step] = distance(other, tensors(result))
         return result
 
     def _forecast(self, group: str, run: Callable[[], Any]) -> list[Tensor]:
@@ -158,9 +158,3 @@ class Probe(Placed):
         finally:
             for gate in self._gates.values():
                 gate.action = Action.PASS
-
-
-def _moved(other: list[Tensor], result: list[Tensor]) -> float:
-    """Relative distance of another result."""
-    off = sum(float((a - b).float().square().sum()) for a, b in zip(other, result, strict=True))
-    return float((off / sum(float(value.float().square().sum()) for value in result)) ** 0.5)

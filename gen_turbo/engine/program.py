@@ -103,7 +103,6 @@ class Program:
         """Sets every layer for the running step; gives what identifies its kind of step."""
         kind: list[object] = []
         written: set[int] = set()
-        context.forget_positions()
         absent = {layer.name for group in self.groups if group.units & skipped for layer in group.layers}
         for group, state in zip(self.groups, context.groups, strict=True):
             ratio = ratio_at_step(group.ratio, context.step, self.reducer.step_scale)
