@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,8 @@ def prompted(pipe, texts):
 def test_a_class_is_calibrated_within_the_images_it_states(make, tmp_path, capsys, monkeypatch):
     """Catches what reads images of a pipeline of videos, sets times that need a size, or runs more than it says."""
     pipe = prompted(*make())
+    # Bound before, or its first import would bind the stand-in for every later test.
+    import_module("gen_turbo.commands.caption")
     monkeypatch.setattr(factory, "build_pipeline", lambda config: pipe)
     model, calls = denoiser(pipe), [0]
     handle = model.register_forward_pre_hook(lambda *given: calls.__setitem__(0, calls[0] + 1))
