@@ -97,7 +97,11 @@ def reattach(target: Any) -> Attachment:
     Settings that reach into attention (`kv_only`, `proportional_attention`, `text_ratio`, `attention_backend`) are
     checked against the processors that the layers have now.
 
+    Returns:
+        The new attachment, in place of the old one.
+
     Raises:
+        TypeError: If `target` is neither a pipeline nor a model.
         ValueError: If nothing is attached, or the reducer does not fit the layers now. Nothing was changed then.
     """
     pipeline, models = denoisers(target)
@@ -110,7 +114,11 @@ def reattach(target: Any) -> Attachment:
 def detach(target: Any) -> None:
     """Takes the reducer off a pipeline or model; without one, nothing happens.
 
-    Of a pipeline also off models that were replaced in it after they were attached through it.
+    Of a pipeline also off models that were replaced in it after they were attached through it. The model then holds the
+    very objects that it held before.
+
+    Raises:
+        TypeError: If `target` is neither a pipeline nor a model.
     """
     followed = _followed(target)
     try:

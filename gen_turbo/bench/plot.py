@@ -100,12 +100,12 @@ def plot_understanding(folder: Path, path: Path) -> None:
         _draw(panel, own, cost, lambda record: 100 * right_answers(record), curve_of, families)
     left.set(xlabel="times faster than stock, measured", ylabel="right answers, %")
     left.set_title(f"{records[0].params['images']} scenes, the same questions for all")
-    _finish(right, "cost of the language model's layers, counted (stock: 1)")
+    _finish(right, "cost of decoder layers, counted (stock: 1)")
     _save(figure, path)
 
 
 def _panels(rows: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(15, 5.5 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 4.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, 2, sharey="row", squeeze=False)
 
@@ -155,7 +155,7 @@ def _legend(*panels: Any) -> None:
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
+    figure.savefig(drawn, dpi=120)
     # Few colors take a third of the bytes.
     palette = Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     palette.save(path, optimize=True)
