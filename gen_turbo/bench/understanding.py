@@ -33,7 +33,7 @@ ENERGIES = (0.999995, 0.99998)
 """Shares of the energy of features, of which the mean image is nearly all, that leave 39 and 29 tokens on average."""
 BENCH = "understanding"
 _ROWS = 16
-_DRAWN = 6
+_DRAWN = 3
 
 
 def catalogue(total: int = 256) -> list[Setting]:
@@ -230,7 +230,7 @@ def run(options: argparse.Namespace) -> None:
         from gen_turbo.bench.kept import draw_kept
 
         methods = [setting for setting in settings if isinstance(setting, Method) and setting.method != "par"]
-        drawn = [setting for setting in methods if "tower" not in setting.name]
+        drawn = [setting for setting in methods if "tower" not in setting.family]
         draw_kept(pipe, [ask for ask in asks if ask.kind == "detail"][:_DRAWN], drawn, options.image)
         print(f"{options.image}: drawn")
 

@@ -101,7 +101,7 @@ def test_times_are_added_to_answers(folder: Path, tmp_path: Path) -> None:
 
 def _compare_kept(path: Path) -> None:
     """The rows of the image: as it is, halved by merging, 28 patches by FastV, 28 at random."""
-    with Image.open(path) as sheet:
+    with Image.open(path).convert("RGB") as sheet:
         stock, turbo, random, fastv = (sheet.crop((0, 144 * row + 16, 128, 144 * row + 144)) for row in range(4))
     assert turbo.tobytes() != stock.tobytes()
     for chosen in (random, fastv):
