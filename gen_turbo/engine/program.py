@@ -125,7 +125,7 @@ class Program:
     def _prepared(
         self, layer: ReducedLayer, context: Context, ratio: float, written: set[int], absent: set[str]
     ) -> list[object]:
-        """Sets what a layer that merges makes before: its first map and memory, or a map anew; gives what tells so."""
+        """Sets what a merging layer makes before: first map and memory, or another map; gives its part of the kind."""
         held = layer.state
         if context.is_revived and context.step == 0 and held.base is not None:
             # The buffers are there; what is in them is made anew, eagerly as in any first step.
