@@ -107,17 +107,20 @@ def _add_routes(
     count = namespace.prompts
     recorded = record(pipe, denoisers(pipe)[1], partial(_pixels, draw), count, _note)
     num_calls = len(recorded.runs[0].guided)
-    of_call = _cost_of_call(pipe, draw)
-    schedules = recorded.schedules([min(budget / of_call, 1.0) for budget in namespace.budgets])
-    whole = num_images(num_calls, count, [schedule.cost for schedule in schedules]) + 2 * _FEW_STEPS / num_calls
+    of_call, late = _cost_of_call(pipe, draw), _cost_of_late(pipe, draw) if "turbo" in namespace.inner else None
+    budgets = [min(budget / of_call, 1.0) for budget in namespace.budgets]
+    schedules = recorded.schedules(budgets) + ([] if late is None else recorded.schedules(budgets, late))
+    num_few = 2 if late is None else 4
+    whole = num_images(num_calls, count, [schedule.cost for schedule in schedules]) + num_few * _FEW_STEPS / num_calls
     _note(f"leaving whole calls out takes {whole:.0f} images' worth of calls in all")
     for schedule in schedules:
         distances = []
         for index in range(count):
-            with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=made((schedule,)), inner=None)):
+            with attach(pipe, PARProcessor(budget=_ALMOST_ALL, schedule=made((schedule,)))):
                 distances.append(_distance(recorded.images[index], _pixels(draw, index)))
         distance = sum(distances) / count
-        _note(f"{schedule.cost:.3f} of the calls of stock, {distance:.1f} dB")
+        how = "" if schedule.inner is None else ", the last one merged"
+        _note(f"{schedule.cost:.3f} of the calls of stock{how}, {distance:.1f} dB")
         add(replace(schedule, cost=round(schedule.cost * of_call, 4), psnr_db=round(distance, 2)))
 
 
@@ -137,6 +140,27 @@ def _cost_of_call(pipe: Any, draw: _Draw) -> float:
     share = merged / counted(few, kind)[1]
     _note(f"text of {num_text} tokens runs on {num_left} without loss: a call takes {share:.3f} of a stock call")
     return share
+
+
+def _cost_of_late(pipe: Any, draw: _Draw) -> float | None:
+    """Arithmetic of a call that merges as a run's last one may, over that of one that does not; None for no less."""
+    from gen_turbo.api import attach, denoiser
+    from gen_turbo.bench.arithmetic import counted
+    from gen_turbo.methods.identity import IdentityProcessor
+    from gen_turbo.methods.turbo import TurboProcessor
+    from gen_turbo.training.calibrate_route import LATE
+
+    kind, few = type(denoiser(pipe)).__name__, partial(draw, 0, "latent", num_inference_steps=_FEW_STEPS)
+    with attach(pipe, IdentityProcessor(0.0, text_ratio=None)):
+        whole = counted(few, kind)[1]
+    try:
+        with attach(pipe, TurboProcessor(**{name: value for name, value in LATE.items() if name != "method"})):
+            share = counted(few, kind)[1] / whole
+    except ValueError as error:
+        _note(f"no call merges: {error}")
+        return None
+    _note(f"a call that merges takes {share:.3f} of one that does not")
+    return share if share < 1 else None
 
 
 def _searched(pipe: Any, namespace: argparse.Namespace, draw: _Draw) -> list[Any]:

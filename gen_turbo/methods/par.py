@@ -19,7 +19,7 @@ from gen_turbo.training.router_file import router_for
 from gen_turbo.training.schedule import Schedule, ScheduleFile, read, shipped
 from gen_turbo.vlm.routes import Routed, Routing
 
-GENERIC, AUTO = "generic", "auto"
+GENERIC, AUTO, _TURBO = "generic", "auto", "turbo"
 
 
 @METHODS.register("par")
@@ -54,7 +54,7 @@ class PARProcessor(Routed, ReductionProcessor):
             skip of the schedule is still made; None makes all. Costs a forecast where the unit runs.
         inner: How tokens are merged where the model runs on fewer: a method's name, which works with the settings of
             this object that all methods share, a mapping with `method` and its settings, a processor, or None to
-            merge none. "auto" merges by Turbo in runs whose schedule was better with it, and nowhere else.
+            merge none. "auto" merges in runs whose schedule was better with it, as that schedule says, else nowhere.
     """
 
     ratio: float = 0.7
@@ -95,17 +95,22 @@ class PARProcessor(Routed, ReductionProcessor):
         Raises:
             ValueError: If there is no such method, or a setting does not fit.
         """
-        if self.inner is None or isinstance(self.inner, TokenReducer):
-            return self.inner
+        return self._reducer(_TURBO if self.inner == AUTO else self.inner)
+
+    def _reducer(self, inner: Any) -> TokenReducer | None:
+        """What an inner method stands for."""
+        if inner is None or isinstance(inner, TokenReducer):
+            return inner
         shared = {field.name: getattr(self, field.name) for field in fields(TokenReducer)}
-        given = {"method": self.inner} if isinstance(self.inner, str) else dict(self.inner)
-        if self.inner == AUTO:
-            given["method"] = "turbo"
+        given = {"method": inner} if isinstance(inner, str) else dict(inner)
         name = given.pop("method", None)
         if name not in METHODS or name == "par":
             known = ", ".join(other for other in METHODS.names() if other != "par")
             raise ValueError(f"inner must name a method that merges tokens; got {name!r}, known: {known}")
-        reducer: TokenReducer = METHODS[name](**shared | given)
+        try:
+            reducer: TokenReducer = METHODS[name](**shared | given)
+        except TypeError as error:
+            raise ValueError(f"inner: {name} does not take what is given: {error}") from error
         return reducer
 
     def routing(self, model: nn.Module, text: nn.Module) -> Routing:
@@ -144,9 +149,11 @@ class PARProcessor(Routed, ReductionProcessor):
         """What merges tokens in a denoiser; without it, text alone, and within a budget of 1 nothing."""
         if self.budget == 1:
             return IdentityProcessor(0.0)
-        reducer = self.reducer()
-        keeps_image = self.inner == AUTO and not any(s.inner for s in self._calibrated(model))
-        return IdentityProcessor(0.0, text_ratio=self.text_ratio) if reducer is None or keeps_image else reducer
+        inner = self.inner
+        if inner == AUTO:
+            inner = next((schedule.inner for schedule in self._calibrated(model) if schedule.inner), None)
+        reducer = self._reducer(inner)
+        return IdentityProcessor(0.0, text_ratio=self.text_ratio) if reducer is None else reducer
 
     def schedules(self, model: nn.Module) -> list[Schedule | Generic]:
         """The schedules within the budget for a denoiser, one for each length of run, and the rule for other runs.
@@ -177,13 +184,19 @@ class PARProcessor(Routed, ReductionProcessor):
                     f"{type(model).__name__} by gen-turbo calibrate par"
                 )
             found = file.at(self.budget, is_merged)
-            if self.inner == AUTO and found.inner not in (None, "turbo"):
+            if self.inner == AUTO and isinstance(found.inner, str) and found.inner != _TURBO:
                 raise ValueError(f"the schedule was measured with tokens merged by {found.inner!r}; name it as inner")
             return [found]
-        schedules, reasons = [], []
+        schedules, reasons = list[Schedule](), []
         for file in shipped(model):
             try:
-                schedules.append(file.at(self.budget, is_merged))
+                found = file.at(self.budget, is_merged)
+                inner = next((other.inner for other in schedules if other.inner), None)
+                if is_merged is None and inner is not None and found.inner != inner:
+                    # One attachment merges in one way, in runs of every length.
+                    found = file.at(self.budget, False)
+                if found.inner in (None, inner) or inner is None:
+                    schedules.append(found)
             except ValueError as error:
                 reasons.append(error)
         if reasons and not schedules:

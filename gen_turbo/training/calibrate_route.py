@@ -6,7 +6,7 @@ budget (`gen_turbo.training.route`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +16,12 @@ from torch import nn
 
 from gen_turbo.training.route import Route, RouteSearch
 from gen_turbo.training.sampled import SampledRun, effects, gains, probed_steps, sampling
-from gen_turbo.training.schedule import WHOLE, Schedule
+from gen_turbo.training.schedule import MERGING, WHOLE, Schedule
 
 Draw = Callable[[int], Any]
 """Makes the i-th calibration image."""
+LATE: Mapping[str, Any] = {"method": "turbo", "scope": "block", "restore": "copy", "ratio": 0.7}
+"""How the last call of a run merges tokens where it does: it moves the latents least, yet nothing forecasts it."""
 _MOST_PROBED = 2
 _LEAST_CALLS = 4
 
@@ -38,16 +40,22 @@ class Recorded:
     images: list[Any]
     search: RouteSearch
 
-    def schedules(self, budgets: Sequence[float]) -> list[Schedule]:
-        """The best schedule for each budget, cheapest last, each begun from the one before."""
+    def schedules(self, budgets: Sequence[float], late: float | None = None) -> list[Schedule]:
+        """The best schedule for each budget, cheapest last, each begun from the one before.
+
+        Args:
+            budgets: Shares of a stock run's calls.
+            late: What a call that merges as `LATE` says costs of one that does not; if given, the last call runs so.
+        """
         times, found = tuple(self.runs[0].times), dict[tuple[int, ...], Route]()
         start: Sequence[int] | None = None
         for budget in sorted(budgets, reverse=True):
-            route = self.search.best(int(budget * len(times) + 1e-9), start)
+            count = int(budget * len(times) + (0.0 if late is None else 1 - late) + 1e-9)
+            route = self.search.best(count, start, late is not None)
             if len(route.runs) < len(times):
                 found[route.runs] = route
             start = route.runs
-        return [_schedule(route, times) for route in found.values()]
+        return [_schedule(route, times, late) for route in found.values()]
 
 
 def record(
@@ -84,7 +92,10 @@ def num_images(num_calls: int, num_prompts: int, budgets: Sequence[float]) -> fl
     return num_prompts + min(num_prompts, _MOST_PROBED) * probes + num_prompts * sum(budgets)
 
 
-def _schedule(route: Route, times: tuple[float, ...]) -> Schedule:
-    left_out = frozenset(range(len(times))) - set(route.runs)
-    cost = round(len(route.runs) / len(times), 4)
-    return Schedule(times, {WHOLE: left_out}, {}, cost, weights={WHOLE: route.weights})
+def _schedule(route: Route, times: tuple[float, ...], late: float | None) -> Schedule:
+    skips = {WHOLE: frozenset(range(len(times))) - set(route.runs)}
+    cost, weights = len(route.runs) / len(times), {WHOLE: route.weights}
+    if late is None:
+        return Schedule(times, skips, {}, round(cost, 4), weights=weights)
+    skips[MERGING] = frozenset(range(len(times) - 1))
+    return Schedule(times, skips, {}, round(cost - (1 - late) / len(times), 4), inner=dict(LATE), weights=weights)

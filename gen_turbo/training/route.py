@@ -56,30 +56,32 @@ class RouteSearch:
         self.num_calls = len(effect)
         self._one = np.eye(self.num_calls)
 
-    def best(self, count: int, start: Sequence[int] | None = None) -> Route:
+    def best(self, count: int, start: Sequence[int] | None = None, is_to_end: bool = False) -> Route:
         """A route with so many calls that run: those best if errors of gaps added up, then moved while that gains.
 
         Args:
             count: Calls that run, at least 2.
             start: For runs of many calls, a route with more of them that run to begin from; all calls by default.
+            is_to_end: Whether the last call is among them.
         """
         count = max(count, 2)
+        fixed = {0, self.num_calls - 1} if is_to_end else {0}
         if self.num_calls <= _MOST_EXACT:
-            starts = self._added(count)
+            starts = self._added(count, is_to_end)
         else:
-            runs = set(range(self.num_calls) if start is None else start)
+            runs = set(range(self.num_calls)) if start is None else {*start} | fixed
             while len(runs) > count:
-                runs.remove(min(runs - {0}, key=lambda call: self._error(runs - {call})))
+                runs.remove(min(runs - fixed, key=lambda call: self._error(runs - {call})))
             starts = [runs]
-        return min((self._moved(runs) for runs in starts), key=lambda route: route.error)
+        return min((self._moved(runs, fixed) for runs in starts), key=lambda route: route.error)
 
-    def _moved(self, runs: set[int]) -> Route:
-        """The route after single runs were moved for as long as that gains."""
+    def _moved(self, runs: set[int], fixed: set[int]) -> Route:
+        """The route after single runs, but those that are fixed, were moved for as long as that gains."""
         error = self._error(runs)
         moved = True
         while moved:
             moved = False
-            for old in sorted(runs - {0}):
+            for old in sorted(runs - fixed):
                 for new in set(range(1, self.num_calls)) - runs:
                     other = self._error(runs - {old} | {new})
                     if other < error * _GAIN:
@@ -112,7 +114,7 @@ class RouteSearch:
             total += gain * off
         return Route(tuple(runs), weights, self._square(total) + felt)
 
-    def _added(self, count: int) -> list[set[int]]:
+    def _added(self, count: int, is_to_end: bool) -> list[set[int]]:
         """Calls that run where the sum of the squared errors of all gaps is least: dynamic programming.
 
         Given are the best of those that end in different ways, the best first.
@@ -134,6 +136,8 @@ class RouteSearch:
             cost = further
         for newest in range(num):
             cost[: newest + 1, : newest + 1, newest] += self._gaps[newest, num]
+        if is_to_end:
+            cost[:, :, : num - 1] = np.inf
         found = []
         for place in np.argsort(cost, axis=None)[:_NUM_STARTS]:
             state = tuple(int(index) for index in np.unravel_index(place, cost.shape))

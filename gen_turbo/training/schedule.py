@@ -22,10 +22,9 @@ T = TypeVar("T")
 MERGING = "merging"
 """What is left out at calls that run on all tokens though the schedule merges them at others."""
 MOST_WEIGHTS = 4
-_PROBE_VALUES = 32
+_PROBE_VALUES, _TOLERANCE = 32, 1e-3
 _KEYS = ("model", "probe", "scheduler", "times", "slopes", "levels")
 _LEVEL_KEYS = ("cost", "psnr_db", "inner", "skips")
-_TOLERANCE = 1e-3
 _MOST_BYTES, _MOST_CALLS, _MOST_UNITS = 2**24, 10_000, 10_000
 
 
@@ -40,7 +39,7 @@ class Schedule:
         cost: Share of the stock pipeline's time that it takes, measured; where nothing but whole calls is left out,
             the share of its arithmetic, counted.
         psnr_db: Distance of its images to stock on the calibration prompts; None where it was not measured.
-        inner: Name of the method that merged tokens meanwhile; None for none.
+        inner: What merged tokens meanwhile: the name of a method, or `method` and its settings; None for nothing.
         weights: By unit and call, what the unit's last results weigh in its forecast, the newest first: (1,) holds,
             two continue a line, three a curve. Calls that are not named follow the slope. At a call at which the whole
             model runs, the first weight is that of its own result; the others make good what forecasts before it
@@ -53,7 +52,7 @@ class Schedule:
     slopes: Mapping[str, float] = field(default_factory=dict)
     cost: float = 1.0
     psnr_db: float | None = None
-    inner: str | None = None
+    inner: str | Mapping[str, Any] | None = None
     weights: Mapping[str, Mapping[int, tuple[float, ...]]] = field(default_factory=dict)
     scheduler: str = ""
 
@@ -177,11 +176,10 @@ def carried_over(schedule: Schedule, times: Sequence[float]) -> Schedule:
     """
     begun = [max(sum(known >= time for known in schedule.times) - 1, 0) for time in times]
     skips = {
-        unit: frozenset(call for call, place in enumerate(begun) if call and place in calls)
+        unit: frozenset(call for call, place in enumerate(begun) if place in calls and (call or unit == MERGING))
         for unit, calls in schedule.skips.items()
     }
-    kept = {unit: calls for unit, calls in skips.items() if calls}
-    return Schedule(tuple(times), kept, schedule.slopes, inner=schedule.inner)
+    return Schedule(tuple(times), {u: c for u, c in skips.items() if c}, schedule.slopes, inner=schedule.inner)
 
 
 def undominated(schedules: Sequence[Schedule]) -> tuple[Schedule, ...]:
@@ -272,13 +270,15 @@ def _schedule_of(level: Mapping[str, Any], times: tuple[float, ...], slopes: Map
     check_keys(level, _LEVEL_KEYS, ("weights",))
     calls = {unit: _each(f"skips of {unit}", given, int, len(times)) for unit, given in level["skips"].items()}
     _each("units", [*calls, *slopes], str, _MOST_UNITS)
-    check_value("inner", level["inner"], str | None)
+    has_settings = isinstance(inner := level["inner"], dict)
+    for value in [*inner, *inner.values()] if has_settings else [inner]:
+        check_value("inner", value, str | float | None if has_settings else str | None)
     skips = {unit: frozenset(given) for unit, given in calls.items()}
     weights = {
         unit: {call: _each("weights", given, float, MOST_WEIGHTS) for call, given in by_call.items()}
         for unit, by_call in level.get("weights", {}).items()
     }
-    return Schedule(times, skips, slopes, level["cost"], level["psnr_db"], level["inner"], weights)
+    return Schedule(times, skips, slopes, level["cost"], level["psnr_db"], inner, weights)
 
 
 def _plain(weights: Mapping[str, Mapping[int, tuple[float, ...]]]) -> dict[str, dict[int, list[float]]]:

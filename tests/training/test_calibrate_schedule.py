@@ -5,7 +5,8 @@ import torch
 
 from gen_turbo import PARProcessor, load_pipeline
 from gen_turbo.commands.cli import main
-from gen_turbo.training.schedule import WHOLE, Schedule, carried_over, read, undominated
+from gen_turbo.training.calibrate_route import LATE
+from gen_turbo.training.schedule import MERGING, WHOLE, Schedule, carried_over, read, undominated
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import sd_pipeline
 
@@ -52,21 +53,23 @@ def test_a_pipeline_is_calibrated_and_takes_its_schedule(checkpoint, tmp_path, c
 
 def test_a_schedule_is_carried_over_by_its_times(checkpoint, tmp_path, capsys):
     """Catches calls that are carried over by their number, a first call without, and another model's schedule."""
-    known = Schedule(
-        (900.0, 600.0, 300.0), {WHOLE: frozenset({1}), "b": frozenset({2})}, {"b": 0.5}, 0.4, 30.0, "turbo"
-    )
+    skips = {WHOLE: frozenset({1}), "b": frozenset({2}), MERGING: frozenset({0, 1})}
+    known = Schedule((900.0, 600.0, 300.0), skips, {"b": 0.5}, 0.4, 30.0, "turbo")
     made = carried_over(known, [900.0, 750.0, 600.0, 450.0, 300.0, 150.0])
-    assert made.skips == {WHOLE: frozenset({2, 3}), "b": frozenset({4, 5})}
+    assert made.skips == {WHOLE: frozenset({2, 3}), "b": frozenset({4, 5}), MERGING: frozenset({0, 1, 2, 3})}
     assert (made.slopes, made.inner, made.cost, made.psnr_db) == ({"b": 0.5}, "turbo", 1.0, None)
-    assert carried_over(known, [600.0, 500.0]).skips == {WHOLE: frozenset({1})}
+    assert carried_over(known, [600.0, 500.0]).skips == {WHOLE: frozenset({1}), MERGING: frozenset({0, 1})}
 
     command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "height=32", "width=32"]
     command += ["--prompts", "1", "--prompt", "a circle", "--no-parts"]
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     assert main([*command, "--steps", "5", "--budgets", "0.5", "--output", str(first)]) == 0
     assert main([*command, "--steps", "10", "--init-schedule", str(first), "--output", str(second)]) == 0
-    (short,), (long,) = read(first).schedules, read(second).schedules
-    assert len(long.times) == 10 and long.skips == carried_over(short, long.times).skips and long.skips
+    short, long = read(first).schedules, read(second).schedules
+    # Without merging, and with the last call merged.
+    assert [schedule.inner for schedule in short] == [schedule.inner for schedule in long] == [None, LATE]
+    for one, other in zip(short, long, strict=True):
+        assert len(other.times) == 10 and other.skips == carried_over(one, other.times).skips and other.skips
     capsys.readouterr()
     assert main(["calibrate", "par", "--config", "tiny", "--init-schedule", str(first), "--output", str(second)]) == 2
     assert "was made for another UNet2DConditionModel" in capsys.readouterr().err

@@ -206,6 +206,8 @@ ODD_SCHEDULES = {
     "cost is a text": _level(cost="0.5"),
     "infinite distance": _level(psnr_db=float("inf")),
     "inner is a number": _level(inner=3),
+    "inner is a list": _level(inner=["turbo"]),
+    "a setting of inner is a list": _level(inner={"method": "turbo", "ratio": [0.5]}),
     "a fraction of a call": _level(skips={"output": [1.5]}),
     "a truth for a call": _level(skips={"output": [True]}),
     "a call before the second": _level(skips={"output": [0]}),
@@ -243,8 +245,15 @@ def test_files_that_are_no_schedule_are_refused(tmp_path, text):
         read(path)
 
 
+INNER = {
+    (("ratio", 0.5),): "inner must name a method",
+    (("method", "turbo"), ("speed", 2.0)): "does not take what is given.*speed",
+    (("method", "turbo"), ("ratio", 5.0)): "ratio must be",
+}
+
+
 def test_a_schedule_measured_with_another_method_asks_for_it(tmp_path):
-    """Catches "auto", which merges by Turbo, on a schedule whose distance was measured with another method."""
+    """Catches "auto", which merges by Turbo, on a schedule measured with another method, and settings that are none."""
     from tests.tiny_hosts import sd15_unet
 
     unet = sd15_unet()
@@ -252,6 +261,10 @@ def test_a_schedule_measured_with_another_method_asks_for_it(tmp_path):
     for inner in ("tome", "nobody"):
         file = replace(found, schedules=tuple(replace(one, inner=inner) for one in found.schedules))
         with pytest.raises(ValueError, match=f"merged by '{inner}'"):
+            attach(unet, PARProcessor(budget=0.5, schedule=file))
+    for inner, told in INNER.items():
+        file = replace(found, schedules=tuple(replace(one, inner=dict(inner)) for one in found.schedules))
+        with pytest.raises(ValueError, match=told):
             attach(unet, PARProcessor(budget=0.5, schedule=file))
     with attach(unet, PARProcessor(budget=0.5, schedule=replace(file, schedules=found.schedules))):
         pass

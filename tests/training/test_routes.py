@@ -16,7 +16,7 @@ from diffusers import (
 )
 from torch import nn
 
-from gen_turbo import PARProcessor, attach
+from gen_turbo import PARProcessor, attach, report
 from gen_turbo.api import attachments, denoisers
 from gen_turbo.training import route as routes
 from gen_turbo.training.calibrate_route import num_images, record
@@ -75,15 +75,19 @@ def test_a_route_is_what_its_weights_do(monkeypatch):
     assert route.error < even.error
 
 
+@pytest.mark.parametrize("is_to_end", [False, True])
 @pytest.mark.parametrize("count", [3, 4, 5])
-def test_a_route_is_the_best_of_all_of_its_length(count):
-    """Catches a search that ends in a neighbourhood, or a gap that is priced without the runs before it."""
+def test_a_route_is_the_best_of_all_of_its_length(count, is_to_end):
+    """Catches a search that ends in a neighbourhood, a gap priced without the runs before it, a last call moved."""
     rough = np.random.default_rng(1).normal(size=(11, 6)) * np.linspace(0.3, 0.02, 11)[:, None]
     values, effect = curves(11)
     search = search_of(np.concatenate([values, rough], 1), effect)
     every = [search.route([0, *others]) for others in itertools.combinations(range(1, 11), count - 1)]
-    least = min(route.error for route in every)
-    assert search.best(count).error <= 1.02 * least < 0.5 * np.median([route.error for route in every])
+    every = [route for route in every if not is_to_end or route.runs[-1] == 10]
+    least, best = min(route.error for route in every), search.best(count, is_to_end=is_to_end)
+    far = 0.8 if is_to_end else 0.5
+    assert best.error <= 1.02 * least < far * np.median([route.error for route in every])
+    assert len(best.runs) == count and (best.runs[-1] == 10 or not is_to_end)
 
 
 def test_fewer_calls_lose_more():
@@ -158,6 +162,14 @@ def test_every_class_of_pipeline_is_calibrated(drawn):
         assert stats.num_skipped * STEPS == (STEPS - round(STEPS * schedule.cost)) * per_image
         distances.append(float((own - stock).norm()))
     assert 0 < distances[0] < distances[1] < 0.5 * float(stock.norm())
+    (late,) = recorded.schedules((0.7,), late=0.3)
+    assert late.cost == pytest.approx(0.63) and late.ran_before(WHOLE, STEPS)[0] == STEPS - 1
+    file = ScheduleFile(type(models[0]).__name__, tuple(probe_of(models[0]).tolist()), _name(pipe), (late,))
+    with attach(pipe, PARProcessor(budget=0.9, schedule=file)):
+        assert not torch.equal(draw(), stock)
+        reached = [layer for layer in report(pipe).layers if layer.num_tokens]
+    # Seven of ten calls run, in each branch that is called for itself, and the last of them merges.
+    assert reached and {layer.num_reduced for layer in reached} == {per_image // STEPS}
     assert torch.equal(draw(), stock) and differences(before, model_state(models[0])) == []
 
 
