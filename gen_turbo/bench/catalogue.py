@@ -17,6 +17,7 @@ from gen_turbo.bench.settings import (
     Tomesd,
 )
 from gen_turbo.bench.skipping import Calibrated, plain_settings, skipping_settings
+from gen_turbo.methods.par import AUTO
 
 RATIOS = (0.3, 0.5, 0.75)
 REFRESHES = (2, 3, 5)
@@ -27,9 +28,9 @@ DEEP_INTERVALS = (2, 3, 5)
 BUDGETS: dict[int, dict[str | None, tuple[float, ...]]] = {
     25: {"turbo": (0.61, 0.54, 0.5, 0.41, 0.35, 0.32), None: (0.76, 0.59, 0.48, 0.39)},
     50: {"turbo": (0.6, 0.53, 0.49, 0.43, 0.36, 0.3), None: (0.83, 0.7, 0.59, 0.48, 0.41)},
-    8: {None: (0.55, 0.38, 0.28)},
-    14: {None: (0.65, 0.5, 0.33, 0.25)},
-    28: {None: (0.65, 0.5, 0.33, 0.25)},
+    8: {AUTO: (0.55, 0.38, 0.28)},
+    14: {AUTO: (0.65, 0.5, 0.33, 0.25)},
+    28: {AUTO: (0.65, 0.5, 0.33, 0.25)},
 }
 """Steps -> what merges tokens meanwhile -> some of the schedules that ship for the embedded models."""
 TEXT_IN_FULL = {14: (0.5, 0.33), 28: (0.5, 0.33)}
@@ -132,7 +133,7 @@ def _rhythms(steps: int) -> list[Setting]:
 
 def _calibrated(budget: float, inner: str | None, steps: int, **options: Any) -> Setting:
     """PAR on the schedule that ships for the model, with tokens merged where it runs or without."""
-    name, family = ("turbo-par", "turbo + PAR") if inner else ("par", "PAR")
+    name, family = ("turbo-par", "turbo + PAR") if inner == "turbo" else ("par", "PAR")
     name, family = (f"{name}-text", f"{family}, text in full") if options else (name, family)
     return Calibrated(f"{name}-b{budget:g}", family, "par", {"budget": budget, "inner": inner, **options}, steps)
 
