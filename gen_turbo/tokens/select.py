@@ -64,7 +64,7 @@ def keep_diverse(features_BNC: Tensor, num_kept: int) -> TokenMap:
     # Made contiguous, lest sums in another order choose otherwise.
     features = features_BNC.to(torch.promote_types(features_BNC.dtype, torch.float32)).contiguous()
     features = F.normalize(features, dim=-1)
-    similarity = (features @ features.transpose(1, 2)).nan_to_num_(nan=-2.0)
+    similarity = torch.bmm(features, features.mT).nan_to_num_(nan=-2.0)
     own = torch.eye(num_tokens, dtype=torch.bool, device=similarity.device)
     nearest_BN = similarity.masked_fill(own, -torch.inf).amax(2)
     kept = [nearest_BN.argmin(1)]

@@ -245,9 +245,10 @@ def _bag_sum(rows: Tensor, bags: Bags, scale: Tensor) -> Tensor:
 
 def _between(index: Tensor, leading: int, trailing: int, length: int) -> Tensor:
     """Puts counted-up numbers around an index matrix whose own numbers are below `length`."""
-    before = torch.arange(leading, device=index.device).expand(len(index), -1)
-    after = torch.arange(trailing, device=index.device).expand(len(index), -1) + (leading + length)
-    return torch.cat([before, index + leading, after], 1)
+    around = [torch.arange(leading, device=index.device).expand(len(index), -1), index + leading]
+    if trailing:
+        around.append(torch.arange(trailing, device=index.device).expand(len(index), -1) + (leading + length))
+    return torch.cat(around, 1)
 
 
 def _take_rows(x: Tensor, index: Tensor, length: int) -> Tensor:

@@ -105,9 +105,8 @@ class Tower(TowerStage[_Pass]):
         """Plans one block's merge on the mean of the keys over heads, class tokens apart."""
         assert self._reducer is not None
         merging, total = self._watched, now.totals.get(index - 1)
-        start, num_now = now.num_tokens - self.num_leading, now.num_tokens - self.num_leading
-        if total is not None:
-            num_now = total.num_slots - self.num_leading
+        start = now.num_tokens - self.num_leading
+        num_now = start if total is None else total.num_slots - self.num_leading
         planned = self.num_leading if self._reducer.plans_leading else 0
         apart = self.num_leading - planned
 
