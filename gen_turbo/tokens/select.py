@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_turbo.tokens.tables import counting
 from gen_turbo.tokens.token_map import TokenMap
 
 
@@ -82,7 +83,7 @@ def join_similar(similarity_BNN: Tensor, kept_BK: Tensor) -> TokenMap:
     """Keeps the named tokens (B, K), ascending; each dropped token joins the kept one that it is most similar to."""
     num_tokens, num_kept = similarity_BNN.shape[1], kept_BK.shape[1]
     to_kept = similarity_BNN.gather(2, kept_BK[:, None].expand(-1, num_tokens, -1))
-    slot_BN = to_kept.argmax(2).scatter(1, kept_BK, torch.arange(num_kept, device=kept_BK.device).expand_as(kept_BK))
+    slot_BN = to_kept.argmax(2).scatter(1, kept_BK, counting(len(kept_BK), num_kept, kept_BK.device))
     return TokenMap(slot_BN, kept_BK)
 
 
