@@ -46,10 +46,10 @@ class Report:
 
     @property
     def tokens_by_grid(self) -> dict[Grid, tuple[int, int, int]]:
-        """Tokens, the fewest that are kept of them, and reached layers, by the (height, width) that layers last saw."""
+        """Tokens, the fewest kept of them, and layers that were reduced, by the (height, width) that they last saw."""
         found: dict[Grid, tuple[int, int, int]] = {}
         for layer in self.layers:
-            if layer.status == "reduced" and layer.grid is not None:
+            if layer.num_reduced and layer.grid is not None:
                 _, kept, layers = found.get(layer.grid, (layer.num_tokens, layer.num_kept, 0))
                 found[layer.grid] = layer.num_tokens, min(kept, layer.num_kept), layers + 1
         return found

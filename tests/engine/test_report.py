@@ -38,12 +38,14 @@ def test_layers_that_ran_in_full_are_said_to_have_run():
 
 
 def test_one_of_a_thing_is_no_plural():
-    """Catches "a run of 1 steps", in the warning and in the report."""
+    """Catches "a run of 1 steps", in the warning and in the report, and tokens counted where nothing was reduced."""
     pipe = sd_pipeline()
     with attach(pipe, TurboProcessor(0.5)):
         with pytest.warns(NoEffectWarning, match="no token was removed in this run of 1 step: "):
             image(pipe, steps=1)
         assert str(report(pipe)).count("0 reduced and 1 full call, ") == 3
+        # What would have been left of the tokens is no result of a run that reduced none.
+        assert " tokens in " not in str(report(pipe))
 
 
 @pytest.mark.parametrize("kv_only", [False, True])
