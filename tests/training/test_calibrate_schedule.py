@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gen_turbo import PARProcessor, load_pipeline
+from gen_turbo.commands import calibrate_schedule
 from gen_turbo.commands.cli import main
 from gen_turbo.training.calibrate_route import LATE
 from gen_turbo.training.schedule import MERGING, WHOLE, Schedule, carried_over, read, undominated
@@ -73,6 +74,20 @@ def test_a_schedule_is_carried_over_by_its_times(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     assert main(["calibrate", "par", "--config", "tiny", "--init-schedule", str(first), "--output", str(second)]) == 2
     assert "was made for another UNet2DConditionModel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "kept"), [(0.9, [None]), (1.1, [None, LATE])])
+def test_a_last_call_merges_only_where_that_is_clearly_nearer(checkpoint, tmp_path, monkeypatch, more, kept):
+    """Catches a schedule that merges and costs more than one that does not, for a difference that chance can make."""
+    distances = iter([50.0, 50.0 + more])
+    monkeypatch.setattr(calibrate_schedule, "_distance", lambda stock, own: next(distances))
+    output = tmp_path / "own.yaml"
+    command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "height=32", "width=32"]
+    command += ["--prompts", "1", "--prompt", "a circle", "--no-parts", "--steps", "5", "--budgets", "0.58"]
+    assert main([*command, "--output", str(output)]) == 0
+    schedules = read(output).schedules
+    assert [schedule.inner for schedule in schedules] == kept
+    assert [len(schedule.ran_before(WHOLE, 5)) for schedule in schedules] == [2, 3][: len(kept)]
 
 
 def test_a_schedule_that_another_beats_is_left_out():
