@@ -1,11 +1,14 @@
 """PAR's settings for denoisers: which schedule a budget takes, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline
 from gen_turbo.api import adapter_of, attachments
 from gen_turbo.engine.gates import UnitMemory
+from gen_turbo.methods import par
 from gen_turbo.training.calibrate_denoiser import best_slope
 from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, read, write
 from gen_turbo.training.search import Search
@@ -30,6 +33,8 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
     """Catches a field that is written and not read."""
     unet = sd15_unet()
     file = by_hand(unet, {WHOLE: [2], "deep.1": [3]})
+    merged = replace(file.schedules[0], inner={"method": "turbo", "scope": "block", "ratio": 0.5, "text_ratio": None})
+    file = replace(file, schedules=(*file.schedules, merged))
     write(tmp_path / "s.yaml", file, "a test")
     again = read(tmp_path / "s.yaml")
     assert again.schedules == file.schedules and again.is_for(unet) and not again.is_for(sdxl_unet())
@@ -155,3 +160,21 @@ def test_text_that_repeats_is_merged_under_a_budget():
             assert torch.allclose(run(), stock, atol=1e-5)
             texts.append((attachments(model)[0].text_tokens, is_equal))
     assert texts == [((16, 5), False)] * 2 + [((0, 0), True)] * 2
+
+
+def test_one_attachment_merges_in_one_way(monkeypatch):
+    """Catches a run that merges by the settings of another run's schedule, and schedules lost where one would do."""
+    unet, made = sd15_unet(), {"method": "turbo", "scope": "block", "restore": "copy", "ratio": 0.4}
+    short = by_hand(unet, {"output": [2]})
+    (plain,) = short.schedules
+    merging = [replace(plain, inner=inner, psnr_db=60.0) for inner in (made, "turbo")]
+    files = [replace(short, schedules=(plain, one)) for one in merging]
+    monkeypatch.setattr(par, "shipped", lambda model: files)
+    processor = PARProcessor(budget=0.5)
+    taken = processor._calibrated(unet)
+    assert [schedule.inner for schedule in taken] == [made, None]
+    reducer = processor.merging(unet)
+    assert (reducer.scope, reducer.restore, reducer.ratio) == ("block", "copy", 0.4)
+    # Where all of the other's schedules merge in another way, the rule is left for its runs.
+    files[1] = replace(short, schedules=(merging[1],))
+    assert [schedule.inner for schedule in processor._calibrated(unet)] == [made]
