@@ -35,6 +35,7 @@ class Run:
         is_left: Whether the call of the pipeline has returned, or ended otherwise.
         call: What lives as long as that call; None where nothing does.
         num_rises: Of a bare model, the runs before it of one full step, each at an earlier time than the next.
+        is_told: Whether a warning has said why nothing is skipped in it.
     """
 
     marker: object = None
@@ -49,6 +50,7 @@ class Run:
     is_left: bool = False
     call: weakref.ref[Any] | None = None
     num_rises: int = 0
+    is_told: bool = False
 
     @property
     def num_bytes(self) -> int:

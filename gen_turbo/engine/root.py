@@ -229,7 +229,7 @@ class Root(Placed):
             if has_failed or over is not None:
                 for other in (self, *self.siblings) if has_failed else self.siblings:
                     other.runs.forget_run(context.run.marker)
-            if over is not None and over.num_reduced == 0 and self._expects_effect():
+            if over is not None and over.num_reduced == 0 and not over.is_told and self._expects_effect():
                 warnings.warn(no_effect(over), NoEffectWarning, stacklevel=4)
         finally:
             # A call's arguments live no longer than the call: a pipeline's run ends with its text.

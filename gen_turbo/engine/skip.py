@@ -218,6 +218,7 @@ class Skipping:
                 self._note(schedule if times else None)
             route = context.extras["route"] = Route(schedule, is_generic)
             if schedule is None or (is_generic and WHOLE not in schedule.skips):
+                run.is_told = True
                 self.unmatched()
         return route
 
