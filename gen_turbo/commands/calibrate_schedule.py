@@ -140,7 +140,7 @@ def _costs_of_calls(pipe: Any, draw: _Draw, merges: bool) -> tuple[float, float 
     from gen_turbo.bench.arithmetic import counted
     from gen_turbo.engine.report import report
     from gen_turbo.methods.identity import IdentityProcessor
-    from gen_turbo.methods.turbo import TurboProcessor
+    from gen_turbo.methods.par import PARProcessor
     from gen_turbo.training.calibrate_route import LATE
 
     kind, few = type(denoiser(pipe)).__name__, partial(draw, 0, "latent", num_inference_steps=_FEW_STEPS)
@@ -152,8 +152,9 @@ def _costs_of_calls(pipe: Any, draw: _Draw, merges: bool) -> tuple[float, float 
         share = whole / counted(few, kind)[1]
         _note(f"text of {num_text} tokens runs on {num_left} without loss: a call takes {share:.3f} of a stock call")
     if merges:
+        merging: Any = PARProcessor(inner=LATE).reducer()
         try:
-            with attach(pipe, TurboProcessor(**{name: value for name, value in LATE.items() if name != "method"})):
+            with attach(pipe, merging):
                 late = counted(few, kind)[1] / whole
             _note(f"a call that merges takes {late:.3f} of one that does not")
         except ValueError as error:
