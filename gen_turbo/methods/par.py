@@ -188,15 +188,17 @@ class PARProcessor(Routed, ReductionProcessor):
                 raise ValueError(f"the schedule was measured with tokens merged by {found.inner!r}; name it as inner")
             return [found]
         schedules, reasons = list[Schedule](), []
+
+        def clashes(own: Schedule) -> bool:
+            # Where schedules say what merges, they have to agree: an attachment merges in one way in all of its runs.
+            others = [schedule.inner for schedule in schedules if schedule.inner is not None]
+            return is_merged is None and own.inner is not None and own.inner not in (others or [own.inner])
+
         for file in shipped(model):
             try:
                 found = file.at(self.budget, is_merged)
-                inner = next((other.inner for other in schedules if other.inner), None)
-                if is_merged is None and inner is not None and found.inner != inner:
-                    # One attachment merges in one way, in runs of every length.
-                    found = file.at(self.budget, False)
-                if found.inner in (None, inner) or inner is None:
-                    schedules.append(found)
+                found = file.at(self.budget, False) if clashes(found) else found
+                schedules += [] if clashes(found) else [found]
             except ValueError as error:
                 reasons.append(error)
         if reasons and not schedules:

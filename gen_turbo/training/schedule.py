@@ -149,21 +149,21 @@ class ScheduleFile:
         Raises:
             ValueError: If all cost more.
         """
-        known = [schedule for schedule in self.schedules if is_merged in (None, schedule.inner is not None)]
-        within = [schedule for schedule in known or self.schedules if schedule.cost <= budget + _TOLERANCE]
+        # One that names settings of its merging is for whoever leaves that to it, if there are others.
+        known = [s for s in self.schedules if is_merged is None or not isinstance(s.inner, Mapping)] or self.schedules
+        known = [schedule for schedule in known if is_merged in (None, schedule.inner is not None)] or known
+        within = [schedule for schedule in known if schedule.cost <= budget + _TOLERANCE]
         if not within:
-            least = min(schedule.cost for schedule in known or self.schedules)
             raise ValueError(
-                f"budget={budget:g} is less than the cheapest schedule for {self.num_calls} calls costs, {least:.3f}; "
-                "raise the budget or calibrate a cheaper one"
+                f"budget={budget:g} is less than the cheapest schedule for {self.num_calls} calls costs, "
+                f"{min(schedule.cost for schedule in known):.3f}; raise the budget or calibrate a cheaper one"
             )
         best = max(within, key=lambda schedule: (schedule.psnr_db or 0.0, schedule.cost))
         return replace(best, scheduler=self.scheduler)
 
     def is_for(self, model: nn.Module) -> bool:
         """Whether it was made for these weights."""
-        known = torch.tensor(self.probe)
-        return type(model).__name__ == self.model and is_same_model(probe_of(model), known)
+        return type(model).__name__ == self.model and is_same_model(probe_of(model), torch.tensor(self.probe))
 
 
 def carried_over(schedule: Schedule, times: Sequence[float]) -> Schedule:

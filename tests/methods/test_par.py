@@ -175,6 +175,9 @@ def test_one_attachment_merges_in_one_way(monkeypatch):
     assert [schedule.inner for schedule in taken] == [made, None]
     reducer = processor.merging(unet)
     assert (reducer.scope, reducer.restore, reducer.ratio) == ("block", "copy", 0.4)
+    # Whoever names what merges gets schedules that do not merge in a way of their own.
+    assert [s.inner for s in PARProcessor(budget=0.5, inner="turbo")._calibrated(unet)] == [None, "turbo"]
+    assert [s.inner for s in PARProcessor(budget=0.5, inner=None)._calibrated(unet)] == [None, None]
     # Where all of the other's schedules merge in another way, the rule is left for its runs.
     files[1] = replace(short, schedules=(merging[1],))
     assert [schedule.inner for schedule in processor._calibrated(unet)] == [made]
