@@ -149,7 +149,7 @@ class ScheduleFile:
         Raises:
             ValueError: If all cost more.
         """
-        # One that names settings of its merging is for whoever leaves that to it, if there are others.
+        # One that names settings of its merging is for callers who say nothing of merging, if there are others.
         known = [s for s in self.schedules if is_merged is None or not isinstance(s.inner, Mapping)] or self.schedules
         known = [schedule for schedule in known if is_merged in (None, schedule.inner is not None)] or known
         within = [schedule for schedule in known if schedule.cost <= budget + _TOLERANCE]
