@@ -138,9 +138,8 @@ class Skipping:
             if self._may_skip(unit, route):
                 actions |= dict.fromkeys(unit.idle, Action.IDLE) | {unit.module: Action.FORECAST}
                 skipped.add(name)
-        later = [
-            n for n, calls in route.schedule.skips.items() if n != MERGING and any(other > call for other in calls)
-        ]
+        uses = {name: {*skips, *route.schedule.weights.get(name, ())} for name, skips in route.schedule.skips.items()}
+        later = [name for name, calls in uses.items() if name != MERGING and max(calls, default=0) > call]
         actions = dict.fromkeys((m for name in later for m in self._modules(name)), Action.KEEP) | actions
         left_out = [m for m, action in actions.items() if action is not Action.KEEP]
         # What lies in a module that is left out does not run, so that it gives nothing to remember.

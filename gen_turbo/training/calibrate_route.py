@@ -7,21 +7,25 @@ budget (`gen_turbo.training.route`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from gen_turbo.training.route import Route, RouteSearch
+from gen_turbo.training.route import Route, RouteSearch, weights_of
 from gen_turbo.training.sampled import SampledRun, effects, gains, probed_steps, sampling
 from gen_turbo.training.schedule import MERGING, WHOLE, Schedule
 
 Draw = Callable[[int], Any]
 """Makes the i-th calibration image."""
+Follow = Callable[[Schedule, int, Sequence[Any], int], SampledRun]
+"""Follows a schedule on the i-th prompt, with known results of the model, up to a call; gives the run."""
 LATE: Mapping[str, Any] = {"method": "turbo", "scope": "block", "restore": "copy", "ratio": 0.7}
 """How the last call of a run merges tokens where it does: it moves the latents least, yet nothing forecasts it."""
+FELT = (0.1, 1.0)
+"""Shares of an error made good at the next call that the model may have seen: long gaps want a large one."""
 _MOST_PROBED = 2
 _LEAST_CALLS = 4
 
@@ -33,29 +37,51 @@ class Recorded:
     Attributes:
         runs: One for each prompt.
         images: What they drew.
-        search: Over what they show.
+        searches: Over what they show, one for each of `FELT`.
     """
 
     runs: list[SampledRun]
     images: list[Any]
-    search: RouteSearch
+    searches: tuple[RouteSearch, ...]
 
     def schedules(self, budgets: Sequence[float], late: float | None = None) -> list[Schedule]:
-        """The best schedule for each budget, cheapest last, each begun from the one before.
+        """The best schedules for each budget by each search, each begun from the one before.
 
         Args:
             budgets: Shares of a stock run's calls.
             late: What a call that merges as `LATE` says costs of one that does not; if given, the last call runs so.
         """
         times, found = tuple(self.runs[0].times), dict[tuple[int, ...], Route]()
-        start: Sequence[int] | None = None
-        for budget in sorted(budgets, reverse=True):
-            count = int(budget * len(times) + (0.0 if late is None else 1 - late) + 1e-9)
-            route = self.search.best(count, start, late is not None)
-            if len(route.runs) < len(times):
-                found[route.runs] = route
-            start = route.runs
+        for search in self.searches:
+            start: Sequence[int] | None = None
+            for budget in sorted(budgets, reverse=True):
+                count = int(budget * len(times) + (0.0 if late is None else 1 - late) + 1e-9)
+                route = search.best(count, start, late is not None)
+                if len(route.runs) < len(times):
+                    found[route.runs] = route
+                start = route.runs
         return [_schedule(route, times, late) for route in found.values()]
+
+    def fitted(self, schedule: Schedule, follow: Follow) -> Schedule:
+        """The schedule with weights fitted to what its own runs make of stock's results, call by call.
+
+        Args:
+            schedule: As the search made it.
+            follow: Follows schedules.
+        """
+        runs = schedule.ran_before(WHOLE, len(schedule.times))[::-1]
+        effect = self.searches[0].effect
+        raw: list[list[Any]] = [[] for _ in self.runs]
+        values = [[result.flatten().numpy() for result in stock.guided] for stock in self.runs]
+        for number, (call, following) in enumerate(zip(runs, [*runs[1:], len(effect)], strict=True)):
+            for index in range(len(self.runs)):
+                run = follow(schedule, index, raw[index], call)
+                raw[index] = run.raw
+                values[index].append(run.guided[call].flatten().numpy())
+            products = sum(stacked @ stacked.T for stacked in map(np.stack, values))
+            weights = weights_of(runs[: number + 1], np.asarray(products), effect, following)
+            schedule = replace(schedule, weights={WHOLE: weights})
+        return schedule
 
 
 def record(
@@ -83,13 +109,14 @@ def record(
         note(f"prompt {index + 1}: errors at calls {probed_steps(len(effect))} of {len(effect)} followed to the end")
     results = [np.stack([result.flatten().numpy() for result in run.guided]) for run in runs]
     products = sum((values @ values.T for values in results), np.zeros((len(effect), len(effect))))
-    return Recorded(runs, images, RouteSearch(products, effect, np.exp(np.mean(logs, axis=0))))
+    gain = np.exp(np.mean(logs, axis=0))
+    return Recorded(runs, images, tuple(RouteSearch(products, effect, gain, felt) for felt in FELT))
 
 
 def num_images(num_calls: int, num_prompts: int, budgets: Sequence[float]) -> float:
-    """Images' worth of model calls that calibration takes, trying its schedules included."""
+    """Images' worth of model calls that calibration takes: every schedule is tried, fitted and tried again."""
     probes = sum(num_calls - 1 - step for step in probed_steps(num_calls)) / num_calls
-    return num_prompts + min(num_prompts, _MOST_PROBED) * probes + num_prompts * sum(budgets)
+    return num_prompts + min(num_prompts, _MOST_PROBED) * probes + 3 * num_prompts * sum(budgets)
 
 
 def _schedule(route: Route, times: tuple[float, ...], late: float | None) -> Schedule:

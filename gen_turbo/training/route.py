@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-_FELT = 0.1
-"""Share of an error made good at the next call that the model has seen in the meantime."""
 _RIDGE = 1e-9
 _GAIN = 0.999
 _NUM_RESULTS = 3
@@ -42,6 +40,50 @@ class Route:
     error: float
 
 
+def weights_of(runs: Sequence[int], products: Array, effect: Array, end: int) -> dict[int, tuple[float, ...]]:
+    """What results weigh at calls before `end` so that runs with calls left out stay near those of stock.
+
+    A model that was led astray gives other results than stock, which weights fitted to those of stock do not know of.
+
+    Args:
+        runs: The calls that ran.
+        products: Inner products of all results of stock followed by those of `runs` where the others were left out,
+            summed over prompts; (T + R, T + R) for T calls.
+        effect: How far the last latents move per unit of each result, by the sampler alone; (T,).
+        end: The first call that has no weights yet.
+
+    Returns:
+        By call, what the last results weigh, the newest first; of a call that runs its own first.
+    """
+    one, found = np.eye(len(products)), dict[int, tuple[float, ...]]()
+    places = {call: len(effect) + number for number, call in enumerate(runs)}
+    off = np.zeros(len(products))
+    for call in range(1, end):
+        known = [places[run] for run in runs if run <= call][::-1][: _NUM_RESULTS + (call in places)]
+        undone = off / effect[call] if effect[call] else 0.0
+        weights = _plain(_nearest(one[known], one[call] - undone, products))
+        if call not in places or weights != (1.0,):
+            found[call] = weights
+        off += effect[call] * (np.array(weights) @ one[known[: len(weights)]] - one[call])
+    return found
+
+
+def _nearest(basis: Array, wanted: Array, products: Array) -> Array:
+    """What vectors of a basis (N, T) weigh in the combination of them that is nearest to what is wanted (T,)."""
+    square = basis @ products @ basis.T
+    square += _RIDGE * np.trace(square) * np.eye(len(square))
+    solution: Array = np.linalg.lstsq(square, basis @ products @ wanted, rcond=None)[0]
+    return solution
+
+
+def _plain(weights: Array) -> tuple[float, ...]:
+    """Weights in few digits, without those at the end that are nothing."""
+    values = [round(float(weight), 5) for weight in weights]
+    while len(values) > 1 and values[-1] == 0:
+        values.pop()
+    return tuple(values)
+
+
 class RouteSearch:
     """Finds routes by what recorded runs show.
 
@@ -49,10 +91,11 @@ class RouteSearch:
         products: Inner products of the guided results of all pairs of calls, summed over runs; (T, T) for T calls.
         effect: How far the last latents move per unit of each result, by the sampler alone.
         gain: How much farther, for the model reads what it was led to.
+        felt: Share of an error made good at the next call that the model has seen in the meantime.
     """
 
-    def __init__(self, products: Array, effect: Array, gain: Array) -> None:
-        self.products, self.effect, self.gain = products, effect, gain
+    def __init__(self, products: Array, effect: Array, gain: Array, felt: float) -> None:
+        self.products, self.effect, self.gain, self.felt = products, effect, gain, felt
         self.num_calls = len(effect)
         self._one = np.eye(self.num_calls)
 
@@ -99,17 +142,15 @@ class RouteSearch:
             known = [call for call in runs if call <= newest][::-1][:_NUM_RESULTS]
             off = np.zeros(self.num_calls)
             for call in range(newest + 1, following):
-                forecast = self._one[newest] + self._fitted(
-                    self._differences(known), self._one[call] - self._one[newest]
-                )
-                weights[call] = self._weights(forecast, known)
+                forecast = self._one[newest] + self._fitted(self._basis(known), self._one[call] - self._one[newest])
+                weights[call] = _plain(forecast[known])
                 off += self.effect[call] * (forecast - self._one[call])
             gain = self.gain[min(following, self.num_calls - 1)]
             if following < self.num_calls:
-                felt += _FELT**2 * gain**2 * self._square(off)
+                felt += self.felt**2 * gain**2 * self._square(off)
                 seen = [following, *known]
-                undone = self._fitted(self._differences(seen), off)
-                weights[following] = self._weights(self._one[following] - undone / self.effect[following], seen)
+                undone = self._fitted(self._basis(seen), off)
+                weights[following] = _plain((self._one[following] - undone / self.effect[following])[seen])
                 off = off - undone
             total += gain * off
         return Route(tuple(runs), weights, self._square(total) + felt)
@@ -166,14 +207,15 @@ class RouteSearch:
             if following > newest + 1:
                 left_out = slice(newest + 1, following)
                 wanted = self.effect[left_out] @ (self._one[left_out] - self._one[newest])
-                bases = [self._one[newest] - self._one[older], self._one[older] - self._one[oldest]]
+                first = np.broadcast_to(self._one[newest], (*oldest.shape, num))
+                bases = [first, self._one[newest] - self._one[older], self._one[older] - self._one[oldest]]
                 gain = self.gain[min(following, num - 1)] ** 2
                 before = self._left(np.stack(bases, -2), wanted)
                 if following == num:
                     errors = errors + gain * before
                 else:
-                    seen = np.broadcast_to(self._one[following] - self._one[newest], bases[0].shape)
-                    errors = errors + gain * (self._left(np.stack([seen, *bases], -2), wanted) + _FELT**2 * before)
+                    seen = np.broadcast_to(self._one[following], first.shape)
+                    errors = errors + gain * (self._left(np.stack([seen, *bases], -2), wanted) + self.felt**2 * before)
             found[newest, following] = errors
         return found
 
@@ -191,25 +233,15 @@ class RouteSearch:
     def _error(self, runs: set[int]) -> float:
         return self.route(sorted(runs)).error
 
-    def _differences(self, calls: Sequence[int]) -> Array:
-        return np.array([self._one[a] - self._one[b] for a, b in zip(calls, calls[1:], strict=False)])
+    def _basis(self, calls: Sequence[int]) -> Array:
+        """The first of some results, and how each differs from the next."""
+        differences = (self._one[a] - self._one[b] for a, b in zip(calls, calls[1:], strict=False))
+        return np.array([self._one[calls[0]], *differences])
 
     def _fitted(self, basis: Array, wanted: Array) -> Array:
         """The combination of a basis that is nearest to what is wanted."""
-        if not len(basis):
-            return np.zeros(self.num_calls)
-        square = basis @ self.products @ basis.T
-        square += _RIDGE * np.trace(square) * np.eye(len(square))
-        solution: Array = np.linalg.lstsq(square, basis @ self.products @ wanted, rcond=None)[0] @ basis
-        return solution
+        combination: Array = _nearest(basis, wanted, self.products) @ basis
+        return combination
 
     def _square(self, off: Array) -> float:
         return float(off @ self.products @ off)
-
-    def _weights(self, combination: Array, calls: Sequence[int]) -> tuple[float, ...]:
-        """What the results of some calls weigh, without those at the end that weigh nothing; they add up to 1."""
-        values = [round(float(combination[call]), 5) for call in calls]
-        while len(values) > 1 and values[-1] == 0:
-            values.pop()
-        values[0] = round(1 - sum(values[1:]), 5)
-        return tuple(values)

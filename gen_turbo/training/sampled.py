@@ -47,6 +47,10 @@ class SampledRun:
     final: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
+class Enough(Exception):
+    """Ends a run behind a step of its scheduler."""
+
+
 class _Answering(Placed):
     """Answers the first calls by earlier results, and notes the others'."""
 
@@ -64,7 +68,11 @@ class _Answering(Placed):
 
 @contextmanager
 def sampling(
-    pipe: Any, models: Sequence[nn.Module], known: Sequence[Any] = (), instead: tuple[int, Tensor] | None = None
+    pipe: Any,
+    models: Sequence[nn.Module],
+    known: Sequence[Any] = (),
+    instead: tuple[int, Tensor] | None = None,
+    last: int | None = None,
 ) -> Iterator[SampledRun]:
     """Records the run inside of the `with` block.
 
@@ -73,6 +81,8 @@ def sampling(
         models: Its denoisers.
         known: Results that stand for the first calls of the models.
         instead: A step of the scheduler, and the guided result that it is given there.
+        last: The step of the scheduler behind which the run ends, by an exception
+            that ends here.
     """
     run, scheduler = SampledRun(), pipe.scheduler
     stock = scheduler.step
@@ -87,6 +97,8 @@ def sampling(
         run.calls_before.append(len(run.raw))
         run.times.append(float(timestep))
         run.arguments.append((model_output, timestep, sample, kwargs))
+        if number == last:
+            raise Enough
         result = stock(model_output, timestep, sample, *args, **kwargs)
         run.final = result[0].detach().double().cpu()
         return result
@@ -97,6 +109,8 @@ def sampling(
     scheduler.step = step
     try:
         yield run
+    except Enough:
+        pass
     finally:
         del scheduler.step
         for one in placed:

@@ -86,8 +86,6 @@ class Schedule:
         known = (before for before in range(call + (call not in self.skips[unit])) if before not in left_out)
         if len(list(islice(known, len(weights)))) < len(weights):
             raise ValueError(f"{unit} has {len(weights)} weights at call {call}, before which fewer results are known")
-        if abs(sum(weights) - 1) > _TOLERANCE:
-            raise ValueError(f"the weights of {unit} at call {call} must add up to 1; got {sum(weights):g}")
 
     def skipped_at(self, call: int) -> tuple[str, ...]:
         """The units that are skipped at a call; the whole model stands for all."""
@@ -124,7 +122,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ScheduleFile:
-    """All schedules that one calibration made, for several budgets.
+    """All schedules of one calibration, for several budgets.
 
     Attributes:
         model: Class of the model.

@@ -19,7 +19,7 @@ from tests.schedules import TIMES
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import UNETS, run_unet, sd_pipeline, unet_inputs
 
-WEIGHTS = {2: (1.5, -0.5), 3: (0.7, 0.5, -0.2)}
+WEIGHTS = {2: (1.5, -0.6), 3: (0.7, 0.5, -0.3)}
 """Of the third call, which is left out, and of the last, which runs."""
 
 
@@ -41,14 +41,27 @@ def both(name):
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "z-image"])
 def test_each_call_has_its_weights(name):
-    """Catches a forecast by the slope, a correction that is remembered as a result, and one made of forecasts."""
+    """Catches a forecast by the slope, a correction that is remembered as a result, one made of forecasts, and weights
+    brought to a sum of 1.
+    """
     model, run = both(name)
     stock = run()
     with attach(model, PARProcessor(schedule=file_of(model, {WHOLE: [2]}, {WHOLE: WEIGHTS}), inner=None)):
         own = run()
     assert torch.equal(own[:2], stock[:2])
-    torch.testing.assert_close(own[2], 1.5 * stock[1] - 0.5 * stock[0])
-    torch.testing.assert_close(own[3], 0.7 * stock[3] + 0.5 * stock[1] - 0.2 * stock[0])
+    torch.testing.assert_close(own[2], 1.5 * stock[1] - 0.6 * stock[0])
+    torch.testing.assert_close(own[3], 0.7 * stock[3] + 0.5 * stock[1] - 0.3 * stock[0])
+
+
+def test_results_are_kept_for_corrections_behind_the_last_skip():
+    """Catches results that are kept for forecasts alone, without which a correction is left out in silence."""
+    model, run = both("sd3")
+    stock = run()
+    weights = {WHOLE: {1: (0.9,), 3: (0.7, 0.5, -0.3)}}
+    with attach(model, PARProcessor(schedule=file_of(model, {WHOLE: [1]}, weights), inner=None)):
+        own = run()
+    torch.testing.assert_close(own[1], 0.9 * stock[0])
+    torch.testing.assert_close(own[3], 0.7 * stock[3] + 0.5 * stock[2] - 0.3 * stock[0])
 
 
 def test_half_precision_is_weighed_in_single():
@@ -60,14 +73,14 @@ def test_half_precision_is_weighed_in_single():
 
 
 def test_weights_come_back_from_a_file_and_odd_ones_are_refused(tmp_path):
-    """Catches weights that are written and not read, and a file whose weights would brighten or darken a result."""
+    """Catches weights that are written and not read, and a file whose weights are no numbers, none or too many."""
     unet = UNETS["sd15"]()
     file = file_of(unet, {WHOLE: [2]}, {WHOLE: WEIGHTS})
     write(tmp_path / "s.yaml", file, "a test")
     assert read(tmp_path / "s.yaml").schedules == file.schedules
     text = (tmp_path / "s.yaml").read_text()
-    for odd in ("[1.5, -0.6]", "[.nan, 1.0]", "[]", "[1.0, 0.0, 0.0, 0.0, 0.0]", "2"):
-        (tmp_path / "odd.yaml").write_text(text.replace("[1.5, -0.5]", odd))
+    for odd in ("[.inf, 1.0]", "[.nan, 1.0]", "[]", "[1.0, 0.0, 0.0, 0.0, 0.0]", "2"):
+        (tmp_path / "odd.yaml").write_text(text.replace("[1.5, -0.6]", odd))
         with pytest.raises(ValueError, match="is no schedule"):
             read(tmp_path / "odd.yaml")
 

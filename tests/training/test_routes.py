@@ -18,9 +18,8 @@ from torch import nn
 
 from gen_turbo import PARProcessor, attach, report
 from gen_turbo.api import attachments, denoisers
-from gen_turbo.training import route as routes
 from gen_turbo.training.calibrate_route import num_images, record
-from gen_turbo.training.route import RouteSearch
+from gen_turbo.training.route import RouteSearch, weights_of
 from gen_turbo.training.sampled import effects, sampling
 from gen_turbo.training.schedule import WHOLE, ScheduleFile, probe_of
 from tests import tiny_pipelines, tiny_transformers
@@ -39,6 +38,13 @@ def curves(num_calls=16, size=40):
     return values, np.linspace(0.5, 1.5, num_calls)
 
 
+def rough(values, effect):
+    """The same with results that no earlier ones tell, the fewer the later."""
+    count = len(effect)
+    beside = np.random.default_rng(1).normal(size=(count, 6)) * np.linspace(0.3, 0.02, count)[:, None]
+    return np.concatenate([values, beside], 1), effect
+
+
 def end_error(route, values, effect):
     """What the sampler's end is off by when each result is made by the weights of a route."""
     off = np.zeros(values.shape[1])
@@ -53,20 +59,18 @@ def end_error(route, values, effect):
     return float(off @ off)
 
 
-def search_of(values, effect):
-    """A search over one run in which the model does not feel errors."""
-    return RouteSearch(values @ values.T, effect, np.ones(len(effect)))
+def search_of(values, effect, felt=0.1):
+    """A search over one run; by default the model hardly feels errors."""
+    return RouteSearch(values @ values.T, effect, np.ones(len(effect)), felt)
 
 
-def test_a_route_is_what_its_weights_do(monkeypatch):
+def test_a_route_is_what_its_weights_do():
     """Catches weights that are laid over other results than those they were fitted to, and a correction left out."""
+    values, effect = rough(*curves())
     # What the model feels between is no part of what the weights do.
-    monkeypatch.setattr(routes, "_FELT", 0.0)
-    values, effect = curves()
-    search = search_of(values, effect)
+    search = search_of(values, effect, 0.0)
     route = search.best(5)
     assert len(route.runs) == 5 and route.runs[0] == 0
-    assert all(abs(sum(weights) - 1) < 1e-4 for weights in route.weights.values())
     plain = search.route(route.runs)
     plain.weights.update({call: (1.0,) for call in plain.weights if call in plain.runs})
     error = end_error(route, values, effect)
@@ -79,9 +83,7 @@ def test_a_route_is_what_its_weights_do(monkeypatch):
 @pytest.mark.parametrize("count", [3, 4, 5])
 def test_a_route_is_the_best_of_all_of_its_length(count, is_to_end):
     """Catches a search that ends in a neighbourhood, a gap priced without the runs before it, a last call moved."""
-    rough = np.random.default_rng(1).normal(size=(11, 6)) * np.linspace(0.3, 0.02, 11)[:, None]
-    values, effect = curves(11)
-    search = search_of(np.concatenate([values, rough], 1), effect)
+    search = search_of(*rough(*curves(11)))
     every = [search.route([0, *others]) for others in itertools.combinations(range(1, 11), count - 1)]
     every = [route for route in every if not is_to_end or route.runs[-1] == 10]
     least, best = min(route.error for route in every), search.best(count, is_to_end=is_to_end)
@@ -95,6 +97,33 @@ def test_fewer_calls_lose_more():
     search = search_of(*curves())
     errors = [search.best(count).error for count in (12, 9, 6, 3)]
     assert errors == sorted(errors) and errors[0] < 1e-3 * errors[-1]
+
+
+def feeling(values, effect, runs, weights, end):
+    """What a model gives at the calls that run, that feels how far it was led astray, and how far that is at `end`."""
+    mixing = np.random.default_rng(2).normal(size=(values.shape[1],) * 2) / values.shape[1]
+    off, own = np.zeros(values.shape[1]), {}
+    for call in range(end):
+        if call in runs:
+            own[call] = values[call] + (3 * off + 20 * mixing @ off) / np.abs(effect).sum()
+        known = [own[run] for run in reversed(own)]
+        off = off + effect[call] * (
+            sum(w * k for w, k in zip(weights.get(call, (1.0,)), known, strict=False)) - values[call]
+        )
+    return own, float(off @ off)
+
+
+def test_weights_fitted_to_own_runs_know_what_the_model_makes_of_errors():
+    """Catches weights fitted to results of stock alone, to results of other calls, and errors before that are lost."""
+    values, effect = rough(*curves())
+    route = search_of(values, effect, 1.0).best(5)
+    weights = {}
+    for number, following in enumerate([*route.runs[1:], len(effect)]):
+        own, _ = feeling(values, effect, route.runs, weights, route.runs[number] + 1)
+        stacked = np.stack([*values, *own.values()])
+        weights = weights_of(route.runs[: number + 1], stacked @ stacked.T, effect, following)
+    fitted = feeling(values, effect, route.runs, weights, len(effect))[1]
+    assert fitted < 0.5 * feeling(values, effect, route.runs, route.weights, len(effect))[1]
 
 
 def sdxl():
@@ -137,7 +166,7 @@ def drawn(request):
 
 
 def test_every_class_of_pipeline_is_calibrated(drawn):
-    """Catches guidance branches taken for steps, a file that its own run does not match, images not counted."""
+    """Catches guidance branches taken for steps, a file that its run does not match, calls uncounted or made again."""
     pipe, draw = drawn
     models = denoisers(pipe)[1]
     calls, told = [], []
@@ -148,29 +177,44 @@ def test_every_class_of_pipeline_is_calibrated(drawn):
     calls.clear()
     recorded = record(pipe, models, draw, 2, told.append)
     assert len(calls) <= per_image * num_images(STEPS, 2, []) + 1e-6 and told
-    handle.remove()
     before = model_state(models[0])
     assert "step" not in vars(pipe.scheduler) and len(recorded.runs[0].guided) == STEPS
     schedules = recorded.schedules((0.7, 0.4))
-    assert [round(STEPS * schedule.cost) for schedule in schedules] == [7, 4]
+    few = next(schedule for schedule in schedules if round(STEPS * schedule.cost) == 4)
+    probe = tuple(probe_of(models[0]).tolist())
+
+    def attached(schedule):
+        file = ScheduleFile(type(models[0]).__name__, probe, _name(pipe), (schedule,))
+        return attach(pipe, PARProcessor(budget=0.9, schedule=file, inner=None))
+
+    def follow(schedule, index, known, last):
+        with sampling(pipe, models, known, last=last) as run, attached(schedule):
+            draw(index)
+        return run
+
+    calls.clear()
+    fitted = recorded.fitted(few, follow)
+    # Every call of a run once, whatever was run before is known.
+    assert len(calls) * STEPS == 2 * 4 * per_image and fitted.weights != few.weights
+    assert "step" not in vars(pipe.scheduler) and differences(before, model_state(models[0])) == []
     distances = []
-    for schedule in schedules:
-        file = ScheduleFile(type(models[0]).__name__, tuple(probe_of(models[0]).tolist()), _name(pipe), (schedule,))
-        with attach(pipe, PARProcessor(budget=0.9, schedule=file, inner=None)):
+    for schedule in (schedules[0], fitted):
+        with attached(schedule):
             own = draw()
             stats = attachments(pipe)[0].skipped_units[WHOLE]
         assert stats.num_skipped * STEPS == (STEPS - round(STEPS * schedule.cost)) * per_image
         distances.append(float((own - stock).norm()))
     assert 0 < distances[0] < distances[1] < 0.5 * float(stock.norm())
-    (late,) = recorded.schedules((0.7,), late=0.3)
+    late = recorded.schedules((0.7,), late=0.3)[0]
     assert late.cost == pytest.approx(0.63) and late.ran_before(WHOLE, STEPS)[0] == STEPS - 1
-    file = ScheduleFile(type(models[0]).__name__, tuple(probe_of(models[0]).tolist()), _name(pipe), (late,))
+    file = ScheduleFile(type(models[0]).__name__, probe, _name(pipe), (late,))
     with attach(pipe, PARProcessor(budget=0.9, schedule=file)):
         assert not torch.equal(draw(), stock)
         reached = [layer for layer in report(pipe).layers if layer.num_tokens]
     # Seven of ten calls run, in each branch that is called for itself, and the last of them merges.
     assert reached and {layer.num_reduced for layer in reached} == {per_image // STEPS}
     assert torch.equal(draw(), stock) and differences(before, model_state(models[0])) == []
+    handle.remove()
 
 
 def _name(pipe):
