@@ -1,7 +1,7 @@
 """Calibration of PAR's routes that leave whole calls out, on a pipeline's own runs of a few prompts.
 
 Stock runs are recorded and their sampler asked what a wrong result costs; a search without a model then fills every
-budget (`gen_turbo.training.route`).
+budget (`gen_turbo.training.route`), and its weights are fitted again to runs that follow them.
 """
 
 from __future__ import annotations
