@@ -138,8 +138,8 @@ class Skipping:
             if self._may_skip(unit, route):
                 actions |= dict.fromkeys(unit.idle, Action.IDLE) | {unit.module: Action.FORECAST}
                 skipped.add(name)
-        uses = {name: {*skips, *route.schedule.weights.get(name, ())} for name, skips in route.schedule.skips.items()}
-        later = [name for name, calls in uses.items() if name != MERGING and max(calls, default=0) > call]
+        skips, weights = route.schedule.skips, route.schedule.weights
+        later = [n for n in skips if n != MERGING and any(other > call for other in (*skips[n], *weights.get(n, ())))]
         actions = dict.fromkeys((m for name in later for m in self._modules(name)), Action.KEEP) | actions
         left_out = [m for m, action in actions.items() if action is not Action.KEEP]
         # What lies in a module that is left out does not run, so that it gives nothing to remember.

@@ -180,6 +180,7 @@ def test_every_class_of_pipeline_is_calibrated(drawn):
     before = model_state(models[0])
     assert "step" not in vars(pipe.scheduler) and len(recorded.runs[0].guided) == STEPS
     schedules = recorded.schedules((0.7, 0.4))
+    assert {round(STEPS * schedule.cost) for schedule in schedules} == {7, 4} and len(schedules) <= 4
     few = next(schedule for schedule in schedules if round(STEPS * schedule.cost) == 4)
     probe = tuple(probe_of(models[0]).tolist())
 
