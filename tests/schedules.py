@@ -9,7 +9,8 @@ from torch import nn
 
 from gen_turbo import PARProcessor
 from gen_turbo.api import adapter_of
-from gen_turbo.training.schedule import Schedule, ScheduleFile, probe_of
+from gen_turbo.training.schedule import Schedule
+from gen_turbo.training.schedule_file import ScheduleFile, probe_of
 
 TIMES = (900.0, 700.0, 500.0, 300.0)
 

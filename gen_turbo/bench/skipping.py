@@ -14,7 +14,8 @@ from gen_turbo.api import adapter_of, attach, denoiser
 from gen_turbo.bench.settings import Method, Setting
 from gen_turbo.bench.step_models import times_of
 from gen_turbo.methods.par import PARProcessor
-from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, probe_of
+from gen_turbo.training.schedule import WHOLE, Schedule
+from gen_turbo.training.schedule_file import ScheduleFile, probe_of
 
 GENERIC, GENERIC_MERGED = "PAR, generic", "PAR, generic, with merging"
 _COST = 0.5

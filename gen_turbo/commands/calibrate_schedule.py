@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from gen_turbo.training.schedule import Schedule
 
 _ALMOST_ALL, _FEW_STEPS = 0.999, 2
+_GUIDED = 2
+"""Guidance branches in a batch of which one may be left out."""
 _CLEAR_DB = 1.0
 """By how much merging has to be nearer to stock on a few prompts, so that it is nearer on others."""
 _COSTS = (0.85, 0.75, 0.67, 0.6, 0.5, 0.42, 0.34, 0.3, 0.25)
@@ -56,7 +58,8 @@ def calibrate_schedule(namespace: argparse.Namespace, config: PipelineConfig) ->
     from gen_turbo.api import denoiser
     from gen_turbo.factory import build_pipeline, quiet_loading
     from gen_turbo.output import check_writable
-    from gen_turbo.training.schedule import ScheduleFile, probe_of, undominated, write
+    from gen_turbo.training.schedule import undominated
+    from gen_turbo.training.schedule_file import ScheduleFile, probe_of, write
 
     output = namespace.output or Path(f"runs/par/schedule-{config.steps}.yaml")
     check_writable(output.parent)
@@ -94,7 +97,7 @@ def _add_routes(
     """Searches schedules that skip whole calls, and tries them."""
     from gen_turbo.api import attach, denoisers
     from gen_turbo.methods.par import PARProcessor
-    from gen_turbo.training.calibrate_route import num_images, record
+    from gen_turbo.training.calibrate_route import Fits, num_images, record
     from gen_turbo.training.sampled import sampling
 
     count = namespace.prompts
@@ -103,10 +106,15 @@ def _add_routes(
     num_calls = len(recorded.runs[0].guided)
     of_call, late = _costs_of_calls(pipe, draw, "turbo" in namespace.inner)
     budgets = [min(budget / of_call, 1.0) for budget in namespace.budgets]
-    schedules = recorded.schedules(budgets) + ([] if late is None else recorded.schedules(budgets, late))
+    routes = [(one, False) for one in recorded.schedules(budgets)]
+    routes += [] if late is None else [(one, False) for one in recorded.schedules(budgets, late)]
+    # Half of a call is what the unconditional one of two branches takes.
+    routes += [(one, True) for one in recorded.schedules(budgets, saved=0.5)] if len(recorded.shares) == _GUIDED else []
     num_few = 2 if late is None else 4
-    whole = num_images(num_calls, count, [schedule.cost for schedule in schedules]) + num_few * _FEW_STEPS / num_calls
-    note(f"leaving whole calls out takes {whole:.0f} images' worth of calls in all")
+    # All routes of a length are fitted to their own runs, and the best of them drawn.
+    costs = [one.cost for same, _ in routes for one in [*same, same[0]]]
+    whole = num_images(num_calls, count, costs) + num_few * _FEW_STEPS / num_calls
+    note(f"leaving whole calls out takes {whole:.0f} images' worth of calls, and more where moving calls gains")
     plain: list[tuple[float, float]] = []
 
     def attached(schedule: Schedule) -> Any:
@@ -117,21 +125,22 @@ def _add_routes(
             draw(index, "latent")
         return run
 
-    for searched in schedules:
-        for schedule in (searched, recorded.fitted(searched, follow)):
-            distances = []
-            for index in range(count):
-                with attached(schedule):
-                    distances.append(distance_db(recorded.images[index], pixels(draw, index)))
-            distance = sum(distances) / count
-            how = "" if schedule.inner is None else ", the last one merged"
-            how += "" if schedule is searched else ", fitted to its own runs"
-            note(f"{schedule.cost:.3f} of the calls of stock{how}, {distance:.1f} dB")
-            if schedule.inner is None:
-                plain.append((schedule.cost, distance))
-            elif any(cost <= schedule.cost and distance < known + _CLEAR_DB for cost, known in plain):
-                continue
-            add(replace(schedule, cost=round(schedule.cost * of_call, 4), psnr_db=round(distance, 2)))
+    fits = Fits(recorded, follow)
+    for same, is_narrow in routes:
+        schedule, distances = fits.best(same, is_narrow), []
+        for index in range(count):
+            with attached(schedule):
+                distances.append(distance_db(recorded.images[index], pixels(draw, index)))
+        cost, distance = schedule.cost, sum(distances) / count
+        how = "" if schedule.inner is None else ", the last one merged"
+        how += ", the last one without its unconditional branch" if is_narrow else ""
+        cost -= 0.5 / num_calls if is_narrow else 0.0
+        note(f"{cost:.3f} of the calls of stock{how}, {distance:.1f} dB")
+        if schedule.inner is None:
+            plain.append((cost, distance))
+        elif any(other <= cost and distance < known + _CLEAR_DB for other, known in plain):
+            continue
+        add(replace(schedule, cost=round(cost * of_call, 4), psnr_db=round(distance, 2)))
 
 
 def _costs_of_calls(pipe: Any, draw: Draw, merges: bool) -> tuple[float, float | None]:
@@ -204,7 +213,8 @@ def _searched(pipe: Any, namespace: argparse.Namespace, draw: Draw) -> list[Any]
 def _taken_over(pipe: Any, path: Path, draw: Draw) -> list[Any]:
     """The schedules of a file, carried over to the calls of this run."""
     from gen_turbo.api import denoiser
-    from gen_turbo.training.schedule import carried_over, read
+    from gen_turbo.training.schedule import carried_over
+    from gen_turbo.training.schedule_file import read
 
     file, model, scheduler = read(path), denoiser(pipe), type(pipe.scheduler).__name__
     if not file.is_for(model) or file.scheduler != scheduler:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gen_turbo.engine.guided import combined
 from gen_turbo.engine.layer import argument_names
 from gen_turbo.engine.placed import Placed
 from gen_turbo.engine.values import mapped, num_bytes, refilled, tensors
@@ -33,7 +34,8 @@ class UnitMemory:
     """The last results of one module in one context, in tensors of fixed address.
 
     Attributes:
-        weights: Of the results in a forecast, the newest first: numbers, or 0-dim tensors where a graph reads them.
+        weights: Of the results in a forecast, the newest first: numbers, each for the whole batch or one for each of
+            its guidance branches, or 0-dim tensors where a graph reads them.
         results: Tensors of the last results, the newest first; zeros as long as there are fewer.
         like: A result with tensors that hold one number each.
         calls: The calls of the schedule that gave them, newest first.
@@ -66,7 +68,7 @@ class UnitMemory:
         for newest, value in zip(self.results[0], values, strict=True):
             newest.copy_(value.detach())
 
-    def weigh(self, weights: Sequence[float]) -> None:
+    def weigh(self, weights: Sequence[Any]) -> None:
         """Sets the weights of the next forecast; those that are not given are 0."""
         for place, held in enumerate(self.weights):
             weight = weights[place] if place < len(weights) else 0.0
@@ -79,7 +81,7 @@ class UnitMemory:
         """What the module would give."""
         return [combined(parts, self.weights) for parts in zip(*self.results, strict=True)]
 
-    def corrected(self, values: list[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    def corrected(self, values: list[Tensor], weights: Sequence[Any]) -> list[Tensor]:
         """Newer values and what is remembered, weighed; the first weight is that of the newer values."""
         known = [values, *self.results][: len(weights)]
         return [combined(parts, weights) for parts in zip(*known, strict=True)]
@@ -88,16 +90,6 @@ class UnitMemory:
     def num_bytes(self) -> int:
         """Bytes held."""
         return num_bytes(*(tensor for result in self.results for tensor in result), *self.weights)
-
-
-def combined(parts: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
-    """The weighted sum of tensors, in single precision at least."""
-    wide = torch.promote_types(parts[0].dtype, torch.float32)
-    total: Tensor = parts[0].to(wide) * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        if isinstance(weight, Tensor) or weight:
-            total = total + part.to(wide) * weight
-    return total.to(parts[0].dtype)
 
 
 class Gate(Placed):

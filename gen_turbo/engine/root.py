@@ -21,6 +21,7 @@ from gen_turbo.engine.prefix import short_text
 from gen_turbo.engine.runs import NUM_RISES, RISING, Runs, no_effect
 from gen_turbo.engine.settling import Settling
 from gen_turbo.engine.skip import Skipping
+from gen_turbo.engine.step import Step, eagerly
 from gen_turbo.engine.text import MergedText
 from gen_turbo.engine.values import kept_out, skipped
 from gen_turbo.models.adapter import Adapter, ModelCall
@@ -113,12 +114,15 @@ class Root(Placed):
                 step.output = self.replaced(step)
             else:
                 step.output = self.inner(*step.args, **step.kwargs)
-            return step.output if self.skipping is None else self.skipping.corrected(step.output)
+            if self.skipping is None:
+                return step.output
+            step.output = self.skipping.finished(step.output)
+            return self.skipping.corrected(step.output)
         finally:
             self.end(step)
 
     @kept_out
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         """Finds the run and the step of a call, and sets every layer for it."""
         self.runs.acquire()
         try:
@@ -128,13 +132,13 @@ class Root(Placed):
             self.runs.release()
             raise
 
-    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False):
             # Blocks run once more in the backward pass, when steps, maps and memory have moved on.
             if self._expects_effect():
                 warnings.warn(_CHECKPOINTED, NoEffectWarning, stacklevel=4)
-            return _Step(None, args, kwargs)
+            return Step(None, args, kwargs)
         if self._expects_effect():
             self.arrangement.check(self.module, arguments, self.settling is None)
         call = self.adapter.read(arguments)
@@ -146,7 +150,7 @@ class Root(Placed):
             is_captured = self.graphs is not None and call.sample.is_cuda
             self._change(self.settling.wanted(context, call, is_captured))
         self.beginning.context = context
-        step, starts = _Step(context, args, kwargs), False
+        step, starts = Step(context, args, kwargs), False
         if self.text is not None:
             context.text = short_text(context, arguments, self.text, self.arrangement)
         if is_new:
@@ -170,12 +174,15 @@ class Root(Placed):
             warnings.warn(RISING, NoEffectWarning, stacklevel=5)
         return context
 
-    def _choose(self, context: Context, step: _Step, starts: bool, kind: tuple[object, ...]) -> None:
+    def _choose(self, context: Context, step: Step, starts: bool, kind: tuple[object, ...]) -> None:
         """Decides what stands for a call: what skipping gives, an eager start, a captured step, or the model itself."""
-        if self.skipping is not None and self.skipping.replaces_all:
+        if self.skipping is not None and self.skipping.rows is not None:
+            step.narrow(self.skipping.rows, self.insides.values())
+            lend(self.arrangement.makers, None, {})
+        elif self.skipping is not None and self.skipping.replaces_all:
             step.run = self.skipping.whole
         elif starts and not context.is_revived:
-            step.run = lambda: _eagerly(self.inner, step.args, step.kwargs)
+            step.run = lambda: eagerly(self.inner, step.args, step.kwargs)
             if self.graphs is not None and self.graphs.is_primed(context):
                 step.run()
                 context.is_revived, step.run = True, None
@@ -207,12 +214,12 @@ class Root(Placed):
             self.runs.end(whole)
 
     @kept_out
-    def replaced(self, step: _Step) -> Any:
+    def replaced(self, step: Step) -> Any:
         """What stands for a call of the model as it is."""
         return step.run()
 
     @kept_out
-    def end(self, step: _Step) -> None:
+    def end(self, step: Step) -> None:
         """Counts the step and makes every layer stock."""
         context = step.context
         try:
@@ -258,7 +265,7 @@ class Root(Placed):
     def _give(
         self,
         text: MergedText,
-        step: _Step,
+        step: Step,
         arguments: dict[str, Any],
         form: TextSignature | MaskedText | CachedPrefix,
     ) -> None:
@@ -272,22 +279,6 @@ class Root(Placed):
                 inside.install()
                 if inside.has_text_keys:
                     inside.text_sizes, inside.hides = text.sizes, text.hides
-
-
-class _Step:
-    """One call of the model between `begin` and `end`."""
-
-    def __init__(self, context: Context | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.context, self.args, self.kwargs = context, args, kwargs
-        self.skipped: frozenset[str] = frozenset()
-        self.run: Any = None
-        self.output: Any = None
-
-
-def _eagerly(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Calls a function of which nothing is compiled: in the first step of a run layers find their maps and memory."""
-    with torch.compiler.set_stance("force_eager"):
-        return function(*args, **kwargs)
 
 
 def _touched(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,32 +12,16 @@ from torch import nn
 
 from gen_turbo.engine.context import Context
 from gen_turbo.engine.gates import NUM_USED, Action, UnitMemory, gates_of
+from gen_turbo.engine.guided import num_branches
+from gen_turbo.engine.route import Route
 from gen_turbo.engine.values import kept_out, refilled, tensors
-from gen_turbo.models.adapter import WHOLE, Unit
+from gen_turbo.models.adapter import Unit
 from gen_turbo.training.generic import Generic
-from gen_turbo.training.schedule import MERGING, Schedule
+from gen_turbo.training.schedule import BRANCH, MERGING, WHOLE, Schedule
 
 _LOGGER = logging.getLogger("gen_turbo")
 _GENERIC = "generic route, not calibrated for this model"
-
-
-@dataclass
-class Route:
-    """The schedule of one context, and what it remembers.
-
-    Attributes:
-        schedule: The schedule that its run follows; None where no schedule is for a run like it.
-        is_generic: Whether the schedule was made for the run by a rule, so that its calls are the run's steps.
-        call: The call of the schedule that is running.
-        form: Of the results that the whole model is asked for.
-        memories: By module.
-    """
-
-    schedule: Schedule | None
-    is_generic: bool = False
-    call: int = -1
-    form: object = None
-    memories: dict[str, UnitMemory] = field(default_factory=dict)
+_NO_UNITS = (MERGING, BRANCH)
 
 
 @dataclass
@@ -55,6 +39,7 @@ class Skipping:
         units: What the schedules skip, by name.
         gates: The gates of all their modules but the whole model.
         kind: Identifies the kind of the running step.
+        rows: Of the batch, those that run; None where all do.
         notes: What the schedules are, in words, for reports.
 
     Raises:
@@ -71,7 +56,7 @@ class Skipping:
     ) -> None:
         self.generic = next((one for one in schedules if isinstance(one, Generic)), None)
         self.schedules = [schedule for schedule in schedules if isinstance(schedule, Schedule)]
-        named = [unit for schedule in self.schedules for unit in schedule.skips if unit != MERGING]
+        named = [unit for schedule in self.schedules for unit in schedule.skips if unit not in _NO_UNITS]
         used = list(dict.fromkeys([WHOLE, *named] if self.generic else named))
         unknown = [name for name in used if name not in units]
         if unknown:
@@ -84,9 +69,11 @@ class Skipping:
         self.notes: list[str] = []
         if self.generic is not None and not self.schedules:
             self.notes.append(f"{_GENERIC}: about {self.generic.budget:.0%} of calls run")
-        self.stats = {name: UnitStats() for name in used}
+        has_branch = any(BRANCH in schedule.skips for schedule in self.schedules)
+        self.stats = {name: UnitStats() for name in [*used, *([BRANCH] if has_branch else [])]}
         self.gates = gates_of(model, self.units)
         self.kind: tuple[object, ...] = ()
+        self.rows: slice | None = None
         self._route: Route | None = None
         self._actions: dict[str, Action] = {}
 
@@ -119,7 +106,7 @@ class Skipping:
 
     def begin(self, context: Context, form: object) -> tuple[frozenset[str], bool]:
         """Sets every gate for the running call; gives the units left out, and whether a module is remembered first."""
-        self._route, self._actions, self.kind = None, {}, ()
+        self._route, self._actions, self.kind, self.rows = None, {}, (), None
         route = self._route_of(context)
         call = self._call(context, route)
         if call is None or route.schedule is None:
@@ -128,36 +115,48 @@ class Skipping:
         if route.form != form:
             route.form = form
             route.memories.pop("", None)
-        actions: dict[str, Action] = {}
-        skipped = set()
-        for name in route.schedule.skipped_at(call):
-            if name == MERGING:
-                skipped.add(name)
-                continue
-            unit = self.units[name]
-            if self._may_skip(unit, route):
-                actions |= dict.fromkeys(unit.idle, Action.IDLE) | {unit.module: Action.FORECAST}
-                skipped.add(name)
-        skips, weights = route.schedule.skips, route.schedule.weights
-        later = [n for n in skips if n != MERGING and any(other > call for other in (*skips[n], *weights.get(n, ())))]
-        actions = dict.fromkeys((m for name in later for m in self._modules(name)), Action.KEEP) | actions
-        left_out = [m for m, action in actions.items() if action is not Action.KEEP]
-        # What lies in a module that is left out does not run, so that it gives nothing to remember.
-        actions = {m: action for m, action in actions.items() if not _lies_in(m, left_out)}
+        skipped, actions = self._chosen(route)
         for module in actions:
             memory = route.memories.get(module) or self._remembered(module, route, context)
             if actions[module] is Action.FORECAST or (self.threshold is not None and len(memory.calls) >= NUM_USED):
-                memory.weigh(self._weights(module, memory, route))
+                name = next(name for name, unit in self.units.items() if unit.module == module)
+                memory.weigh(route.forecast_by(name, module))
             if module:
                 self.gates[module].action, self.gates[module].memory = actions[module], memory
         self._actions = actions
         self.kind = tuple(sorted((module, action.value) for module, action in actions.items()))
+        self._count()
+        is_first = any(a is Action.KEEP and route.memories[m].like is None for m, a in actions.items() if m)
+        return skipped, is_first
+
+    def _chosen(self, route: Route) -> tuple[frozenset[str], dict[str, Action]]:
+        """The units that are left out of the running call, and what the gates of modules do."""
+        assert route.schedule is not None
+        names, actions = route.schedule.skipped_at(route.call), dict[str, Action]()
+        self.rows = route.rows() if BRANCH in names else None
+        # Maps are of the whole batch, so what runs without a branch merges nothing.
+        skipped = {MERGING} if MERGING in names or self.rows is not None else set()
+        for unit in (self.units[name] for name in names if name in self.units):
+            if self._may_skip(unit, route):
+                actions |= dict.fromkeys(unit.idle, Action.IDLE) | {unit.module: Action.FORECAST}
+                skipped.add(unit.name)
+        skips, weights = route.schedule.skips, route.schedule.weights
+        later = [n for n in self.units if any(c > route.call for c in (*skips.get(n, ()), *weights.get(n, ())))]
+        actions = dict.fromkeys((m for name in later for m in self._modules(name)), Action.KEEP) | actions
+        left_out = [m for m, action in actions.items() if action is not Action.KEEP]
+        # What lies in a module that is left out does not run, so that it gives nothing to remember.
+        return frozenset(skipped), {m: action for m, action in actions.items() if not _lies_in(m, left_out)}
+
+    def _count(self) -> None:
+        """Counts what is left out of the running call."""
+        left_out = [m for m, action in self._actions.items() if action is not Action.KEEP]
         for name, unit in self.units.items():
             is_skipped = unit.module in left_out or _lies_in(unit.module, left_out)
             self.stats[name].num_skipped += is_skipped
             self.stats[name].num_run += not is_skipped
-        is_first = any(a is Action.KEEP and route.memories[m].like is None for m, a in actions.items() if m)
-        return frozenset(skipped), is_first
+        if BRANCH in self.stats:
+            self.stats[BRANCH].num_skipped += self.rows is not None
+            self.stats[BRANCH].num_run += self.rows is None and not self.replaces_all
 
     def whole(self) -> Any:
         """The result of the whole model as it is forecast."""
@@ -166,16 +165,16 @@ class Skipping:
         return refilled(memory.like, memory.forecast())
 
     @kept_out
+    def finished(self, output: Any) -> Any:
+        """What the model gave, completed where a guidance branch was left out; `end` remembers it."""
+        return output if self.rows is None or self._route is None else self._route.completed(output)
+
+    @kept_out
     def corrected(self, output: Any) -> Any:
         """The result of a call that ran, with what forecasts before it missed made good."""
-        route = self._route
-        if route is None or route.schedule is None or self._actions.get("") is Action.FORECAST:
+        if self._route is None or self.replaces_all:
             return output
-        weights = route.schedule.weights.get(WHOLE, {}).get(route.call)
-        memory = route.memories.get("")
-        if weights is None or memory is None or not self._follows(WHOLE, len(weights) - 1, memory, route):
-            return output
-        return refilled(output, memory.corrected(tensors(output), weights))
+        return self._route.corrected(output)
 
     def end(self, output: Any) -> int:
         """Notes that the call is over and opens all gates; gives how many modules did not run."""
@@ -194,7 +193,7 @@ class Skipping:
         """Opens all gates."""
         for gate in self.gates.values():
             gate.action = Action.PASS
-        self._route, self._actions = None, {}
+        self._route, self._actions, self.rows = None, {}, None
 
     def num_bytes(self, context: Context) -> int:
         """Bytes that a context holds for forecasts."""
@@ -215,7 +214,8 @@ class Skipping:
                 times = run.times[context.index : run.num_calls or None] if context.index is not None else ()
                 schedule = self.generic.schedule(times)
                 self._note(schedule if times else None)
-            route = context.extras["route"] = Route(schedule, is_generic)
+            route = Route(schedule, is_generic, context.layout.shape[0], num_branches(context))
+            context.extras["route"] = route
             if schedule is None or (is_generic and WHOLE not in schedule.skips):
                 run.is_told = True
                 self.unmatched()
@@ -259,29 +259,9 @@ class Skipping:
         if self.threshold is not None and (memory.error or 0.0) > self.threshold:
             return False
         assert route.schedule is not None
-        given = route.schedule.weights.get(unit.name, {}).get(route.call)
-        is_known = given is not None and self._follows(unit.name, len(given), memory, route)
-        return is_known or len(memory.calls) >= min(NUM_USED, len(memory.weights), route.call) > 0
-
-    def _weights(self, module: str, memory: UnitMemory, route: Route) -> Sequence[float]:
-        """What remembered results weigh: as the schedule says where it says so of these results, else by the slope."""
-        schedule = route.schedule
-        assert schedule is not None
-        name = next(name for name, unit in self.units.items() if unit.module == module)
-        given = schedule.weights.get(name, {}).get(route.call)
-        if given is not None and self._follows(name, len(given), memory, route):
-            return given
-        if len(memory.calls) < NUM_USED:
-            return (1.0,)
-        newest, older = memory.calls[:NUM_USED]
-        reach = schedule.slopes.get(name, 1.0) * (route.call - newest) / (newest - older)
-        return (1 + reach, -reach)
-
-    def _follows(self, name: str, count: int, memory: UnitMemory, route: Route) -> bool:
-        """Whether the last results of a unit are of the calls that the schedule counts on; a late start has others."""
-        assert route.schedule is not None
         return (
-            memory.calls[:count] == route.schedule.ran_before(name, route.call)[:count] and len(memory.calls) >= count
+            route.given(unit.name, unit.module) is not None
+            or len(memory.calls) >= min(NUM_USED, len(memory.weights), route.call) > 0
         )
 
 

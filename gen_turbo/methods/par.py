@@ -16,7 +16,8 @@ from gen_turbo.training.choosers import CONTROLS, Trained, control
 from gen_turbo.training.generic import Generic
 from gen_turbo.training.layouts import Layout
 from gen_turbo.training.router_file import router_for
-from gen_turbo.training.schedule import Schedule, ScheduleFile, read, shipped
+from gen_turbo.training.schedule import Schedule
+from gen_turbo.training.schedule_file import ScheduleFile, read, shipped
 from gen_turbo.vlm.routes import Routed, Routing
 
 GENERIC, AUTO, _TURBO = "generic", "auto", "turbo"

@@ -25,7 +25,9 @@ def unet_cuts(model: nn.Module) -> list[Unit]:
         return []
     ups = [(index, layer) for index, block in enumerate(_blocks(model, "up")) for layer in range(len(block.resnets))]
     down = _skip_connections(model)
-    return [_cut(model, *ups[-kept], kept, down) for kept in range(1, len(ups) + 1)]
+    # Without a middle block nothing enters the first layer that could be forecast.
+    most = len(ups) - (getattr(model, "mid_block", None) is None)
+    return [_cut(model, *ups[-kept], kept, down) for kept in range(1, most + 1)]
 
 
 def _cut(model: nn.Module, block: int, layer: int, kept: int, down: list[list[tuple[int, str]]]) -> Unit:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from gen_turbo.training.route import Route, RouteSearch, weights_of
-from gen_turbo.training.sampled import SampledRun, effects, gains, probed_steps, sampling
-from gen_turbo.training.schedule import MERGING, WHOLE, Schedule
+from gen_turbo.training.sampled import SampledRun, effects, gains, parts_of, probed_steps, sampling, shares_of
+from gen_turbo.training.schedule import BRANCH, MERGING, WHOLE, Schedule
 
 Draw = Callable[[int], Any]
 """Makes the i-th calibration image."""
@@ -27,7 +28,9 @@ LATE: Mapping[str, Any] = {"method": "turbo", "scope": "block", "restore": "copy
 FELT = (0.1, 1.0)
 """Shares of an error made good at the next call that the model may have seen: long gaps want a large one."""
 _MOST_PROBED = 2
-_LEAST_CALLS = 4
+_LEAST_CALLS, _LEAST = 4, 1e-30
+_NUM_MOVED = 3
+"""Runs that are moved by what runs show; of those before, all that follow would have to be made anew."""
 
 
 @dataclass
@@ -37,51 +40,134 @@ class Recorded:
     Attributes:
         runs: One for each prompt.
         images: What they drew.
-        searches: Over what they show, one for each of `FELT`.
+        searches: Over what they show, for every way to count what an error costs.
+        shares: What each guidance branch of a batch weighs in a guided result; (1.0,) where a batch holds one.
     """
 
     runs: list[SampledRun]
     images: list[Any]
     searches: tuple[RouteSearch, ...]
+    shares: tuple[float, ...] = (1.0,)
 
-    def schedules(self, budgets: Sequence[float], late: float | None = None) -> list[Schedule]:
-        """The best schedules for each budget by each search, each begun from the one before.
+    def schedules(
+        self, budgets: Sequence[float], late: float | None = None, saved: float = 0.0
+    ) -> list[list[Schedule]]:
+        """For each number of calls that budgets allow, the best schedule by each search, without weights.
 
         Args:
             budgets: Shares of a stock run's calls.
             late: What a call that merges as `LATE` says costs of one that does not; if given, the last call runs so.
+            saved: What is to be saved of a call otherwise; budgets that do not reach farther by it are left out.
         """
-        times, found = tuple(self.runs[0].times), dict[tuple[int, ...], Route]()
+        times, found = tuple(self.runs[0].times), dict[int, dict[tuple[int, ...], Route]]()
         for search in self.searches:
             start: Sequence[int] | None = None
             for budget in sorted(budgets, reverse=True):
-                count = int(budget * len(times) + (0.0 if late is None else 1 - late) + 1e-9)
+                num_calls = budget * len(times) + 1e-9
+                count = int(num_calls + (saved if late is None else 1 - late))
+                if saved and count == int(num_calls):
+                    continue
                 route = search.best(count, start, late is not None)
                 if len(route.runs) < len(times):
-                    found[route.runs] = route
+                    found.setdefault(count, {})[route.runs] = route
                 start = route.runs
-        return [_schedule(route, times, late) for route in found.values()]
+        return [[_schedule(route, times, late) for route in routes.values()] for routes in found.values()]
 
-    def fitted(self, schedule: Schedule, follow: Follow) -> Schedule:
-        """The schedule with weights fitted to what its own runs make of stock's results, call by call.
+
+class Fits:
+    """Schedules with weights fitted to what their own runs make of stock's results, call by call.
+
+    Calls that several schedules begin with run once.
+
+    Args:
+        recorded: Stock runs.
+        follow: Follows schedules.
+    """
+
+    def __init__(self, recorded: Recorded, follow: Follow) -> None:
+        self.recorded, self.follow = recorded, follow
+        self._ran: dict[tuple[object, ...], list[_Result]] = {}
+
+    def best(self, schedules: Sequence[Schedule], is_narrow: bool = False) -> Schedule:
+        """The fitted schedule that is nearest to stock, of those given and those with one of the last runs moved.
 
         Args:
-            schedule: As the search made it.
-            follow: Follows schedules.
+            schedules: With as many runs each.
+            is_narrow: Whether the last call that runs runs without the unconditional branch.
         """
-        runs = schedule.ran_before(WHOLE, len(schedule.times))[::-1]
-        effect = self.searches[0].effect
-        raw: list[list[Any]] = [[] for _ in self.runs]
-        values = [[result.flatten().numpy() for result in stock.guided] for stock in self.runs]
+        tried = {one.skips[WHOLE]: self.fitted(one, is_narrow) for one in schedules}
+        best, least = min(tried.values(), key=lambda one: one[1])
+        waiting = _neighbours(best)
+        while waiting:
+            other = waiting.pop()
+            if other.skips[WHOLE] in tried:
+                continue
+            found, error = tried[other.skips[WHOLE]] = self.fitted(other, is_narrow)
+            if error < least:
+                best, least, waiting = found, error, _neighbours(found)
+        return best
+
+    def fitted(self, schedule: Schedule, is_narrow: bool = False) -> tuple[Schedule, float]:
+        """The schedule with fitted weights, and the logarithm of the squared error of its last latents.
+
+        The error is the mean of all prompts.
+
+        Args:
+            schedule: What is left out; its weights are not read.
+            is_narrow: Whether the last call that runs runs without the unconditional branch.
+        """
+        recorded, effect = self.recorded, self.recorded.searches[0].effect
+        runs, count = schedule.ran_before(WHOLE, len(schedule.times))[::-1], len(recorded.shares)
+        narrow = runs[-1:] if is_narrow else []
+        skips = {unit: calls for unit, calls in schedule.skips.items() if unit != BRANCH}
+        schedule, off = replace(schedule, skips=skips, weights={}), np.zeros(0)
+        raw: list[list[Any]] = [[] for _ in recorded.runs]
+        values = [[result.flatten().numpy() for result in stock.guided] for stock in recorded.runs]
         for number, (call, following) in enumerate(zip(runs, [*runs[1:], len(effect)], strict=True)):
-            for index in range(len(self.runs)):
-                run = follow(schedule, index, raw[index], call)
-                raw[index] = run.raw
-                values[index].append(run.guided[call].flatten().numpy())
-            products = sum(stacked @ stacked.T for stacked in map(np.stack, values))
-            weights = weights_of(runs[: number + 1], np.asarray(products), effect, following)
+            for index, new in enumerate(self._results(schedule, tuple(runs[: number + 1]), raw)):
+                raw[index] = [*raw[index], *new.raw]
+                values[index] += new.parts(recorded.shares)[call in narrow :]
+            products = [stacked @ stacked.T for stacked in map(np.stack, values)]
+            weights, off = weights_of(runs[: number + 1], np.sum(products, 0), effect, following, count, narrow)
             schedule = replace(schedule, weights={WHOLE: weights})
-        return schedule
+        if is_narrow:
+            # A call runs without a branch from when weights say what stands for it.
+            schedule = replace(schedule, skips={**skips, BRANCH: frozenset(narrow)})
+        return schedule, float(np.mean([np.log(max(off @ own @ off, _LEAST)) for own in products]))
+
+    def _results(self, schedule: Schedule, runs: tuple[int, ...], raw: list[list[Any]]) -> list[_Result]:
+        """For each prompt what the last of some runs gives behind the others."""
+        key = (schedule.inner is not None, *runs)
+        if key not in self._ran:
+            self._ran[key] = []
+            for index, known in enumerate(raw):
+                run = self.follow(schedule, index, known, runs[-1])
+                self._ran[key].append(_Result(run.raw[len(known) :], run.guided[runs[-1]]))
+        return self._ran[key]
+
+
+@dataclass
+class _Result:
+    """What a step gave: by the models, and to the scheduler."""
+
+    raw: list[Any]
+    guided: Tensor
+
+    def parts(self, shares: Sequence[float]) -> list[Any]:
+        """What each guidance branch adds, or all of it where a batch holds one."""
+        return [self.guided.flatten().numpy()] if len(shares) == 1 else parts_of(self.raw[0], shares)
+
+
+def _neighbours(schedule: Schedule) -> list[Schedule]:
+    """The same with one of the last runs a call earlier or later; a last call that merges stays. The last run first."""
+    skipped, num_calls = schedule.skips[WHOLE], len(schedule.times)
+    runs = [run for run in schedule.ran_before(WHOLE, num_calls)[:_NUM_MOVED] if run > 0]
+    moves = [(old, old + by) for old in runs for by in (-1, 1) if old + by in skipped]
+    moves = [move for move in moves if MERGING not in schedule.skips or move[0] != num_calls - 1]
+    found = [{**schedule.skips, WHOLE: skipped - {new} | {old}} for old, new in reversed(moves)]
+    return [
+        replace(schedule, skips={unit: c for unit, c in skips.items() if unit != BRANCH}, weights={}) for skips in found
+    ]
 
 
 def record(
@@ -109,20 +195,22 @@ def record(
         note(f"prompt {index + 1}: errors at calls {probed_steps(len(effect))} of {len(effect)} followed to the end")
     results = [np.stack([result.flatten().numpy() for result in run.guided]) for run in runs]
     products = sum((values @ values.T for values in results), np.zeros((len(effect), len(effect))))
+    # What the model makes of an error may grow, or be made good by the results of later calls.
     gain = np.exp(np.mean(logs, axis=0))
-    return Recorded(runs, images, tuple(RouteSearch(products, effect, gain, felt) for felt in FELT))
+    searches = tuple(RouteSearch(products, effect, *how) for how in product((gain, np.ones_like(gain)), FELT))
+    return Recorded(runs, images, searches, shares_of(runs))
 
 
 def num_images(num_calls: int, num_prompts: int, budgets: Sequence[float]) -> float:
-    """Images' worth of model calls that calibration takes: every schedule is tried, fitted and tried again."""
+    """Images' worth of model calls that calibration takes at most, with a run for each of some shares of calls."""
     probes = sum(num_calls - 1 - step for step in probed_steps(num_calls)) / num_calls
-    return num_prompts + min(num_prompts, _MOST_PROBED) * probes + 3 * num_prompts * sum(budgets)
+    return num_prompts + min(num_prompts, _MOST_PROBED) * probes + num_prompts * sum(budgets)
 
 
 def _schedule(route: Route, times: tuple[float, ...], late: float | None) -> Schedule:
     skips = {WHOLE: frozenset(range(len(times))) - set(route.runs)}
-    cost, weights = len(route.runs) / len(times), {WHOLE: route.weights}
+    cost = len(route.runs) / len(times)
     if late is None:
-        return Schedule(times, skips, {}, round(cost, 4), weights=weights)
+        return Schedule(times, skips, {}, round(cost, 4))
     skips[MERGING] = frozenset(range(len(times) - 1))
-    return Schedule(times, skips, {}, round(cost - (1 - late) / len(times), 4), inner=dict(LATE), weights=weights)
+    return Schedule(times, skips, {}, round(cost - (1 - late) / len(times), 4), inner=dict(LATE))

@@ -9,12 +9,14 @@ that undo what they can, as the corrector of a multistep solver does (UniPC, Zha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from gen_turbo.training.schedule import Weights, by_branch
 
 Array = np.ndarray[Any, Any]
 _RIDGE = 1e-9
@@ -31,41 +33,58 @@ class Route:
 
     Attributes:
         runs: The calls at which the model runs.
-        weights: By call, what the last results weigh, the newest first; of a call that runs its own first.
         error: Expected squared error of the last latents, in the unit of the products.
     """
 
     runs: tuple[int, ...]
-    weights: dict[int, tuple[float, ...]]
     error: float
 
 
-def weights_of(runs: Sequence[int], products: Array, effect: Array, end: int) -> dict[int, tuple[float, ...]]:
+def weights_of(
+    runs: Sequence[int],
+    products: Array,
+    effect: Array,
+    end: int,
+    num_branches: int = 1,
+    narrow: Collection[int] = (),
+) -> tuple[dict[int, Weights], Array]:
     """What results weigh at calls before `end` so that runs with calls left out stay near those of stock.
 
     A model that was led astray gives other results than stock, which weights fitted to those of stock do not know of.
 
     Args:
         runs: The calls that ran.
-        products: Inner products of all results of stock followed by those of `runs` where the others were left out,
-            summed over prompts; (T + R, T + R) for T calls.
+        products: Inner products of all guided results of stock, followed by what each guidance branch adds to those of
+            `runs` where the others were left out, summed over prompts; (T + R, T + R) for T calls and R such parts.
         effect: How far the last latents move per unit of each result, by the sampler alone; (T,).
         end: The first call that has no weights yet.
+        num_branches: Parts of a result, which have weights of their own; 1 for none.
+        narrow: Of `runs`, those without the first branch, which earlier results stand for.
 
     Returns:
-        By call, what the last results weigh, the newest first; of a call that runs its own first.
+        By call, what the last results weigh, the newest first, of a call that runs its own first; and what the latents
+        behind those calls are off by, as a combination of what the products are of.
     """
-    one, found = np.eye(len(products)), dict[int, tuple[float, ...]]()
-    places = {call: len(effect) + number for number, call in enumerate(runs)}
-    off = np.zeros(len(products))
-    for call in range(1, end):
-        known = [places[run] for run in runs if run <= call][::-1][: _NUM_RESULTS + (call in places)]
-        undone = off / effect[call] if effect[call] else 0.0
-        weights = _plain(_nearest(one[known], one[call] - undone, products))
-        if call not in places or weights != (1.0,):
+    space, found = np.eye(len(products)), dict[int, Weights]()
+    left, off, own = iter(space[len(effect) :]), np.zeros(len(products)), dict[int, list[Array]]()
+    as_it_is = _plain([[1.0] * num_branches])
+    for call in range(end):
+        if call in runs:
+            # A branch that did not run adds nothing, until it is known what stands for it.
+            own[call] = [0 * off if call in narrow and branch == 0 else next(left) for branch in range(num_branches)]
+        known: Array = np.array(list(reversed(own.values()))[: _NUM_RESULTS + (call in own)])
+        weights = as_it_is
+        if call > 0:
+            undone = off / effect[call] if effect[call] else 0.0
+            solved = _nearest(known.reshape(-1, len(products)), space[call] - undone, products)
+            weights = _plain(solved.reshape(known.shape[:2]))
+        if call not in own or weights != as_it_is:
             found[call] = weights
-        off += effect[call] * (np.array(weights) @ one[known[: len(weights)]] - one[call])
-    return found
+        made = [np.array(w) @ known[: len(w), branch] for branch, w in enumerate(by_branch(weights))]
+        if call in narrow:
+            own[call][0] = made[0]
+        off += effect[call] * (sum(made) - space[call])
+    return found, off
 
 
 def _nearest(basis: Array, wanted: Array, products: Array) -> Array:
@@ -76,12 +95,15 @@ def _nearest(basis: Array, wanted: Array, products: Array) -> Array:
     return solution
 
 
-def _plain(weights: Array) -> tuple[float, ...]:
-    """Weights in few digits, without those at the end that are nothing."""
-    values = [round(float(weight), 5) for weight in weights]
-    while len(values) > 1 and values[-1] == 0:
-        values.pop()
-    return tuple(values)
+def _plain(weights: Sequence[Sequence[float]] | Array) -> Weights:
+    """Weights by result and branch as weights by branch, in few digits, without those at the end that are nothing."""
+    branches = []
+    for branch in zip(*weights, strict=True):
+        values = [round(float(weight), 5) for weight in branch]
+        while len(values) > 1 and values[-1] == 0:
+            values.pop()
+        branches.append(tuple(values))
+    return tuple(branches) if len(branches) > 1 else branches[0]
 
 
 class RouteSearch:
@@ -133,27 +155,20 @@ class RouteSearch:
         return self.route(sorted(runs))
 
     def route(self, runs: Sequence[int]) -> Route:
-        """The best weights for calls that run, and the error that is left."""
-        weights: dict[int, tuple[float, ...]] = {}
+        """A route with calls that run, and the error that the best weights leave."""
         total, felt = np.zeros(self.num_calls), 0.0
         for newest, following in zip(runs, [*runs[1:], self.num_calls], strict=True):
             if following == newest + 1:
                 continue
-            known = [call for call in runs if call <= newest][::-1][:_NUM_RESULTS]
-            off = np.zeros(self.num_calls)
-            for call in range(newest + 1, following):
-                forecast = self._one[newest] + self._fitted(self._basis(known), self._one[call] - self._one[newest])
-                weights[call] = _plain(forecast[known])
-                off += self.effect[call] * (forecast - self._one[call])
+            left_out, known = slice(newest + 1, following), [call for call in runs if call <= newest][::-1]
+            wanted = self.effect[left_out] @ (self._one[left_out] - self._one[newest])
+            off = self._fitted(self._basis(known[:_NUM_RESULTS]), wanted) - wanted
             gain = self.gain[min(following, self.num_calls - 1)]
             if following < self.num_calls:
                 felt += self.felt**2 * gain**2 * self._square(off)
-                seen = [following, *known]
-                undone = self._fitted(self._basis(seen), off)
-                weights[following] = _plain((self._one[following] - undone / self.effect[following])[seen])
-                off = off - undone
+                off = off - self._fitted(self._basis([following, *known[:_NUM_RESULTS]]), off)
             total += gain * off
-        return Route(tuple(runs), weights, self._square(total) + felt)
+        return Route(tuple(runs), self._square(total) + felt)
 
     def _added(self, count: int, is_to_end: bool) -> list[set[int]]:
         """Calls that run where the sum of the squared errors of all gaps is least: dynamic programming.

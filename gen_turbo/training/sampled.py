@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from gen_turbo.engine.placed import Placed
+from gen_turbo.engine.values import tensors
+from gen_turbo.training.schedule import MOST_BRANCHES
 
 _NUM_PROBED = 6
 _FIRST_PROBED = 3
 _SHIFT = 0.01
 _LEAST = 1e-12
+_LEAST_OFF = 1e-4
+"""Of the square of guided results, what may be left of them where they are the sum of guidance branches."""
 
 
 @dataclass
@@ -151,6 +155,38 @@ def gains(
     places, values = [*probed, num_steps - 1], [*found, 1.0]
     logs = np.log(np.maximum(values, _LEAST))
     return np.exp(np.interp(np.arange(num_steps), places, logs))
+
+
+def shares_of(runs: Sequence[SampledRun]) -> tuple[float, ...]:
+    """What each guidance branch in the batch of a call weighs in the guided result; (1.0,) where that is not so.
+
+    Pipelines that call the model once in a step give it all images for each branch, and add up what it gives.
+    """
+    one = (1.0,)
+    results = [[tensors(raw)[0] for raw in run.raw] for run in runs]
+    guided = [result for run in runs for result in run.guided]
+    if any(len(run.raw) != len(run.guided) for run in runs):
+        return one
+    raw = [result.detach().double().cpu() for of_run in results for result in of_run]
+    count = len(raw[0]) // len(guided[0])
+    if not 1 < count <= MOST_BRANCHES or any(
+        r.shape != (count * len(g), *g.shape[1:]) for r, g in zip(raw, guided, strict=True)
+    ):
+        return one
+    parts = [torch.stack([part.flatten() for part in r.chunk(count)]) for r in raw]
+    square = sum((p @ p.T for p in parts), torch.zeros(count, count).double())
+    wanted = sum((p @ g.flatten() for p, g in zip(parts, guided, strict=True)), torch.zeros(count).double())
+    shares = torch.linalg.lstsq(square, wanted[:, None]).solution[:, 0]
+    off = sum(float((shares @ p - g.flatten()).square().sum()) for p, g in zip(parts, guided, strict=True))
+    if off > _LEAST_OFF * sum(float(g.square().sum()) for g in guided):
+        return one
+    return tuple(float(share) for share in shares)
+
+
+def parts_of(raw: Any, shares: Sequence[float]) -> list[np.ndarray[Any, Any]]:
+    """What each guidance branch of a call's batch adds to the guided result, on the host in double precision."""
+    chunks = tensors(raw)[0].detach().double().cpu().chunk(len(shares))
+    return [(share * chunk).flatten().numpy() for share, chunk in zip(shares, chunks, strict=True)]
 
 
 def probed_steps(num_steps: int) -> list[int]:

@@ -1,31 +1,24 @@
-"""Schedules of PAR for denoisers: at which steps which units are skipped, and the files that hold them."""
+"""Schedules of PAR for denoisers: at which calls which units are skipped, and what earlier results weigh there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
-from itertools import islice, pairwise
-from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-import yaml
-from torch import nn
+from itertools import islice
+from typing import Any, TypeAlias
 
 from gen_turbo.models.adapter import WHOLE as WHOLE
-from gen_turbo.output import write_text
-from gen_turbo.training.files import ODD_NOTES, check_keys, check_value, reason_of
-from gen_turbo.training.probe import is_same_model, weight_probe
+from gen_turbo.training.files import check_value
 
-T = TypeVar("T")
 MERGING = "merging"
 """What is left out at calls that run on all tokens though the schedule merges them at others."""
-MOST_WEIGHTS = 4
-_PROBE_VALUES, _TOLERANCE = 32, 1e-3
-_KEYS = ("model", "probe", "scheduler", "times", "slopes", "levels")
-_LEVEL_KEYS = ("cost", "psnr_db", "inner", "skips")
-_MOST_BYTES, _MOST_CALLS, _MOST_UNITS = 2**24, 10_000, 10_000
+BRANCH = "branch 0"
+"""The first guidance branch of a batch, the unconditional one, which a call may leave out."""
+MOST_WEIGHTS, MOST_BRANCHES = 4, 3
+TOLERANCE = 1e-3
+"""Of denoising times, relative, and of budgets."""
+Weights: TypeAlias = tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""What the last results weigh, the newest first; of a guided batch, for each of its branches."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,8 @@ class Schedule:
         weights: By unit and call, what the unit's last results weigh in its forecast, the newest first: (1,) holds,
             two continue a line, three a curve. Calls that are not named follow the slope. At a call at which the whole
             model runs, the first weight is that of its own result; the others make good what forecasts before it
-            missed, as the corrector of a multistep solver does.
+            missed, as the corrector of a multistep solver does. The whole model may have weights for each guidance
+            branch of its batch; the last ones, which are those of the conditional branch, are for all other batches.
         scheduler: Class of the scheduler that weights are for; empty for any.
     """
 
@@ -53,7 +47,7 @@ class Schedule:
     cost: float = 1.0
     psnr_db: float | None = None
     inner: str | Mapping[str, Any] | None = None
-    weights: Mapping[str, Mapping[int, tuple[float, ...]]] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[int, Weights]] = field(default_factory=dict)
     scheduler: str = ""
 
     def __post_init__(self) -> None:
@@ -75,17 +69,37 @@ class Schedule:
                 raise ValueError(f"{unit} has weights, but is never skipped")
             for call, weights in by_call.items():
                 self._check_weights(unit, call, weights)
+        self._check_branch()
 
-    def _check_weights(self, unit: str, call: int, weights: tuple[float, ...]) -> None:
+    def _check_weights(self, unit: str, call: int, weights: Weights) -> None:
         check_value("a call with weights", call, int)
-        if not 0 < call < len(self.times) or not 1 <= len(weights) <= MOST_WEIGHTS:
-            raise ValueError(f"{unit} has {len(weights)} weights at call {call}; 1 to {MOST_WEIGHTS} at calls that are")
-        for weight in weights:
-            check_value("a weight", weight, float)
+        branches = by_branch(weights)
+        if len(branches) > (MOST_BRANCHES if unit == WHOLE else 1):
+            raise ValueError(
+                f"{unit} has weights for {len(branches)} guidance branches at call {call}; that is too many"
+            )
         left_out = self.skips[unit] | self.skips.get(WHOLE, frozenset())
-        known = (before for before in range(call + (call not in self.skips[unit])) if before not in left_out)
-        if len(list(islice(known, len(weights)))) < len(weights):
-            raise ValueError(f"{unit} has {len(weights)} weights at call {call}, before which fewer results are known")
+        for branch in branches:
+            num = len(branch)
+            if not 0 < call < len(self.times) or not 1 <= num <= MOST_WEIGHTS:
+                raise ValueError(f"{unit} has {num} weights at call {call}; 1 to {MOST_WEIGHTS} at calls that are")
+            for weight in branch:
+                check_value("a weight", weight, float)
+            known = (before for before in range(call + (call not in self.skips[unit])) if before not in left_out)
+            if len(list(islice(known, num))) < num:
+                raise ValueError(f"{unit} has {num} weights at call {call}, before which fewer results are known")
+
+    def _check_branch(self) -> None:
+        """A branch is left out where nothing else is, and its result is made of earlier ones."""
+        others = [unit for unit in self.skips if unit not in (WHOLE, MERGING, BRANCH)]
+        for call in self.skips.get(BRANCH, ()):
+            weights = by_branch(self.weights.get(WHOLE, {}).get(call, ()))
+            is_forecast = len(weights) > 1 and len(weights[0]) > 1 and weights[0][0] == 0
+            if others or call in self.skips.get(WHOLE, ()) or not is_forecast:
+                raise ValueError(
+                    f"a guidance branch is left out at call {call}, where the rest has to run, nothing else may be "
+                    "left out, and weights for each branch have to say what stands for it"
+                )
 
     def skipped_at(self, call: int) -> tuple[str, ...]:
         """The units that are skipped at a call; the whole model stands for all."""
@@ -109,59 +123,20 @@ class Schedule:
         """Results of a unit that forecasts are made of."""
         given = self.weights.get(unit, {})
         skips = self.skips.get(unit, frozenset())
-        most = max((len(w) - (call not in skips) for call, w in given.items()), default=0)
+        most = max((len(b) - (call not in skips) for call, w in given.items() for b in by_branch(w)), default=0)
         return max(most, 2 if skips - given.keys() else 1)
 
     def find(self, time: float, after: int) -> int | None:
         """The first call behind `after` (-1 for any) at a denoising time; None where there is none."""
         for call in range(after + 1, len(self.times)):
-            if abs(self.times[call] - time) <= _TOLERANCE * max(1.0, abs(time)):
+            if abs(self.times[call] - time) <= TOLERANCE * max(1.0, abs(time)):
                 return call
         return None
 
 
-@dataclass(frozen=True)
-class ScheduleFile:
-    """All schedules of one calibration, for several budgets.
-
-    Attributes:
-        model: Class of the model.
-        probe: A short sample of its weights.
-        scheduler: Class of the scheduler that ran it.
-        schedules: All of the same times.
-    """
-
-    model: str
-    probe: tuple[float, ...]
-    scheduler: str
-    schedules: tuple[Schedule, ...]
-
-    @property
-    def num_calls(self) -> int:
-        """Calls of the model in a run."""
-        return len(self.schedules[0].times)
-
-    def at(self, budget: float, is_merged: bool | None = None) -> Schedule:
-        """The schedule nearest to stock within a budget, of those measured with or without merging, or of all.
-
-        Raises:
-            ValueError: If all cost more.
-        """
-        # One that names settings of its merging is for callers who say nothing of merging, if there are others.
-        known = [s for s in self.schedules if is_merged is None or not isinstance(s.inner, Mapping)] or self.schedules
-        known = [schedule for schedule in known if is_merged in (None, schedule.inner is not None)] or known
-        within = [schedule for schedule in known if schedule.cost <= budget + _TOLERANCE]
-        if not within:
-            raise ValueError(
-                f"budget={budget:g} is less than the cheapest schedule for {self.num_calls} calls costs, "
-                f"{min(schedule.cost for schedule in known):.3f}; raise the budget or calibrate a cheaper one"
-            )
-        best = max(within, key=lambda schedule: (schedule.psnr_db or 0.0, schedule.cost))
-        return replace(best, scheduler=self.scheduler)
-
-    def is_for(self, model: nn.Module) -> bool:
-        """Whether it was made for these weights."""
-        return type(model).__name__ == self.model and is_same_model(probe_of(model), torch.tensor(self.probe))
+def by_branch(weights: Weights) -> tuple[tuple[float, ...], ...]:
+    """Weights for each guidance branch; one for all where they have the same."""
+    return weights if weights and isinstance(weights[0], tuple) else (weights,)  # type: ignore[return-value]
 
 
 def carried_over(schedule: Schedule, times: Sequence[float]) -> Schedule:
@@ -176,6 +151,7 @@ def carried_over(schedule: Schedule, times: Sequence[float]) -> Schedule:
     skips = {
         unit: frozenset(call for call, place in enumerate(begun) if place in calls and (call or unit == MERGING))
         for unit, calls in schedule.skips.items()
+        if unit != BRANCH  # What stands for it is said by weights, which are of the other run.
     }
     return Schedule(tuple(times), {u: c for u, c in skips.items() if c}, schedule.slopes, inner=schedule.inner)
 
@@ -192,107 +168,3 @@ def undominated(schedules: Sequence[Schedule]) -> tuple[Schedule, ...]:
         return any(rival[1:] < own[1:] for rival in rivals)
 
     return tuple(schedule for schedule, place in zip(schedules, places, strict=True) if not is_beaten(place))
-
-
-def probe_of(model: nn.Module) -> torch.Tensor:
-    """32 values spread over a model's weights, as a schedule's file keeps them."""
-    whole = weight_probe([model])
-    return whole[torch.arange(_PROBE_VALUES) * len(whole) // _PROBE_VALUES]
-
-
-def shipped(model: nn.Module) -> list[ScheduleFile]:
-    """The files inside the package that were made for a model."""
-    folder = _folder()
-    files = [read(path) for path in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
-    return [file for file in files if file.is_for(model)]
-
-
-def read(path: str | Path) -> ScheduleFile:
-    """Reads a file of schedules.
-
-    Raises:
-        ValueError: If it is not there or is none.
-    """
-    try:
-        file = Path(path).expanduser()
-        if file.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the schedule {path}: {reason_of(error)}") from error
-    try:
-        check_keys(tree, _KEYS)
-        return _file_of(tree)
-    except (ValueError, *ODD_NOTES) as error:
-        raise ValueError(f"{path} is no schedule: {reason_of(error)}; make one by gen-turbo calibrate par") from error
-
-
-def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
-    """Writes a file of schedules as YAML; the slopes must be those of all of its schedules."""
-    first = file.schedules[0]
-    tree = {
-        "model": file.model,
-        "probe": [float(f"{value:.5g}") for value in file.probe],
-        "scheduler": file.scheduler,
-        "times": list(first.times),
-        "slopes": dict(first.slopes),
-        "levels": [
-            {
-                "cost": schedule.cost,
-                "psnr_db": schedule.psnr_db,
-                "inner": schedule.inner,
-                "skips": {unit: sorted(calls) for unit, calls in schedule.skips.items()},
-            }
-            | ({"weights": _plain(schedule.weights)} if schedule.weights else {})
-            for schedule in file.schedules
-        ],
-    }
-    text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
-    write_text(Path(path), f"# {comment}\n{text}")
-
-
-def _file_of(tree: dict[str, Any]) -> ScheduleFile:
-    model, scheduler = _each("model and scheduler", [tree["model"], tree["scheduler"]], str, 2)
-    times = _each("times", tree["times"], float, _MOST_CALLS)
-    if any(later > time for time, later in pairwise(times)):
-        raise ValueError("its times rise; they must fall from call to call, or stay")
-    probe = _each("probe", tree["probe"], float, _PROBE_VALUES)
-    slopes = dict(zip(tree["slopes"], _each("slopes", list(tree["slopes"].values()), float, _MOST_UNITS), strict=True))
-    levels = _each("levels", tree["levels"], dict, _MOST_CALLS)
-    if not times or not levels:
-        raise ValueError("it has no times or no levels")
-    return ScheduleFile(model, probe, scheduler, tuple(_schedule_of(level, times, slopes) for level in levels))
-
-
-def _schedule_of(level: Mapping[str, Any], times: tuple[float, ...], slopes: Mapping[str, float]) -> Schedule:
-    check_keys(level, _LEVEL_KEYS, ("weights",))
-    calls = {unit: _each(f"skips of {unit}", given, int, len(times)) for unit, given in level["skips"].items()}
-    _each("units", [*calls, *slopes], str, _MOST_UNITS)
-    has_settings = isinstance(inner := level["inner"], dict)
-    for value in [*inner, *inner.values()] if has_settings else [inner]:
-        check_value("inner", value, str | float | None if has_settings else str | None)
-    skips = {unit: frozenset(given) for unit, given in calls.items()}
-    weights = {
-        unit: {call: _each("weights", given, float, MOST_WEIGHTS) for call, given in by_call.items()}
-        for unit, by_call in level.get("weights", {}).items()
-    }
-    return Schedule(times, skips, slopes, level["cost"], level["psnr_db"], inner, weights)
-
-
-def _plain(weights: Mapping[str, Mapping[int, tuple[float, ...]]]) -> dict[str, dict[int, list[float]]]:
-    return {unit: {call: list(w) for call, w in by_call.items()} for unit, by_call in weights.items()}
-
-
-def _each(name: str, values: Any, kind: type[T], most: int) -> tuple[T, ...]:
-    """Some values of one type; raises ValueError for others, and for more than there can be."""
-    if not isinstance(values, list) or len(values) > most:
-        raise ValueError(f"{name} must be a list of at most {most}")
-    for value in values:
-        check_value(name, value, kind)
-    return tuple(kind(value) for value in values)  # type: ignore[call-arg]
-
-
-def _folder() -> Path:
-    spec = find_spec("gen_turbo.configs")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "schedule"

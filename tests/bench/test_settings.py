@@ -12,7 +12,7 @@ from gen_turbo.bench.catalogue import BUDGETS, quality_catalogue
 from gen_turbo.bench.settings import Method, OutputCache, Setting, Stock, Tomesd, selected
 from gen_turbo.methods.par import AUTO
 from gen_turbo.metrics.cost import count_cost
-from gen_turbo.training.schedule import shipped
+from gen_turbo.training.schedule_file import shipped
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 
 SETTINGS = [

@@ -16,7 +16,7 @@ from gen_turbo.bench.studio import fingerprint, fit_positions
 from gen_turbo.commands.cli import main
 from gen_turbo.metrics.cost import count_cost
 from gen_turbo.pipelines import tiny, tiny_dit
-from gen_turbo.training.schedule import read
+from gen_turbo.training.schedule_file import read
 from tests.engine.families import relative
 from tests.stated import TurboProcessor
 from tests.tiny_hosts import sd15_unet

@@ -15,6 +15,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
 from gen_turbo import PARProcessor, attach, report
+from gen_turbo.training.schedule import BRANCH, Schedule
+from gen_turbo.training.schedule_file import ScheduleFile, probe_of
 from tests import tiny_transformers
 from tests.engine.families import family
 from tests.schedules import by_hand
@@ -221,6 +223,29 @@ def test_a_pipeline_with_a_unet_that_was_compiled_before():
     pipe.reset_attn_processor()
     assert torch.equal(image(pipe, steps=6), stock) and not torch.equal(expected, stock)
     assert not counters["graph_break"]
+
+
+def test_a_call_of_half_a_batch_compiles():
+    """Catches a call without a guidance branch that breaks the graph, one of its own in every run, or a full batch."""
+    pipe = sd_pipeline()
+    pipe.unet = one_level()
+    pipe.scheduler.set_timesteps(6)
+    times = tuple(map(float, pipe.scheduler.timesteps))
+    weights = {"output": {3: ((1.2, -0.3), (0.9, 0.2)), 4: ((0.0, 0.7, 0.4), (1.0,))}}
+    schedule = Schedule(times, {"output": frozenset({3}), BRANCH: frozenset({4})}, cost=0.5, weights=weights)
+    file = ScheduleFile("UNet2DConditionModel", tuple(probe_of(pipe.unet).tolist()), "DDIMScheduler", (schedule,))
+    processor = PARProcessor(schedule=file, inner=None)
+    pipe.set_attn_processor(processor)
+    expected = image(pipe, steps=6)
+    pipe.reset_attn_processor()
+    backend = Backend()
+    pipe.unet = torch.compile(pipe.unet, backend=backend, fullgraph=True)
+    pipe.set_attn_processor(processor)
+    assert torch.equal(image(pipe, steps=6), expected) and report(pipe).skipped[BRANCH] == (1, 4)
+    seen = len(backend.graphs)
+    assert torch.equal(image(pipe, steps=6), expected) and not counters["graph_break"]
+    # Of a call of the whole batch, of half of it, and of one that is forecast.
+    assert len(backend.graphs) == seen == 3
 
 
 def test_skipped_blocks_compile():

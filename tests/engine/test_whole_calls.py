@@ -12,8 +12,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionImg2ImgPipelin
 from gen_turbo import PARProcessor, TurboProcessor, attach, load_pipeline, report
 from gen_turbo.api import attachments
 from gen_turbo.engine.denoiser import NoEffectWarning
+from gen_turbo.engine.route import Route
 from gen_turbo.training.generic import Generic
-from gen_turbo.training.schedule import MERGING, WHOLE, Schedule, ScheduleFile, probe_of, read, write
+from gen_turbo.training.schedule import MERGING, WHOLE, Schedule
+from gen_turbo.training.schedule_file import ScheduleFile, probe_of, read, write
 from tests import tiny_transformers
 from tests.schedules import TIMES
 from tests.snapshots import differences, model_state
@@ -66,7 +68,7 @@ def test_results_are_kept_for_corrections_behind_the_last_skip():
 
 def test_half_precision_is_weighed_in_single():
     """Catches weights that add up in half precision, where a difference of large results is lost."""
-    from gen_turbo.engine.gates import combined
+    from gen_turbo.engine.guided import combined
 
     parts = [torch.full((4,), 1000.5, dtype=torch.float16), torch.full((4,), 1000.0, dtype=torch.float16)]
     assert combined(parts, (3.0, -2.0)).tolist() == [1001.5] * 4
@@ -129,17 +131,16 @@ def test_weights_are_of_one_scheduler(pipe):
         assert torch.equal(draw(pipe), stock)
 
 
-def test_a_late_start_forecasts_by_the_slope(pipe):
+def test_a_late_start_forecasts_by_the_slope(pipe, monkeypatch):
     """Catches weights that are laid over results of calls that the schedule did not count on."""
     late = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     late.set_progress_bar_config(disable=True)
     weights = {WHOLE: {4: (9.0, -8.0), 5: (4.0, -3.0), 6: (5.0, -4.0)}}
     file = file_of(pipe.unet, {WHOLE: [4, 6]}, weights, times_of(pipe))
     late.set_attn_processor(PARProcessor(schedule=file, inner=None))
-    seen = []
+    seen, weighed = [], Route.forecast_by
     skipping = attachments(late)[0].skipping
-    weighed = skipping._weights
-    skipping._weights = lambda *given: seen.append(weighed(*given)) or seen[-1]
+    monkeypatch.setattr(Route, "forecast_by", lambda *given: seen.append(weighed(*given)) or seen[-1])
     draw(late, image=torch.rand(1, 3, 32, 32), strength=0.5)
     assert seen == [(2.0, -1.0)] and skipping.stats[WHOLE].num_skipped == 1
 

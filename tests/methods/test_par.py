@@ -10,7 +10,8 @@ from gen_turbo.api import adapter_of, attachments
 from gen_turbo.engine.gates import UnitMemory
 from gen_turbo.methods import par
 from gen_turbo.training.calibrate_denoiser import best_slope
-from gen_turbo.training.schedule import WHOLE, Schedule, ScheduleFile, read, write
+from gen_turbo.training.schedule import WHOLE, Schedule
+from gen_turbo.training.schedule_file import ScheduleFile, read, write
 from gen_turbo.training.search import Search
 from gen_turbo.training.stopwatch import timed
 from tests import tiny_transformers

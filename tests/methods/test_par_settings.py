@@ -15,7 +15,8 @@ from gen_turbo.methods.identity import IdentityProcessor
 from gen_turbo.training.choosers import RandomChooser, Trained, UniformChooser
 from gen_turbo.training.generic import Generic
 from gen_turbo.training.layouts import Layout
-from gen_turbo.training.schedule import MERGING, WHOLE, Schedule, ScheduleFile, write
+from gen_turbo.training.schedule import MERGING, WHOLE, Schedule
+from gen_turbo.training.schedule_file import ScheduleFile, write
 from gen_turbo.vlm.routes import Routing
 from tests.schedules import TIMES, by_hand
 

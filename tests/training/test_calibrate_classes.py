@@ -23,7 +23,8 @@ from gen_turbo import PARProcessor, factory
 from gen_turbo.api import denoiser
 from gen_turbo.commands.cli import main
 from gen_turbo.training.calibrate_denoiser import content
-from gen_turbo.training.schedule import WHOLE, read
+from gen_turbo.training.schedule import WHOLE
+from gen_turbo.training.schedule_file import read
 from tests import tiny_pipelines, tiny_transformers
 from tests.snapshots import differences, model_state
 from tests.tiny_hosts import sdxl_unet

@@ -17,7 +17,8 @@ from gen_turbo import PARProcessor, TurboProcessor, attach, detach, load_pipelin
 from gen_turbo.commands import cli
 from gen_turbo.methods.turbo import TurboProcessor as Turbo
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
-from gen_turbo.training.schedule import Schedule, read
+from gen_turbo.training.schedule import Schedule
+from gen_turbo.training.schedule_file import read
 from gen_turbo.training.train_router import RouterTraining
 from gen_turbo.training.vistog_training import VisToGTraining
 from tests.schedules import by_hand
