@@ -111,8 +111,7 @@ def _add_routes(
     # Half of a call is what the unconditional one of two branches takes.
     routes += [(one, True) for one in recorded.schedules(budgets, saved=0.5)] if len(recorded.shares) == _GUIDED else []
     num_few = 2 if late is None else 4
-    # All routes of a length are fitted to their own runs, and the best of them drawn.
-    costs = [one.cost for same, _ in routes for one in [*same, same[0]]]
+    costs = [one.cost for same, _ in routes for one in same]
     whole = num_images(num_calls, count, costs) + num_few * _FEW_STEPS / num_calls
     note(f"leaving whole calls out takes {whole:.0f} images' worth of calls, and more where moving calls gains")
     plain: list[tuple[float, float]] = []
@@ -125,22 +124,23 @@ def _add_routes(
             draw(index, "latent")
         return run
 
-    fits = Fits(recorded, follow)
+    def distance(schedule: Schedule, index: int, known: Sequence[Any]) -> float:
+        with sampling(pipe, models, known), attached(schedule):
+            return distance_db(recorded.images[index], pixels(draw, index))
+
+    fits = Fits(recorded, follow, distance)
     for same, is_narrow in routes:
-        schedule, distances = fits.best(same, is_narrow), []
-        for index in range(count):
-            with attached(schedule):
-                distances.append(distance_db(recorded.images[index], pixels(draw, index)))
-        cost, distance = schedule.cost, sum(distances) / count
+        schedule, nearest = fits.best(same, is_narrow)
+        cost = schedule.cost
         how = "" if schedule.inner is None else ", the last one merged"
         how += ", the last one without its unconditional branch" if is_narrow else ""
         cost -= 0.5 / num_calls if is_narrow else 0.0
-        note(f"{cost:.3f} of the calls of stock{how}, {distance:.1f} dB")
+        note(f"{cost:.3f} of the calls of stock{how}, {nearest:.1f} dB")
         if schedule.inner is None:
-            plain.append((cost, distance))
-        elif any(other <= cost and distance < known + _CLEAR_DB for other, known in plain):
+            plain.append((cost, nearest))
+        elif any(other <= cost and nearest < known + _CLEAR_DB for other, known in plain):
             continue
-        add(replace(schedule, cost=round(cost * of_call, 4), psnr_db=round(distance, 2)))
+        add(replace(schedule, cost=round(cost * of_call, 4), psnr_db=round(nearest, 2)))
 
 
 def _costs_of_calls(pipe: Any, draw: Draw, merges: bool) -> tuple[float, float | None]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from gen_turbo.engine.values import mapped
 from gen_turbo.training.route import Route, RouteSearch, weights_of
 from gen_turbo.training.sampled import SampledRun, effects, gains, parts_of, probed_steps, sampling, shares_of
 from gen_turbo.training.schedule import BRANCH, MERGING, WHOLE, Schedule
@@ -23,13 +24,15 @@ Draw = Callable[[int], Any]
 """Makes the i-th calibration image."""
 Follow = Callable[[Schedule, int, Sequence[Any], int], SampledRun]
 """Follows a schedule on the i-th prompt, with known results of the model, up to a call; gives the run."""
+Distance = Callable[[Schedule, int, Sequence[Any]], float]
+"""Follows a schedule on the i-th prompt to its end with known results of the model; gives the PSNR to stock in dB."""
 LATE: Mapping[str, Any] = {"method": "turbo", "scope": "block", "restore": "copy", "ratio": 0.7}
 """How the last call of a run merges tokens where it does: it moves the latents least, yet nothing forecasts it."""
 FELT = (0.1, 1.0)
 """Shares of an error made good at the next call that the model may have seen: long gaps want a large one."""
 _MOST_PROBED = 2
-_LEAST_CALLS, _LEAST = 4, 1e-30
-_NUM_MOVED = 3
+_LEAST_CALLS = 4
+_NUM_MOVED = 2
 """Runs that are moved by what runs show; of those before, all that follow would have to be made anew."""
 
 
@@ -82,58 +85,60 @@ class Fits:
     Args:
         recorded: Stock runs.
         follow: Follows schedules.
+        distance: Says how near to stock they draw.
     """
 
-    def __init__(self, recorded: Recorded, follow: Follow) -> None:
-        self.recorded, self.follow = recorded, follow
+    def __init__(self, recorded: Recorded, follow: Follow, distance: Distance) -> None:
+        self.recorded, self.follow, self.distance = recorded, follow, distance
         self._ran: dict[tuple[object, ...], list[_Result]] = {}
 
-    def best(self, schedules: Sequence[Schedule], is_narrow: bool = False) -> Schedule:
-        """The fitted schedule that is nearest to stock, of those given and those with one of the last runs moved.
+    def best(self, schedules: Sequence[Schedule], is_narrow: bool = False) -> tuple[Schedule, float]:
+        """The fitted schedule that draws nearest to stock, and its distance, in dB, the mean of all prompts.
+
+        It is one of those given, or one with one of their last runs moved.
 
         Args:
             schedules: With as many runs each.
-            is_narrow: Whether the last call that runs runs without the unconditional branch.
+            is_narrow: Whether the last run is of the conditional branch alone.
         """
         tried = {one.skips[WHOLE]: self.fitted(one, is_narrow) for one in schedules}
-        best, least = min(tried.values(), key=lambda one: one[1])
+        best, most = max(tried.values(), key=lambda one: one[1])
         waiting = _neighbours(best)
         while waiting:
             other = waiting.pop()
             if other.skips[WHOLE] in tried:
                 continue
-            found, error = tried[other.skips[WHOLE]] = self.fitted(other, is_narrow)
-            if error < least:
-                best, least, waiting = found, error, _neighbours(found)
-        return best
+            found, distance = tried[other.skips[WHOLE]] = self.fitted(other, is_narrow)
+            if distance > most:
+                best, most, waiting = found, distance, _neighbours(found)
+        return best, most
 
     def fitted(self, schedule: Schedule, is_narrow: bool = False) -> tuple[Schedule, float]:
-        """The schedule with fitted weights, and the logarithm of the squared error of its last latents.
-
-        The error is the mean of all prompts.
+        """The schedule with fitted weights, and its distance to stock, in dB, the mean of all prompts.
 
         Args:
             schedule: What is left out; its weights are not read.
-            is_narrow: Whether the last call that runs runs without the unconditional branch.
+            is_narrow: Whether the last run is of the conditional branch alone.
         """
         recorded, effect = self.recorded, self.recorded.searches[0].effect
         runs, count = schedule.ran_before(WHOLE, len(schedule.times))[::-1], len(recorded.shares)
         narrow = runs[-1:] if is_narrow else []
         skips = {unit: calls for unit, calls in schedule.skips.items() if unit != BRANCH}
-        schedule, off = replace(schedule, skips=skips, weights={}), np.zeros(0)
+        schedule = replace(schedule, skips=skips, weights={})
         raw: list[list[Any]] = [[] for _ in recorded.runs]
         values = [[result.flatten().numpy() for result in stock.guided] for stock in recorded.runs]
         for number, (call, following) in enumerate(zip(runs, [*runs[1:], len(effect)], strict=True)):
             for index, new in enumerate(self._results(schedule, tuple(runs[: number + 1]), raw)):
                 raw[index] = [*raw[index], *new.raw]
                 values[index] += new.parts(recorded.shares)[call in narrow :]
-            products = [stacked @ stacked.T for stacked in map(np.stack, values)]
-            weights, off = weights_of(runs[: number + 1], np.sum(products, 0), effect, following, count, narrow)
+            products = sum(stacked @ stacked.T for stacked in map(np.stack, values))
+            weights, _ = weights_of(runs[: number + 1], np.asarray(products), effect, following, count, narrow)
             schedule = replace(schedule, weights={WHOLE: weights})
         if is_narrow:
             # A call runs without a branch from when weights say what stands for it.
             schedule = replace(schedule, skips={**skips, BRANCH: frozenset(narrow)})
-        return schedule, float(np.mean([np.log(max(off @ own @ off, _LEAST)) for own in products]))
+            raw = [[*known[:-1], mapped(known[-1], lambda t: t[len(t) // count :])] for known in raw]
+        return schedule, float(np.mean([self.distance(schedule, index, known) for index, known in enumerate(raw)]))
 
     def _results(self, schedule: Schedule, runs: tuple[int, ...], raw: list[list[Any]]) -> list[_Result]:
         """For each prompt what the last of some runs gives behind the others."""
@@ -164,10 +169,9 @@ def _neighbours(schedule: Schedule) -> list[Schedule]:
     runs = [run for run in schedule.ran_before(WHOLE, num_calls)[:_NUM_MOVED] if run > 0]
     moves = [(old, old + by) for old in runs for by in (-1, 1) if old + by in skipped]
     moves = [move for move in moves if MERGING not in schedule.skips or move[0] != num_calls - 1]
-    found = [{**schedule.skips, WHOLE: skipped - {new} | {old}} for old, new in reversed(moves)]
-    return [
-        replace(schedule, skips={unit: c for unit, c in skips.items() if unit != BRANCH}, weights={}) for skips in found
-    ]
+    others = {unit: calls for unit, calls in schedule.skips.items() if unit != BRANCH}
+    skips = [{**others, WHOLE: skipped - {new} | {old}} for old, new in reversed(moves)]
+    return [replace(schedule, skips=one, weights={}) for one in skips]
 
 
 def record(

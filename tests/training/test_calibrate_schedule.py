@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from gen_turbo import PARProcessor, load_pipeline
-from gen_turbo.commands import calibrate_schedule
 from gen_turbo.commands.cli import main
-from gen_turbo.training.calibrate_route import LATE
+from gen_turbo.training.calibrate_route import LATE, Fits
 from gen_turbo.training.schedule import BRANCH, MERGING, WHOLE, Schedule, carried_over, undominated
 from gen_turbo.training.schedule_file import read
 from tests.snapshots import differences, model_state
@@ -85,7 +84,7 @@ def test_a_last_call_merges_only_where_that_is_clearly_nearer(checkpoint, tmp_pa
     """Catches a schedule that merges and costs more than one that does not, for a difference that chance can make."""
     # Of the plain one, of one whose last call merges, and of one whose last call leaves a branch out.
     distances = iter([50.0, 50.0 + more, 49.0])
-    monkeypatch.setattr(calibrate_schedule, "distance_db", lambda stock, own: next(distances))
+    monkeypatch.setattr(Fits, "best", lambda fits, same, is_narrow: (same[0], next(distances)))
     output = tmp_path / "own.yaml"
     command = ["calibrate", "par", "--config", "tiny", f"checkpoint={checkpoint}", "height=32", "width=32"]
     command += ["--prompts", "1", "--prompt", "a circle", "--no-parts", "--steps", "5", "--budgets", "0.58"]
