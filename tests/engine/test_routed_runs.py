@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from stated import TurboProcessor
 
 from gen_turbo import attach, report
+from gen_turbo.models.cuts import unet_cuts
 from tests import tiny_transformers
 from tests.schedules import blocks_of, par
 from tests.snapshots import differences, model_state
@@ -61,3 +63,24 @@ def test_a_block_inside_of_a_run_is_not_skipped(length, place):
     with pytest.raises(ValueError, match=rf"the schedule skips {block}, but merge_span={length} joins blocks"):
         attach(model, par(model, {block: [2], "output": [3]}, inner=inner))
     assert differences(before, model_state(model)) == []
+
+
+def test_a_unet_without_a_middle_block_is_cut_where_something_enters():
+    """Catches a cut behind which nothing is left to forecast, which kept PAR from such a model, and one too few."""
+    model = UNet2DConditionModel(
+        sample_size=16,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        layers_per_block=1,
+        block_out_channels=(16,),
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+    ).eval()
+    # Two layers on the way up: before the last one lies the first, and before the first nothing.
+    assert [unit.name for unit in unet_cuts(model)] == ["deep.1"]
+    inputs = unet_inputs() | {"encoder_hidden_states": torch.ones(2, 6, 32)}
+    with attach(model, par(model, {"deep.1": [2]})):
+        assert run_unet(model, **inputs).isfinite().all()
+        assert report(model).skipped == {"deep.1": (1, 3)}
