@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,12 +25,9 @@ def num_results(weights: Weights) -> int:
     return max(map(len, by_branch(weights)))
 
 
-def by_result(weights: Weights, count: int) -> list[Any]:
-    """By result, what it weighs: a number, or one for each of so many branches; those of the last are for others."""
-    branches = by_branch(weights)
-    branches = branches if len(branches) == count else branches[-1:]
-    padded = [(*branch, *[0.0] * (num_results(weights) - len(branch))) for branch in branches]
-    return [row if len(row) > 1 else row[0] for row in zip(*padded, strict=True)]
+def by_result(branches: Sequence[Sequence[float]]) -> list[Any]:
+    """By result, what it weighs: a number for each of some branches, or one for all."""
+    return [row if len(row) > 1 else row[0] for row in zip_longest(*branches, fillvalue=0.0)]
 
 
 def combined(parts: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:

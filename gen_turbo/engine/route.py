@@ -54,7 +54,7 @@ class Route:
         memory = self.memories[module]
         given = self.given(unit, module) if self.call in self.schedule.skips.get(unit, ()) else None
         if given is not None:
-            return by_result(given, self.num_branches)
+            return by_result(self.schedule.for_branches(given, self.call, self.num_branches))
         if len(memory.calls) < NUM_USED:
             return (1.0,)
         newest, older = memory.calls[:NUM_USED]
@@ -76,7 +76,7 @@ class Route:
     def corrected(self, output: Any) -> Any:
         """The result of a call that ran, with what forecasts before it missed made good."""
         weights = self.given(WHOLE, "") if self.schedule is not None else None
-        if weights is None:
+        if self.schedule is None or weights is None:
             return output
-        values = self.memories[""].corrected(tensors(output), by_result(weights, self.num_branches))
-        return refilled(output, values)
+        branches = self.schedule.for_branches(weights, self.call, self.num_branches)
+        return refilled(output, self.memories[""].corrected(tensors(output), by_result(branches)))

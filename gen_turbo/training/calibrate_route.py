@@ -74,7 +74,9 @@ class Recorded:
                 if len(route.runs) < len(times):
                     found.setdefault(count, {})[route.runs] = route
                 start = route.runs
-        return [[_schedule(route, times, late) for route in routes.values()] for routes in found.values()]
+        shares = self.shares if len(self.shares) > 1 else ()
+        found_schedules = ([_schedule(route, times, late) for route in routes.values()] for routes in found.values())
+        return [[replace(one, shares=shares) for one in same] for same in found_schedules]
 
 
 class Fits:

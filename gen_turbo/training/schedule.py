@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, TypeAlias
 
 from gen_turbo.models.adapter import WHOLE as WHOLE
@@ -37,8 +37,9 @@ class Schedule:
             two continue a line, three a curve. Calls that are not named follow the slope. At a call at which the whole
             model runs, the first weight is that of its own result; the others make good what forecasts before it
             missed, as the corrector of a multistep solver does. The whole model may have weights for each guidance
-            branch of its batch; the last ones, which are those of the conditional branch, are for all other batches.
+            branch of its batch; batches without them take what these come to where all branches give the same.
         scheduler: Class of the scheduler that weights are for; empty for any.
+        shares: What each guidance branch weighs in a guided result, where weights are for each of them.
     """
 
     times: tuple[float, ...]
@@ -49,13 +50,14 @@ class Schedule:
     inner: str | Mapping[str, Any] | None = None
     weights: Mapping[str, Mapping[int, Weights]] = field(default_factory=dict)
     scheduler: str = ""
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks numbers and calls; raises ValueError for one that is none, or where nothing is known at a skip."""
         for name, value in {"cost": self.cost, "psnr_db": self.psnr_db}.items():
             check_value(name, value, float | None)
-        for value in (*self.times, *self.slopes.values()):
-            check_value("a time or a slope", value, float)
+        for value in (*self.times, *self.slopes.values(), *self.shares):
+            check_value("a time, a slope or a share", value, float)
         for unit, calls in self.skips.items():
             first = 0 if unit == MERGING else 1
             wrong = sorted(call for call in calls if not first <= call < len(self.times))
@@ -74,9 +76,10 @@ class Schedule:
     def _check_weights(self, unit: str, call: int, weights: Weights) -> None:
         check_value("a call with weights", call, int)
         branches = by_branch(weights)
-        if len(branches) > (MOST_BRANCHES if unit == WHOLE else 1):
+        if len(branches) > 1 and (unit != WHOLE or len(branches) != len(self.shares)):
             raise ValueError(
-                f"{unit} has weights for {len(branches)} guidance branches at call {call}; that is too many"
+                f"{unit} has weights for {len(branches)} guidance branches at call {call}; only {WHOLE} may have them, "
+                "and shares say what each of them weighs"
             )
         left_out = self.skips[unit] | self.skips.get(WHOLE, frozenset())
         for branch in branches:
@@ -109,6 +112,17 @@ class Schedule:
     def without_merging(self) -> Schedule:
         """The same, where whatever is attached to merge tokens merges none."""
         return replace(self, skips={**self.skips, MERGING: frozenset(range(len(self.times)))})
+
+    def for_branches(self, weights: Weights, call: int, count: int) -> tuple[tuple[float, ...], ...]:
+        """Weights of a call for each of so many guidance branches, or the same for all."""
+        branches = by_branch(weights)
+        if len(branches) in (1, count):
+            return branches
+        if call in self.skips.get(BRANCH, ()):
+            # Here nothing stands for the first branch: it runs.
+            branches = ((1.0,), *branches[1:])
+        terms = zip_longest(*branches, fillvalue=0.0)
+        return (tuple(sum(s * w for s, w in zip(self.shares, term, strict=True)) for term in terms),)
 
     def suits(self, scheduler: str) -> bool:
         """Whether it is for runs of a scheduler's class; weights are of one, and an empty name may be that one."""

@@ -16,7 +16,7 @@ from torch import nn
 from gen_turbo.output import write_text
 from gen_turbo.training.files import ODD_NOTES, check_keys, check_value, reason_of
 from gen_turbo.training.probe import is_same_model, weight_probe
-from gen_turbo.training.schedule import MOST_WEIGHTS, TOLERANCE, Schedule, Weights
+from gen_turbo.training.schedule import MOST_BRANCHES, MOST_WEIGHTS, TOLERANCE, Schedule, Weights
 
 T = TypeVar("T")
 _PROBE_VALUES = 32
@@ -96,14 +96,14 @@ def read(path: str | Path) -> ScheduleFile:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the schedule {path}: {reason_of(error)}") from error
     try:
-        check_keys(tree, _KEYS)
+        check_keys(tree, _KEYS, ("shares",))
         return _file_of(tree)
     except (ValueError, *ODD_NOTES) as error:
         raise ValueError(f"{path} is no schedule: {reason_of(error)}; make one by gen-turbo calibrate par") from error
 
 
 def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
-    """Writes a file of schedules as YAML; the slopes must be those of all of its schedules."""
+    """Writes a file of schedules as YAML; the slopes and shares must be those of all of its schedules."""
     first = file.schedules[0]
     tree = {
         "model": file.model,
@@ -111,6 +111,7 @@ def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
         "scheduler": file.scheduler,
         "times": list(first.times),
         "slopes": dict(first.slopes),
+        **({"shares": [round(share, 5) for share in first.shares]} if first.shares else {}),
         "levels": [
             {
                 "cost": schedule.cost,
@@ -136,10 +137,13 @@ def _file_of(tree: dict[str, Any]) -> ScheduleFile:
     levels = _each("levels", tree["levels"], dict, _MOST_CALLS)
     if not times or not levels:
         raise ValueError("it has no times or no levels")
-    return ScheduleFile(model, probe, scheduler, tuple(_schedule_of(level, times, slopes) for level in levels))
+    shares = _each("shares", tree.get("shares", []), float, MOST_BRANCHES)
+    return ScheduleFile(model, probe, scheduler, tuple(_schedule_of(level, times, slopes, shares) for level in levels))
 
 
-def _schedule_of(level: Mapping[str, Any], times: tuple[float, ...], slopes: Mapping[str, float]) -> Schedule:
+def _schedule_of(
+    level: Mapping[str, Any], times: tuple[float, ...], slopes: Mapping[str, float], shares: tuple[float, ...]
+) -> Schedule:
     check_keys(level, _LEVEL_KEYS, ("weights",))
     calls = {unit: _each(f"skips of {unit}", given, int, len(times)) for unit, given in level["skips"].items()}
     _each("units", [*calls, *slopes], str, _MOST_UNITS)
@@ -151,7 +155,7 @@ def _schedule_of(level: Mapping[str, Any], times: tuple[float, ...], slopes: Map
         unit: {call: _weights_of(given) for call, given in by_call.items()}
         for unit, by_call in level.get("weights", {}).items()
     }
-    return Schedule(times, skips, slopes, level["cost"], level["psnr_db"], inner, weights)
+    return Schedule(times, skips, slopes, level["cost"], level["psnr_db"], inner, weights, shares=shares)
 
 
 def _weights_of(given: Any) -> Weights:

@@ -12,6 +12,7 @@ from gen_turbo.bench.catalogue import BUDGETS, quality_catalogue
 from gen_turbo.bench.settings import Method, OutputCache, Setting, Stock, Tomesd, selected
 from gen_turbo.methods.par import AUTO
 from gen_turbo.metrics.cost import count_cost
+from gen_turbo.training.schedule import TOLERANCE
 from gen_turbo.training.schedule_file import shipped
 from tests.tiny_hosts import run_unet, sd15_unet, unet_inputs
 
@@ -81,7 +82,7 @@ def test_every_budget_takes_a_schedule_of_its_own(steps: int) -> None:
     for inner, budgets in BUDGETS[steps].items():
         costs = [file.at(budget, None if inner == AUTO else inner is not None).cost for budget in budgets]
         assert len(set(costs)) == len(costs)
-        assert all(cost <= budget for cost, budget in zip(costs, budgets, strict=True))
+        assert all(cost <= budget + TOLERANCE for cost, budget in zip(costs, budgets, strict=True))
 
 
 def test_schedules_of_half_the_steps_run_on_half_the_steps() -> None:

@@ -232,7 +232,8 @@ def test_a_call_of_half_a_batch_compiles():
     pipe.scheduler.set_timesteps(6)
     times = tuple(map(float, pipe.scheduler.timesteps))
     weights = {"output": {3: ((1.2, -0.3), (0.9, 0.2)), 4: ((0.0, 0.7, 0.4), (1.0,))}}
-    schedule = Schedule(times, {"output": frozenset({3}), BRANCH: frozenset({4})}, cost=0.5, weights=weights)
+    skips = {"output": frozenset({3}), BRANCH: frozenset({4})}
+    schedule = Schedule(times, skips, cost=0.5, weights=weights, shares=(-6.5, 7.5))
     file = ScheduleFile("UNet2DConditionModel", tuple(probe_of(pipe.unet).tolist()), "DDIMScheduler", (schedule,))
     processor = PARProcessor(schedule=file, inner=None)
     pipe.set_attn_processor(processor)

@@ -20,7 +20,7 @@ from tests.tiny_hosts import image, sd_pipeline
 from tests.tiny_pipelines import control_pipeline, ip_adapter_pipeline, prompt_image, sd3_with_text
 from tests.training.test_routes import sdxl
 
-STEPS = 7
+STEPS, SHARES = 7, (-6.5, 7.5)
 SKIPS = {WHOLE: frozenset({3, 5}), BRANCH: frozenset({4})}
 WEIGHTS = {
     3: ((1.2, -0.3), (0.9, 0.2, -0.1)),
@@ -78,7 +78,7 @@ def followed(pipe, draw, skips=SKIPS, inner=None, text_ratio=0.0, **given):
     model = denoiser(pipe)
     with sampling(pipe, [model]) as run:
         draw(**given)
-    schedule = Schedule(tuple(run.times), skips, cost=0.5, weights={WHOLE: WEIGHTS})
+    schedule = Schedule(tuple(run.times), skips, cost=0.5, weights={WHOLE: WEIGHTS}, shares=SHARES)
     processor = PARProcessor(schedule=file_of(pipe, schedule), inner=inner, text_ratio=text_ratio)
     with sampling(pipe, [model]) as own, attach(pipe, processor):
         draw(**given)
@@ -167,14 +167,17 @@ def test_a_call_without_a_branch_merges_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3"])
-def test_a_run_without_guidance_takes_the_conditional_weights(name, tmp_path):
-    """Catches the weights of the unconditional branch, half of a batch that holds no branches, and a count of it."""
+def test_a_run_without_guidance_takes_what_branches_come_to(name, tmp_path):
+    """Catches the weights of one branch, half of a batch that holds no branches, and a count of it."""
     pipe, draw = PIPELINES[name](tmp_path)
     stock, own, said = followed(pipe, draw, guidance_scale=1.0)
     assert shares_of([stock]) == (1.0,)
     r0, r1, r2, r4 = (_tensors(raw)[0].double() for raw in own.raw[:4])
-    torch.testing.assert_close(own.guided[3], 0.9 * r2 + 0.2 * r1 - 0.1 * r0, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(own.guided[4], 1.1 * r4 - 0.2 * r2, rtol=1e-4, atol=1e-4)
+    (u3, c3), (_, c4), (a, b) = WEIGHTS[3], WEIGHTS[4], SHARES
+    whole = (a * u3[0] + b * c3[0]) * r2 + (a * u3[1] + b * c3[1]) * r1 + b * c3[2] * r0
+    torch.testing.assert_close(own.guided[3], whole, rtol=1e-4, atol=1e-4)
+    # Where guided runs leave the unconditional branch out, everything runs, so that nothing stands for it.
+    torch.testing.assert_close(own.guided[4], a * r4 + b * (c4[0] * r4 + c4[1] * r2), rtol=1e-4, atol=1e-4)
     assert said.skipped == {WHOLE: (2, 5), BRANCH: (0, 5)}
 
 
@@ -202,23 +205,25 @@ WRONG = [
 def test_what_cannot_stand_for_a_branch_is_refused(skips, weights):
     """Catches a branch that is left out with nothing in its place, or beside units that remember the whole batch."""
     with pytest.raises(ValueError, match="a guidance branch is left out at call"):
-        Schedule(tuple(map(float, range(9, 2, -1))), skips, weights={WHOLE: weights})
+        Schedule(tuple(map(float, range(9, 2, -1))), skips, weights={WHOLE: weights}, shares=SHARES)
 
 
-def test_too_many_branches_and_those_of_a_part_are_refused():
+def test_branches_that_shares_do_not_tell_of_are_refused():
     """Catches weights that no batch can have, and weights for branches of a unit that gates forecast."""
-    times = tuple(map(float, range(9, 2, -1)))
-    with pytest.raises(ValueError, match="4 guidance branches at call 3; that is too many"):
-        Schedule(times, {WHOLE: frozenset({3})}, weights={WHOLE: {3: ((1.0,),) * 4}})
+    times, one = tuple(map(float, range(9, 2, -1))), {WHOLE: frozenset({3})}
+    for branches, shares in ((3, SHARES), (2, ())):
+        with pytest.raises(ValueError, match=f"weights for {branches} guidance branches at call 3; only output may"):
+            Schedule(times, one, weights={WHOLE: {3: ((1.0,),) * branches}}, shares=shares)
     with pytest.raises(ValueError, match="block has weights for 2 guidance branches"):
-        Schedule(times, {"block": frozenset({3})}, weights={"block": {3: ((1.0,), (1.0,))}})
+        Schedule(times, {"block": frozenset({3})}, weights={"block": {3: ((1.0,), (1.0,))}}, shares=SHARES)
     with pytest.raises(ValueError, match="5 weights at call 6"):
-        Schedule(times, {WHOLE: frozenset({6})}, weights={WHOLE: {6: ((1.0,), (0.2,) * 5)}})
+        Schedule(times, {WHOLE: frozenset({6})}, weights={WHOLE: {6: ((1.0,), (0.2,) * 5)}}, shares=SHARES)
 
 
 def test_branches_come_back_from_a_file(tmp_path):
     """Catches weights of branches that are flattened or refused, and odd ones that are taken."""
-    schedule = Schedule(tuple(map(float, range(9, 2, -1))), SKIPS, cost=0.5, psnr_db=40.0, weights={WHOLE: WEIGHTS})
+    times = tuple(map(float, range(9, 2, -1)))
+    schedule = Schedule(times, SKIPS, cost=0.5, psnr_db=40.0, weights={WHOLE: WEIGHTS}, shares=SHARES)
     file = ScheduleFile("Model", (1.0,) * 32, "DDIMScheduler", (schedule,))
     write(tmp_path / "s.yaml", file, "a test")
     assert read(tmp_path / "s.yaml") == file
