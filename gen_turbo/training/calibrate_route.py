@@ -75,8 +75,8 @@ class Recorded:
                     found.setdefault(count, {})[route.runs] = route
                 start = route.runs
         shares = self.shares if len(self.shares) > 1 else ()
-        found_schedules = ([_schedule(route, times, late) for route in routes.values()] for routes in found.values())
-        return [[replace(one, shares=shares) for one in same] for same in found_schedules]
+        stock = Schedule(times, {}, {}, shares=shares)
+        return [[_left_out(stock, route, late) for route in routes.values()] for routes in found.values()]
 
 
 class Fits:
@@ -213,10 +213,12 @@ def num_images(num_calls: int, num_prompts: int, budgets: Sequence[float]) -> fl
     return num_prompts + min(num_prompts, _MOST_PROBED) * probes + num_prompts * sum(budgets)
 
 
-def _schedule(route: Route, times: tuple[float, ...], late: float | None) -> Schedule:
-    skips = {WHOLE: frozenset(range(len(times))) - set(route.runs)}
-    cost = len(route.runs) / len(times)
+def _left_out(stock: Schedule, route: Route, late: float | None) -> Schedule:
+    """The schedule of a route; its last call merges where that costs what is given."""
+    num_calls = len(stock.times)
+    skips = {WHOLE: frozenset(range(num_calls)) - set(route.runs)}
+    cost = len(route.runs) / num_calls
     if late is None:
-        return Schedule(times, skips, {}, round(cost, 4))
-    skips[MERGING] = frozenset(range(len(times) - 1))
-    return Schedule(times, skips, {}, round(cost - (1 - late) / len(times), 4), inner=dict(LATE))
+        return replace(stock, skips=skips, cost=round(cost, 4))
+    skips[MERGING] = frozenset(range(num_calls - 1))
+    return replace(stock, skips=skips, cost=round(cost - (1 - late) / num_calls, 4), inner=dict(LATE))
