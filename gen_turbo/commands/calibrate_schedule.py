@@ -111,9 +111,8 @@ def _add_routes(
     # Half of a call is what the unconditional one of two branches takes.
     routes += [(one, True) for one in recorded.schedules(budgets, saved=0.5)] if len(recorded.shares) == _GUIDED else []
     num_few = 2 if late is None else 4
-    costs = [one.cost for same, _ in routes for one in same]
-    whole = num_images(num_calls, count, costs) + num_few * _FEW_STEPS / num_calls
-    note(f"leaving whole calls out takes {whole:.0f} images' worth of calls, and more where moving calls gains")
+    whole = num_images(num_calls, count, [same for same, _ in routes]) + num_few * _FEW_STEPS / num_calls
+    note(f"leaving whole calls out takes at most {whole:.0f} images' worth of calls in all")
     plain: list[tuple[float, float]] = []
 
     def attached(schedule: Schedule) -> Any:

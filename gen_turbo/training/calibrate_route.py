@@ -1,7 +1,7 @@
 """Calibration of PAR's routes that leave whole calls out, on a pipeline's own runs of a few prompts.
 
 Stock runs are recorded and their sampler asked what a wrong result costs; a search without a model then fills every
-budget (`gen_turbo.training.route`), and its weights are fitted again to runs that follow them.
+budget (`gen_turbo.training.route`), and weights are fitted to runs that follow what it found.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FELT = (0.1, 1.0)
 """Shares of an error made good at the next call that the model may have seen: long gaps want a large one."""
 _MOST_PROBED = 2
 _LEAST_CALLS = 4
-_NUM_MOVED = 2
-"""Runs that are moved by what runs show; of those before, all that follow would have to be made anew."""
+_NUM_MOVED, _MOST_MOVES = 2, 12
+"""Runs that are moved, the last ones, for what comes before them is known; and how many moves are tried."""
 
 
 @dataclass
@@ -105,11 +105,12 @@ class Fits:
         """
         tried = {one.skips[WHOLE]: self.fitted(one, is_narrow) for one in schedules}
         best, most = max(tried.values(), key=lambda one: one[1])
-        waiting = _neighbours(best)
-        while waiting:
+        waiting, num_moves = _neighbours(best), 0
+        while waiting and num_moves < _MOST_MOVES:
             other = waiting.pop()
             if other.skips[WHOLE] in tried:
                 continue
+            num_moves += 1
             found, distance = tried[other.skips[WHOLE]] = self.fitted(other, is_narrow)
             if distance > most:
                 best, most, waiting = found, distance, _neighbours(found)
@@ -207,10 +208,12 @@ def record(
     return Recorded(runs, images, searches, shares_of(runs))
 
 
-def num_images(num_calls: int, num_prompts: int, budgets: Sequence[float]) -> float:
-    """Images' worth of model calls that calibration takes at most, with a run for each of some shares of calls."""
+def num_images(num_calls: int, num_prompts: int, lengths: Sequence[Sequence[Schedule]]) -> float:
+    """Images' worth of model calls that calibration takes at most, with schedules of some lengths to begin with."""
     probes = sum(num_calls - 1 - step for step in probed_steps(num_calls)) / num_calls
-    return num_prompts + min(num_prompts, _MOST_PROBED) * probes + num_prompts * sum(budgets)
+    moves = len(lengths) * _MOST_MOVES * _NUM_MOVED / num_calls
+    fits = sum(schedule.cost for same in lengths for schedule in same) + moves
+    return num_prompts + min(num_prompts, _MOST_PROBED) * probes + num_prompts * fits
 
 
 def _left_out(stock: Schedule, route: Route, late: float | None) -> Schedule:
