@@ -12,7 +12,7 @@ from gen_turbo.training.files import check_value
 
 MERGING = "merging"
 """What is left out at calls that run on all tokens though the schedule merges them at others."""
-BRANCH = "branch 0"
+BRANCH = "unconditional"
 """The first guidance branch of a batch, the unconditional one, which a call may leave out."""
 MOST_WEIGHTS, MOST_BRANCHES = 4, 3
 TOLERANCE = 1e-3
