@@ -74,7 +74,8 @@ def weights_of(
             own[call] = [0 * off if call in narrow and branch == 0 else next(left) for branch in range(num_branches)]
         known: Array = np.array(list(reversed(own.values()))[: _NUM_RESULTS + (call in own)])
         weights = as_it_is
-        if call > 0:
+        # Before anything is left out there is nothing to make good.
+        if len(own) <= call or call in narrow:
             undone = off / effect[call] if effect[call] else 0.0
             solved = _nearest(known.reshape(-1, len(products)), space[call] - undone, products)
             weights = _plain(solved.reshape(known.shape[:2]))

@@ -25,6 +25,19 @@ _LEVEL_KEYS = ("cost", "psnr_db", "inner", "skips")
 _MOST_BYTES, _MOST_CALLS, _MOST_UNITS = 2**24, 10_000, 10_000
 
 
+class _Row(list[Any]):
+    """A list that stands in one line of a file, with the lists in it."""
+
+
+class _InRows(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes rows as such."""
+
+
+_InRows.add_representer(
+    _Row, lambda dumper, row: dumper.represent_sequence("tag:yaml.org,2002:seq", row, flow_style=True)
+)
+
+
 @dataclass(frozen=True)
 class ScheduleFile:
     """All schedules of one calibration, for several budgets.
@@ -123,7 +136,7 @@ def write(path: str | Path, file: ScheduleFile, comment: str) -> None:
             for schedule in file.schedules
         ],
     }
-    text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
+    text = yaml.dump(tree, Dumper=_InRows, sort_keys=False, default_flow_style=None, width=110)
     write_text(Path(path), f"# {comment}\n{text}")
 
 
@@ -166,7 +179,7 @@ def _weights_of(given: Any) -> Weights:
 
 def _plain(weights: Mapping[str, Mapping[int, Weights]]) -> dict[str, dict[int, list[Any]]]:
     return {
-        unit: {call: [list(w) if isinstance(w, tuple) else w for w in of_call] for call, of_call in by_call.items()}
+        unit: {call: _Row(list(w) if isinstance(w, tuple) else w for w in of_call) for call, of_call in by_call.items()}
         for unit, by_call in weights.items()
     }
 
