@@ -120,14 +120,13 @@ class Fits:
         """The schedule with fitted weights, and its distance to stock, in dB, the mean of all prompts.
 
         Args:
-            schedule: What is left out; its weights are not read.
+            schedule: Which whole calls are left out; its weights are not read.
             is_narrow: Whether the last run is of the conditional branch alone.
         """
         recorded, effect = self.recorded, self.recorded.searches[0].effect
         runs, count = schedule.ran_before(WHOLE, len(schedule.times))[::-1], len(recorded.shares)
         narrow = runs[-1:] if is_narrow else []
-        skips = {unit: calls for unit, calls in schedule.skips.items() if unit != BRANCH}
-        schedule = replace(schedule, skips=skips, weights={})
+        schedule = replace(schedule, weights={})
         raw: list[list[Any]] = [[] for _ in recorded.runs]
         values = [[result.flatten().numpy() for result in stock.guided] for stock in recorded.runs]
         for number, (call, following) in enumerate(zip(runs, [*runs[1:], len(effect)], strict=True)):
@@ -139,7 +138,7 @@ class Fits:
             schedule = replace(schedule, weights={WHOLE: weights})
         if is_narrow:
             # A call runs without a branch from when weights say what stands for it.
-            schedule = replace(schedule, skips={**skips, BRANCH: frozenset(narrow)})
+            schedule = replace(schedule, skips={**schedule.skips, BRANCH: frozenset(narrow)})
             raw = [[*known[:-1], mapped(known[-1], lambda t: t[len(t) // count :])] for known in raw]
         return schedule, float(np.mean([self.distance(schedule, index, known) for index, known in enumerate(raw)]))
 
