@@ -85,12 +85,13 @@ class BenchRecord:
     origin: Origin = field(default_factory=Origin.here)
 
     def to_line(self) -> str:
-        """The record as one line of JSON without spaces; seconds and values keep five significant digits.
+        """The record as one line of JSON without spaces; what was measured keeps four significant digits.
 
         Values that are all 0 or 1, such as thousands of right and wrong answers, are one string of digits. What was
         not measured is left out.
         """
-        given = _rounded(dataclasses.asdict(self))
+        # Four digits of what was measured are finer than what a table shows, or a machine repeats.
+        given = _rounded(dataclasses.asdict(self), 4) | {"params": _rounded(self.params)}
         data = {name: value for name, value in given.items() if name in _NEEDED or value}
         if self.values:
             data["values"] = {name: _digits(values) for name, values in data["values"].items()}
@@ -166,12 +167,12 @@ def _digits(values: list[Any]) -> str | list[Any]:
     return "".join(str(int(value)) for value in values) if is_of_digits else values
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, digits: int = 5) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: _rounded(item, digits) for key, item in value.items()}
+    return [_rounded(item, digits) for item in value] if isinstance(value, list) else value
 
 
 def _hardware() -> str:

@@ -20,7 +20,7 @@ from gen_turbo.vlm.cache_argument import cache_in
 from gen_turbo.vlm.call import Calls
 from gen_turbo.vlm.columns import Columns
 from gen_turbo.vlm.images import Group, Images, Semantic
-from gen_turbo.vlm.masks import check_mask
+from gen_turbo.vlm.masks import check_mask, per_token
 from gen_turbo.vlm.run import Listener, reduce
 from gen_turbo.vlm.running import Running
 from gen_turbo.vlm.stage import Handle, Stage
@@ -88,7 +88,7 @@ class Cut(Stage):
                 return None
             changed = dict(kwargs)
             if call.left is not None:
-                changed.update(_positions(call, call.left, kwargs))
+                changed.update(_read(call, call.left, kwargs))
             if call.route is None or call.route.count(index):
                 changed["attention_mask"] = self._mask(call, kwargs, hidden, total, index)
             changed.pop("hidden_states", None)
@@ -110,7 +110,7 @@ class Cut(Stage):
             if kind != "next":
                 return None
             rotary = kwargs["position_embeddings"]
-            rotary = rotary if call.left is None else _positions(call, call.left, kwargs)["position_embeddings"]
+            rotary = rotary if call.left is None else _read(call, call.left, kwargs)["position_embeddings"]
             return last_attention(layer, hidden, rotary, real)
 
         def planner(tokens: Tensor, group: Group) -> TokenMap:
@@ -163,15 +163,16 @@ def _total(index: int, call: Running, cache: Any) -> Columns | None:
     return known.grown(call.held + call.length) if known is not None else None
 
 
-def _positions(call: Running, left: Columns, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The positions of the columns that are left, taken once for all layers that are given the same ones."""
+def _read(call: Running, left: Columns, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What layers read of the columns that are left, taken once for all layers that are given the same positions."""
     given = tuple(map(id, kwargs["position_embeddings"]))
     if call.shorter.get("given") != given:
         rotary = tuple(left.take(table, -2, batch_dim=-3) for table in kwargs["position_embeddings"])
         positions = kwargs.get("position_ids")
         ids = None if positions is None else left.take(positions, -1, batch_dim=-2)
-        call.shorter = {"given": given, "position_embeddings": rotary, "position_ids": ids}
-    return {name: call.shorter[name] for name in ("position_embeddings", "position_ids")}
+        of_tokens = per_token(kwargs, left)
+        call.shorter = {"given": given, "position_embeddings": rotary, "position_ids": ids, **of_tokens}
+    return {name: value for name, value in call.shorter.items() if name != "given"}
 
 
 def last_attention(
@@ -210,6 +211,27 @@ def last_attention(
     return attention
 
 
+def check_read(model: nn.Module, layer: nn.Module) -> None:
+    """Says before anything is changed why `last_attention` does not hold for a layer of a model; raises ValueError."""
+    attn: Any = layer.self_attn
+    made = {name for name, child in attn.named_children() if any(True for _ in child.parameters())}
+    if not {"q_proj", "k_proj"} <= made <= {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}:
+        raise ValueError(
+            f"{type(model).__name__} makes queries and keys in a way of its own, so that a method cannot read its "
+            "attention; use one that needs none, such as turbo or divprune"
+        )
+
+
+def has_windows(config: Any) -> bool:
+    """Whether some layers of a language model see only the columns of a window or chunk."""
+    return not {"sliding_attention", "chunked_attention"}.isdisjoint(getattr(config, "layer_types", None) or ())
+
+
+def has_recurrences(config: Any) -> bool:
+    """Whether some layers of a language model have a state, or convolve their columns."""
+    return not {"linear_attention", "conv"}.isdisjoint(getattr(config, "layer_types", None) or ())
+
+
 def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer") -> None:
     """Says before anything is changed why tokens cannot leave at a layer, which the user gave as `setting`.
 
@@ -220,12 +242,12 @@ def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer")
     name = type(model).__name__
     if not first < config.num_hidden_layers:
         raise ValueError(f"{setting}={first} is not one of the {config.num_hidden_layers} layers of {name}")
-    kinds, advice = getattr(config, "layer_types", None) or (), "; use place='pre_llm'" if setting == "layer" else ""
-    if "sliding_attention" in kinds:
+    advice = "; use place='pre_llm'" if setting == "layer" else ""
+    if has_windows(config):
         raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut{advice}")
     if getattr(config, "hidden_size_per_layer_input", 0):
         raise ValueError(f"{name} gives every layer inputs of its own, which cannot follow a cut{advice}")
-    if "linear_attention" in kinds:
+    if has_recurrences(config):
         raise ValueError(f"{name} has recurrent layers, whose state has read the tokens that a cut removes{advice}")
     stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if first < stacked:

@@ -37,8 +37,35 @@ FAMILIES = (
         tower=_CLIP,
         frames=pooled_frames,
     ),
+    Family(("LlavaNextVideoForConditionalGeneration",), tower=_CLIP),
+    # Features of several blocks of the tower stand side by side, so that none may be shorter.
+    Family(("VipLlavaForConditionalGeneration",), grids=square_grids),
     Family(("AyaVisionForConditionalGeneration",), tower=_CLIP, grids=square_grids),
-    Family(("Mistral3ForConditionalGeneration",), grids=sized_grids),
+    Family(("Mistral3ForConditionalGeneration", "LightOnOcrForConditionalGeneration"), grids=sized_grids),
+    Family(
+        ("DeepseekVLForConditionalGeneration", "JanusForConditionalGeneration"),
+        tower=replace(_SIGLIP, module="model.vision_model"),
+        grids=square_grids,
+    ),
+    Family(
+        (
+            "GotOcr2ForConditionalGeneration",
+            "Ovis2ForConditionalGeneration",
+            "QianfanOCRForConditionalGeneration",
+            "Step3p7ForConditionalGeneration",
+        ),
+        grids=square_grids,
+    ),
+    # The tokens of an image are a resampler's, which stand nowhere in it.
+    Family(("AriaForConditionalGeneration",)),
+    # Images of any size, whose shape their features do not have.
+    Family(("Lfm2VlForConditionalGeneration", "HunYuanVLForConditionalGeneration")),
+    Family(
+        ("Llama4ForConditionalGeneration",),
+        base="",
+        text="language_model.model",
+        grids=square_grids,
+    ),
     Family(("Cohere2VisionForConditionalGeneration",), tower=_SIGLIP, grids=square_grids),
     Family(("Gemma3ForConditionalGeneration",), tower=_SIGLIP, grids=square_grids, masks_in_base=True),
     # Positions of patches decide how the tower pools them, so that it has to see all.
@@ -84,7 +111,25 @@ FAMILIES = (
         frames=packed_frames,
     ),
     Family(
-        ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "Glm46VForConditionalGeneration"),
+        (
+            "Exaone4_5_ForConditionalGeneration",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+        ),
+        grids=packed_grids,
+        frames=packed_frames,
+    ),
+    Family(
+        (
+            "Ernie4_5_VLMoeForConditionalGeneration",
+            "Glm4vForConditionalGeneration",
+            "Glm4vMoeForConditionalGeneration",
+            "Glm46VForConditionalGeneration",
+            "GlmOcrForConditionalGeneration",
+            "Kimi_K25ForConditionalGeneration",
+            "PaddleOCRVLForConditionalGeneration",
+            "VideoLlama3ForConditionalGeneration",
+        ),
         grids=packed_grids,
     ),
     Family(

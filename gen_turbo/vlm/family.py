@@ -129,13 +129,16 @@ def sized_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> 
 
 
 def packed_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
-    """The grids of Qwen's merged patches. Beams repeat images in an order of their own, so sizes decide."""
-    sizes = kwargs.get("image_grid_thw")
+    """The grids of merged patches, as Qwen's. Beams repeat images in an order of their own, so sizes decide."""
+    sizes, sides = kwargs.get("image_grid_thw"), kwargs.get("image_merge_sizes")
     if sizes is None:
         return [None] * len(lengths)
     config: Any = base.config
-    merge = config.vision_config.spatial_merge_size
-    grids = {t * h * w // merge**2: (t * h // merge, w // merge) for t, h, w in sizes.tolist()}
+    side, *_ = getattr(
+        config.vision_config, "merge_kernel_size", [getattr(config.vision_config, "spatial_merge_size", 1)]
+    )
+    merges = [side] * len(sizes) if sides is None else sides.tolist()
+    grids = {t * h * w // n**2: (t * h // n, w // n) for (t, h, w), n in zip(sizes.tolist(), merges, strict=True)}
     return [grids.get(length) for length in lengths]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from gen_turbo.method import TokenReducer
-from gen_turbo.vlm.decoder import check_cut
+from gen_turbo.vlm.decoder import check_cut, check_read, has_recurrences, has_windows
 from gen_turbo.vlm.family import Family, tower_facts
 from gen_turbo.vlm.routes import Routing
 from gen_turbo.vlm.settings import Staged, check_settings, inner_of, placement_of
@@ -70,6 +70,8 @@ def _check_decoder(model: nn.Module, family: Family, reducer: TokenReducer, name
     for first in firsts:
         if first:
             check_cut(model, config, first, "cut" if is_staged else "layer")
+            if {"last", "next"} & set(inner_of(reducer).needs):
+                check_read(model, model.get_submodule(f"{family.text}.layers.{first}"))
 
 
 def check_weighed(model: nn.Module, family: Family) -> None:
@@ -79,11 +81,12 @@ def check_weighed(model: nn.Module, family: Family) -> None:
         ValueError: If its kernel takes no mask, or a layer makes its own.
     """
     config: Any = model.get_submodule(family.text).config
-    name, kinds, kernel = type(model).__name__, getattr(config, "layer_types", None) or (), config._attn_implementation
+    name, kernel = type(model).__name__, config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise ValueError(f"proportional_attention weighs keys by a mask, which {kernel} does not take; use 'sdpa'")
-    if "linear_attention" in kinds or ("sliding_attention" in kinds and not family.masks_in_base):
-        kind = "recurrent layers" if "linear_attention" in kinds else "sliding windows"
+    is_recurrent = has_recurrences(config)
+    if is_recurrent or (has_windows(config) and not family.masks_in_base):
+        kind = "recurrent layers" if is_recurrent else "sliding windows"
         raise ValueError(f"{name} has {kind}, where keys cannot be weighed; leave proportional_attention out")
 
 

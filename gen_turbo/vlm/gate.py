@@ -27,6 +27,7 @@ from gen_turbo.vlm.masks import (
     held,
     mask_2d,
     masks_by_kind,
+    per_token,
     real_columns,
     short_mask,
     uses_cache,
@@ -103,7 +104,7 @@ class Gate(Stage):
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            call.features = self._sight.images_of(encoded.pooler_output)
+            call.features = self._sight.images_of(encoded)
         call.has_images = encoded is not None or given.get("pixel_values") is not None
         call.has_videos = self._videos.are_in(given)
         if call.has_images or call.has_videos:
@@ -231,8 +232,7 @@ class Gate(Stage):
             changed["position_ids"] = here.index_BM + seen if seen else here.index_BM
         else:
             changed["position_ids"] = here.take(positions, -1, batch_dim=-2)
-        if kwargs.get("per_layer_inputs") is not None:
-            changed["per_layer_inputs"] = here.take(kwargs["per_layer_inputs"], 1)
+        changed.update(per_token(kwargs, here))
         if kwargs.get("visual_pos_masks") is not None:
             changed.update(deepstack(kwargs, reduction, here, self._is_merged))
         call.length = here.num_kept

@@ -22,6 +22,15 @@ def uses_cache(text: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(text.config.use_cache if asked is None else asked)  # type: ignore[union-attr]
 
 
+def per_token(kwargs: dict[str, Any], left: Columns) -> dict[str, Tensor]:
+    """What some language models read of each token beside it, (B, L, ...), of the columns that are left.
+
+    These are inputs of later layers in Gemma 4, and which experts a token goes to in ERNIE 4.5.
+    """
+    names = ("per_layer_inputs", "moe_mm_token_type_ids")
+    return {name: left.take(kwargs[name], 1) for name in names if kwargs.get(name) is not None}
+
+
 def check_mask(mask: Any) -> None:
     """Refuses masks whose columns cannot be taken apart; raises ValueError."""
     for one in mask.values() if isinstance(mask, dict) else (mask,):

@@ -62,7 +62,7 @@ class Sight(Stage):
         # What is noted belongs to this call: no compiled code may know of it. The tower itself may be compiled.
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def see(output: Any, given: dict[str, Any]) -> None:
-            images = self.images_of(output.pooler_output if hasattr(output, "pooler_output") else output)
+            images = self.images_of(output)
             lengths = [len(features) for features in images]
             grids = self._family.grids or (lambda base, given, lengths: [None] * len(lengths))
             found = grids(self._base, {**given, **given.get("kwargs", {})}, lengths)
@@ -91,8 +91,11 @@ class Sight(Stage):
         apart = torch.compiler.disable(watched, recursive=False)  # type: ignore[no-untyped-call]
         yield InstanceMethod(self._base, "get_image_features", apart)
 
-    def images_of(self, pooled: Any) -> list[Tensor]:
-        """Features of each image on its own."""
+    def images_of(self, output: Any) -> list[Tensor]:
+        """Features of each image on its own, from what `get_image_features` gives."""
+        pooled = getattr(output, "pooler_output", output)
+        # Llama 4 projects them later, token by token.
+        pooled = output.last_hidden_state if pooled is None else pooled
         pieces = self._family.pieces
         if pieces is None:
             return list(pooled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from gen_turbo.tokens.token_map import TokenMap
 from tests.vlm.tiny_kit import IMAGE, TinyVlm
 
-NOT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+NOT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 @dataclass
@@ -73,12 +74,14 @@ def run_layers(
     blocks: Tensor | None = None,
     sizes: Tensor | None = None,
     inputs: Tensor | None = None,
+    experts: Tensor | None = None,
 ) -> Any:
     """Decoder layers `first` to `last`, but those to skip, on one row (1, n, C), causal behind `prefix` columns.
 
-    Windows slide over the columns that are there. Columns of one of the `blocks` (n,), but -1, see each other. Each
-    column weighs as many as its size (n,) says. Where every layer has inputs of its own (1, n, layers, D), as in Gemma
-    4, keys are shared among layers and blocks are of those with windows alone.
+    Windows slide over the columns that are there, and chunks count them. Columns of one of the `blocks` (n,), but -1,
+    see each other. Each column weighs as many as its size (n,) says. Where every layer has inputs of its own
+    (1, n, layers, D), as in Gemma 4, keys are shared among layers and blocks are of those with windows alone. `experts`
+    (1, n) says which columns are of images where these have experts of their own.
     """
     length = hidden.shape[1]
     mask = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
@@ -90,6 +93,7 @@ def run_layers(
         causal, mask = causal + sizes.log(), mask + sizes.log()
     column = torch.arange(length)
     is_past = column[:, None] - column[None] >= (getattr(text.config, "sliding_window", None) or length)
+    chunk = column // (getattr(text.config, "attention_chunk_size", None) or length)
     kinds = getattr(text.config, "layer_types", None) or []
     has_kinds = hasattr(text.rotary_emb, "layer_types")
     for index in range(first, last):
@@ -97,8 +101,10 @@ def run_layers(
             slides = "sliding_attention" in kinds[index : index + 1]
             rotary = text.rotary_emb(hidden, positions, *kinds[index : index + 1 if has_kinds else index])
             seen = mask.masked_fill(is_past, torch.finfo(hidden.dtype).min) if slides else mask
-            seen = None if "linear_attention" in kinds[index : index + 1] else seen
-            more = {}
+            if "chunked_attention" in kinds[index : index + 1]:
+                seen = mask.masked_fill(chunk[:, None] != chunk, torch.finfo(hidden.dtype).min)
+            seen = None if {"linear_attention", "conv"} & {*kinds[index : index + 1]} else seen
+            more = {} if experts is None else {"moe_mm_token_type_ids": experts}
             if inputs is not None:
                 seen = seen if slides else causal
                 more = {"per_layer_input": inputs[:, :, index], "shared_kv_states": shared}
@@ -111,12 +117,15 @@ def run_layers(
 
 def positions_of(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     """Positions of one unpadded row."""
-    if hasattr(model.model, "get_rope_index"):
-        types = (ids == IMAGE).int()[None]
+    base = getattr(model, "model", None)
+    if hasattr(base, "get_rope_index"):
         grid = torch.tensor([[1, 8, 8]] * count) if count else None
-        model.model.rope_deltas, before = None, model.model.rope_deltas
-        positions = model.model.get_rope_index(ids[None], mm_token_type_ids=types, image_grid_thw=grid)[0]
-        model.model.rope_deltas = before
+        given = {"image_grid_thw": grid, "attention_mask": torch.ones_like(ids)[None]}
+        if "mm_token_type_ids" in inspect.signature(base.get_rope_index).parameters:
+            given["mm_token_type_ids"] = (ids == IMAGE).int()[None]
+        base.rope_deltas, before = None, base.rope_deltas
+        positions = base.get_rope_index(ids[None], **given)[0]
+        base.rope_deltas = before
         return positions
     one_based = int("PaliGemma" in type(model).__name__)
     return torch.arange(len(ids))[None] + one_based
@@ -131,6 +140,17 @@ def blocks_of(model: nn.Module, ids: Tensor) -> Tensor | None:
     return torch.where(is_image, starts.cumsum(0), -1)
 
 
+def experts_of(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """Which columns (1, n) of one row are of images, where these have experts of their own."""
+    return (ids == IMAGE).int()[None] if "Ernie" in type(model).__name__ else None
+
+
+def logits_of(model: nn.Module, text: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits behind the last column that the last layer gives, (1, n, C)."""
+    norm = text.norm if hasattr(text, "norm") else text.embedding_norm
+    return model.get_output_embeddings()(norm(hidden)[0, -1])
+
+
 def inputs_of(text: nn.Module, hidden_LC: Tensor, ids: Tensor) -> Tensor | None:
     """The inputs of every layer for what enters the first, as in Gemma 4: (1, n, layers, D)."""
     if not hasattr(text, "get_per_layer_inputs"):
@@ -142,8 +162,10 @@ def inputs_of(text: nn.Module, hidden_LC: Tensor, ids: Tensor) -> Tensor | None:
 @torch.no_grad()
 def features_of(model: nn.Module, vlm: TinyVlm, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Features of each image, and per later layer what is added to them there."""
-    out = model.get_image_features(**{name: value for name, value in inputs.items() if name not in NOT_INPUTS})
-    images = [one for features in out.pooler_output if len(features) for one in features.split(vlm.num_tokens)]
+    base = model if hasattr(model, "get_image_features") else model.model
+    out = base.get_image_features(**{name: value for name, value in inputs.items() if name not in NOT_INPUTS})
+    pooled = model.multi_modal_projector(out.last_hidden_state) if out.pooler_output is None else out.pooler_output
+    images = [one for features in pooled if len(features) for one in features.split(vlm.num_tokens)]
     deep = getattr(out, "deepstack_features", None) or []
     return images, [[one for part in level for one in part.split(vlm.num_tokens)] for level in deep]
 
@@ -168,7 +190,8 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
     positions = positions_of(model, ids, len(own))
     is_prefix = "PaliGemma" in type(model).__name__
     blocks = blocks_of(model, ids)
-    hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added, blocks=blocks)[0]
+    before = {"blocks": blocks, "experts": experts_of(model, ids)}
+    hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added, **before)[0]
     sizes = sizes_of(hidden, ids, vlm.num_tokens, method) if method.is_weighed else None
     hidden, added, columns = reduce_images(hidden, added, ids, vlm.num_tokens, method)
     kept = sum(column < prompt for column in columns) * is_prefix
@@ -176,8 +199,8 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
     blocks = None if blocks is None else blocks[columns]
     positions = positions[..., columns]
     given = {"blocks": blocks, "sizes": sizes, "inputs": inputs_of(text, hidden, ids[columns])}
-    out = text.norm(run_layers(text, hidden[None], positions, method.cut, depth, kept, added, **given))
-    return model.lm_head(out[0, -1])
+    given["experts"] = experts_of(model, ids[columns])
+    return logits_of(model, text, run_layers(text, hidden[None], positions, method.cut, depth, kept, added, **given))
 
 
 @torch.no_grad()

@@ -89,11 +89,13 @@ def next_logits(
     positions = oracle.positions_of(model, ids, len(own))
     is_prefix = "PaliGemma" in type(model).__name__
     depth, first = text.config.num_hidden_layers, processor.first
-    hidden = oracle.run_layers(text, hidden[None], positions, 0, first, prompt * is_prefix, added, skip)[:, columns]
+    own = {"experts": oracle.experts_of(model, ids)}
+    whole = oracle.run_layers(text, hidden[None], positions, 0, first, prompt * is_prefix, added, skip, **own)
+    hidden, own = whole[:, columns], {"experts": oracle.experts_of(model, ids[columns])}
     added = [one[columns] for one in added]
     prefix = len(kept) * is_prefix
-    hidden = oracle.run_layers(text, hidden, positions[..., columns], first, depth, prefix, added, skip)
-    return model.lm_head(text.norm(hidden)[0, -1])
+    hidden = oracle.run_layers(text, hidden, positions[..., columns], first, depth, prefix, added, skip, **own)
+    return oracle.logits_of(model, text, hidden)
 
 
 def generated_logits(

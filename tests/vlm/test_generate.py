@@ -58,8 +58,8 @@ CASES = [
     if cut in (0, *VLMS[family].cuts)
 ]
 PLACES = [(family, cut) for family, vlm in VLMS.items() for cut in (0, 2) if cut in (0, *vlm.cuts)]
-# The stock model gives beams of a row with two images the images of other rows.
-STOCK_MIXES_BEAMS = ("glm4v",)
+# Stock models that give beams of a row with two images those of other rows, or refuse images with beams.
+STOCK_MIXES_BEAMS = ("glm4v", "glm_ocr", "llama4")
 # With causal attention, sliding windows, and images whose tokens see each other.
 TURNS = [("llava", 0), ("llava", 2), ("aya", 0), ("gemma3", 0), ("gemma4", 0)]
 

@@ -23,7 +23,7 @@ from tests.vlm.tiny_vlms import VLMS
 
 VIDEO = 98
 FRAMES = 3
-QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe")
+QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe", "exaone", "omni2_5", "omni3")
 FAMILIES = (*QWEN, "gemma4", "llava_onevision")
 
 
@@ -106,7 +106,7 @@ def last_logits(model, family, given, plan, runs=None, is_merged=True):
         blocks = torch.tensor([of_run.get(column, -1) for column in columns])
         more = {"inputs": text.project_per_layer_inputs(hidden[None], own), "blocks": blocks}
     done = oracle.run_layers(text, hidden[None], positions[..., columns], 0, depth, 0, added, **more)
-    return model.lm_head(text.norm(done)[0, -1])
+    return oracle.logits_of(model, text, done)
 
 
 def reducer_plan(method, family):

@@ -45,8 +45,9 @@ def prompt(vlm, rows=ROWS, side="left"):
 
 
 def words_of(model, ids):
-    """Columns of one unpadded prompt that may leave. Qwen's models name 96 to 99, GLM's 94 to 99, Gemma 4 95 on."""
-    firsts = {"Qwen": 96, "Glm4": 94, "Gemma4": 95}
+    """Columns of one unpadded prompt that may leave: those before the first id that a model names near the last."""
+    firsts = {"Qwen2_5Omni": 98, "Qwen3Omni": 98, "Qwen": 96, "PaddleOCR": 96, "Llama4": 96, "Gemma4": 95, "Glm": 94}
+    firsts["Ernie"] = 94
     added = next((first for name, first in firsts.items() if type(model).__name__.startswith(name)), IMAGE)
     return [at for at in range(1, len(ids) - 1) if int(ids[at]) not in (PAD, 1) and int(ids[at]) < added]
 
@@ -72,14 +73,16 @@ def next_logits(model, vlm, ids, own, deep, count, method):
     hidden, added, kept_ids = hidden[columns], [one[columns] for one in added], ids[columns]
     blocks = oracle.blocks_of(model, kept_ids)
     run = oracle.run_layers
-    hidden = run(text, hidden[None], positions[..., columns], 0, method.cut, prefix, added, blocks=blocks)[0]
+    more = {"blocks": blocks, "experts": oracle.experts_of(model, kept_ids)}
+    hidden = run(text, hidden[None], positions[..., columns], 0, method.cut, prefix, added, **more)[0]
     hidden, added, kept = oracle.reduce_images(hidden, added, kept_ids, vlm.num_tokens, method)
     columns = [columns[index] for index in kept]
     prefix, depth = sum(column < count for column in columns) * is_prefix, text.config.num_hidden_layers
     blocks, positions = None if blocks is None else blocks[kept], positions[..., columns]
     given = {"blocks": blocks, "inputs": oracle.inputs_of(text, hidden, ids[columns])}
-    out = text.norm(run(text, hidden[None], positions, method.cut, depth, prefix, added, **given))
-    return model.lm_head(out[0, -1])
+    given["experts"] = oracle.experts_of(model, ids[columns])
+    out = run(text, hidden[None], positions, method.cut, depth, prefix, added, **given)
+    return oracle.logits_of(model, text, out)
 
 
 def expected_logits(model, vlm, inputs, new, processor, cut=0):

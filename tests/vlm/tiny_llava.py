@@ -31,17 +31,18 @@ from transformers import (
 from tests.vlm.tiny_kit import IMAGE, TEXT, VISION, TinyVlm, maker, wide_images
 
 
-def _llama() -> LlamaConfig:
+def llama() -> LlamaConfig:
+    """A language model."""
     return LlamaConfig(**TEXT)
 
 
-def _next_images(counts: list[int]) -> dict[str, Tensor]:
+def next_images(counts: list[int]) -> dict[str, Tensor]:
     """Square images: a thumbnail and one tile each, whose rows end in a newline."""
     tiles = torch.randn(sum(counts), 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": tiles, "image_sizes": torch.tensor([[32, 32]] * sum(counts))}
 
 
-def _sized_images(side: int) -> Callable[[list[int]], dict[str, Tensor]]:
+def sized_images(side: int) -> Callable[[list[int]], dict[str, Tensor]]:
     """Images of 2 x 8 tokens, with their sizes, for towers that read any size."""
 
     def images(counts: list[int]) -> dict[str, Tensor]:
@@ -52,34 +53,34 @@ def _sized_images(side: int) -> Callable[[list[int]], dict[str, Tensor]]:
     return images
 
 
-_CLIP = {"vision_config": lambda: CLIPVisionConfig(**VISION), "text_config": _llama, "image_token_index": IMAGE}
+CLIP = {"vision_config": lambda: CLIPVisionConfig(**VISION), "text_config": llama, "image_token_index": IMAGE}
 LLAVAS = {
-    "llava": TinyVlm(maker(LlavaForConditionalGeneration, LlavaConfig, **_CLIP)),
+    "llava": TinyVlm(maker(LlavaForConditionalGeneration, LlavaConfig, **CLIP)),
     "llava_siglip": TinyVlm(
         maker(
             LlavaForConditionalGeneration,
             LlavaConfig,
-            **_CLIP | {"vision_config": lambda: SiglipVisionConfig(**VISION)},
+            **CLIP | {"vision_config": lambda: SiglipVisionConfig(**VISION)},
             vision_feature_select_strategy="full",
         )
     ),
     "llava_next": TinyVlm(
-        maker(LlavaNextForConditionalGeneration, LlavaNextConfig, **_CLIP, image_grid_pinpoints=[[32, 32]]),
+        maker(LlavaNextForConditionalGeneration, LlavaNextConfig, **CLIP, image_grid_pinpoints=[[32, 32]]),
         num_tokens=16 + 4 * 5,
         grid=None,
-        images=_next_images,
+        images=next_images,
     ),
     "llava_pixtral": TinyVlm(
         maker(
             LlavaForConditionalGeneration,
             LlavaConfig,
-            **_CLIP | {"vision_config": lambda: PixtralVisionConfig(**VISION | {"image_size": 64})},
+            **CLIP | {"vision_config": lambda: PixtralVisionConfig(**VISION | {"image_size": 64})},
             vision_feature_select_strategy="full",
             vision_feature_layer=-1,
         ),
         grid=(2, 8),
         has_tower=False,
-        images=_sized_images(8),
+        images=sized_images(8),
     ),
     "llava_onevision": TinyVlm(
         maker(
@@ -93,7 +94,7 @@ LLAVAS = {
         ),
         num_tokens=16 + 4 * 5,
         grid=None,
-        images=_next_images,
+        images=next_images,
     ),
     "mistral3": TinyVlm(
         maker(
@@ -105,7 +106,7 @@ LLAVAS = {
         ),
         grid=(2, 8),
         has_tower=False,
-        images=_sized_images(16),
+        images=sized_images(16),
     ),
     "cohere2_vision": TinyVlm(
         maker(

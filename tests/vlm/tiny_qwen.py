@@ -26,7 +26,7 @@ from transformers import (
 
 from tests.vlm.tiny_kit import IMAGE, TEXT, TinyVlm, maker
 
-_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 # Features that Qwen3-VL adds after the first decoder layers, one for each of these blocks of its tower.
 _DEEP = [0]
 
@@ -37,7 +37,7 @@ def _qwen(model: Any, config: Any, vision: dict[str, Any], **text: Any) -> Calla
         model,
         config,
         vision_config=lambda: {**common, **vision},
-        text_config=lambda: {**TEXT, "rope_parameters": dict(_ROPE), **text},
+        text_config=lambda: {**TEXT, "rope_parameters": dict(ROPE), **text},
         image_token_id=IMAGE,
         video_token_id=98,
         vision_start_token_id=97,
@@ -45,14 +45,15 @@ def _qwen(model: Any, config: Any, vision: dict[str, Any], **text: Any) -> Calla
     )
 
 
-def _qwen_images(counts: list[int]) -> dict[str, Tensor]:
+def qwen_images(counts: list[int]) -> dict[str, Tensor]:
     """Images of 64 x 64 pixels: 8 x 8 patches of two frames, 4 x 4 tokens."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(sum(counts) * 64, 3 * 2 * 8 * 8, generator=generator)
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 8, 8]] * sum(counts))}
 
 
-def _types(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def types(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Which tokens are of images."""
     return {"mm_token_type_ids": (ids == IMAGE).int()}
 
 
@@ -64,12 +65,12 @@ _RECURRENT = {
     "head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
+    "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
 }  # fmt: skip
 _RECURRENT_VISION = {
     "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "num_position_embeddings": 64,
 }  # fmt: skip
-_QWEN = {"images": _qwen_images, "extra": _types}
+_QWEN = {"images": qwen_images, "extra": types}
 QWENS = {
     "qwen2": TinyVlm(
         _qwen(Qwen2VLForConditionalGeneration, Qwen2VLConfig, {"embed_dim": 32, "hidden_size": 32, "num_heads": 4}),
@@ -109,7 +110,7 @@ QWENS = {
             Glm4vForConditionalGeneration,
             Glm4vConfig,
             vision_config=lambda: dict(_GLM_VISION),
-            text_config=lambda: {**TEXT, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
+            text_config=lambda: {**TEXT, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}},
             image_token_id=IMAGE, video_token_id=98, image_start_token_id=97, image_end_token_id=96,
             video_start_token_id=95, video_end_token_id=94,
         ),

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from tests.vlm.tiny_kit import IMAGE, PAD, TinyVlm
 from tests.vlm.tiny_llava import LLAVAS
+from tests.vlm.tiny_more import MORE
 from tests.vlm.tiny_pooled import POOLED
 from tests.vlm.tiny_qwen import QWENS
 
-VLMS = {**LLAVAS, **QWENS, **POOLED}
+VLMS = {**LLAVAS, **QWENS, **POOLED, **MORE}
 
 
 @dataclass(frozen=True)
