@@ -12,7 +12,7 @@ from gen_turbo.method import TokenReducer
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.call import Calls
 from gen_turbo.vlm.counts import Counts, DecoderCounts
-from gen_turbo.vlm.cross import CrossGate
+from gen_turbo.vlm.cross import CrossGate, StatesGate
 from gen_turbo.vlm.decoder import Cut
 from gen_turbo.vlm.families import FAMILIES
 from gen_turbo.vlm.family import Family, tower_facts
@@ -182,7 +182,11 @@ def _beside_text(model: nn.Module, family: Family, reducer: TokenReducer, counts
     """The stages where text reads the image by cross-attention."""
     check_place(model, family, reducer)
     place = placement_of(reducer).place
+    is_merged = placement_of(reducer).combine == "merge"
     facts = grouping_facts(model, family) if place == "projector" else tower_facts(model, family)
+    if facts is None and family.pieces is not None:
+        text, length = model.get_submodule(family.text), family.pieces(model.get_submodule(family.base))
+        return [StatesGate(text, length, counts, family.text, reducer, is_merged)]
     assert facts is not None
     if place == "projector" and not reducer.removes:
         counts.add(facts.module)
@@ -195,7 +199,6 @@ def _beside_text(model: nn.Module, family: Family, reducer: TokenReducer, counts
         stages = [Tower(model, facts, counts, reducer)]
     else:
         tower = Tower(model, facts, counts, semantic=tower_attention(reducer))
-        is_merged = placement_of(reducer).combine == "merge"
         stages = [tower, CrossGate(tower, counts, facts.module, reducer, is_merged)]
     if reducer.text_ratio:
         stages.append(TextMerge(model, counts, reducer))

@@ -7,6 +7,7 @@ from gen_turbo.vlm.family import (
     TowerFacts,
     clip_class_tokens,
     feature_block,
+    mllama_tile_length,
     one_class_token,
     packed_grids,
     placed_grids,
@@ -154,6 +155,7 @@ FAMILIES = (
     ),
     # The tokens of an image are a resampler's, which stand nowhere in it.
     Family(("Idefics2ForConditionalGeneration",), text="model.text_model", pieces=tile_length),
+    Family(("MllamaForConditionalGeneration",), pieces=mllama_tile_length, is_cross=True),
     Family(
         (
             "BlipForConditionalGeneration",

@@ -161,6 +161,12 @@ def tile_length(base: nn.Module) -> int:
     return length
 
 
+def mllama_tile_length(base: nn.Module) -> int:
+    """Tokens of one tile of Llama 3.2 Vision, with its class token."""
+    length: int = base.vision_model.num_patches  # type: ignore[union-attr, assignment]
+    return length
+
+
 def feature_block(model: nn.Module) -> int:
     """The block whose output is projected; hidden state 0 is what enters the first block."""
     config: Any = model.config

@@ -13,12 +13,10 @@ from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.methods.vistog_vit import VisToGVisionProcessor
 from gen_turbo.vlm.families import FAMILIES
 from gen_turbo.vlm.settings import Placed
-from tests.vlm.test_blip import MODELS
+from tests.vlm.test_settings_matrix import FAMILIES as NAMES
 from tests.vlm.test_settings_matrix import model_of, run
-from tests.vlm.tiny_vlms import VLMS
 
 TABLE = Path(__file__).parent / "COVERAGE.md"
-NAMES = (*VLMS, *MODELS)
 COLUMNS = {
     "before the language model": TurboProcessor(0.5),
     "in the vision tower": TurboVisionProcessor(0.5, place="tower"),
@@ -34,8 +32,9 @@ _HEAD = """# What works on which vision-language model
 
 Every cell is what a call of the real class at a tiny size with random weights removed, layer by layer, or a dash where
 attaching is refused; the tests compare each with this table, which `python -m tests.vlm.coverage` writes. Most calls
-bring two images, BLIP's one. PAR counts image tokens and words, and layers that run on none. "Frames" says that tokens
-of videos are reduced as those of images are; elsewhere a warning says that a video is read in full.
+bring two images, BLIP's one, Mllama's two of two tiles each. PAR counts image tokens and words, and layers that run on
+none. "Frames" says that tokens of videos are reduced as those of images are; elsewhere a warning says that a video is
+read in full.
 """
 
 

@@ -13,6 +13,7 @@ from gen_turbo import attach
 from gen_turbo.registry import METHODS
 from tests.vlm.test_blip import MODELS
 from tests.vlm.tiny_kit import pixels
+from tests.vlm.tiny_mllama import mllama, mllama_inputs
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 OTHER = {
@@ -34,13 +35,14 @@ SPECIAL = {
     ("semantic", "self"): "none", ("semantic", "class"): "self",
 }  # fmt: skip
 BASE = {"par": {"router": "uniform", "tokens": 0.5, "layers": 3}}
-FAMILIES = [*VLMS, *MODELS]
+OTHERS = {**MODELS, "mllama": mllama}
+FAMILIES = [*VLMS, *OTHERS]
 
 
 @cache
 def model_of(family):
     """The tiny model."""
-    return VLMS[family].make("sdpa") if family in VLMS else MODELS[family]()
+    return VLMS[family].make("sdpa") if family in VLMS else OTHERS[family]()
 
 
 @torch.no_grad()
@@ -50,6 +52,8 @@ def run(family):
     if family in VLMS:
         # Two images, or adaptive budgets would have nothing to share.
         return model(**PROMPTS["even"].inputs(VLMS[family]))
+    if family == "mllama":
+        return model(**mllama_inputs())
     ids = torch.tensor([[1, *range(5, 13), 2]])
     given = {"pixel_values": pixels(1), "input_ids": ids}
     if family == "instructblip":
