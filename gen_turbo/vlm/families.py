@@ -15,7 +15,7 @@ from gen_turbo.vlm.family import (
     square_grids,
     tile_length,
 )
-from gen_turbo.vlm.videos import packed_frames, placed_frames, pooled_frames
+from gen_turbo.vlm.videos import packed_frames, placed_frames, pooled_frames, strided_frames
 
 _CLIP = TowerFacts(
     "model.vision_tower",
@@ -38,7 +38,7 @@ FAMILIES = (
         tower=_CLIP,
         frames=pooled_frames,
     ),
-    Family(("LlavaNextVideoForConditionalGeneration",), tower=_CLIP),
+    Family(("LlavaNextVideoForConditionalGeneration",), tower=_CLIP, frames=strided_frames),
     # Features of several blocks of the tower stand side by side, so that none may be shorter.
     Family(("VipLlavaForConditionalGeneration",), grids=square_grids),
     Family(("AyaVisionForConditionalGeneration",), tower=_CLIP, grids=square_grids),
@@ -90,6 +90,7 @@ FAMILIES = (
             "Qwen3VLMoeForConditionalGeneration",
             "Qwen3_5ForConditionalGeneration",
             "Qwen3_5MoeForConditionalGeneration",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
         ),
         tower=TowerFacts(
             "model.visual",
@@ -100,6 +101,7 @@ FAMILIES = (
                 "qwen3_vl_moe_vision",
                 "qwen3_5_vision",
                 "qwen3_5_moe_vision",
+                "qwen3_omni_moe_vision_encoder",
             ),
             encoder="",
             blocks="blocks",
@@ -115,18 +117,24 @@ FAMILIES = (
         (
             "Exaone4_5_ForConditionalGeneration",
             "Qwen2_5OmniThinkerForConditionalGeneration",
-            "Qwen3OmniMoeThinkerForConditionalGeneration",
         ),
         grids=packed_grids,
         frames=packed_frames,
     ),
     Family(
         (
-            "Ernie4_5_VLMoeForConditionalGeneration",
             "Glm4vForConditionalGeneration",
             "Glm4vMoeForConditionalGeneration",
             "Glm46VForConditionalGeneration",
             "GlmOcrForConditionalGeneration",
+        ),
+        grids=packed_grids,
+        frames=packed_frames,
+        placeholder="image",
+    ),
+    Family(
+        (
+            "Ernie4_5_VLMoeForConditionalGeneration",
             "Kimi_K25ForConditionalGeneration",
             "PaddleOCRVLForConditionalGeneration",
             "VideoLlama3ForConditionalGeneration",

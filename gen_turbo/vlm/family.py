@@ -64,6 +64,7 @@ class Family:
             come in one; None where each image's come alone.
         frames: Gives, for a base model and the arguments of its `get_video_features`, the tokens and the (height,
             width) of every frame, by the tokens of their video; None where it has no videos.
+        placeholder: Whose token stands for a frame's features in the prompt, "video" or "image".
         masks_in_base: Whether the base model turns the 2D mask into a 4D one before the language model sees it.
         is_cross: Whether text reads the image by cross-attention, so that image tokens are in no prompt.
     """
@@ -75,6 +76,7 @@ class Family:
     grids: Callable[[nn.Module, dict[str, Any], list[int]], list[Grid | None]] | None = None
     pieces: Callable[[nn.Module], int] | None = None
     frames: Callable[[nn.Module, dict[str, Any]], dict[int, list[Frame]]] | None = None
+    placeholder: str = "video"
     masks_in_base: bool = False
     is_cross: bool = False
 

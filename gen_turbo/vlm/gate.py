@@ -130,7 +130,7 @@ class Gate(Stage):
         if is_image is not None and is_image.device != device:
             is_image = is_image.to(device)
         images = None if is_image is None else seen_images(is_image, call.features, call.seen)
-        is_video = image_token_mask(self._base, call.given, "video") if call.has_videos else None
+        is_video = image_token_mask(self._base, call.given, self._family.placeholder) if call.has_videos else None
         return images if is_video is None else with_frames(images, is_video.to(device), call.frames)
 
     def _before_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

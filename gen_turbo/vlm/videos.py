@@ -123,6 +123,14 @@ def pooled_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
     return {count * side**2 + 1: [*[Frame(side**2, (side, side))] * count, Frame(1, None)]}
 
 
+def strided_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
+    """The frames of LLaVA-NeXT-Video, which it pools by a stride."""
+    config: Any = base.config
+    side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
+    count = given["pixel_values_videos"].shape[1]
+    return {count * side**2: [Frame(side**2, (side, side))] * count}
+
+
 def placed_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
     """The frames of Gemma 4's videos, whose patches' (x, y) come with the call."""
     grids = pooled_grids(base, given["video_position_ids"])

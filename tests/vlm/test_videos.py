@@ -23,20 +23,25 @@ from tests.vlm.tiny_vlms import VLMS
 
 VIDEO = 98
 FRAMES = 3
-QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe", "exaone", "omni2_5", "omni3")
-FAMILIES = (*QWEN, "gemma4", "llava_onevision")
+GLM = ("glm4v", "glm_ocr")
+QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe", "exaone", "omni2_5", "omni3", *GLM)
+LLAVA = ("llava_onevision", "llava_next_video")
+FAMILIES = (*QWEN, "gemma4", *LLAVA)
+ALL_PARTS = ([2, "v", 3], [2, "v", 3, "i", 2, "v", 2], [3, "i", 2, "v", 2])
+# GLM's models have one placeholder for images and frames, and take no prompt with both.
+CASES = [(family, parts) for family in FAMILIES for parts in ALL_PARTS if not ("i" in parts and family in GLM)]
 
 
 def call(family, parts, frames=FRAMES):
     """A call of one row: numbers of words, "i" for an image and "v" for a video of some frames."""
     is_qwen, generator = family in QWEN, torch.Generator().manual_seed(4)
-    frame = 4 if family == "llava_onevision" else 16
-    sizes = {"i": VLMS[family].num_tokens, "v": frames * frame + (frame == 4)}
-    # Qwen3-VL and Gemma 4 have times between the frames of a video; one word stands for one.
-    pause = [7] if family.startswith(("qwen3", "gemma4")) else []
+    frame, video = 4 if family in LLAVA else 16, IMAGE if family in GLM else VIDEO
+    sizes = {"i": VLMS[family].num_tokens, "v": frames * frame + (family == "llava_onevision")}
+    # Qwen3-VL, Gemma 4 and GLM have times between the frames of a video; one word stands for one.
+    pause = [7] if family.startswith(("qwen3", "gemma4", "glm")) else []
     tokens = {"i": [IMAGE] * sizes["i"], "v": [VIDEO] * sizes["v"]}
     if pause:
-        tokens["v"] = [token for _ in range(frames) for token in [*pause, *[VIDEO] * frame]]
+        tokens["v"] = [token for _ in range(frames) for token in [*pause, *[video] * frame]]
     ids = [token for part in parts for token in tokens.get(part, list(range(10, 10 + (part if part in (2, 3) else 0))))]
     given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
     if "i" in parts:
@@ -50,15 +55,15 @@ def call(family, parts, frames=FRAMES):
         given["num_frames_per_video"] = torch.tensor([frames] * parts.count("v"))
     elif "v" in parts:
         given["pixel_values_videos"] = torch.randn(parts.count("v"), frames, 3, 32, 32, generator=generator)
-    if family != "llava_onevision":
+    if family not in LLAVA:
         types = (given["input_ids"] == IMAGE).int() + 2 * (given["input_ids"] == VIDEO).int()
-        given["mm_token_type_ids"] = types
+        given["mm_token_type_ids"] = 2 * types if video == IMAGE else types
     return given
 
 
 def runs_of(ids, family):
     """The columns of every image and of every frame of a row, in order; a newline behind a video is its own."""
-    frame, size = (4 if family == "llava_onevision" else 16), VLMS[family].num_tokens
+    frame, size = 4 if family in LLAVA else 16, VLMS[family].num_tokens
     found, at = [], 0
     while at < len(ids):
         token = int(ids[at])
@@ -112,14 +117,13 @@ def last_logits(model, family, given, plan, runs=None, is_merged=True):
 def reducer_plan(method, family):
     """What a method does to the tokens of one image or frame."""
     grids = {16: (4, 4), 4: (2, 2)}
-    if family == "llava_onevision":
+    if family in LLAVA:
         # Tiles with newlines make no grid, but a frame does.
         grids = {4: (2, 2)}
     return lambda tokens: method.plan_tokens(tokens, grid=grids.get(tokens.shape[1]) if tokens.shape[1] > 1 else None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("parts", [[2, "v", 3], [2, "v", 3, "i", 2, "v", 2], [3, "i", 2, "v", 2]])
+@pytest.mark.parametrize(("family", "parts"), CASES)
 @torch.no_grad()
 def test_frames_are_reduced_as_images_are(family, parts):
     """Catches frames planned as one image, features of videos taken for images, and another order than the prompt's."""

@@ -197,7 +197,7 @@ MORE = {
                                    "deepstack_visual_indexes": [0]},
          "text_config": lambda: {**TEXT, **_EXPERTS, "head_dim": 8, "rope_parameters": dict(ROPE)},
          "audio_config": lambda: {**_EARS, "downsample_hidden_size": 16}, **_OMNI},
-        images=qwen_images,
+        images=qwen_images, has_tower=True,
     ),
     "ernie": _vlm(
         "Ernie4_5_VLMoeForConditionalGeneration",
