@@ -30,11 +30,11 @@ COLUMNS = {
 }
 _HEAD = """# What works on which vision-language model
 
-Every cell is what a call of the real class at a tiny size with random weights removed, layer by layer, or a dash where
-attaching is refused; the tests compare each with this table, which `python -m tests.vlm.coverage` writes. Most calls
-bring two images, BLIP's one, Mllama's two of two tiles each. PAR counts image tokens and words, and layers that run on
-none. "Frames" says that tokens of videos are reduced as those of images are; elsewhere a warning says that a video is
-read in full.
+Every cell says how many tokens a call of the real class had and kept, at a tiny size with random weights, in the tower
+and in the prompt, or has a dash where attaching is refused; the tests compare each with this table, which
+`python -m tests.vlm.coverage` writes. Where no other name stands, a class is called `...ForConditionalGeneration`. Most
+calls bring two images, BLIP's one, Mllama's two of two tiles each; PAR counts words with image tokens. "Frames" says
+that tokens of videos are reduced as those of images are; elsewhere a warning says that a video is read in full.
 """
 
 
@@ -47,21 +47,26 @@ def cell(name: str, column: str) -> str:
         return "-"
     with attachment:
         run(name)
-        rows = report(model).layers
-    removed = {f"{row.num_tokens} -> {row.num_kept}": None for row in rows if row.num_kept < row.num_tokens}
-    return ", ".join(removed) or "nothing"
+        rows = [(row.num_tokens, row.num_kept) for row in report(model).layers if 0 < row.num_kept < row.num_tokens]
+    chains: list[tuple[int, int]] = []
+    for tokens, kept in dict.fromkeys(rows):
+        if chains and chains[-1][1] == tokens:
+            chains[-1] = chains[-1][0], kept
+        else:
+            chains.append((tokens, kept))
+    return ", ".join(f"{tokens}→{kept}" for tokens, kept in chains) or "nothing"
 
 
 def line(name: str) -> str:
     """The row of one model."""
     kind = type(model_of(name)).__name__
-    has_frames = any(kind in family.models and family.frames is not None for family in FAMILIES)
-    cells = [kind, name, *(cell(name, column) for column in COLUMNS), "yes" if has_frames else "-"]
+    frames = "yes" if any(kind in family.models and family.frames is not None for family in FAMILIES) else "-"
+    cells = [kind.replace("ForConditionalGeneration", ""), name, *(cell(name, column) for column in COLUMNS), frames]
     return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    columns = ["model", "tiny", *COLUMNS, "frames"]
+    columns = ["model", "variant", *COLUMNS, "frames"]
     head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     TABLE.write_text("\n".join([_HEAD, *head, *map(line, NAMES)]) + "\n")
