@@ -259,9 +259,9 @@ def _unfollow() -> None:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile`, peft and data parallelism return."""
+    """The model inside of what `torch.compile`, peft and data parallelism return; of one that speaks, what reads."""
     while True:
-        found: Any = getattr(model, "_orig_mod", None)
+        found: Any = getattr(model, "_orig_mod", None) or getattr(model, "thinker", None)
         if found is None and type(model).__module__.startswith("peft."):
             found = model.get_base_model()  # type: ignore[operator]
         if found is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

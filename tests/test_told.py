@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from stated import TurboProcessor
 from torch import nn
+from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
 from gen_turbo import PARProcessor, attach, detach, report
 from gen_turbo.api import NoEffectWarning, attachments
@@ -59,6 +60,18 @@ def test_a_wrapped_model_is_attached_to(wrap):
         assert any(row.num_reduced for row in report(outer).layers)
         assert attachments(unet) == attachments(outer) != []
     assert torch.equal(run_unet(outer, **inputs), stock) and differences(before, model_state(unet)) == []
+
+
+def test_a_model_that_speaks_is_attached_to_where_it_reads():
+    """Catches a list of supported classes as the answer to Qwen2.5-Omni as it is loaded."""
+    vlm = VLMS["omni2_5"]
+    config = Qwen2_5OmniConfig(thinker_config=vlm.make("sdpa").config.to_dict(), enable_audio_output=False)
+    model, inputs = Qwen2_5OmniForConditionalGeneration(config).eval(), PROMPTS["one"].inputs(vlm)
+    with attach(model, TurboProcessor(0.5)), torch.no_grad():
+        model.thinker(**inputs)
+        assert attachments(model.thinker) == attachments(model) != []
+        assert any(row.num_reduced for row in report(model).layers)
+    assert not attachments(model)
 
 
 def lora() -> LoraConfig:
