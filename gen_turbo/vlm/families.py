@@ -115,6 +115,7 @@ FAMILIES = (
     ),
     Family(
         (
+            "Ernie4_5_VLMoeForConditionalGeneration",
             "Exaone4_5_ForConditionalGeneration",
             "Qwen2_5OmniThinkerForConditionalGeneration",
         ),
@@ -134,7 +135,6 @@ FAMILIES = (
     ),
     Family(
         (
-            "Ernie4_5_VLMoeForConditionalGeneration",
             "Kimi_K25ForConditionalGeneration",
             "PaddleOCRVLForConditionalGeneration",
             "VideoLlama3ForConditionalGeneration",

@@ -105,12 +105,12 @@ def together(frames: list[Frame]) -> list[Frame]:
 
 
 def packed_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
-    """The frames of Qwen's videos: two of the video's make one of tokens."""
+    """The frames of Qwen's videos: two of the video's make one of tokens, in ERNIE behind the tower."""
     config: Any = base.config
     side: int = config.vision_config.spatial_merge_size
     found: Frames = {}
-    for count, height, width in given["video_grid_thw"].tolist():
-        grid = (height // side, width // side)
+    for length, height, width in given["video_grid_thw"].tolist():
+        count, grid = length // getattr(config.vision_config, "temporal_merge_size", 1), (height // side, width // side)
         found[count * grid[0] * grid[1]] = [Frame(grid[0] * grid[1], grid)] * count
     return found
 

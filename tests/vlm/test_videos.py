@@ -24,7 +24,7 @@ from tests.vlm.tiny_vlms import VLMS
 VIDEO = 98
 FRAMES = 3
 GLM = ("glm4v", "glm_ocr")
-QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe", "exaone", "omni2_5", "omni3", *GLM)
+QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe", "exaone", "omni2_5", "omni3", "ernie", *GLM)
 LLAVA = ("llava_onevision", "llava_next_video")
 FAMILIES = (*QWEN, "gemma4", *LLAVA)
 ALL_PARTS = ([2, "v", 3], [2, "v", 3, "i", 2, "v", 2], [3, "i", 2, "v", 2])
@@ -48,7 +48,10 @@ def call(family, parts, frames=FRAMES):
         given |= VLMS[family].images([parts.count("i")])
     if "v" in parts and is_qwen:
         patches = torch.randn(parts.count("v") * frames * 64, 3 * 2 * 8 * 8, generator=generator)
-        given |= {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[frames, 8, 8]] * parts.count("v"))}
+        # ERNIE counts every frame of the video; two make one of tokens.
+        pairs = 2 if family == "ernie" else 1
+        given["pixel_values_videos"] = patches.view(len(patches) * pairs, -1)
+        given["video_grid_thw"] = torch.tensor([[frames * pairs, 8, 8]] * parts.count("v"))
     elif "v" in parts and family == "gemma4":
         images = VLMS[family].images([parts.count("v") * frames])
         given |= {"pixel_values_videos": images["pixel_values"], "video_position_ids": images["image_position_ids"]}
@@ -58,6 +61,7 @@ def call(family, parts, frames=FRAMES):
     if family not in LLAVA:
         types = (given["input_ids"] == IMAGE).int() + 2 * (given["input_ids"] == VIDEO).int()
         given["mm_token_type_ids"] = 2 * types if video == IMAGE else types
+        given |= {"moe_mm_token_type_ids": types.clamp(max=1)} if family == "ernie" else {}
     return given
 
 
@@ -110,6 +114,8 @@ def last_logits(model, family, given, plan, runs=None, is_merged=True):
         of_run = {column: number for number, run in enumerate(runs_of(ids, family)) for column in run}
         blocks = torch.tensor([of_run.get(column, -1) for column in columns])
         more = {"inputs": text.project_per_layer_inputs(hidden[None], own), "blocks": blocks}
+    if "moe_mm_token_type_ids" in given:
+        more = {"experts": given["moe_mm_token_type_ids"][:, columns]}
     done = oracle.run_layers(text, hidden[None], positions[..., columns], 0, depth, 0, added, **more)
     return oracle.logits_of(model, text, done)
 
