@@ -14,8 +14,8 @@ from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread
 
 CONTROLS = ("uniform", "random")
-_OPERATORS = "operators"
-"""The phase of records that count operators."""
+_OPERATORS, _BATCHED = "operators", "batch"
+"""The phases of records that count operators, and of whole batches."""
 _TRAINED = "trained"
 
 _WHAT = "Share of right answers, in per cent; medians of CPU seconds (lower to upper quartile), image and answer"
@@ -146,7 +146,7 @@ def _all(record: BenchRecord) -> str:
 
 def vlm_step(folder: Path) -> str:
     """Times and counted arithmetic of seeing an image, reading it, and reading it and writing, against stock."""
-    records = [record for record in load(folder, "vlm-step") if record.params["phase"] != _OPERATORS]
+    records = [record for record in load(folder, "vlm-step") if record.params["phase"] not in (_OPERATORS, _BATCHED)]
     phases = {(r.setting, r.params["phase"]): r for r in records}
     rows = []
     for name in dict.fromkeys(record.setting for record in records):
@@ -156,6 +156,18 @@ def vlm_step(folder: Path) -> str:
         rows.append((name, *(cell for record in own for cell in _fewer(record)), f"{kept:.2f}"))
     timed = [f"{what}, times faster" for what in ("tower alone", "prefill", "with answer")]
     head = ("", *(title for what in timed for title in (what, "times fewer FLOPs")), "cache of stock's")
+    return table(head, rows, records)
+
+
+def vlm_batches(folder: Path) -> str:
+    """Times of the prompts of several images against stock, by batch."""
+    records = [record for record in load(folder, "vlm-step") if record.params["phase"] == _BATCHED]
+    rows = []
+    for record in records:
+        times = [f"{Spread.of(seconds):.1f}" for seconds in (record.baseline_cpu_s, record.cpu_s)]
+        sizes = (str(record.params["batch"]), str(record.params["layers"]))
+        rows.append((record.setting, *sizes, *times, *_fewer(record)))
+    head = ("", "batch", "decoder layers", "stock, s", "s", "times faster", "times fewer FLOPs")
     return table(head, rows, records)
 
 

@@ -15,7 +15,15 @@ from gen_turbo.bench.choices import choices
 from gen_turbo.bench.cpu import line
 from gen_turbo.bench.gpu import tables as gpu_tables
 from gen_turbo.bench.markdown import table
-from gen_turbo.bench.reading_tables import caption_generate, routing, understanding, unseen, vlm_operators, vlm_step
+from gen_turbo.bench.reading_tables import (
+    caption_generate,
+    routing,
+    understanding,
+    unseen,
+    vlm_batches,
+    vlm_operators,
+    vlm_step,
+)
 from gen_turbo.bench.records import BenchRecord, load
 from gen_turbo.bench.timing import Spread
 
@@ -171,6 +179,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "unseen": unseen,
     "routing": routing,
     "vlm-step": vlm_step,
+    "vlm-batches": vlm_batches,
     "vlm-operators": vlm_operators,
     "gains": gpu_tables.gains,
     "gpu": gpu_tables.denoisers,

@@ -1,4 +1,4 @@
-"""`gen-turbo bench vlm-step`: reading one image with a LLaVA-1.5 of real widths, few layers and random weights."""
+"""`gen-turbo bench vlm-step`: reading images with a LLaVA-1.5 of real widths, few layers or all, and random weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ SIDE_PX, PATCH_PX = 336, 14
 NUM_IMAGE_TOKENS = (SIDE_PX // PATCH_PX) ** 2
 PHASES = ("tower", "prefill", "generate")
 """The vision tower alone, the whole prompt, the prompt and the answer."""
+BATCHED = "batch"
+"""The phase of records of whole batches: the prompt, without a cache."""
 OPERATORS = "operators"
 """The phase of records that count the operators of one call."""
 BATCHES = (1, 8, 16)
@@ -57,10 +59,10 @@ def catalogue(tower_layers: int = 24) -> list[Setting]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Times the selected settings in alternating rounds with stock, each phase apart, or counts operators."""
+    """Times the selected settings in alternating rounds with stock, by phase, or in batches, or counts operators."""
     torch.set_num_threads(options.threads)
-    if options.operators:
-        _count_operators(options)
+    if options.operators or options.batch:
+        (_count_operators if options.operators else _time_batches)(options)
         return
     params = {
         "layers": options.layers,
@@ -83,11 +85,46 @@ def run(options: argparse.Namespace) -> None:
         with tqdm(total=len(functions) * options.rounds, desc=phase) as bar:
             timings = alternate(functions, options.rounds, warmup=0, progress=bar.update)
         for setting in pending:
-            own = params | setting.params() | {"phase": phase}
-            records.append(options.records, _record(setting, own, timings, counts, options.seed))
+            own, stock = counts[setting.name], counts["stock"]
+            found = {"flops": own[phase], "stock_flops": stock[phase]}
+            found |= {"kv_bytes": own["kv_bytes"], "stock_kv_bytes": stock["kv_bytes"]}
+            all_params = params | setting.params() | {"phase": phase}
+            records.append(options.records, _record(setting, all_params, timings, found, options.seed))
 
 
-def make_model(width_scale: float, layers: int, tower_layers: int, seed: int) -> LlavaForConditionalGeneration:
+def _time_batches(options: argparse.Namespace) -> None:
+    """Times prompts of several images in bfloat16 beside stock, unless others are selected the gate and the tower."""
+    settings = selected(catalogue(options.tower_layers), options.settings or ["turbo_vit-*-192", "turbo_vit-*-64"])
+    params = {"layers": options.layers, "tower_layers": options.tower_layers, "scale": options.width_scale}
+    params |= {"batch": options.batch, "rounds": options.rounds}
+    missing = [s for s in settings if not _is_finished(options, s, params, BATCHED)]
+    if not missing:
+        print(f"{BENCH}: finished before; delete the records to measure again")
+        return
+    model = make_model(options.width_scale, options.layers, options.tower_layers, options.seed, torch.bfloat16)
+    one, batch = _inputs(), _inputs(options.batch)
+
+    def reading(setting: Setting, given: dict[str, Tensor]) -> Callable[[], Any]:
+        def read() -> Any:
+            with torch.inference_mode(), setting.applied(model):
+                return model(**given, use_cache=False, logits_to_keep=1).logits
+
+        return read
+
+    runs = [Stock(), *missing]
+    flops = {setting.name: counted(reading(setting, one))[1] for setting in tqdm(runs, desc="counting")}
+    with tqdm(total=len(runs) * options.rounds, desc=BATCHED) as bar:
+        functions = {setting.name: reading(setting, batch) for setting in runs}
+        timings = alternate(functions, options.rounds, warmup=0, progress=bar.update)
+    for setting in missing:
+        counts = {"flops": flops[setting.name], "stock_flops": flops["stock"]}
+        own = params | setting.params() | {"phase": BATCHED}
+        records.append(options.records, _record(setting, own, timings, counts, options.seed))
+
+
+def make_model(
+    width_scale: float, layers: int, tower_layers: int, seed: int, dtype: torch.dtype = torch.float32
+) -> LlavaForConditionalGeneration:
     """A CLIP-L/336 tower and a Llama of 4,096 channels, all widths scaled, with random weights.
 
     Raises:
@@ -117,7 +154,8 @@ def make_model(width_scale: float, layers: int, tower_layers: int, seed: int) ->
     )
     torch.manual_seed(seed)
     config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=_IMAGE, tie_word_embeddings=True)
-    return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    model: LlavaForConditionalGeneration = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def _inputs(batch: int = 1) -> dict[str, Tensor]:
@@ -202,13 +240,9 @@ def _is_finished(options: argparse.Namespace, setting: Setting, params: dict[str
 
 
 def _record(
-    setting: Setting,
-    params: dict[str, Any],
-    timings: dict[str, list[Timing]],
-    counts: dict[str, dict[str, int]],
-    seed: int,
+    setting: Setting, params: dict[str, Any], timings: dict[str, list[Timing]], counts: dict[str, int], seed: int
 ) -> records.BenchRecord:
-    own, stock, phase = timings[setting.name], timings["stock"], params["phase"]
+    own, stock = timings[setting.name], timings["stock"]
     return records.BenchRecord(
         bench=BENCH,
         setting=setting.name,
@@ -218,11 +252,6 @@ def _record(
         baseline_cpu_s=[t.cpu_s for t in stock],
         wall_s=[t.wall_s for t in own],
         baseline_wall_s=[t.wall_s for t in stock],
-        counts={
-            "flops": counts[setting.name][phase],
-            "stock_flops": counts["stock"][phase],
-            "kv_bytes": counts[setting.name]["kv_bytes"],
-            "stock_kv_bytes": counts["stock"]["kv_bytes"],
-        },
+        counts=counts,
         seed=seed,
     )

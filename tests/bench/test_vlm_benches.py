@@ -125,6 +125,17 @@ def test_vlm_step_records_times_beside_counts(tmp_path):
     assert len(path.read_text().splitlines()) == 6
 
 
+def test_vlm_step_times_batches(tmp_path):
+    """Catches stock timed at another batch, and rows of batches among those of one image."""
+    small = ("--layers", "2", "--tower-layers", "2", "--width-scale", "0.0625", "--rounds", "2", "--batch", "3")
+    _run("vlm-step", *small, "--records", str(tmp_path), "--settings", "turbo_vit-gate-64")
+    [record] = load(tmp_path, "vlm-step")
+    assert record.params["batch"] == 3 and len(record.cpu_s) == len(record.baseline_cpu_s) == 2
+    assert record.counts["flops"] < record.counts["stock_flops"]
+    assert "| turbo_vit-gate-64 | 3 | 2 | " in tables.vlm_batches(tmp_path)
+    assert "turbo_vit-gate-64" not in tables.vlm_step(tmp_path)
+
+
 def test_semantic_tokens_cost_the_tower_their_share():
     """Catches semantic tokens that pass blocks they need not, and a tower that is counted with what reads it."""
     model = vlm_step.make_model(0.0625, 1, 6, 0)
