@@ -12,9 +12,10 @@ TABLE = Path(__file__).parent / "COVERAGE.md"
 _HEAD = """# What works on which model
 
 Every cell is the outcome of a check on the real class at a tiny size with random weights, at ratio 0.4; the tests
-compare each with this table, which `python -m tests.engine.coverage` writes. "Layers" are those reduced of the model
-that is checked. "CUDA graphs" is checked on a stand-in for a GPU, three runs in each of the scopes attention, block and
-model; a GPU itself refuses Kandinsky 5 and LTX-2 too, which copy numbers to it in every call.
+compare each with this table, which `python -m tests.engine.coverage` writes: how many layers of the model that is
+checked were reduced, and from how many tokens to how many. "Detached" is every object. "CUDA graphs" is checked on a
+stand-in for a GPU, three runs in each of the scopes attention, block and model; a GPU itself refuses Kandinsky 5 and
+LTX-2 too, which copy numbers to it in every call.
 """
 
 

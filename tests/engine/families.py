@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 CELLS = {
     "nothing removed": "bit-identical",
-    "detached": "every object as before",
+    "detached": "as before",
 }
 CAPTURED = ("corrected", "block copied", "whole model")
 """What CUDA graphs are made of, by the stand-in for a GPU."""
@@ -167,7 +167,7 @@ def _captured(name: str) -> str:
             told.add(status)
             num_scopes += 1
     (status,) = told
-    return f"bit-identical in {num_scopes} scope{'s' * (num_scopes > 1)}" if status == "captured" else status
+    return f"bit-identical, {num_scopes} scope{'s' * (num_scopes > 1)}" if status == "captured" else status
 
 
 def _break(module: nn.Module, args: object) -> None:
@@ -197,7 +197,7 @@ def _variant(name: str, settings: dict[str, object]) -> str:
     num_text = int(tiny_transformers.NUM_TEXT * (processor.text_ratio or 0)) + (known.num_hidden if known else 0)
     asks = known is None or not known.first
     _check_lengths(stock_seen, keys.seen, rows[0].num_tokens - rows[0].num_kept, num_text, asks, processor.kv_only)
-    return f"{len(rows)} layer{'s' * (len(rows) > 1)}, {rows[0].num_tokens} -> {rows[0].num_kept} tokens"
+    return f"{len(rows)}: {rows[0].num_tokens}→{rows[0].num_kept}"
 
 
 def _check_lengths(
