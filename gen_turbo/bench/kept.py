@@ -59,7 +59,7 @@ def draw_kept(pipe: Any, questions: list[Ask], settings: list[Method], path: Pat
         for column, ask in enumerate(questions):
             sheet.paste(_left(pipe, ask, setting), (column * side, top + _LABEL_PX))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 @torch.no_grad()
