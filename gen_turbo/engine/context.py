@@ -26,6 +26,7 @@ class Run:
         marker: The timesteps of the scheduler, another object in every run; None for a bare model.
         times: The denoising time of every call, as the scheduler counts; empty for a bare model.
         scheduler: Class of the scheduler; empty for a bare model.
+        guidance: Scale of classifier-free guidance; 0 where none is known.
         num_calls: Calls of every guidance branch; 0 where that is not known.
         recreates: Whether the caller makes its conditioning tensors anew in every step.
         num_reduced: Layers, and skipped units, that were reduced in its calls so far.
@@ -41,6 +42,7 @@ class Run:
     marker: object = None
     times: tuple[float, ...] = ()
     scheduler: str = ""
+    guidance: float = 0.0
     num_calls: int = 0
     recreates: bool = False
     num_reduced: int = 0
@@ -80,7 +82,7 @@ class Context:
     Attributes:
         run: The run that it is part of.
         layout: Shape, dtype and device of the latents.
-        condition: The conditioning tensor; once the run has settled, not kept alive from here.
+        condition: The conditioning tensor, until the run has settled.
         geometry: Where the tokens are.
         step: Its calls before the running one.
         time: The denoising time of the running call; None where it was not read.
@@ -95,11 +97,12 @@ class Context:
         extras: What other parts of an attachment remember for it.
         captured: Its CUDA graphs, by what they are of.
         is_revived: Whether it runs on the buffers of an earlier context.
+        watched: From then on the conditioning tensor, which is not kept alive from here.
     """
 
     run: Run
     layout: Layout
-    condition: Tensor | None | weakref.ref[Tensor]
+    condition: Tensor | None
     geometry: Geometry
     step: int = 0
     time: float | None = None
@@ -114,11 +117,13 @@ class Context:
     extras: dict[str, Any] = field(default_factory=dict)
     captured: dict[Any, Any] = field(default_factory=dict)
     is_revived: bool = False
+    watched: weakref.ref[Tensor] | None = None
 
     @property
     def conditioning(self) -> Tensor | None:
         """The conditioning tensor, if there is one and it still exists."""
-        return self.condition() if isinstance(self.condition, weakref.ref) else self.condition
+        # A field for each: torch.compile of PyTorch 2.11 cannot ask what is a reference.
+        return self.condition if self.watched is None else self.watched()
 
     @property
     def num_text(self) -> int:

@@ -178,7 +178,7 @@ class Runs:
                 if self._depth:
                     return
                 context, contexts = self._dead.popleft()
-                is_dead = context.condition is not None and context.conditioning is None
+                is_dead = context.watched is not None and context.conditioning is None
                 if (is_dead or context.run.is_left) and any(other is context for other in contexts):
                     self._end(context, contexts)
             finally:
@@ -204,17 +204,17 @@ class Runs:
     def _hold(self, context: Context, condition: Tensor | None) -> None:
         """Notes a context's conditioning tensor: it dies with the call of the pipeline, however that ends."""
         if condition is None or context.run.recreates or context.step < _SETTLED:
-            context.condition = condition
-        elif not isinstance(context.condition, weakref.ref) or context.conditioning is not condition:
+            context.condition, context.watched = condition, None
+        elif context.watched is None or context.conditioning is not condition:
             contexts = self._here.contexts
 
             def died(reference: object) -> None:
                 # In whichever thread dropped it, perhaps while another one is in a call.
-                if context.condition is reference:
+                if context.watched is reference:
                     self._dead.append((context, contexts))
                     self._bury()
 
-            context.condition = weakref.ref(condition, died)
+            context.condition, context.watched = None, weakref.ref(condition, died)
 
     def _same_branch(self, alike: list[Context], call: ModelCall, run: Run) -> tuple[Context | None, float | None]:
         """The branch of a conditioning tensor that was not seen before; waits for the device to compare values."""
@@ -249,8 +249,14 @@ def _run_of(pipeline: Any, marker: Any) -> Run:
         return Run()
     # One read for all of them; the first step of a run may wait for the device.
     times = tuple(float(time) for time in (marker.tolist() if hasattr(marker, "tolist") else marker))
-    told, scheduler = getattr(pipeline, "_num_timesteps", None), type(pipeline.scheduler).__name__
-    return Run(marker, times, scheduler, told if isinstance(told, int) and 0 < told <= len(times) else 0)
+    told, guidance = getattr(pipeline, "_num_timesteps", None), getattr(pipeline, "guidance_scale", None)
+    return Run(
+        marker,
+        times,
+        scheduler=type(pipeline.scheduler).__name__,
+        guidance=float(guidance) if isinstance(guidance, int | float) else 0.0,
+        num_calls=told if isinstance(told, int) and 0 < told <= len(times) else 0,
+    )
 
 
 def _is_repeated(context: Context, run: Run) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from gen_turbo.training.schedule import BRANCH, MERGING, WHOLE, Schedule
 _LOGGER = logging.getLogger("gen_turbo")
 _GENERIC = "generic route, not calibrated for this model"
 _NO_UNITS = (MERGING, BRANCH)
+_NEAR = 0.2
+"""Share by which a run's guidance may differ from that of its schedule without a word."""
 
 
 @dataclass
@@ -209,6 +212,8 @@ class Skipping:
             run, time = context.run, context.time
             fitting = (s for s in self.schedules if len(run.times) in (0, len(s.times)) and s.suits(run.scheduler))
             schedule = next((s for s in fitting if time is not None and s.find(time, -1) is not None), None)
+            if schedule is not None:
+                self._compare(schedule, run.guidance, num_branches(context))
             is_generic = schedule is None and self.generic is not None
             if schedule is None and self.generic is not None:
                 times = run.times[context.index : run.num_calls or None] if context.index is not None else ()
@@ -220,6 +225,17 @@ class Skipping:
                 run.is_told = True
                 self.unmatched()
         return route
+
+    def _compare(self, schedule: Schedule, guidance: float, count: int) -> None:
+        """Says once that a run's guidance is another than the one for which branches of a schedule have weights."""
+        own = schedule.shares[-1] if len(schedule.shares) == count else guidance
+        note = (
+            f"calibrated at guidance {own:g}, and a run has {guidance:g}: its images are farther from stock than at "
+            f"{own:g}; take that, or calibrate for {guidance:g}"
+        )
+        if guidance and abs(guidance - own) > _NEAR * own and note not in self.notes:
+            self.notes.append(note)
+            warnings.warn(note, UserWarning, stacklevel=2)
 
     def _note(self, schedule: Schedule | None) -> None:
         """Says once that a run follows the rule, without a warning: nothing is wrong."""

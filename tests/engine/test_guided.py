@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -34,7 +35,7 @@ def _sdxl(folder):
     pipe, call = sdxl()
     pipe.set_progress_bar_config(disable=True)
     fixed = {"height": 32, "width": 32, "num_inference_steps": STEPS, "output_type": "latent"}
-    return pipe, lambda **given: pipe(**call, **fixed, **given).images
+    return pipe, lambda **given: pipe(**{**call, **fixed, "guidance_scale": SHARES[1], **given}).images
 
 
 def _sd3(folder):
@@ -84,6 +85,17 @@ def followed(pipe, draw, skips=SKIPS, inner=None, text_ratio=0.0, **given):
         draw(**given)
         said = report(pipe)
     return run, own, said
+
+
+def test_another_guidance_than_the_schedule_has_is_told():
+    """Catches weights of branches that serve every scale in silence, and a warning where the scale is the same."""
+    pipe, draw = _plain(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        followed(pipe, draw, guidance_scale=SHARES[1])
+    with pytest.warns(UserWarning, match="calibrated at guidance 7.5, and a run has 3"):
+        said = followed(pipe, draw, guidance_scale=3.0)[2]
+    assert any("guidance 7.5" in note for note in said.notes)
 
 
 def file_of(pipe, schedule):
