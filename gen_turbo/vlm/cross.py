@@ -1,6 +1,6 @@
 """The gates of models whose text reads the image by cross-attention: fewer image tokens are read.
 
-Shape names: B rows, L columns of the call, T tiles, n tokens of a tile, C channels.
+Shape names: T tiles, n tokens of a tile, C channels.
 """
 
 from __future__ import annotations
@@ -96,10 +96,9 @@ class StatesGate(Stage):
                 raise ValueError("a static cache has places for whole images; leave cache_implementation out")
             num_left = states.shape[1]
         elif mask is not None:
-            num_left = self._num_held(cache) // (mask.shape[-1] // self._num_tokens)
+            num_left = self._num_held(cache) // (mask.shape[-1] // self._num_tokens) or self._num_tokens
         if mask is not None:
-            mask_BxLTn = mask.view(*mask.shape[:-1], -1, self._num_tokens)
-            mask = mask_BxLTn[..., :num_left].flatten(-2)
+            mask = mask.unflatten(-1, (-1, self._num_tokens))[..., :num_left].flatten(-2)
         return args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
 
     def _shortened(self, states_TnC: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ class StatesGate(Stage):
         return torch.cat([states_TnC[:, :1], slots], 1)
 
     def _num_held(self, cache: Any) -> int:
-        """The image tokens, and places for some, whose keys a cache holds."""
-        layer = min(self._text.cross_attention_layers)  # type: ignore[arg-type]
-        held: int = cache.layers[layer].keys.shape[-2]
-        return held
+        """The image tokens, and places for some, whose keys a cache holds; 0 where no image came."""
+        layer: int = min(self._text.cross_attention_layers)  # type: ignore[arg-type]
+        keys = getattr(cache.layers[layer], "keys", None) if cache is not None and layer < len(cache.layers) else None
+        return 0 if keys is None or not keys.numel() else int(keys.shape[-2])

@@ -77,6 +77,16 @@ def test_beams_and_no_cache_give_the_same():
         assert torch.equal(tokens, Shorter(model, method).generate(given, **settings)[0])
 
 
+def test_words_alone_pass():
+    """Catches a mask that is cut by the keys of an image where none came."""
+    model, given = mllama(), mllama_inputs()
+    words = {name: given[name] for name in ("input_ids", "attention_mask")}
+    for more in ({}, {"cross_attention_mask": given["cross_attention_mask"]}):
+        stock = model(**words, **more).logits
+        with attach(model, TurboProcessor(0.5)):
+            assert torch.equal(model(**words, **more).logits, stock)
+
+
 @pytest.mark.parametrize("method", [TurboProcessor(0.0), RandomProcessor(0.0)])
 def test_nothing_removed_is_bit_identical_and_detach_exact(method):
     """Catches a stage that computes even the identity another way, and hooks that stay."""
