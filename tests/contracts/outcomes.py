@@ -23,8 +23,8 @@ _HEAD = """# What goes together with a processor
 
 Every cell is the outcome of a check on real classes at a tiny size with random weights; a test compares each with this
 table, which `python -m tests.contracts.outcomes` writes. "Reduced" and "whole blocks" are `TurboProcessor(0.4)` with
-remembered detail in its two scopes: the layers that ran on fewer tokens, and how many tokens were left. "Attached
-first" attaches before the addition is made, draws, detaches and draws again.
+remembered detail in its two scopes: how many layers ran on fewer tokens, and on how many. "Attached first" attaches
+before the addition is made, draws, detaches and draws again.
 """
 
 
@@ -63,7 +63,7 @@ def _effect(row: Combination, whole: Any, reduced: Tensor, stock: Tensor) -> str
     ran = [layer for layer in told.layers if layer.num_reduced]
     assert ran and reduced.shape == stock.shape and reduced.isfinite().all()
     assert 0 < (reduced - stock).norm() < stock.norm()
-    return f"{len(ran)} layer{'s' * (len(ran) > 1)}, {ran[0].num_tokens} -> {ran[0].num_kept} tokens"
+    return f"{len(ran)}: {ran[0].num_tokens}→{ran[0].num_kept}"
 
 
 def _nothing(made: Made) -> str:
@@ -84,7 +84,7 @@ def _blocks(made: Made) -> str:
 def _detached(made: Made) -> str:
     assert torch.equal(made.row.draw(made.whole), made.stock)
     assert not made.left
-    return "every object as before"
+    return "as before"
 
 
 def _first(made: Made) -> str:
