@@ -93,7 +93,7 @@ def _add_vlm_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tower-layers", type=_positive, default=24, help="blocks of the vision tower")
     parser.add_argument("--width-scale", type=float, default=1.0, help="factor on all widths")
     parser.add_argument("--new-tokens", type=_positive, default=32, help="tokens to generate")
-    text = "time the prompts of so many images in bfloat16, without a cache, instead"
+    text = "time the prompts of so many images in bfloat16, without a cache, instead (default: one image, by phase)"
     parser.add_argument("--batch", type=_positive, help=text)
     text = "count operators of a call instead, at batch 1, 8 and 16, with all layers at the smallest width"
     parser.add_argument("--operators", action="store_true", help=text)

@@ -63,7 +63,7 @@ def _effect(row: Combination, whole: Any, reduced: Tensor, stock: Tensor) -> str
     ran = [layer for layer in told.layers if layer.num_reduced]
     assert ran and reduced.shape == stock.shape and reduced.isfinite().all()
     assert 0 < (reduced - stock).norm() < stock.norm()
-    return f"{len(ran)}: {ran[0].num_tokens}→{ran[0].num_kept}"
+    return f"{len(ran)}: {ran[0].num_tokens}\u2192{ran[0].num_kept}"
 
 
 def _nothing(made: Made) -> str:

@@ -197,7 +197,7 @@ def _variant(name: str, settings: dict[str, object]) -> str:
     num_text = int(tiny_transformers.NUM_TEXT * (processor.text_ratio or 0)) + (known.num_hidden if known else 0)
     asks = known is None or not known.first
     _check_lengths(stock_seen, keys.seen, rows[0].num_tokens - rows[0].num_kept, num_text, asks, processor.kv_only)
-    return f"{len(rows)}: {rows[0].num_tokens}→{rows[0].num_kept}"
+    return f"{len(rows)}: {rows[0].num_tokens}\u2192{rows[0].num_kept}"
 
 
 def _check_lengths(

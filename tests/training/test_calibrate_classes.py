@@ -113,7 +113,8 @@ def test_a_class_is_calibrated_within_the_images_it_states(make, tmp_path, capsy
     assert file.num_calls >= STEPS and all(schedule.skips for schedule in file.schedules)
     assert any(WHOLE in schedule.skips for schedule in file.schedules)
 
-    given = {"num_inference_steps": STEPS, "height": 32, "width": 32, "output_type": "np"}
+    # The scale of the configuration, which a schedule of branches holds for.
+    given = {"num_inference_steps": STEPS, "height": 32, "width": 32, "output_type": "np", "guidance_scale": 7.5}
     before = model_state(model)
 
     def draw():

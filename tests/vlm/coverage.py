@@ -54,7 +54,7 @@ def cell(name: str, column: str) -> str:
             chains[-1] = chains[-1][0], kept
         else:
             chains.append((tokens, kept))
-    return ", ".join(f"{tokens}→{kept}" for tokens, kept in chains) or "nothing"
+    return ", ".join(f"{tokens}\u2192{kept}" for tokens, kept in chains) or "nothing"
 
 
 def line(name: str) -> str:

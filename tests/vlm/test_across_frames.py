@@ -16,15 +16,17 @@ from gen_turbo.registry import METHODS
 from gen_turbo.tokens.token_map import TokenMap
 from gen_turbo.vlm.settings import Placed
 from tests.vlm.test_generate import TOLERANCE, generate
-from tests.vlm.test_videos import FAMILIES, FRAMES, VIDEO, call, last_logits, runs_of
+from tests.vlm.test_videos import FAMILIES, FRAMES, GLM, LLAVA, VIDEO, call, last_logits, runs_of
+from tests.vlm.tiny_kit import IMAGE
 from tests.vlm.tiny_vlms import VLMS
 
 
 def videos_of(ids, family):
     """The columns of every image and of every video of a row, in order; a newline behind a video is its own."""
-    size, joined, num_frames = 4 if family == "llava_onevision" else 16, [], 0
+    size, joined, num_frames = 4 if family in LLAVA else 16, [], 0
+    token = IMAGE if family in GLM else VIDEO
     for run in runs_of(ids, family):
-        is_frame = len(run) == size and int(ids[run[0]]) == VIDEO
+        is_frame = len(run) == size and int(ids[run[0]]) == token
         if is_frame and num_frames % FRAMES:
             joined[-1] += run
         else:
@@ -35,12 +37,12 @@ def videos_of(ids, family):
 
 def plan_of(method, family):
     """What a method does to the tokens of one image or video."""
-    side = 2 if family == "llava_onevision" else 4
+    side = 2 if family in LLAVA else 4
 
     def plan(tokens):
         count = tokens.shape[1] // side**2
         is_video = count == FRAMES
-        grid = (side, side) if is_video or family != "llava_onevision" else None
+        grid = (side, side) if is_video or family not in LLAVA else None
         site = LayerInfo("pre_llm", method.ratio if tokens.shape[1] > 1 else 0.0, grid, num_frames=max(1, count))
         return method.plan(tokens, site if is_video else LayerInfo("pre_llm", site.ratio, grid), StepInfo())
 
@@ -50,7 +52,7 @@ def plan_of(method, family):
 def still(given, family):
     """The call with a video of which every frame is the first."""
     pixels = given["pixel_values_videos"].clone()
-    if family != "llava_onevision":
+    if family not in LLAVA:
         patches = pixels.view(FRAMES, -1, pixels.shape[-1])
         patches.copy_(patches[:1].clone().expand_as(patches))
     else:
@@ -77,7 +79,7 @@ def test_a_whole_video_is_one_set_of_tokens(family, method):
             logits = model(**given).logits[0, -1]
             row = report(model).layers[0]
     videos = videos_of(given["input_ids"][0], family)
-    assert len(videos[0]) == FRAMES * (4 if family == "llava_onevision" else 16)
+    assert len(videos[0]) == FRAMES * (4 if family in LLAVA else 16)
     assert row.num_kept == sum(len(run) - int(len(run) * method.ratio) * (len(run) > 1) for run in videos)
     is_merged = getattr(method, "combine", "merge") == "merge"
     expected = last_logits(model, family, given, plan_of(method, family), videos, is_merged)
