@@ -61,8 +61,11 @@ def catalogue(tower_layers: int = 24) -> list[Setting]:
 def run(options: argparse.Namespace) -> None:
     """Times the selected settings in alternating rounds with stock, by phase, or in batches, or counts operators."""
     torch.set_num_threads(options.threads)
-    if options.operators or options.batch:
-        (_count_operators if options.operators else _time_batches)(options)
+    if options.operators:
+        _count_operators(options)
+        return
+    if options.batch:
+        _time_batches(options)
         return
     params = {
         "layers": options.layers,

@@ -135,11 +135,12 @@ def packed_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) ->
     sizes, sides = kwargs.get("image_grid_thw"), kwargs.get("image_merge_sizes")
     if sizes is None:
         return [None] * len(lengths)
-    config: Any = base.config
-    side, *_ = getattr(
-        config.vision_config, "merge_kernel_size", [getattr(config.vision_config, "spatial_merge_size", 1)]
-    )
-    merges = [side] * len(sizes) if sides is None else sides.tolist()
+    vision: Any = base.config.vision_config  # type: ignore[union-attr]
+    if sides is not None:
+        merges = sides.tolist()
+    else:
+        side = vision.merge_kernel_size[0] if hasattr(vision, "merge_kernel_size") else vision.spatial_merge_size
+        merges = [side] * len(sizes)
     grids = {t * h * w // n**2: (t * h // n, w // n) for (t, h, w), n in zip(sizes.tolist(), merges, strict=True)}
     return [grids.get(length) for length in lengths]
 
