@@ -157,8 +157,9 @@ def make_model(
     )
     torch.manual_seed(seed)
     config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=_IMAGE, tie_word_embeddings=True)
+    # As loaded: frozen weights have PyTorch copy the vocabulary's for each row of a batch, stock's and ours.
     model: LlavaForConditionalGeneration = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def _inputs(batch: int = 1) -> dict[str, Tensor]:
