@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
+import sqlite3.dbapi2
 
 import pytest
 
@@ -71,6 +73,25 @@ def test_a_search_that_was_stopped_goes_on(tmp_path):
     assert landscape.num_measured <= 7
     settings, _ = search(landscape, target, LEVELS, 7, tmp_path / "a.db", "a", 0)
     assert landscape.num_measured <= 7 and settings["method"] == "turbo"
+
+
+def is_open(connection):
+    """Whether a connection to a database is open; a closed one refuses to be asked."""
+    try:
+        return connection.total_changes >= 0
+    except sqlite3.ProgrammingError:
+        return False
+
+
+def test_a_search_closes_its_file(tmp_path, monkeypatch):
+    """Catches connections left open, also by a search that fails; Python 3.13 warns of them."""
+    made, connect = [], sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **named: made.append(connect(*given, **named)) or made[-1])
+    monkeypatch.setattr(sqlite3.dbapi2, "connect", sqlite3.connect)
+    search(Landscape(), Target.of("psnr>=50"), LEVELS, 2, tmp_path / "a.db", "a", 0)
+    with pytest.raises(ZeroDivisionError):
+        search(lambda settings: 1 / 0, Target.of("psnr>=50"), LEVELS, 4, tmp_path / "a.db", "a", 0)
+    assert made and not any(map(is_open, made))
 
 
 @pytest.mark.parametrize("text", ["faster", "speedup>2", "psnr>=", "time>=1"])

@@ -6,6 +6,7 @@ import argparse
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,29 +136,43 @@ def search(
         raise ImportError("gen-turbo tune needs Optuna; run: pip install 'gen_turbo[tune]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sizes = {"scope": len(SCOPES), "ratio": len(RATIOS), "level": len(levels), "every": _COPIED + 1}
-    study = optuna.create_study(
-        storage=f"sqlite:///{storage}",
-        study_name=name,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(_FIRST)),
-        load_if_exists=True,
-    )
+    with _opened(optuna, storage) as kept:
+        study = optuna.create_study(
+            storage=kept,
+            study_name=name,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(_FIRST)),
+            load_if_exists=True,
+        )
 
-    def tried(trial: Any) -> float:
-        measured = measure(_settings({key: trial.suggest_int(key, 0, size - 1) for key, size in sizes.items()}, levels))
-        for key, value in measured.items():
-            trial.set_user_attr(key, value)
-        return target.goodness(measured)
+        def tried(trial: Any) -> float:
+            measured = measure(
+                _settings({key: trial.suggest_int(key, 0, size - 1) for key, size in sizes.items()}, levels)
+            )
+            for key, value in measured.items():
+                trial.set_user_attr(key, value)
+            return target.goodness(measured)
 
-    done = [trial.params for trial in study.trials if trial.state.is_finished() and trial.user_attrs]
-    with tqdm(total=trials, initial=min(len(done), trials), desc=f"tune, {target.name}>={target.least:g}") as bar:
-        while len(done) < trials:
-            study.enqueue_trial(_next(done, study, target, sizes), skip_if_exists=True)
-            study.optimize(tried, n_trials=1)
-            done.append(study.trials[-1].params)
-            bar.update()
-    best = study.best_trial
-    return _settings(best.params, levels), dict(best.user_attrs)
+        done = [trial.params for trial in study.trials if trial.state.is_finished() and trial.user_attrs]
+        with tqdm(total=trials, initial=min(len(done), trials), desc=f"tune, {target.name}>={target.least:g}") as bar:
+            while len(done) < trials:
+                study.enqueue_trial(_next(done, study, target, sizes), skip_if_exists=True)
+                study.optimize(tried, n_trials=1)
+                done.append(study.trials[-1].params)
+                bar.update()
+        best = study.best_trial
+        return _settings(best.params, levels), dict(best.user_attrs)
+
+
+@contextmanager
+def _opened(optuna: Any, file: Path) -> Iterator[Any]:
+    """Optuna's storage in a file, whose connections it leaves open."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _next(done: list[dict[str, int]], study: Any, target: Target, sizes: Mapping[str, int]) -> dict[str, int]:

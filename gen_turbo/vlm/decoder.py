@@ -236,8 +236,8 @@ def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer")
     """Says before anything is changed why tokens cannot leave at a layer, which the user gave as `setting`.
 
     Raises:
-        ValueError: If the layer is none of the model's, has a sliding window, comes before later image features, or
-            may be recurrent.
+        ValueError: If the layer is none of the model's, has a sliding window, comes before later image features, may be
+            recurrent, or shares with others what it sees.
     """
     name = type(model).__name__
     if not first < config.num_hidden_layers:
@@ -249,6 +249,8 @@ def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer")
         raise ValueError(f"{name} gives every layer inputs of its own, which cannot follow a cut{advice}")
     if has_recurrences(config):
         raise ValueError(f"{name} has recurrent layers, whose state has read the tokens that a cut removes{advice}")
+    if getattr(config, "indexer_types", None):
+        raise ValueError(f"{name} has layers that share which columns they see, which cannot follow a cut{advice}")
     stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if first < stacked:
         raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use {setting}={stacked} or later")

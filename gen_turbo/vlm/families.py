@@ -13,9 +13,10 @@ from gen_turbo.vlm.family import (
     placed_grids,
     sized_grids,
     square_grids,
+    target_grids,
     tile_length,
 )
-from gen_turbo.vlm.videos import packed_frames, placed_frames, pooled_frames, strided_frames
+from gen_turbo.vlm.videos import packed_frames, placed_frames, pooled_frames, strided_frames, target_frames
 
 _CLIP = TowerFacts(
     "model.vision_tower",
@@ -42,7 +43,14 @@ FAMILIES = (
     # Features of several blocks of the tower stand side by side, so that none may be shorter.
     Family(("VipLlavaForConditionalGeneration",), grids=square_grids),
     Family(("AyaVisionForConditionalGeneration",), tower=_CLIP, grids=square_grids),
-    Family(("Mistral3ForConditionalGeneration", "LightOnOcrForConditionalGeneration"), grids=sized_grids),
+    Family(
+        (
+            "Mistral3ForConditionalGeneration",
+            "LightOnOcrForConditionalGeneration",
+            "MistralLarge4ForConditionalGeneration",
+        ),
+        grids=sized_grids,
+    ),
     Family(
         ("DeepseekVLForConditionalGeneration", "JanusForConditionalGeneration"),
         tower=replace(_SIGLIP, module="model.vision_model"),
@@ -71,7 +79,7 @@ FAMILIES = (
     Family(("Gemma3ForConditionalGeneration",), tower=_SIGLIP, grids=square_grids, masks_in_base=True),
     # Positions of patches decide how the tower pools them, so that it has to see all.
     Family(
-        ("Gemma4ForConditionalGeneration",),
+        ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
         grids=placed_grids,
         frames=placed_frames,
         masks_in_base=True,
@@ -91,6 +99,8 @@ FAMILIES = (
             "Qwen3_5ForConditionalGeneration",
             "Qwen3_5MoeForConditionalGeneration",
             "Qwen3OmniMoeThinkerForConditionalGeneration",
+            "Qwen4ExpForConditionalGeneration",
+            "CohereCompassForConditionalGeneration",
         ),
         tower=TowerFacts(
             "model.visual",
@@ -102,6 +112,8 @@ FAMILIES = (
                 "qwen3_5_vision",
                 "qwen3_5_moe_vision",
                 "qwen3_omni_moe_vision_encoder",
+                "qwen4_exp_vision",
+                "cohere_compass_vision",
             ),
             encoder="",
             blocks="blocks",
@@ -118,9 +130,24 @@ FAMILIES = (
             "Ernie4_5_VLMoeForConditionalGeneration",
             "Exaone4_5_ForConditionalGeneration",
             "Qwen2_5OmniThinkerForConditionalGeneration",
+            "Cosmos3EdgeForConditionalGeneration",
+            "HyperCLOVAXVisionV2ForConditionalGeneration",
+            "Lfm3VlForConditionalGeneration",
+            "MuseGlimmerForConditionalGeneration",
+            "MuseSparkForConditionalGeneration",
         ),
         grids=packed_grids,
         frames=packed_frames,
+    ),
+    Family(
+        (
+            "MiniCPMV4_6ForConditionalGeneration",
+            "MiniCPMV4_7ForConditionalGeneration",
+            "MiniCPMOcrForConditionalGeneration",
+        ),
+        grids=target_grids,
+        frames=target_frames,
+        has_lone_frames=True,
     ),
     Family(
         (
@@ -128,6 +155,7 @@ FAMILIES = (
             "Glm4vMoeForConditionalGeneration",
             "Glm46VForConditionalGeneration",
             "GlmOcrForConditionalGeneration",
+            "Glm5NextForConditionalGeneration",
         ),
         grids=packed_grids,
         frames=packed_frames,

@@ -64,6 +64,7 @@ class Family:
             come in one; None where each image's come alone.
         frames: Gives, for a base model and the arguments of its `get_video_features`, the tokens and the (height,
             width) of every frame, by the tokens of their video; None where it has no videos.
+        has_lone_frames: Whether features of frames come one by one, whatever video they are of.
         placeholder: Whose token stands for a frame's features in the prompt, "video" or "image".
         masks_in_base: Whether the base model turns the 2D mask into a 4D one before the language model sees it.
         is_cross: Whether text reads the image by cross-attention, so that image tokens are in no prompt.
@@ -76,6 +77,7 @@ class Family:
     grids: Callable[[nn.Module, dict[str, Any], list[int]], list[Grid | None]] | None = None
     pieces: Callable[[nn.Module], int] | None = None
     frames: Callable[[nn.Module, dict[str, Any]], dict[int, list[Frame]]] | None = None
+    has_lone_frames: bool = False
     placeholder: str = "video"
     masks_in_base: bool = False
     is_cross: bool = False
@@ -116,33 +118,52 @@ def tower_facts(model: nn.Module, family: Family) -> TowerFacts | None:
 
 
 def sized_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
-    """Square, but for Pixtral's towers, whose images have the sizes of the call. Beams repeat them: sizes decide."""
+    """Square, but for Pixtral's towers, whose images have the sizes of the call."""
     sizes = kwargs.get("image_sizes")
     if sizes is None:
         return square_grids(base, kwargs, lengths)
     config: Any = base.config
     side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
-    found: dict[int, set[Grid]] = {}
-    for height, width in torch.as_tensor(sizes).tolist():
-        grid = (height // side, width // side)
-        found.setdefault(grid[0] * grid[1], set()).add(grid)
-    # Of images with as many tokens in other shapes, none is known to have which.
-    return [next(iter(found[length])) if len(found.get(length, ())) == 1 else None for length in lengths]
+    return _of_lengths([(height // side, width // side) for height, width in torch.as_tensor(sizes).tolist()], lengths)
 
 
 def packed_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
-    """The grids of merged patches, as Qwen's. Beams repeat images in an order of their own, so sizes decide."""
+    """The grids of merged patches, as Qwen's."""
     sizes, sides = kwargs.get("image_grid_thw"), kwargs.get("image_merge_sizes")
     if sizes is None:
         return [None] * len(lengths)
+    merges = [merge_side(base)] * len(sizes) if sides is None else sides.tolist()
+    sides_of = zip(sizes.tolist(), merges, strict=True)
+    return _of_lengths([(t * h // side, w // side) for (t, h, w), side in sides_of], lengths)
+
+
+def _of_lengths(grids: list[Grid], lengths: list[int]) -> list[Grid | None]:
+    """The grids of images in their order; None for what has another number of tokens."""
+    if len(grids) != len(lengths):
+        return [None] * len(lengths)
+    return [grid if grid[0] * grid[1] == length else None for grid, length in zip(grids, lengths, strict=True)]
+
+
+def merge_side(base: nn.Module) -> int:
+    """How many patches of a side become one token, as configurations name it."""
     vision: Any = base.config.vision_config  # type: ignore[union-attr]
-    if sides is not None:
-        merges = sides.tolist()
-    else:
-        side = vision.merge_kernel_size[0] if hasattr(vision, "merge_kernel_size") else vision.spatial_merge_size
-        merges = [side] * len(sizes)
-    grids = {t * h * w // n**2: (t * h // n, w // n) for (t, h, w), n in zip(sizes.tolist(), merges, strict=True)}
-    return [grids.get(length) for length in lengths]
+    names = ("spatial_merge_size", "merge_kernel_size", "merge_size")
+    side = next(getattr(vision, name) for name in names if hasattr(vision, name))
+    return side if isinstance(side, int) else int(side[0])
+
+
+def target_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
+    """The grids of MiniCPM's merged patches."""
+    sizes = kwargs.get("target_sizes")
+    return [None] * len(lengths) if sizes is None else _of_lengths(merged_sizes(base, kwargs, sizes), lengths)
+
+
+def merged_sizes(base: nn.Module, kwargs: dict[str, Any], sizes: Tensor) -> list[Grid]:
+    """MiniCPM's (height, width) in tokens of images or frames of (height, width) patches; a call may skip a merge."""
+    config: Any = base.config
+    mode = kwargs.get("downsample_mode") or config.downsample_mode
+    side = config.merge_kernel_size[0] ** config.merger_times * (1 if mode == "4x" else 2)
+    return [(height // side, width // side) for height, width in sizes.tolist()]
 
 
 def placed_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) -> list[Grid | None]:
@@ -152,9 +173,12 @@ def placed_grids(base: nn.Module, kwargs: dict[str, Any], lengths: list[int]) ->
 
 
 def pooled_grids(base: nn.Module, places: Tensor) -> list[Grid | None]:
-    """The (height, width) in tokens of images whose patches have these (x, y), (B, patches, 2)."""
+    """The (height, width) in tokens of images whose patches have these (x, y), (B, patches, 2).
+
+    A tower pools patches; where there is none, each is a token.
+    """
     config: Any = base.config
-    side = config.vision_config.pooling_kernel_size
+    side = config.vision_config.pooling_kernel_size if hasattr(base, "vision_tower") else 1
     return [((y + 1) // side, (x + 1) // side) for x, y in places.amax(1).tolist()]
 
 

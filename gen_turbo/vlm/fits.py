@@ -21,7 +21,8 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
     placement = placement_of(reducer)
     name = type(model).__name__
     has_grid = family.grids is not None or family.is_cross
-    check_settings(reducer, name, has_grid, family.is_cross, family.frames is not None)
+    has_frames = family.frames is not None and not family.has_lone_frames
+    check_settings(reducer, name, has_grid, family.is_cross, has_frames)
     if family.is_cross:
         check_text(model, reducer)
     else:
@@ -78,12 +79,14 @@ def check_weighed(model: nn.Module, family: Family) -> None:
     """Says why keys of a language model cannot weigh by how many tokens they stand for.
 
     Raises:
-        ValueError: If its kernel takes no mask, or a layer makes its own.
+        ValueError: If its kernel takes no mask, or a layer makes its own or chooses keys by it.
     """
     config: Any = model.get_submodule(family.text).config
     name, kernel = type(model).__name__, config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise ValueError(f"proportional_attention weighs keys by a mask, which {kernel} does not take; use 'sdpa'")
+    if getattr(config, "indexer_types", None):
+        raise ValueError(f"{name} chooses which keys it sees by their mask; leave proportional_attention out")
     is_recurrent = has_recurrences(config)
     if is_recurrent or (has_windows(config) and not family.masks_in_base):
         kind = "recurrent layers" if is_recurrent else "sliding windows"

@@ -180,7 +180,7 @@ class Gate(Stage):
         reduction.num_columns = embeds.shape[0] * embeds.shape[1]
         if not reduction.is_identity:
             if isinstance(mask, dict):
-                mask = mask.get("full_attention")
+                mask = mask.get("full_attention", next(iter(mask.values())))
             if isinstance(cache, StaticCache) and mask is not None and mask.ndim == 4:
                 seen = int(cache.get_seq_length())
                 mask = mask[..., seen : seen + embeds.shape[1]]

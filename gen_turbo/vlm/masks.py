@@ -25,9 +25,10 @@ def uses_cache(text: nn.Module, kwargs: dict[str, Any]) -> bool:
 def per_token(kwargs: dict[str, Any], left: Columns) -> dict[str, Tensor]:
     """What some language models read of each token beside it, (B, L, ...), of the columns that are left.
 
-    These are inputs of later layers in Gemma 4, and which experts a token goes to in ERNIE 4.5.
+    These are inputs of later layers in Gemma 4, which experts a token goes to in ERNIE 4.5, and ids of which Qwen4
+    embeds sequences in later layers.
     """
-    names = ("per_layer_inputs", "moe_mm_token_type_ids")
+    names = ("per_layer_inputs", "moe_mm_token_type_ids", "ple_input_ids")
     return {name: left.take(kwargs[name], 1) for name in names if kwargs.get(name) is not None}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gen_turbo.engine.base import NoEffectWarning
 from gen_turbo.vlm.call import Calls, Last
-from gen_turbo.vlm.family import pooled_grids
+from gen_turbo.vlm.family import merge_side, merged_sizes, pooled_grids
 from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.images import FRAME, Frame, Images
 from gen_turbo.vlm.running import Running
@@ -107,12 +107,18 @@ def together(frames: list[Frame]) -> list[Frame]:
 def packed_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
     """The frames of Qwen's videos: two of the video's make one of tokens, in ERNIE behind the tower."""
     config: Any = base.config
-    side: int = config.vision_config.spatial_merge_size
+    side = merge_side(base)
     found: Frames = {}
     for length, height, width in given["video_grid_thw"].tolist():
         count, grid = length // getattr(config.vision_config, "temporal_merge_size", 1), (height // side, width // side)
         found[count * grid[0] * grid[1]] = [Frame(grid[0] * grid[1], grid)] * count
     return found
+
+
+def target_frames(base: nn.Module, given: dict[str, Any]) -> Frames:
+    """The frames of MiniCPM's videos, whose features come one by one."""
+    grids = merged_sizes(base, given, given["target_sizes_videos"])
+    return {grid[0] * grid[1]: [Frame(grid[0] * grid[1], grid)] for grid in grids}
 
 
 def pooled_frames(base: nn.Module, given: dict[str, Any]) -> Frames:

@@ -99,7 +99,9 @@ def run_layers(
     for index in range(first, last):
         if index not in skip:
             slides = "sliding_attention" in kinds[index : index + 1]
-            rotary = text.rotary_emb(hidden, positions, *kinds[index : index + 1 if has_kinds else index])
+            kind = kinds[index : index + 1 if has_kinds else index]
+            turns = not kind or text.config.rope_parameters[kind[0]] is not None
+            rotary = text.rotary_emb(hidden, positions, *kind) if turns else None
             seen = mask.masked_fill(is_past, torch.finfo(hidden.dtype).min) if slides else mask
             if "chunked_attention" in kinds[index : index + 1]:
                 seen = mask.masked_fill(chunk[:, None] != chunk, torch.finfo(hidden.dtype).min)
@@ -119,9 +121,14 @@ def positions_of(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     """Positions of one unpadded row."""
     base = getattr(model, "model", None)
     if hasattr(base, "get_rope_index"):
+        names = inspect.signature(base.get_rope_index).parameters
         grid = torch.tensor([[1, 8, 8]] * count) if count else None
-        given = {"image_grid_thw": grid, "attention_mask": torch.ones_like(ids)[None]}
-        if "mm_token_type_ids" in inspect.signature(base.get_rope_index).parameters:
+        given = {"attention_mask": torch.ones_like(ids)[None]}
+        if "target_sizes" in names:
+            given["target_sizes"] = torch.tensor([[16, 16]] * count) if count else None
+        else:
+            given["image_grid_thw"] = grid
+        if "mm_token_type_ids" in names:
             given["mm_token_type_ids"] = (ids == IMAGE).int()[None]
         base.rope_deltas, before = None, base.rope_deltas
         positions = base.get_rope_index(ids[None], **given)[0]
@@ -182,6 +189,18 @@ def embedded(model: nn.Module, ids: Tensor, own: list, deep: list) -> tuple[Tens
     return hidden, added
 
 
+def whole_logits(model: nn.Module, text: nn.Module, hidden: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+    """Logits behind the last column of what enters the first layer, (n, C), by the stock model as a whole."""
+    if hasattr(text, "reverse_embedding"):
+        # No embedding tells which token an image's is.
+        text.reverse_embedding = lambda embeds: ids[None]
+    mask = torch.ones(1, len(ids), dtype=torch.int64)
+    given = {"inputs_embeds": hidden[None], "attention_mask": mask, "position_ids": positions}
+    logits = model(**given, use_cache=False).logits[0, -1]
+    vars(text).pop("reverse_embedding", None)
+    return logits
+
+
 @torch.no_grad()
 def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: list, prompt: int, method: Method) -> Any:
     """Logits after one unpadded row (n,) whose first `prompt` tokens are the prompt."""
@@ -191,13 +210,16 @@ def next_logits(model: nn.Module, vlm: TinyVlm, ids: Tensor, own: list, deep: li
     is_prefix = "PaliGemma" in type(model).__name__
     blocks = blocks_of(model, ids)
     before = {"blocks": blocks, "experts": experts_of(model, ids)}
-    hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added, **before)[0]
+    if not vlm.is_whole:
+        hidden = run_layers(text, hidden[None], positions, 0, method.cut, prompt * is_prefix, added, **before)[0]
     sizes = sizes_of(hidden, ids, vlm.num_tokens, method) if method.is_weighed else None
     hidden, added, columns = reduce_images(hidden, added, ids, vlm.num_tokens, method)
     kept = sum(column < prompt for column in columns) * is_prefix
     depth = text.config.num_hidden_layers
     blocks = None if blocks is None else blocks[columns]
     positions = positions[..., columns]
+    if vlm.is_whole:
+        return whole_logits(model, text, hidden, positions, ids[columns])
     given = {"blocks": blocks, "sizes": sizes, "inputs": inputs_of(text, hidden, ids[columns])}
     given["experts"] = experts_of(model, ids[columns])
     return logits_of(model, text, run_layers(text, hidden[None], positions, method.cut, depth, kept, added, **given))

@@ -7,7 +7,7 @@ import torch
 
 from gen_turbo import IdentityProcessor, RandomProcessor, TurboProcessor, attach
 from gen_turbo.vlm.cache_argument import CACHE, cache_in
-from gen_turbo.vlm.family import sized_grids
+from gen_turbo.vlm.family import packed_grids, sized_grids, target_grids
 from gen_turbo.vlm.settings import Placed
 from tests.snapshots import differences, model_state
 from tests.vlm import oracle
@@ -59,7 +59,7 @@ CASES = [
 ]
 PLACES = [(family, cut) for family, vlm in VLMS.items() for cut in (0, 2) if cut in (0, *vlm.cuts)]
 # Stock models that give beams of a row with two images those of other rows, or refuse images with beams.
-STOCK_MIXES_BEAMS = ("glm4v", "glm_ocr", "llama4")
+STOCK_MIXES_BEAMS = ("glm4v", "glm_ocr", "glm5", "llama4")
 # With causal attention, sliding windows, and images whose tokens see each other.
 TURNS = [("llava", 0), ("llava", 2), ("aya", 0), ("gemma3", 0), ("gemma4", 0)]
 
@@ -105,7 +105,7 @@ def test_detach_restores_every_object(family, cut):
     assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}
 
     inputs["input_ids"][0, -1] = IMAGE
-    with pytest.raises(ValueError, match="[Ii]mage"), attach(model, TurboProcessor(0.5)):
+    with pytest.raises(ValueError, match="[Ii]mage|Multimodal"), attach(model, TurboProcessor(0.5)):
         model(**inputs)
     # Positions that Qwen models keep from call to call, attached or not.
     assert set(differences(before, model_state(model))) <= {"model.rope_deltas"}
@@ -279,12 +279,16 @@ def test_inputs_embeds_are_recognised():
     assert torch.equal(by_ids, by_embeds)
 
 
-def test_images_of_one_length_and_other_shapes_have_no_grid():
-    """Catches an image of 2 x 8 tokens planned as 4 x 4, and one of 4 x 4 planned as 2 x 8."""
-    base = VLMS["mistral3"].make().model
-    for sizes, grids in (
-        ([[32, 128], [64, 64]], [None, None]),
-        ([[32, 128], [96, 64], [32, 128]], [(2, 8), (6, 4), (2, 8)]),
-    ):
-        lengths = [height * width // 256 for height, width in sizes]
-        assert sized_grids(base, {"image_sizes": torch.tensor(sizes)}, lengths) == grids
+@pytest.mark.parametrize(
+    ("family", "grids_of", "side", "name"),
+    [("mistral3", sized_grids, 16, "image_sizes"), ("qwen2", packed_grids, 2, "image_grid_thw"),
+     ("minicpm4_6", target_grids, 4, "target_sizes")],
+)  # fmt: skip
+def test_images_of_one_length_have_their_own_shapes(family, grids_of, side, name):
+    """Catches an image of 2 x 8 tokens planned as 4 x 4 where both come, and a grid for another number of tokens."""
+    base = VLMS[family].make().model
+    grids, lengths = [(2, 8), (4, 4), (2, 8), (6, 4)], [16, 16, 16, 24]
+    sizes = torch.tensor([[*[1] * (name == "image_grid_thw"), h * side, w * side] for h, w in grids])
+    assert grids_of(base, {name: sizes}, lengths) == grids
+    assert grids_of(base, {name: sizes}, [16, 16, 17, 24]) == [*grids[:2], None, grids[3]]
+    assert grids_of(base, {name: sizes}, lengths[:3]) == [None] * 3

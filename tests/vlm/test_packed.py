@@ -16,7 +16,7 @@ from tests.vlm import oracle, packed_oracle
 from tests.vlm.test_generate import STEPS, TOLERANCE, generate
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
-QWEN = ["qwen2", "qwen2_5", "qwen3", "qwen3_moe", "omni3"]
+QWEN = ["qwen2", "qwen2_5", "qwen3", "qwen3_moe", "omni3", "qwen4", "compass"]
 PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5, scale=30.0)
 SIZES = [(8, 8), (4, 12), (8, 8)]
 

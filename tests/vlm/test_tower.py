@@ -22,7 +22,7 @@ from tests.vlm.tiny_kit import pixels
 from tests.vlm.tiny_vlms import PROMPTS, VLMS
 
 TOWERS = ["llava", "llava_siglip"]
-PACKED = ["qwen2", "qwen2_5", "qwen3", "qwen3_moe", "omni3"]
+PACKED = ["qwen2", "qwen2_5", "qwen3", "qwen3_moe", "omni3", "qwen4", "compass"]
 PUBLISHED = TurboVisionProcessor(num_removed=3, alpha=0.5, scale=30.0)
 
 

@@ -23,10 +23,15 @@ from tests.vlm.tiny_vlms import VLMS
 
 VIDEO = 98
 FRAMES = 3
-GLM = ("glm4v", "glm_ocr")
-QWEN = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe", "exaone", "omni2_5", "omni3", "ernie", *GLM)
+GLM = ("glm4v", "glm_ocr", "glm5")
+QWEN = (
+    "qwen2", "qwen2_5", "qwen3", "qwen3_moe", "qwen4", "exaone", "omni2_5", "omni3", "ernie", "compass", "cosmos",
+    "clova", "lfm3", "muse", "muse_spark", *GLM,
+)  # fmt: skip
+GEMMA = ("gemma4", "gemma4_unified")
+MINICPM = ("minicpm4_6", "minicpm4_7", "minicpm_ocr")
 LLAVA = ("llava_onevision", "llava_next_video")
-FAMILIES = (*QWEN, "gemma4", *LLAVA)
+FAMILIES = (*QWEN, *GEMMA, *MINICPM, *LLAVA)
 ALL_PARTS = ([2, "v", 3], [2, "v", 3, "i", 2, "v", 2], [3, "i", 2, "v", 2])
 # GLM's models have one placeholder for images and frames, and take no prompt with both.
 CASES = [(family, parts) for family in FAMILIES for parts in ALL_PARTS if not ("i" in parts and family in GLM)]
@@ -37,22 +42,28 @@ def call(family, parts, frames=FRAMES):
     is_qwen, generator = family in QWEN, torch.Generator().manual_seed(4)
     frame, video = 4 if family in LLAVA else 16, IMAGE if family in GLM else VIDEO
     sizes = {"i": VLMS[family].num_tokens, "v": frames * frame + (family == "llava_onevision")}
-    # Qwen3-VL, Gemma 4 and GLM have times between the frames of a video; one word stands for one.
-    pause = [7] if family.startswith(("qwen3", "gemma4", "glm")) else []
+    # Times stand between the frames of a video in some families; one word stands for one.
+    pause = [7] if family.startswith(("qwen3", "qwen4", "gemma4", "glm", "compass", "cosmos", "minicpm4_7")) else []
     tokens = {"i": [IMAGE] * sizes["i"], "v": [VIDEO] * sizes["v"]}
     if pause:
         tokens["v"] = [token for _ in range(frames) for token in [*pause, *[video] * frame]]
+    if family == "glm5":
+        tokens["v"] = [95, *tokens["v"], 94]
     ids = [token for part in parts for token in tokens.get(part, list(range(10, 10 + (part if part in (2, 3) else 0))))]
     given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
     if "i" in parts:
         given |= VLMS[family].images([parts.count("i")])
     if "v" in parts and is_qwen:
-        patches = torch.randn(parts.count("v") * frames * 64, 3 * 2 * 8 * 8, generator=generator)
         # ERNIE counts every frame of the video; two make one of tokens.
         pairs = 2 if family == "ernie" else 1
+        width = VLMS[family].images([1])["pixel_values"].shape[1] * pairs
+        patches = torch.randn(parts.count("v") * frames * 64, width, generator=generator)
         given["pixel_values_videos"] = patches.view(len(patches) * pairs, -1)
         given["video_grid_thw"] = torch.tensor([[frames * pairs, 8, 8]] * parts.count("v"))
-    elif "v" in parts and family == "gemma4":
+    elif "v" in parts and family in MINICPM:
+        images = VLMS[family].images([parts.count("v") * frames])
+        given |= {"pixel_values_videos": images["pixel_values"], "target_sizes_videos": images["target_sizes"]}
+    elif "v" in parts and family in GEMMA:
         images = VLMS[family].images([parts.count("v") * frames])
         given |= {"pixel_values_videos": images["pixel_values"], "video_position_ids": images["image_position_ids"]}
         given["num_frames_per_video"] = torch.tensor([frames] * parts.count("v"))
@@ -109,13 +120,16 @@ def last_logits(model, family, given, plan, runs=None, is_merged=True):
     hidden, *added = (stream[columns] for stream in out)
     depth = text.config.num_hidden_layers
     more = {}
-    if "per_layer_inputs" in seen:
-        own = seen["per_layer_inputs"][:, columns]
+    if family in GEMMA:
         of_run = {column: number for number, run in enumerate(runs_of(ids, family)) for column in run}
         blocks = torch.tensor([of_run.get(column, -1) for column in columns])
-        more = {"inputs": text.project_per_layer_inputs(hidden[None], own), "blocks": blocks}
+        more = {"blocks": blocks}
+    if "per_layer_inputs" in seen:
+        more["inputs"] = text.project_per_layer_inputs(hidden[None], seen["per_layer_inputs"][:, columns])
     if "moe_mm_token_type_ids" in given:
         more = {"experts": given["moe_mm_token_type_ids"][:, columns]}
+    if VLMS[family].is_whole:
+        return oracle.whole_logits(model, text, hidden, positions[..., columns], ids[columns])
     done = oracle.run_layers(text, hidden[None], positions[..., columns], 0, depth, 0, added, **more)
     return oracle.logits_of(model, text, done)
 

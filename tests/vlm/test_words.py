@@ -47,7 +47,7 @@ def prompt(vlm, rows=ROWS, side="left"):
 def words_of(model, ids):
     """Columns of one unpadded prompt that may leave: those before the first id that a model names near the last."""
     firsts = {"Qwen2_5Omni": 98, "Qwen3Omni": 98, "Qwen": 96, "PaddleOCR": 96, "Llama4": 96, "Gemma4": 95, "Glm": 94}
-    firsts["Ernie"] = 94
+    firsts |= {"Ernie": 94, **dict.fromkeys(("Cosmos", "CohereCompass", "Lfm3"), 96)}
     added = next((first for name, first in firsts.items() if type(model).__name__.startswith(name)), IMAGE)
     return [at for at in range(1, len(ids) - 1) if int(ids[at]) not in (PAD, 1) and int(ids[at]) < added]
 
@@ -74,11 +74,14 @@ def next_logits(model, vlm, ids, own, deep, count, method):
     blocks = oracle.blocks_of(model, kept_ids)
     run = oracle.run_layers
     more = {"blocks": blocks, "experts": oracle.experts_of(model, kept_ids)}
-    hidden = run(text, hidden[None], positions[..., columns], 0, method.cut, prefix, added, **more)[0]
+    if not vlm.is_whole:
+        hidden = run(text, hidden[None], positions[..., columns], 0, method.cut, prefix, added, **more)[0]
     hidden, added, kept = oracle.reduce_images(hidden, added, kept_ids, vlm.num_tokens, method)
     columns = [columns[index] for index in kept]
     prefix, depth = sum(column < count for column in columns) * is_prefix, text.config.num_hidden_layers
     blocks, positions = None if blocks is None else blocks[kept], positions[..., columns]
+    if vlm.is_whole:
+        return oracle.whole_logits(model, text, hidden, positions, ids[columns])
     given = {"blocks": blocks, "inputs": oracle.inputs_of(text, hidden, ids[columns])}
     given["experts"] = oracle.experts_of(model, ids[columns])
     out = run(text, hidden[None], positions, method.cut, depth, prefix, added, **given)

@@ -44,6 +44,7 @@ class TinyVlm:
         has_tower: Whether tokens can merge inside the vision tower.
         images: Makes the arguments that bring images, from the number in each row.
         extra: Makes further arguments from the token ids and the mask.
+        is_whole: Whether the oracle runs the stock model as a whole, whose layers it does not know one by one.
     """
 
     make: Callable[..., nn.Module]
@@ -54,6 +55,7 @@ class TinyVlm:
     has_tower: bool = True
     images: Callable[[list[int]], dict[str, Tensor]] = lambda counts: {"pixel_values": pixels(sum(counts))}
     extra: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda ids, mask: {}
+    is_whole: bool = False
 
 
 def ready(model: nn.Module, seed: int = 0) -> nn.Module:

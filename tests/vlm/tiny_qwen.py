@@ -61,7 +61,7 @@ _GLM_VISION = {
     "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "image_size": 64,
     "patch_size": 8, "in_channels": 3,
 }  # fmt: skip
-_RECURRENT = {
+RECURRENT = {
     "head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -118,14 +118,14 @@ QWENS = {
         **_QWEN,
     ),
     "qwen3_5": TinyVlm(
-        _qwen(Qwen3_5ForConditionalGeneration, Qwen3_5Config, _RECURRENT_VISION, **_RECURRENT), cuts=(), **_QWEN
+        _qwen(Qwen3_5ForConditionalGeneration, Qwen3_5Config, _RECURRENT_VISION, **RECURRENT), cuts=(), **_QWEN
     ),
     "qwen3_5_moe": TinyVlm(
         _qwen(
             Qwen3_5MoeForConditionalGeneration,
             Qwen3_5MoeConfig,
             _RECURRENT_VISION,
-            **_RECURRENT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            **RECURRENT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
             shared_expert_intermediate_size=16,
         ),
         cuts=(),

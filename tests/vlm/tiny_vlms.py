@@ -12,8 +12,9 @@ from tests.vlm.tiny_llava import LLAVAS
 from tests.vlm.tiny_more import MORE
 from tests.vlm.tiny_pooled import POOLED
 from tests.vlm.tiny_qwen import QWENS
+from tests.vlm.tiny_recent import RECENT
 
-VLMS = {**LLAVAS, **QWENS, **POOLED, **MORE}
+VLMS = {**LLAVAS, **QWENS, **POOLED, **MORE, **RECENT}
 
 
 @dataclass(frozen=True)

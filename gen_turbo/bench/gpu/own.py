@@ -69,7 +69,7 @@ def _of_model(folder: Path, pixels: int | None, device: torch.device) -> tuple[B
         raise ValueError(f"the inputs of a {name or 'model without a class'} are not known; name the folder of its "
                          f"whole pipeline, or of one of: {known}")  # fmt: skip
     model: Any = getattr(diffusers, name).from_pretrained(folder, torch_dtype=_dtype(name, device))
-    model.eval().requires_grad_(False).to(device)
+    model.eval().to(device)
     own = dict(model.config)
     width = next((own[key] for key in _TEXT_WIDTH if key in own), like.text[1])
     described = Denoiser(folder.name, name, own, {}, (like.text[0], width), own["in_channels"], like.patch)
