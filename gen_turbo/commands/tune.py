@@ -166,7 +166,7 @@ def search(
 
 @contextmanager
 def _opened(optuna: Any, file: Path) -> Iterator[Any]:
-    """Optuna's storage in a file, whose connections it leaves open."""
+    """Optuna's storage in a file, with its connections closed behind."""
     storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
     try:
         yield storage
