@@ -32,6 +32,7 @@ from gen_turbo.vlm.sight import Sight
 from gen_turbo.vlm.stage import Stage
 from gen_turbo.vlm.text import TextMerge
 from gen_turbo.vlm.tower import Tower
+from gen_turbo.vlm.unread import Unread
 from gen_turbo.vlm.videos import Videos
 from gen_turbo.vlm.weighing import Weighing
 from gen_turbo.vlm.words import Words
@@ -152,7 +153,7 @@ def _in_prompt(model: nn.Module, family: Family, reducer: TokenReducer, counts: 
         removes_later=schedule.removes if cuts and may_remove(reducer) else None,
     )
     gate.listeners.append(decoder.note)
-    stages: list[Stage | None] = [videos, tower, sight, words, gate]
+    stages: list[Stage | None] = [*_unread(model, family, calls), videos, tower, sight, words, gate]
     if cuts:
         cut = Cut(text, calls, cuts, schedule.plan, shared)
         cut.listeners.append(decoder.note)
@@ -176,6 +177,12 @@ def _tower(
     early = getattr(reducer, "early_block", None)
     kind = PackedTower if facts.is_packed else Tower
     return kind(model, facts, counts, reducer if place == "tower" else None, reads, early, videos)
+
+
+def _unread(model: nn.Module, family: Family, calls: Calls[Running]) -> list[Stage]:
+    """The stage that skips blocks of a tower that nothing reads; none for towers that it does not know."""
+    facts = tower_facts(model, family)
+    return [] if facts is None or facts.is_packed else [Unread(model, facts, calls)]
 
 
 def _beside_text(model: nn.Module, family: Family, reducer: TokenReducer, counts: Counts) -> list[Stage]:
@@ -226,7 +233,7 @@ def _routed(model: nn.Module, family: Family, reducer: Routed, counts: Counts) -
     gate = Gate(base, text, family, calls, sight, videos, planner, on_prompt=choice.ask)
     gate.listeners.append(counted.note)
     layers = Skipping(text, calls, choice) if routing.mode == "drop" else Weighing(text, calls, choice)
-    stages: list[Stage] = [sight, videos, gate, layers]
+    stages: list[Stage] = [*_unread(model, family, calls), sight, videos, gate, layers]
     if drops and routing.first:
         cut = Cut(text, calls, [routing.first], lambda first, tokens, group, semantic: choice.plan(tokens, group))
         cut.listeners.append(counted.note)

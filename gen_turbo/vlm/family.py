@@ -195,11 +195,11 @@ def mllama_tile_length(base: nn.Module) -> int:
 
 
 def feature_block(model: nn.Module) -> int:
-    """The block whose output is projected; hidden state 0 is what enters the first block."""
+    """The last block whose output is projected; hidden state 0 is what enters the first block."""
     config: Any = model.config
-    layer = config.vision_feature_layer
-    last: int = max(layer) if isinstance(layer, (list, tuple)) else layer
-    return last if last < 0 else last - 1
+    layer: int | list[int] = config.vision_feature_layer
+    num_states: int = config.vision_config.num_hidden_layers + 1
+    return max(index % num_states for index in (layer if isinstance(layer, (list, tuple)) else [layer])) - 1
 
 
 def clip_class_tokens(model: nn.Module) -> int:
