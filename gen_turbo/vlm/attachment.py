@@ -182,7 +182,7 @@ def _tower(
 def _unread(model: nn.Module, family: Family, calls: Calls[Running]) -> list[Stage]:
     """The stage that skips blocks of a tower that nothing reads; none for towers that it does not know."""
     facts = tower_facts(model, family)
-    return [] if facts is None or facts.is_packed else [Unread(model, facts, calls)]
+    return [] if facts is None else [Unread(model, facts, calls)]
 
 
 def _beside_text(model: nn.Module, family: Family, reducer: TokenReducer, counts: Counts) -> list[Stage]:

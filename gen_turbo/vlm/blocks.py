@@ -89,10 +89,9 @@ class TowerStage(Encoder, Generic[P]):
     ) -> None:
         super().__init__()
         self._tower: Any = model.get_submodule(facts.module)
-        self._encoder: Any = self._tower.get_submodule(facts.encoder) if facts.encoder else self._tower
+        self._encoder: Any = self._tower.get_submodule(facts.encoder)
         self._facts, self._counts, self._reducer, self._videos = facts, counts, reducer, videos
-        self._blocks: list[Any] = list(getattr(self._encoder, facts.blocks))
-        self._last_block = facts.last_block(model) % len(self._blocks)
+        self._blocks, self._last_block = facts.stack(model)
         self._passes: Calls[P] = Calls(self._make)
         self._semantic, count = semantic, self._last_block + 1
         self._asked = {} if not semantic else {"": self._last_block}

@@ -48,6 +48,12 @@ class TowerFacts:
     projector: str = ""
     output_norm: str = ""
 
+    def stack(self, model: nn.Module) -> tuple[list[Any], int]:
+        """The blocks of a model's tower, and the index of the last one whose output later code reads."""
+        encoder = model.get_submodule(self.module).get_submodule(self.encoder)
+        blocks: list[Any] = list(getattr(encoder, self.blocks))
+        return blocks, self.last_block(model) % len(blocks)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -146,9 +152,9 @@ def _of_lengths(grids: list[Grid], lengths: list[int]) -> list[Grid | None]:
 
 def merge_side(base: nn.Module) -> int:
     """How many patches of a side become one token, as configurations name it."""
-    vision: Any = base.config.vision_config  # type: ignore[union-attr]
+    config: Any = base.config
     names = ("spatial_merge_size", "merge_kernel_size", "merge_size")
-    side = next(getattr(vision, name) for name in names if hasattr(vision, name))
+    side = next(getattr(config.vision_config, name) for name in names if hasattr(config.vision_config, name))
     return side if isinstance(side, int) else int(side[0])
 
 

@@ -32,6 +32,7 @@ from gen_turbo.vlm.masks import (
     short_mask,
     uses_cache,
     weighed,
+    widest,
 )
 from gen_turbo.vlm.recorded import whole
 from gen_turbo.vlm.run import Listener, Planner, Reduction, pass_all, reduce
@@ -179,8 +180,7 @@ class Gate(Stage):
         """Makes the rows of what stays; padding is removed too, but for what makes them of one length."""
         reduction.num_columns = embeds.shape[0] * embeds.shape[1]
         if not reduction.is_identity:
-            if isinstance(mask, dict):
-                mask = mask.get("full_attention", next(iter(mask.values())))
+            mask = widest(mask)
             if isinstance(cache, StaticCache) and mask is not None and mask.ndim == 4:
                 seen = int(cache.get_seq_length())
                 mask = mask[..., seen : seen + embeds.shape[1]]

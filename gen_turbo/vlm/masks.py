@@ -48,12 +48,15 @@ def held(cache: Any) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
+def widest(mask: Any) -> Any:
+    """Of masks by kind of layer the one that hides least: a sliding window hides columns that are no padding."""
+    return mask.get("full_attention", next(iter(mask.values()))) if isinstance(mask, dict) else mask
+
+
 def real_columns(mask: Any, embeds_BLC: Tensor) -> Tensor:
     """Which columns of a call are no padding, (B, L), from its 2D mask or from what the last query may see."""
     batch, length = embeds_BLC.shape[:2]
-    if isinstance(mask, dict):
-        # A sliding window hides columns that are no padding.
-        mask = mask.get("full_attention", next(iter(mask.values())))
+    mask = widest(mask)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=embeds_BLC.device)
     if mask.ndim == 4:

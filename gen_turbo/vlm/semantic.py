@@ -49,9 +49,7 @@ class SemanticStream:
         self._left: Last[Tensor | None] = Last(lambda: None)
         self._facts, self._grouping = facts, grouping
         self._tower = tower = model.get_submodule(facts.module)
-        encoder = tower.get_submodule(facts.encoder) if facts.encoder else tower
-        blocks: list[Any] = list(getattr(encoder, facts.blocks))
-        first, last = grouping.shape.first_block, facts.last_block(model) % len(blocks)
+        (blocks, last), first = facts.stack(model), grouping.shape.first_block
         if first > last:
             raise ValueError(f"first_block must be one of the {last + 1} blocks that the projector reads; got {first}")
         self._blocks = blocks[first : last + 1]

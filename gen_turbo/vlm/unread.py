@@ -31,9 +31,8 @@ class Unread(Stage):
         self._config: Any = model.config
         self._calls = calls
         self._answering: Calls[None] = Calls(lambda: None)
-        tower: Any = model.get_submodule(facts.module)
-        blocks = list(getattr(tower.get_submodule(facts.encoder) if facts.encoder else tower, facts.blocks))
-        self._blocks = blocks[facts.last_block(model) % len(blocks) + 1 :]
+        blocks, last = facts.stack(model)
+        self._blocks = blocks[last + 1 :]
 
     def place(self, model: nn.Module) -> Iterator[Handle]:
         """Takes the place of `generate` and of the blocks' own methods."""
