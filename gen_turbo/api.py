@@ -22,7 +22,7 @@ _FAMILIES = {
     "transformers.": "gen_turbo.vlm.attachment",
 }
 """Where the tuple ADAPTERS is for the models of a library; imported when a model of that library is attached to."""
-_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "vlm")
+_DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder", "vlm")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Callable[[], Part | None]] = weakref.WeakKeyDictionary()
 _FOLLOWED: weakref.WeakSet[Followed] = weakref.WeakSet()
 """One for each pipeline that something is attached through; the pipelines hold them."""

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from tests.tiny_family import NUM_TEXT as NUM_TEXT
 from tests.tiny_family import Family, random
 from tests.tiny_images import IMAGES
+from tests.tiny_recent import RECENT
 from tests.tiny_videos import VIDEOS
 
-FAMILIES: dict[str, Family] = IMAGES | VIDEOS
+FAMILIES: dict[str, Family] = IMAGES | VIDEOS | RECENT
 """Every supported family of transformers and every variant of it, by name."""
 
 

@@ -13,7 +13,8 @@ from gen_turbo.engine.attention import InsideAttention
 from gen_turbo.engine.backends import check_backend
 from gen_turbo.engine.begin import Beginning
 from gen_turbo.engine.choice import chosen_layers, layers_of
-from gen_turbo.engine.layer import FeatureMapKeysLayer, FeatureMapLayer, MergedKeysLayer, ReducedLayer
+from gen_turbo.engine.layer import MergedKeysLayer, ReducedLayer
+from gen_turbo.engine.layouts import FeatureMapKeysLayer, FeatureMapLayer, TokensFirstLayer
 from gen_turbo.engine.positions import PositionMaker
 from gen_turbo.engine.program import Program
 from gen_turbo.engine.span import check_between, joined, spans_of
@@ -182,6 +183,8 @@ def _layer(model: nn.Module, spec: LayerSpec, ratio: float, beginning: Beginning
     kind: type[ReducedLayer] = MergedKeysLayer if beginning.reducer.kv_only else ReducedLayer
     if spec.signature.is_map:
         kind = FeatureMapKeysLayer if beginning.reducer.kv_only else FeatureMapLayer
+    if spec.signature.is_tokens_first:
+        kind = TokensFirstLayer
     # Layers of a method that keeps every token stay stock.
     return kind(spec, model.get_submodule(spec.name), 0.0 if beginning.reducer.keeps_all else ratio, beginning)
 

@@ -63,7 +63,7 @@ class AttentionMode(TorchFunctionMode):
             # torch.compile cannot follow the method, which calls another one of its base class.
             func = torch.unflatten if func is Tensor.unflatten else func
             return func(*args, **(kwargs or {}))
-        given: dict[str, Any] = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
+        given: dict[str, Any] = {**dict(zip(_NAMES[: len(args)], args, strict=True)), **(kwargs or {})}
         if self.hides is False:
             given["attn_mask"] = None
         if given["query"].shape[-2] <= given["key"].shape[-2]:

@@ -134,9 +134,11 @@ class Beginning:
         """
         context, grid = self.context, layer.state.grid
         assert context is not None
-        references = context.geometry.references if grid else ()
-        num_target = tokens.shape[1] - sum(region.num_tokens for region in references)
         num_frames = context.geometry.num_frames if grid else 1
+        # A layer may read the target alone.
+        is_alone = grid is None or tokens.shape[1] == num_frames * grid[0] * grid[1]
+        references = () if is_alone else context.geometry.references
+        num_target = tokens.shape[1] - sum(region.num_tokens for region in references)
         target = self._region(layer, tokens[:, :num_target], num_frames, grid, ratio, step_info)
         if not references:
             return target
@@ -197,11 +199,11 @@ def _shape_of(x: Tensor, spec: LayerSpec, context: Context) -> tuple[SequenceSha
     leading = context.num_text if signature.has_text_before else 0
     rest = x.shape[1] - leading
     grid = None if geometry.grid is None else coarsened(geometry.grid, spec.downsample)
-    num_grid = geometry.num_frames * grid[0] * grid[1] if grid else 0
-    num_grid += sum(region.num_tokens for region in geometry.references)
+    num_target = geometry.num_frames * grid[0] * grid[1] if grid else 0
+    num_grid = num_target + sum(region.num_tokens for region in geometry.references)
     num_image = min(num_grid, rest) if signature.has_text_after else rest
     text = context.num_text, context.num_merged_text, geometry.caches_text
-    sides = f"{grid[0]} {grid[1]}" if grid and num_image == num_grid else ""
+    sides = f"{grid[0]} {grid[1]}" if grid and num_image in (num_target, num_grid) else ""
     return SequenceShape(len(x), num_image, leading, rest - num_image, *text), sides
 
 

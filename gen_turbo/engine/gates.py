@@ -125,7 +125,7 @@ class BlockGate(Gate):
         """Runs the block, or adds the change as it is forecast."""
         if self.action is Action.PASS:
             return self.inner(*args, **kwargs)
-        given = dict(zip(self.names, args, strict=False))
+        given = dict(zip(self.names[: len(args)], args, strict=True))
         given.update(kwargs)
         if self.action is Action.KEEP:
             result = self.inner(**given)

@@ -134,7 +134,7 @@ class Graphs:
 
     def _with_time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with their time as a tensor: of a number, every step would be a graph of its own."""
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._names[: len(args)], args, strict=True)), **kwargs}
         time, mark = self._read(given).timestep, object()
         if not isinstance(time, int | float):
             return args, kwargs

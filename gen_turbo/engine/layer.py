@@ -78,7 +78,7 @@ class ReducedLayer(Placed):
         """Runs the layer as the phase says."""
         if self.phase is Phase.FULL:
             return self.inner(*args, **kwargs)
-        given = dict(zip(self.names, args, strict=False))
+        given = dict(zip(self.names[: len(args)], args, strict=True))
         given.update(kwargs)
         for name in self.none:
             if given.get(name) is not None:
@@ -164,40 +164,6 @@ class ReducedLayer(Placed):
                 detail[0] = miss
 
 
-class FeatureMapLayer(ReducedLayer):
-    """The same for attention that reads and gives feature maps (B, C, h, w), as in Kandinsky and DeepFloyd IF."""
-
-    def install(self) -> None:
-        """Replaces the forward; the layer's own is called on sequences as maps of one column."""
-        super().install()
-        on_maps = self.inner
-
-        def on_sequences(**given: Any) -> Tensor:
-            x = given[self.tokens]
-            y: Tensor = on_maps(**{**given, self.tokens: x.transpose(1, 2)[..., None].contiguous()})
-            return y.flatten(2).transpose(1, 2)
-
-        self._on_maps, self.inner, self.attention = on_maps, on_sequences, None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """As every one; its own forward is called by another name."""
-        off: Any = super().__deepcopy__(memo)
-        off._on_maps = off.inner
-        return off
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the layer as the phase says."""
-        if self.phase is Phase.FULL:
-            return self._on_maps(*args, **kwargs)
-        given = dict(zip(self.names, args, strict=False))
-        given.update(kwargs)
-        x = given[self.tokens]
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            return self._on_maps(**given)
-        y = super().forward(**{**given, self.tokens: x.flatten(2).transpose(1, 2)})
-        return y.transpose(1, 2).reshape(x.shape)
-
-
 class MergedKeysLayer(ReducedLayer):
     """The same where keys and values alone are merged, so that every token still has a query of its own."""
 
@@ -210,7 +176,7 @@ class MergedKeysLayer(ReducedLayer):
         """Runs the layer as the phase says."""
         if self.phase is Phase.FULL:
             return self.inner(*args, **kwargs)
-        given = dict(zip(self.names, args, strict=False))
+        given = dict(zip(self.names[: len(args)], args, strict=True))
         given.update(kwargs)
         if not self.may_merge(given):
             return self.inner(**given)
@@ -224,10 +190,6 @@ class MergedKeysLayer(ReducedLayer):
             self.remember(full, output if isinstance(output, tuple) else (output,), None, None)
             return full
         return self.restored(output, None, None)
-
-
-class FeatureMapKeysLayer(FeatureMapLayer, MergedKeysLayer):
-    """Feature maps of which keys and values alone are merged."""
 
 
 def shorten(layer: ReducedLayer, given: dict[str, Any], tokens: Tensor) -> None:

@@ -112,7 +112,7 @@ class Probe(Placed):
         elif call % self.num_branches:
             result = self.inner(*args, **kwargs)
         else:
-            arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            arguments = {**dict(zip(self.names[: len(args)], args, strict=True)), **kwargs}
             result = self._recorded(call // self.num_branches, arguments)
         self._recording.outputs.append(result)
         return result

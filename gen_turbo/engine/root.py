@@ -133,7 +133,7 @@ class Root(Placed):
             raise
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(self.names[: len(args)], args, strict=True)), **kwargs}
         if torch.is_grad_enabled() and getattr(self.module, "is_gradient_checkpointing", False):
             # Blocks run once more in the backward pass, when steps, maps and memory have moved on.
             if self._expects_effect():

@@ -52,7 +52,7 @@ class SpanBlock(ReducedLayer):
         span = self.span
         if self.phase is Phase.FULL or span.long is None:
             return self.inner(*args, **kwargs)
-        given = dict(zip(self.names, args, strict=False))
+        given = dict(zip(self.names[: len(args)], args, strict=True))
         given.update(kwargs)
         full = None
         if self.phase is Phase.REFRESH:
@@ -87,7 +87,7 @@ class FirstBlock(SpanBlock):
         span.long, span.short, span.carried = None, None, {}
         if self.phase is Phase.FULL:
             return self.inner(*args, **kwargs)
-        given = dict(zip(self.names, args, strict=False))
+        given = dict(zip(self.names[: len(args)], args, strict=True))
         given.update(kwargs)
         if not self.may_merge(given):
             return self.inner(**given)
@@ -112,7 +112,7 @@ class LastBlock(SpanBlock):
         span = self.span
         if self.phase is Phase.FULL or span.long is None:
             return self.inner(*args, **kwargs)
-        given = dict(zip(self.names, args, strict=False))
+        given = dict(zip(self.names[: len(args)], args, strict=True))
         given.update(kwargs)
         full = None
         if self.phase is Phase.REFRESH:

@@ -43,14 +43,15 @@ class LayerSignature:
     """Where the image tokens are in the arguments and the output of one kind of layer.
 
     Attributes:
-        tokens: The argument that holds them, (B, N, C), or (B, C, h, w) where `is_map`.
+        tokens: The argument that holds them, (B, N, C), unless said otherwise.
         has_text_before: Whether text tokens come before them in that argument.
         has_text_after: Whether text or padding comes behind them in that argument.
         also: Other arguments of the same rows as `tokens`, averaged too.
         token_args: Arguments of positions.
         none: Arguments that must be None, else the call is left alone.
         outputs: Which items of a tuple that is returned hold them.
-        is_map: Whether tokens and output are feature maps.
+        is_map: Whether tokens and output are feature maps (B, C, h, w).
+        is_tokens_first: Whether they are (N, B, C); of blocks alone, each of which merges for itself.
         is_residual: Whether the layer adds its input itself, so that what is restored is the change.
         plain: Which of `outputs` are nevertheless no change of the input, and are restored as they are.
         stream: Layers share a map with those of the same stream alone.
@@ -67,6 +68,7 @@ class LayerSignature:
     none: tuple[str, ...] = ("attention_mask",)
     outputs: tuple[int, ...] = (0,)
     is_map: bool = False
+    is_tokens_first: bool = False
     is_residual: bool = False
     plain: tuple[int, ...] = ()
     stream: str = ""
@@ -153,7 +155,7 @@ class Geometry:
         left_alone: Why the call cannot run on merged tokens; empty if it can.
         num_text: Text tokens in every row, where they share a sequence with image tokens.
         num_images: Rows of the batch before it repeats itself, as it does under guidance; 0 where that is not known.
-        caches_text: Whether the text is in no sequence, for the model keeps its keys and values.
+        caches_text: Whether the text is in no sequence and gives keys and values alone.
         num_sound: Tokens of the sound beside a video, in a sequence of their own.
         counts: Tokens that other modules read, by the beginning of their names; by `TEXT`, those of cross-attention.
     """

@@ -78,7 +78,7 @@ class TransformerAdapter:
         num_text: Text tokens that share attention with the image tokens.
         num_sound: Tokens of the sound beside a video.
         counts: Tokens that modules read which are not one per image or text token, by the beginning of their names.
-        caches_text: Whether the model keeps the keys and values of the text, so that no call runs it.
+        caches_text: Whether text gives keys and values alone, for the model keeps them or has no queries of it.
         text: Where the model is given text that can be merged or cut, or why there is none.
         reading: Reads the arguments of a call.
         is_one_stack: Whether each block reads what the one before it gives, from the first stack to the last.

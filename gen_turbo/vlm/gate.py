@@ -102,7 +102,7 @@ class Gate(Stage):
     def _before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._calls.begin()
         call.seen = self._sight.last.value
-        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._arguments[: len(args)], args, strict=True)), **kwargs}
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             call.features = self._sight.images_of(encoded)

@@ -43,7 +43,7 @@ CELLS = {
 CAPTURED = ("corrected", "block copied", "whole model")
 """What CUDA graphs are made of, by the stand-in for a GPU."""
 COLUMNS = (*CELLS, *VARIANTS, "text merged", "CUDA graphs")
-NO_SPANS = ("hunyuan-dit", "hidream")
+NO_SPANS = ("hunyuan-dit", "hidream", "ernie-image")
 """Blocks that are linked to each other by more than their tokens, or between which the model reads every token."""
 NO_BLOCKS = ("kandinsky",)
 """Attention on maps between convolutions: there is no block of tokens to merge."""
@@ -189,30 +189,29 @@ def _variant(name: str, settings: dict[str, object]) -> str:
     stock = stock[:num_calls]
     assert rows and reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.8
     for row in rows:
-        frame = row.grid[0] * row.grid[1]
+        frame = row.grid[0] * row.grid[1] if row.grid else row.num_tokens
         num_frames = row.num_tokens // frame
         assert row.num_reduced > 0 and row.num_kept == num_frames * (frame - int(frame * 0.4))
     # What no row shows is cut wherever anything is merged.
     known = tiny_transformers.FAMILIES.get(name)
     num_text = int(tiny_transformers.NUM_TEXT * (processor.text_ratio or 0)) + (known.num_hidden if known else 0)
-    asks = known is None or not known.first
-    _check_lengths(stock_seen, keys.seen, rows[0].num_tokens - rows[0].num_kept, num_text, asks, processor.kv_only)
+    _check_lengths(stock_seen, keys.seen, rows[0].num_tokens - rows[0].num_kept, num_text, processor.kv_only)
     return f"{len(rows)}: {rows[0].num_tokens}\u2192{rows[0].num_kept}"
 
 
 def _check_lengths(
-    stock: list[tuple[int, int]], seen: list[tuple[int, int]], removed: int, text: int, asks: bool, keeps_queries: bool
+    stock: list[tuple[int, int]], seen: list[tuple[int, int]], removed: int, text: int, keeps_queries: bool
 ) -> None:
     """The longest attention of the stock model must have run on so many keys less, and on as many queries less.
 
-    Text whose keys a model keeps asks nothing.
+    Text asks nothing where there are more keys than queries.
     """
     num_keys = max(key for _, key in stock)
     num_queries = max(query for query, _ in stock)
     queries = {query for query, key in seen if key == num_keys - removed - text}
     # Sound asks video too, in which it is as long as ever.
     others = {query for query, key in stock if key == num_keys and query != num_queries}
-    assert queries - others == {num_queries - text * asks - (0 if keeps_queries else removed)}
+    assert queries - others == {num_queries - text * (num_queries == num_keys) - (0 if keeps_queries else removed)}
 
 
 @cache

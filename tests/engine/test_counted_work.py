@@ -41,6 +41,8 @@ LOOSE = {
     "z-image": 0.02,  # the last layer runs on text too
     "hunyuan-dit": 0.015,  # what pools the text is no linear layer that is called
     "lumina2": 0.015,  # the last layer runs on text too
+    "ernie-image": 0.015,  # the last layer runs on text too
+    "flux3": 0.015,  # two times are embedded, and text has blocks of its own whose attention is a few tokens
     "chroma": 0.01,  # what guides the blocks is a short sequence
     "kandinsky": 0.01,  # halves and doubles maps inside of residual blocks
 }

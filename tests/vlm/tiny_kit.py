@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 IMAGE, PAD = 99, 0
@@ -74,11 +76,17 @@ def pixels(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def maker(model: Any, config: Any, **settings: Any) -> Callable[[str], nn.Module]:
-    """Gives what builds a model with an attention implementation; settings that can be called are made anew."""
+def maker(name: str, **settings: Any) -> Callable[[str], nn.Module]:
+    """Gives what builds a model of a class with an attention implementation; settings that can be called are made anew.
+
+    A test that builds one which the installed transformers does not have yet is skipped.
+    """
 
     def make(attention: str = "sdpa") -> nn.Module:
-        made = config(**{name: value() if callable(value) else value for name, value in settings.items()})
+        model = getattr(transformers, name, None)
+        if model is None:
+            pytest.skip(f"transformers {transformers.__version__} has no {name}")
+        made = model.config_class(**{name: value() if callable(value) else value for name, value in settings.items()})
         made._attn_implementation = attention
         torch.manual_seed(0)
         return ready(model(made))

@@ -5,35 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import transformers as stock
 from torch import Tensor
-from transformers import (
-    AyaVisionConfig,
-    AyaVisionForConditionalGeneration,
-    CLIPVisionConfig,
-    Cohere2Config,
-    Cohere2VisionConfig,
-    Cohere2VisionForConditionalGeneration,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    PixtralVisionConfig,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
 
 from tests.vlm.tiny_kit import IMAGE, TEXT, VISION, TinyVlm, maker, wide_images
 
 
-def llama() -> LlamaConfig:
+def llama() -> stock.LlamaConfig:
     """A language model."""
-    return LlamaConfig(**TEXT)
+    return stock.LlamaConfig(**TEXT)
 
 
 def next_images(counts: list[int]) -> dict[str, Tensor]:
@@ -53,28 +33,26 @@ def sized_images(side: int) -> Callable[[list[int]], dict[str, Tensor]]:
     return images
 
 
-CLIP = {"vision_config": lambda: CLIPVisionConfig(**VISION), "text_config": llama, "image_token_index": IMAGE}
+CLIP = {"vision_config": lambda: stock.CLIPVisionConfig(**VISION), "text_config": llama, "image_token_index": IMAGE}
 LLAVAS = {
-    "llava": TinyVlm(maker(LlavaForConditionalGeneration, LlavaConfig, **CLIP)),
+    "llava": TinyVlm(maker("LlavaForConditionalGeneration", **CLIP)),
     "llava_siglip": TinyVlm(
         maker(
-            LlavaForConditionalGeneration,
-            LlavaConfig,
-            **CLIP | {"vision_config": lambda: SiglipVisionConfig(**VISION)},
+            "LlavaForConditionalGeneration",
+            **CLIP | {"vision_config": lambda: stock.SiglipVisionConfig(**VISION)},
             vision_feature_select_strategy="full",
         )
     ),
     "llava_next": TinyVlm(
-        maker(LlavaNextForConditionalGeneration, LlavaNextConfig, **CLIP, image_grid_pinpoints=[[32, 32]]),
+        maker("LlavaNextForConditionalGeneration", **CLIP, image_grid_pinpoints=[[32, 32]]),
         num_tokens=16 + 4 * 5,
         grid=None,
         images=next_images,
     ),
     "llava_pixtral": TinyVlm(
         maker(
-            LlavaForConditionalGeneration,
-            LlavaConfig,
-            **CLIP | {"vision_config": lambda: PixtralVisionConfig(**VISION | {"image_size": 64})},
+            "LlavaForConditionalGeneration",
+            **CLIP | {"vision_config": lambda: stock.PixtralVisionConfig(**VISION | {"image_size": 64})},
             vision_feature_select_strategy="full",
             vision_feature_layer=-1,
         ),
@@ -84,10 +62,9 @@ LLAVAS = {
     ),
     "llava_onevision": TinyVlm(
         maker(
-            LlavaOnevisionForConditionalGeneration,
-            LlavaOnevisionConfig,
-            vision_config=lambda: SiglipVisionConfig(**VISION, vision_use_head=False),
-            text_config=lambda: Qwen2Config(**TEXT),
+            "LlavaOnevisionForConditionalGeneration",
+            vision_config=lambda: stock.SiglipVisionConfig(**VISION, vision_use_head=False),
+            text_config=lambda: stock.Qwen2Config(**TEXT),
             image_token_index=IMAGE,
             video_token_index=98,
             image_grid_pinpoints=[[32, 32]],
@@ -98,10 +75,9 @@ LLAVAS = {
     ),
     "mistral3": TinyVlm(
         maker(
-            Mistral3ForConditionalGeneration,
-            Mistral3Config,
-            vision_config=lambda: PixtralVisionConfig(**VISION | {"image_size": 128}),
-            text_config=lambda: MistralConfig(**TEXT, head_dim=8, sliding_window=None),
+            "Mistral3ForConditionalGeneration",
+            vision_config=lambda: stock.PixtralVisionConfig(**VISION | {"image_size": 128}),
+            text_config=lambda: stock.MistralConfig(**TEXT, head_dim=8, sliding_window=None),
             image_token_index=IMAGE,
         ),
         grid=(2, 8),
@@ -110,10 +86,9 @@ LLAVAS = {
     ),
     "cohere2_vision": TinyVlm(
         maker(
-            Cohere2VisionForConditionalGeneration,
-            Cohere2VisionConfig,
-            vision_config=lambda: SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
-            text_config=lambda: Cohere2Config(**TEXT, sliding_window=9, sliding_window_pattern=2),
+            "Cohere2VisionForConditionalGeneration",
+            vision_config=lambda: stock.SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
+            text_config=lambda: stock.Cohere2Config(**TEXT, sliding_window=9, sliding_window_pattern=2),
             image_token_id=IMAGE,
             alignment_intermediate_size=64,
         ),
@@ -122,10 +97,9 @@ LLAVAS = {
     ),
     "aya": TinyVlm(
         maker(
-            AyaVisionForConditionalGeneration,
-            AyaVisionConfig,
-            vision_config=lambda: SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
-            text_config=lambda: Cohere2Config(**TEXT, sliding_window=9, sliding_window_pattern=2),
+            "AyaVisionForConditionalGeneration",
+            vision_config=lambda: stock.SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
+            text_config=lambda: stock.Cohere2Config(**TEXT, sliding_window=9, sliding_window_pattern=2),
             image_token_index=IMAGE,
         ),
         cuts=(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from tests.vlm.tiny_kit import IMAGE, PAD, TEXT, maker
 
@@ -14,8 +13,7 @@ _VISION = {
     "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "intermediate_layers_indices": [1],
 }  # fmt: skip
 _make = maker(
-    MllamaForConditionalGeneration,
-    MllamaConfig,
+    "MllamaForConditionalGeneration",
     vision_config=lambda: dict(_VISION),
     text_config=lambda: {**TEXT, "cross_attention_layers": [1, 3]},
     image_token_index=IMAGE,

@@ -68,12 +68,11 @@ def _experts(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def vlm(name: str, configured: dict[str, Any], attention: str | None = None, **tiny: Any) -> TinyVlm:
-    """A model without a tower that can be reduced, of the class `name` and the configuration of that name.
+    """A model without a tower that can be reduced, of the class `name`.
 
     `attention` is the one implementation that it has, if it is one.
     """
-    config = name.replace("ForConditionalGeneration", "Config")
-    made = maker(getattr(stock, name), getattr(stock, config), **configured)
+    made = maker(name, **configured)
     return TinyVlm((lambda asked="sdpa": made(attention or asked)), **{"has_tower": False, **tiny})
 
 

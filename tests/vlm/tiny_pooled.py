@@ -3,29 +3,8 @@
 from __future__ import annotations
 
 import torch
+import transformers as stock
 from torch import Tensor
-from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4TextConfig,
-    Gemma4VisionConfig,
-    GemmaConfig,
-    Idefics2Config,
-    Idefics2ForConditionalGeneration,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    PaliGemmaConfig,
-    PaliGemmaForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-)
 
 from tests.vlm.tiny_kit import IMAGE, PAD, TEXT, VISION, TinyVlm, maker, wide_images
 
@@ -58,10 +37,9 @@ _TILES = {
 POOLED = {
     "internvl": TinyVlm(
         maker(
-            InternVLForConditionalGeneration,
-            InternVLConfig,
+            "InternVLForConditionalGeneration",
             vision_config=lambda: {**VISION, "image_size": [64, 64], "patch_size": [8, 8]},
-            text_config=lambda: Qwen2Config(**TEXT),
+            text_config=lambda: stock.Qwen2Config(**TEXT),
             image_token_id=IMAGE,
             downsample_ratio=0.5,
         ),
@@ -69,8 +47,7 @@ POOLED = {
     ),
     "idefics2": TinyVlm(
         maker(
-            Idefics2ForConditionalGeneration,
-            Idefics2Config,
+            "Idefics2ForConditionalGeneration",
             vision_config=lambda: {**VISION, "image_size": 64},
             perceiver_config=lambda: {
                 "hidden_size": 32,
@@ -89,21 +66,20 @@ POOLED = {
         images=_rows_of_images,
     ),
     "idefics3": TinyVlm(
-        maker(Idefics3ForConditionalGeneration, Idefics3Config, **_TILES),
+        maker("Idefics3ForConditionalGeneration", **_TILES),
         text="model.text_model",
         images=_rows_of_images,
     ),
     "smolvlm": TinyVlm(
-        maker(SmolVLMForConditionalGeneration, SmolVLMConfig, **_TILES),
+        maker("SmolVLMForConditionalGeneration", **_TILES),
         text="model.text_model",
         images=_rows_of_images,
     ),
     "gemma3": TinyVlm(
         maker(
-            Gemma3ForConditionalGeneration,
-            Gemma3Config,
-            vision_config=lambda: SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
-            text_config=lambda: Gemma3TextConfig(
+            "Gemma3ForConditionalGeneration",
+            vision_config=lambda: stock.SiglipVisionConfig(**VISION | {"image_size": 64}, vision_use_head=False),
+            text_config=lambda: stock.Gemma3TextConfig(
                 **TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=9, sliding_window_pattern=2
             ),
             image_token_index=IMAGE,
@@ -115,16 +91,15 @@ POOLED = {
     ),
     "gemma4": TinyVlm(
         maker(
-            Gemma4ForConditionalGeneration,
-            Gemma4Config,
-            vision_config=lambda: Gemma4VisionConfig(
+            "Gemma4ForConditionalGeneration",
+            vision_config=lambda: stock.Gemma4VisionConfig(
                 **{name: value for name, value in VISION.items() if name != "image_size"},
                 num_key_value_heads=4,
                 head_dim=8,
                 pooling_kernel_size=2,
                 position_embedding_size=16,
             ),
-            text_config=lambda: Gemma4TextConfig(
+            text_config=lambda: stock.Gemma4TextConfig(
                 **TEXT | {"num_hidden_layers": 6},
                 head_dim=8,
                 global_head_dim=8,
@@ -147,10 +122,9 @@ POOLED = {
     ),
     "paligemma": TinyVlm(
         maker(
-            PaliGemmaForConditionalGeneration,
-            PaliGemmaConfig,
-            vision_config=lambda: SiglipVisionConfig(**VISION),
-            text_config=lambda: GemmaConfig(**TEXT, head_dim=8),
+            "PaliGemmaForConditionalGeneration",
+            vision_config=lambda: stock.SiglipVisionConfig(**VISION),
+            text_config=lambda: stock.GemmaConfig(**TEXT, head_dim=8),
             image_token_index=IMAGE,
             projection_dim=32,
             hidden_size=32,

@@ -7,22 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Glm4vConfig,
-    Glm4vForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-)
 
 from tests.vlm.tiny_kit import IMAGE, TEXT, TinyVlm, maker
 
@@ -31,11 +15,10 @@ ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.
 _DEEP = [0]
 
 
-def _qwen(model: Any, config: Any, vision: dict[str, Any], **text: Any) -> Callable[[str], nn.Module]:
+def _qwen(name: str, vision: dict[str, Any], **text: Any) -> Callable[[str], nn.Module]:
     common = {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 3, "in_channels": 3}
     return maker(
-        model,
-        config,
+        name,
         vision_config=lambda: {**common, **vision},
         text_config=lambda: {**TEXT, "rope_parameters": dict(ROPE), **text},
         image_token_id=IMAGE,
@@ -73,13 +56,12 @@ _RECURRENT_VISION = {
 _QWEN = {"images": qwen_images, "extra": types}
 QWENS = {
     "qwen2": TinyVlm(
-        _qwen(Qwen2VLForConditionalGeneration, Qwen2VLConfig, {"embed_dim": 32, "hidden_size": 32, "num_heads": 4}),
+        _qwen("Qwen2VLForConditionalGeneration", {"embed_dim": 32, "hidden_size": 32, "num_heads": 4}),
         **_QWEN,
     ),
     "qwen2_5": TinyVlm(
         _qwen(
-            Qwen2_5_VLForConditionalGeneration,
-            Qwen2_5_VLConfig,
+            "Qwen2_5_VLForConditionalGeneration",
             {"hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
              "window_size": 32, "fullatt_block_indexes": [1]},
         ),
@@ -87,8 +69,7 @@ QWENS = {
     ),
     "qwen3": TinyVlm(
         _qwen(
-            Qwen3VLForConditionalGeneration,
-            Qwen3VLConfig,
+            "Qwen3VLForConditionalGeneration",
             {"hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
              "num_position_embeddings": 64, "deepstack_visual_indexes": _DEEP},
             head_dim=8,
@@ -97,8 +78,7 @@ QWENS = {
     ),
     "qwen3_moe": TinyVlm(
         _qwen(
-            Qwen3VLMoeForConditionalGeneration,
-            Qwen3VLMoeConfig,
+            "Qwen3VLMoeForConditionalGeneration",
             {"hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
              "num_position_embeddings": 64, "deepstack_visual_indexes": _DEEP},
             head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
@@ -107,8 +87,7 @@ QWENS = {
     ),
     "glm4v": TinyVlm(
         maker(
-            Glm4vForConditionalGeneration,
-            Glm4vConfig,
+            "Glm4vForConditionalGeneration",
             vision_config=lambda: dict(_GLM_VISION),
             text_config=lambda: {**TEXT, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}},
             image_token_id=IMAGE, video_token_id=98, image_start_token_id=97, image_end_token_id=96,
@@ -118,12 +97,11 @@ QWENS = {
         **_QWEN,
     ),
     "qwen3_5": TinyVlm(
-        _qwen(Qwen3_5ForConditionalGeneration, Qwen3_5Config, _RECURRENT_VISION, **RECURRENT), cuts=(), **_QWEN
+        _qwen("Qwen3_5ForConditionalGeneration", _RECURRENT_VISION, **RECURRENT), cuts=(), **_QWEN
     ),
     "qwen3_5_moe": TinyVlm(
         _qwen(
-            Qwen3_5MoeForConditionalGeneration,
-            Qwen3_5MoeConfig,
+            "Qwen3_5MoeForConditionalGeneration",
             _RECURRENT_VISION,
             **RECURRENT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
             shared_expert_intermediate_size=16,

@@ -15,11 +15,12 @@ _ONE_ROW = (
     "add_embedding",
     "class_",
     "pooled",
-    "_mod",
+    "_mod.",
     "embedding_",
     "modulation",
     "av_cross_attn",
     "t_embedder.mlp",
+    "t_embedding.mlp",
     "proj_out_1",
 )
 """Parts of names of layers that read one row per image: modulations, embeddings of the time."""
@@ -36,6 +37,7 @@ _TEXT_ROWS = (
     "cross_attention.to_key",
     "cross_attention.to_value",
     "txt",
+    "glyph",
     "to_q_t",
     "to_k_t",
     "to_v_t",
@@ -45,11 +47,12 @@ _TEXT_ROWS = (
 """Parts of names of layers that read the text tokens."""
 _SOUND_KEYS, _SOUND_QUERIES = "audio_to_video", "video_to_audio"
 """Attention of a video to its sound and of the sound to the video, by name."""
-IMAGE_ALONE = "noise_refiner"
-"""A stack that text joins later, by name."""
+IMAGE_ALONE = ("noise_refiner", "mode_blocks")
+"""Stacks that text joins later, by name."""
 _KEYS = ("to_k", "to_v")
 _CROSS = ("attn2", "cross_attn", "cross_attention")
-QUERIES = ("to_q", "to_query", "to_qkv_mlp_proj")
+_FUSED = ("to_qkv_mlp_proj", "img_qkv_proj")
+QUERIES = ("to_q", "to_query", *_FUSED)
 """What makes queries, by name."""
 
 
@@ -63,6 +66,12 @@ def rows_of(name: str) -> str:
     if _SOUND_KEYS in lowered or _SOUND_QUERIES in lowered:
         return "sound" if (_SOUND_KEYS in lowered) == lowered.endswith(_KEYS) else "image"
     return "sound" if "audio_" in lowered else "image"
+
+
+def heads_width(attention: Any, query: Any) -> int:
+    """Channels of all heads together; a projection that is fused with others is wider."""
+    is_fused = any(hasattr(attention, name) for name in _FUSED)
+    return int(attention.inner_dim if is_fused else query.out_features)
 
 
 def sides_of(name: str) -> tuple[str, str]:

@@ -9,7 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_turbo.engine.costs.names import IMAGE_ALONE, QUERIES, TIMES, rows_of, self_attentions, shares_of, sides_of
+from gen_turbo.engine.costs.names import (
+    IMAGE_ALONE,
+    QUERIES,
+    TIMES,
+    heads_width,
+    rows_of,
+    self_attentions,
+    shares_of,
+    sides_of,
+)
 from gen_turbo.models.adapter import TEXT, Adapter, Geometry, ModelCall, coarsened
 from gen_turbo.models.unet import level_of
 
@@ -119,12 +128,13 @@ class Workload:
     def rows(self, name: str, downsample: int) -> int:
         """Rows per image that a matrix product outside of all blocks reads, by its name and its level."""
         kind = rows_of(name)
+        for beginning, rows in self.counts:
+            # Of names that begin so, those of modulations still read one row.
+            if name == beginning or (kind != "one" and name.startswith(beginning)):
+                return rows
         if kind == "one":
             has_time = any(part in name for part in TIMES) and "audio" not in name
             return self.times if has_time else 1
-        for beginning, rows in self.counts:
-            if name.startswith(beginning):
-                return rows
         if kind == "image":
             # A step down reads every token and makes a quarter of them.
             scale = 1 / 4 if "downsamplers" in name else 4 if "upsamplers" in name else 1
@@ -174,11 +184,9 @@ class LayerWork:
             query: Any = next((getattr(part, projection) for projection in QUERIES if hasattr(part, projection)), None)
             if is_product(query):
                 width = width or int(query.in_features)
-                # A projection that is fused with others is wider than all heads.
-                channels: Any = part.inner_dim if hasattr(part, QUERIES[-1]) else query.out_features
                 is_alone = f"{name}." in alone or path.startswith(IMAGE_ALONE)
                 sides = ("image", "image") if is_alone else sides_of(name)
-                attentions.append((*sides, int(channels)))
+                attentions.append((*sides, heads_width(part, query)))
         return cls(tuple(products), width, tuple(attentions))
 
     def work(self, load: Workload, tokens: float, num_queries: float | None = None) -> Work:

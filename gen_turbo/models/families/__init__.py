@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gen_turbo.models.adapter import Adapter
-from gen_turbo.models.families import flux, hunyuan, images, qwen, videos, wan
+from gen_turbo.models.families import flux, hunyuan, images, qwen, recent, videos, wan
 from gen_turbo.models.unet import UNetAdapter
 
 _GRID = "its linear attention convolves over the grid of all tokens in every block"
@@ -13,5 +13,5 @@ REFUSED = {
     "SanaControlNetModel": _GRID,
 }
 """Why some models cannot be reduced, by the name of the class."""
-_FILES = (images, flux, qwen, wan, hunyuan, videos)
+_FILES = (images, flux, qwen, wan, hunyuan, videos, recent)
 ADAPTERS: tuple[Adapter, ...] = (UNetAdapter(), *(adapter for file in _FILES for adapter in file.ADAPTERS))

@@ -11,7 +11,7 @@ import torch
 
 from gen_turbo.models.adapter import Adapter, LayerSignature, TokenArg
 from gen_turbo.models.conditions import Region, TextSignature
-from gen_turbo.models.families.common import ROTARY_WITH_TEXT, SELF, block, thousandths
+from gen_turbo.models.families.common import ROTARY, ROTARY_WITH_TEXT, SELF, block, lengths, thousandths
 from gen_turbo.models.transformer import Regions, TransformerAdapter, text_length
 
 _MASK_PAIRS = tuple(TokenArg("attention_mask", axis=axis, has_batch=True, has_text_before=True) for axis in (2, 3))
@@ -117,5 +117,58 @@ CHROMA = TransformerAdapter(
     text=TextSignature(positions="txt_ids", mask="attention_mask"),
     positions=_POSITIONS,
 )
+# Blocks that share text's features of one more layer of its encoder each; the model joins text and image between them.
+FIBO = replace(
+    FLUX,
+    models=("BriaFiboTransformer2DModel",),
+    whole={
+        "transformer_blocks.*": block(outputs=(1,), none=(), token_args=ROTARY_WITH_TEXT),
+        "single_transformer_blocks.*": block(none=(), has_text_before=True, token_args=ROTARY_WITH_TEXT),
+    },
+    to_time=float,
+    is_one_stack=False,
+    text="it gives every block a text of its own",
+)
 
-ADAPTERS: tuple[Adapter, ...] = (FLUX, BRIA, FLUX2, CHROMA)
+
+def _flux3_images(model: Any, arguments: Mapping[str, Any]) -> Regions:
+    """The target's, then those of the references, which come by arguments of their own."""
+    ids = [arguments[name] for name in ("img_ids", "image_cond_ids") if arguments.get(name) is not None]
+    return _image_ids(model, {"img_ids": torch.cat(ids)})
+
+
+def _flux3_counts(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Every token of an image, a reference or the text has a modulation of its own; references may be none."""
+    sources = {"image": "hidden_states", "image_cond": "image_cond_hidden_states", "txt": "encoder_hidden_states"}
+    counts = {"mode_blocks.image_cond.": 0, "x_embedders.image_cond": 0}
+    for kind, source in sources.items():
+        modulations = [f"{stack}_stream_modulations.{kind}.linear" for stack in ("early", "single")]
+        counts |= dict.fromkeys(modulations, 0) | lengths(arguments, dict.fromkeys(modulations, source))
+    read = {name: "image_cond_hidden_states" for name in ("mode_blocks.image_cond.", "x_embedders.image_cond")}
+    return counts | lengths(arguments, read | {"norm_out.linear": "hidden_states"})
+
+
+# Every token has a modulation of its own; those of one image are the same.
+_MODULATION = TokenArg("temb_mod", axis=1, has_batch=True)
+FLUX3 = TransformerAdapter(
+    ("Flux3Transformer2DModel",),
+    {
+        # Image, references and text run alone first, then together.
+        "mode_blocks.image.*.attn": LayerSignature(token_args=ROTARY),
+        "single_transformer_blocks.*.attn": LayerSignature(
+            has_text_before=True, keys_before=True, has_text_keys=True, token_args=ROTARY_WITH_TEXT
+        ),
+    },
+    {
+        "mode_blocks.image.*": block(none=(), token_args=(*ROTARY, _MODULATION)),
+        "single_transformer_blocks.*": block(outputs=(1,), none=(), token_args=(*ROTARY_WITH_TEXT, _MODULATION)),
+    },
+    to_time=thousandths,
+    regions=_flux3_images,
+    has_references=True,
+    num_text=text_length,
+    counts=_flux3_counts,
+    text=TextSignature(positions="txt_ids"),
+)
+
+ADAPTERS: tuple[Adapter, ...] = (FLUX, BRIA, FLUX2, CHROMA, FIBO, FLUX3)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gen_turbo.models.adapter import Adapter, LayerSignature, TokenArg
 from gen_turbo.models.conditions import TextSignature
-from gen_turbo.models.families.common import ROTARY, SELF, block
+from gen_turbo.models.families.common import ROTARY, SELF, block, thousandths
 from gen_turbo.models.transformer import TransformerAdapter, patches_of, sizes_given, text_length
 
 _ROTARY_PER_SAMPLE = (TokenArg("image_rotary_emb", axis=1, has_batch=True),)
@@ -91,4 +92,18 @@ KANDINSKY5 = TransformerAdapter(
     regions=lambda model, arguments: patches_of(model, arguments["hidden_states"].permute(0, 4, 1, 2, 3)),
 )
 
-ADAPTERS: tuple[Adapter, ...] = (LTX, LTX2, COGVIDEOX, MOCHI, KANDINSKY5)
+# Its faces are read between blocks, by every token for itself.
+CONSISID = replace(COGVIDEOX, models=("ConsisIDTransformer3DModel",))
+# Modulations are one for each token where frames have times of their own.
+_COSMOS_OF_TOKENS = tuple(
+    TokenArg(name, axis=1, has_batch=True, num_axes=3) for name in ("embedded_timestep", "temb", "extra_pos_emb")
+)
+COSMOS = TransformerAdapter(
+    ("CosmosTransformer3DModel",),
+    {"transformer_blocks.*.attn1": LayerSignature(none=SELF, token_args=ROTARY)},
+    {"transformer_blocks.*": block(none=("controlnet_residual",), token_args=(*ROTARY, *_COSMOS_OF_TOKENS))},
+    to_time=thousandths,
+    ends_span=lambda model, name: bool(model.config.controlnet_block_every_n),
+)
+
+ADAPTERS: tuple[Adapter, ...] = (LTX, LTX2, COGVIDEOX, MOCHI, KANDINSKY5, CONSISID, COSMOS)
