@@ -11,6 +11,7 @@ from diffusers import (
     Flux3Transformer2DModel,
     GlmImageTransformer2DModel,
     Ideogram4Transformer2DModel,
+    Kandinsky6Transformer3DModel,
     PRXTransformer2DModel,
 )
 from torch import nn
@@ -124,6 +125,24 @@ def cosmos() -> nn.Module:
     return CosmosTransformer3DModel(**shape, **heads, concat_padding_mask=False)
 
 
+def kandinsky6() -> nn.Module:
+    """Kandinsky 6: video and sound in one block, latents with the channels last."""
+    widths = {"in_text_dim": 32, "in_text_dim2": 16, "time_dim": 16, "model_dim": 32, "ff_dim": 48}
+    shape = {"in_visual_dim": 4, "out_visual_dim": 4, "num_text_blocks": 1, "num_visual_blocks": 2}
+    sound = {"in_audio_dim": 4, "out_audio_dim": 4, "ca_rope": True, "cross_gates": True, "fix_modulation": True}
+    model = Kandinsky6Transformer3DModel(**widths, **shape, **sound, visual_cond=False, axes_dims=(4, 6, 6))
+    for name, weight in model.named_parameters():
+        # Made as zeros, which would hide all that the blocks do.
+        if "modulation" in name:
+            nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def kandinsky6_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
+    """Text, and three tokens of sound."""
+    return {**text(batch), "pooled_projections": random(batch, 16, seed=4), "audio_hidden_states": random(batch, 3, 4)}
+
+
 RECENT: dict[str, Family] = {
     "flux3": Family(flux3, flux3_inputs, lambda g: (g[0] * g[1], 8), thousandth),
     "bria-fibo": Family(fibo, fibo_inputs, lambda g: (g[0] * g[1], 8)),
@@ -141,6 +160,7 @@ RECENT: dict[str, Family] = {
         lambda g: (2, 4, 2 * g[0], 2 * g[1]),
         num_frames=2,
     ),
+    "kandinsky6": Family(kandinsky6, kandinsky6_inputs, lambda g: (2, 2 * g[0], 2 * g[1], 4), num_frames=2),
     "cosmos": Family(cosmos, lambda b, g: text(b), frames(2), thousandth, num_frames=2),
 }
 """By name."""

@@ -45,11 +45,11 @@ _TEXT_ROWS = (
     "ff_t",
 )
 """Parts of names of layers that read the text tokens."""
-_SOUND_KEYS, _SOUND_QUERIES = "audio_to_video", "video_to_audio"
+_SOUND_KEYS, _SOUND_QUERIES = ("audio_to_video", "va_cross_attention"), ("video_to_audio", "av_cross_attention")
 """Attention of a video to its sound and of the sound to the video, by name."""
 IMAGE_ALONE = ("noise_refiner", "mode_blocks")
 """Stacks that text joins later, by name."""
-_KEYS = ("to_k", "to_v")
+_KEYS = ("to_k", "to_v", "to_key", "to_value")
 _CROSS = ("attn2", "cross_attn", "cross_attention")
 _FUSED = ("to_qkv_mlp_proj", "img_qkv_proj")
 QUERIES = ("to_q", "to_query", *_FUSED)
@@ -61,10 +61,11 @@ def rows_of(name: str) -> str:
     lowered = name.lower()
     if any(part in lowered for part in _ONE_ROW):
         return "one"
+    asks_sound = any(part in lowered for part in _SOUND_KEYS)
+    if asks_sound or any(part in lowered for part in _SOUND_QUERIES):
+        return "sound" if asks_sound == lowered.endswith(_KEYS) else "image"
     if any(part in lowered for part in _TEXT_ROWS):
         return "text"
-    if _SOUND_KEYS in lowered or _SOUND_QUERIES in lowered:
-        return "sound" if (_SOUND_KEYS in lowered) == lowered.endswith(_KEYS) else "image"
     return "sound" if "audio_" in lowered else "image"
 
 
@@ -76,9 +77,9 @@ def heads_width(attention: Any, query: Any) -> int:
 
 def sides_of(name: str) -> tuple[str, str]:
     """Where queries and keys of an attention come from, by its name."""
-    if _SOUND_KEYS in name:
+    if any(part in name for part in _SOUND_KEYS):
         return "image", "sound"
-    if _SOUND_QUERIES in name:
+    if any(part in name for part in _SOUND_QUERIES):
         return "sound", "image"
     has_sound = "audio_" in name
     if name.endswith(_CROSS):

@@ -56,8 +56,9 @@ _LTX2_OF_TOKENS = tuple(
 """Modulations, one for each token where frames are given, else one for all."""
 
 
-def _ltx2_sound(model: Any, arguments: Mapping[str, Any]) -> int:
-    return int(arguments["audio_hidden_states"].shape[1])
+def _sound(model: Any, arguments: Mapping[str, Any]) -> int:
+    given = arguments.get("audio_hidden_states")
+    return 0 if given is None else int(given.shape[1])
 
 
 LTX2 = TransformerAdapter(
@@ -72,7 +73,7 @@ LTX2 = TransformerAdapter(
         )
     },
     regions=sizes_given,
-    num_sound=_ltx2_sound,
+    num_sound=_sound,
 )
 # In blocks of 8 x 8 tokens, in which sparse attention wants them, they stay as they are.
 KANDINSKY5 = TransformerAdapter(
@@ -105,5 +106,17 @@ COSMOS = TransformerAdapter(
     to_time=thousandths,
     ends_span=lambda model, name: bool(model.config.controlnet_block_every_n),
 )
+# Video and sound run through one block, whose sound asks the video and is asked by it.
+KANDINSKY6 = TransformerAdapter(
+    ("Kandinsky6Transformer3DModel",),
+    {
+        "visual_transformer_blocks.*.video_dec_block.self_attention": LayerSignature(
+            none=("encoder_hidden_states", "attn_mask"), token_args=(TokenArg("rotary_emb"),)
+        )
+    },
+    {"visual_transformer_blocks.*": block(tokens="vis", none=(), token_args=(TokenArg("vis_rope"),), carries="aud")},
+    regions=KANDINSKY5.regions,
+    num_sound=_sound,
+)
 
-ADAPTERS: tuple[Adapter, ...] = (LTX, LTX2, COGVIDEOX, MOCHI, KANDINSKY5, CONSISID, COSMOS)
+ADAPTERS: tuple[Adapter, ...] = (LTX, LTX2, COGVIDEOX, MOCHI, KANDINSKY5, KANDINSKY6, CONSISID, COSMOS)
