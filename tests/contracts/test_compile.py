@@ -78,6 +78,8 @@ BLOCKS = [
     ("kandinsky5", "block"),
     ("ltx2", "block copied"),
     ("wan-vace", "block copied"),
+    ("flux3", "block"),
+    ("ernie-image", "block copied"),
 ]
 
 
