@@ -140,12 +140,11 @@ def _flux3_images(model: Any, arguments: Mapping[str, Any]) -> Regions:
 def _flux3_counts(arguments: Mapping[str, Any]) -> dict[str, int]:
     """Every token of an image, a reference or the text has a modulation of its own; references may be none."""
     sources = {"image": "hidden_states", "image_cond": "image_cond_hidden_states", "txt": "encoder_hidden_states"}
-    counts = {"mode_blocks.image_cond.": 0, "x_embedders.image_cond": 0}
-    for kind, source in sources.items():
-        modulations = [f"{stack}_stream_modulations.{kind}.linear" for stack in ("early", "single")]
-        counts |= dict.fromkeys(modulations, 0) | lengths(arguments, dict.fromkeys(modulations, source))
-    read = {name: "image_cond_hidden_states" for name in ("mode_blocks.image_cond.", "x_embedders.image_cond")}
-    return counts | lengths(arguments, read | {"norm_out.linear": "hidden_states"})
+    read = dict.fromkeys(("mode_blocks.image_cond.", "x_embedders.image_cond"), sources["image_cond"])
+    read["norm_out.linear"] = sources["image"]
+    for stack in ("early", "single"):
+        read |= {f"{stack}_stream_modulations.{kind}.linear": source for kind, source in sources.items()}
+    return dict.fromkeys(read, 0) | lengths(arguments, read)
 
 
 # Every token has a modulation of its own; those of one image are the same.
