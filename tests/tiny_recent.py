@@ -47,13 +47,13 @@ def fibo_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
 
 
 def glm_image() -> nn.Module:
-    """GLM-Image: every token is told a word of the picture."""
+    """GLM-Image: every token has a word of the image."""
     shape = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "prior_vq_quantizer_codebook_size": 10}
     return GlmImageTransformer2DModel(**HEADS, **shape, text_embed_dim=32, time_embed_dim=16, condition_dim=8)
 
 
 def glm_image_inputs(batch: int, grid: tuple[int, int]) -> dict[str, object]:
-    """Words of the picture, which an unconditional row drops, and sizes."""
+    """Words of the image, which an unconditional row drops, and sizes."""
     words = torch.arange(grid[0] * grid[1]).remainder(10).repeat(batch, 1)
     dropped = (torch.arange(batch) == 0)[:, None].expand_as(words)
     sizes = {"target_size": torch.full((batch, 2), 128.0), "crop_coords": torch.zeros(batch, 2)}

@@ -27,7 +27,7 @@ _CROSS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 class UNetAdapter:
     """Enters a UNet, or a ControlNet, which is the way down of one, by its `attn1` processors; all else stays."""
 
-    models = ("UNet2DConditionModel", "ControlNetModel")
+    models: tuple[str, ...] = ("UNet2DConditionModel", "ControlNetModel")
     is_transformer = is_one_stack = has_references = False
     positions: Mapping[str, tuple[str, ...]] = {}
 

@@ -48,7 +48,8 @@ class VideoUNetAdapter(UNetAdapter):
     def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
         """Every latent of a frame is a token of the finest level."""
         frames = self.read(arguments).sample
-        return Geometry(tuple(frames.shape[-2:]), num_images=num_images(frames))
+        height, width = frames.shape[-2:]
+        return Geometry((height, width), num_images=num_images(frames))
 
     def semantic_value(self, layer: nn.Module, tokens: Tensor, kind: str, condition: Tensor | None) -> Tensor | None:
         """As of any UNet for "self"; nothing for "text", of which some of these have a row for each frame alone."""

@@ -106,7 +106,7 @@ COSMOS = TransformerAdapter(
     to_time=thousandths,
     ends_span=lambda model, name: bool(model.config.controlnet_block_every_n),
 )
-# Video and sound run through one block, whose sound asks the video and is asked by it.
+# Video and sound run through one block, each with attention to the other.
 KANDINSKY6 = TransformerAdapter(
     ("Kandinsky6Transformer3DModel",),
     {
