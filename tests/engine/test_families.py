@@ -14,6 +14,7 @@ from gen_turbo import ToMeProcessor, attach, report
 from tests.engine.coverage import read
 from tests.engine.families import COLUMNS, NAMES, Keys, cell, family, relative
 from tests.tiny_transformers import FAMILIES, NUM_TEXT, build, random, run
+from tests.tiny_video_unets import VIDEO_UNETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 
@@ -217,5 +218,7 @@ def test_names_are_all_here():
     """Catches a family that is in the table of adapters and in no test."""
     from gen_turbo.models.families import ADAPTERS
 
-    tested = {type(family(name)[0]).__name__ for name in NAMES}
+    tested = {type(family(name)[0]).__name__ for name in NAMES} | {
+        type(make()).__name__ for make in VIDEO_UNETS.values()
+    }
     assert tested == {model for adapter in ADAPTERS for model in adapter.models}

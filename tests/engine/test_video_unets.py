@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from diffusers import UNet3DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
 from stated import TurboProcessor
 
 from gen_turbo import IdentityProcessor, PARProcessor, attach, report
@@ -14,52 +11,16 @@ from tests.engine.families import relative
 from tests.snapshots import differences, model_state
 from tests.tiny_family import random
 from tests.tiny_hosts import TEXT_WIDTH
+from tests.tiny_video_unets import SIDE, VIDEO_UNETS
 
-TIMES, FRAMES, SIDE = (900, 700, 500), 3, 16
-SHAPE = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "sample_size": SIDE,
-}
+TIMES, FRAMES = (900, 700, 500), 3
 SCOPES = ("attention", "block")
-
-
-def motion() -> torch.nn.Module:
-    """AnimateDiff: motion modules behind the attention of SD 1.5."""
-    return UNetMotionModel(
-        **SHAPE, norm_num_groups=4, cross_attention_dim=TEXT_WIDTH, num_attention_heads=2,
-        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), motion_num_attention_heads=2,
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-    )  # fmt: skip
-
-
-def model_scope() -> torch.nn.Module:
-    """ModelScope: an attention over time behind each one over space."""
-    return UNet3DConditionModel(
-        **SHAPE, norm_num_groups=4, cross_attention_dim=TEXT_WIDTH, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-    )  # fmt: skip
-
-
-def svd() -> torch.nn.Module:
-    """Stable Video Diffusion: frames before channels, a block over time inside of each transformer."""
-    return UNetSpatioTemporalConditionModel(
-        **{**SHAPE, "block_out_channels": (32, 64)}, cross_attention_dim=TEXT_WIDTH, num_attention_heads=(2, 4),
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=24,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-    )  # fmt: skip
-
-
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {"motion": motion, "model_scope": model_scope, "svd": svd}
 
 
 def made(name: str) -> torch.nn.Module:
     """The model, with the same weights every time."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = VIDEO_UNETS[name]().eval()
     with torch.no_grad():
         for part, weight in model.named_parameters():
             # Made as zeros, which would hide what layers over time see.
@@ -83,7 +44,7 @@ def run(name: str, model: torch.nn.Module, guided: bool = False, batch: int = 2)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", VIDEO_UNETS)
 def test_frames_are_reduced_and_time_stays(name, scope):
     """Catches layers over time that merge frames, frames taken for a grid, and what does not come off again."""
     model = made(name)
@@ -103,7 +64,7 @@ def test_frames_are_reduced_and_time_stays(name, scope):
     assert differences(untouched, model_state(model)) == [] and torch.equal(run(name, model), stock)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", VIDEO_UNETS)
 def test_every_frame_has_a_map_that_its_branches_share(name, monkeypatch):
     """Catches one frame's map for all, and maps of the unconditional rows."""
     seen = []
@@ -123,7 +84,7 @@ def test_every_frame_has_a_map_that_its_branches_share(name, monkeypatch):
         assert set(seen) == {num_maps}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", VIDEO_UNETS)
 def test_a_corrected_run_is_nearer_than_a_copied_one(name):
     """Catches residuals that are added to another frame."""
     model = made(name)
