@@ -189,7 +189,7 @@ def _variant(name: str, settings: dict[str, object]) -> str:
     stock = stock[:num_calls]
     assert rows and reduced.shape == stock.shape and 0 < relative(reduced, stock) < 0.8
     for row in rows:
-        frame = row.grid[0] * row.grid[1] if row.grid else row.num_tokens
+        frame = row.grid[0] * row.grid[1]
         num_frames = row.num_tokens // frame
         assert row.num_reduced > 0 and row.num_kept == num_frames * (frame - int(frame * 0.4))
     # What no row shows is cut wherever anything is merged.

@@ -9,13 +9,10 @@ from stated import TurboProcessor
 
 from gen_turbo import IdentityProcessor, attach, report
 from tests.engine.families import relative
+from tests.engine.test_references import REFERENCES, SCOPES, TARGET, TIMES, Planned
 from tests.tiny_family import NUM_TEXT, random
 from tests.tiny_flux import image_positions
 from tests.tiny_transformers import FAMILIES, build
-
-TARGET, REFERENCES = (8, 8), ((6, 10), (4, 4))
-TIMES = (900, 700, 500)
-SCOPES = ("attention", "block", "model")
 
 
 @torch.no_grad()
@@ -31,18 +28,6 @@ def run(name: str, model: torch.nn.Module, inputs: dict[str, object]) -> torch.T
 def reduced_rows(model: torch.nn.Module) -> list[tuple[tuple[int, int] | None, int, int]]:
     """Grid, tokens and tokens kept of each reduced layer."""
     return [(row.grid, row.num_tokens, row.num_kept) for row in report(model).layers if row.status == "reduced"]
-
-
-class Planned(TurboProcessor):
-    """Notes the grids that are planned for, and at which ratio."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.seen: set[tuple[tuple[int, int], float]] = set()
-
-    def plan(self, tokens, site, frame):
-        self.seen.add((site.grid, site.ratio))
-        return super().plan(tokens, site, frame)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -65,7 +50,7 @@ def test_layers_of_the_target_alone_have_its_grid(scope):
     assert 0 < relative(reduced, stock) < 0.8
     joint = (TARGET, 64 + 60 + 16, 39 + 24 + 7)
     assert rows == [(TARGET, 64, 39), joint, joint]
-    assert processor.seen == {(TARGET, 0.4), *((grid, 0.6) for grid in REFERENCES)}
+    assert {*processor.seen} == {(TARGET, 0.4), *((grid, 0.6) for grid in REFERENCES)}
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -121,10 +121,7 @@ CHROMA = TransformerAdapter(
 FIBO = replace(
     FLUX,
     models=("BriaFiboTransformer2DModel",),
-    whole={
-        "transformer_blocks.*": block(outputs=(1,), none=(), token_args=ROTARY_WITH_TEXT),
-        "single_transformer_blocks.*": block(none=(), has_text_before=True, token_args=ROTARY_WITH_TEXT),
-    },
+    whole=FLUX2.whole,
     to_time=float,
     is_one_stack=False,
     text="it gives every block a text of its own",
