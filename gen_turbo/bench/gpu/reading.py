@@ -38,7 +38,7 @@ PHASES = {"prefill": 1, "prefill + 24": 24}
 REPEATS = Method("identity", "identity", "identity")
 """Stands for the check of `repeats`."""
 _BATCHES, _TINY_BATCHES = (16, 1, 4), (2, 1)
-"""Of which the first is read first and the second is compiled."""
+"""Of which the first is read first, and the first two are compiled too."""
 _ROUNDS = {"prefill": 3, "prefill + 24": 2}
 _MOST_SECONDS, _MOST_COMPILING = 60.0, 150.0
 _COUNTING_S = 5.0
@@ -95,6 +95,7 @@ def _plan(batches: tuple[int, ...]) -> Iterator[_Cell]:
         for batch in (one, most, *batches[2:]):
             yield from (_Cell(setting.name, Mode.EAGER, batch, phase) for setting in catalogue())
     yield from (_Cell(name, _COMPILED, one, answer) for name in _FIRST)
+    yield from (_Cell(name, _COMPILED, most, prefill) for name in _FIRST)
 
 
 def measure(wishes: Wishes, announce: Announce, deadline: float) -> int:
