@@ -175,7 +175,9 @@ def check_between(arguments: Mapping[str, Any]) -> None:
     """Raises ValueError if the model is asked to add to, or to leave out, blocks inside of a span."""
     for name, value in arguments.items():
         if value is not None and any(part in name for part in _BETWEEN_BLOCKS):
-            raise ValueError(f"{name} reaches between blocks that share one short sequence; use merge_span=1")
+            raise ValueError(
+                f"{name} reaches between blocks that share one short sequence; use scope='block' with merge_span=1"
+            )
 
 
 def _follows(before: ReducedLayer, after: ReducedLayer, is_whole: bool) -> bool:
