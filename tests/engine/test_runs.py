@@ -79,7 +79,8 @@ def test_spans_end_with_a_stack():
 def test_what_reaches_between_blocks_is_refused():
     """Catches residuals of a ControlNet that meet a short sequence in a matrix product far away."""
     model, run = family("flux")
-    with attach(model, _turbo()), pytest.raises(ValueError, match="controlnet_block_samples reaches.*scope='block' with merge_span=1"):
+    told = "controlnet_block_samples reaches between blocks.*; use scope='block' with merge_span=1"
+    with attach(model, _turbo()), pytest.raises(ValueError, match=told):
         kind = FAMILIES["flux"]
         call = kind.inputs(1, (8, 8)) | kind.time(900, 1)
         model(hidden_states=random(1, 64, 8), **call, controlnet_block_samples=[random(1, 64, 32)])

@@ -195,5 +195,6 @@ def test_what_reaches_between_blocks_is_refused():
     model, _ = family("flux")
     kind = FAMILIES["flux"]
     call = kind.inputs(1, (8, 8)) | kind.time(900, 1)
-    with attach(model, turbo()), pytest.raises(ValueError, match="controlnet_block_samples reaches.*scope='block' with merge_span=1"):
+    told = "controlnet_block_samples reaches between blocks.*; use scope='block' with merge_span=1"
+    with attach(model, turbo()), pytest.raises(ValueError, match=told):
         model(hidden_states=random(1, 64, 8), **call, controlnet_block_samples=[random(1, 64, 32)])
