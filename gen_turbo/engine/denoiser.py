@@ -181,8 +181,8 @@ class DenoiserPart(OnModel):
         inside = [unit for unit in units if any(unit == b.name and hasattr(b, "span") for b in self._first.layers)]
         if inside:
             raise ValueError(
-                f"the schedule skips {', '.join(inside)}, but merge_span={self._tokens.merge_span} joins blocks "
-                "to spans on one short sequence, in which none can be skipped alone; use merge_span=1"
+                f"the schedule skips {', '.join(inside)}, but of blocks that share one short sequence none can be "
+                "skipped alone; use scope='block' with merge_span=1"
             )
 
     @property

@@ -53,16 +53,21 @@ def test_a_block_alone_in_its_run_is_skipped():
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("length", [0, 2])
+@pytest.mark.parametrize(
+    "settings", [{"scope": "block", "merge_span": 0}, {"scope": "block", "merge_span": 2}, {"scope": "model"}]
+)
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_block_inside_of_a_run_is_not_skipped(length, place):
-    """Catches a forecast for all tokens that is added to a short sequence, and a model left half changed."""
+def test_a_block_inside_of_a_run_is_not_skipped(settings, place):
+    """Catches a forecast for all tokens added to a short sequence, a half changed model, and advice of no effect."""
     model = tiny_transformers.build("sd3")
     before, block = model_state(model), blocks_of(model)[place]
-    inner = TurboProcessor(0.4, scope="block", merge_span=length)
-    with pytest.raises(ValueError, match=rf"the schedule skips {block}, but merge_span={length} joins blocks"):
-        attach(model, par(model, {block: [2], "output": [3]}, inner=inner))
+    told = rf"the schedule skips {block}, but of blocks that share one short sequence .*scope='block' with merge_span=1"
+    with pytest.raises(ValueError, match=told):
+        attach(model, par(model, {block: [2], "output": [3]}, inner=TurboProcessor(0.4, **settings)))
     assert differences(before, model_state(model)) == []
+    with attach(model, par(model, {block: [2]}, inner=TurboProcessor(0.4, scope="block", warmup_steps=1))):
+        tiny_transformers.run("sd3", model)
+        assert report(model).skipped == {block: (1, 3)}
 
 
 def test_a_unet_without_a_middle_block_is_cut_where_something_enters():
