@@ -232,8 +232,10 @@ def has_recurrences(config: Any) -> bool:
     return not {"linear_attention", "conv"}.isdisjoint(getattr(config, "layer_types", None) or ())
 
 
-def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer") -> None:
+def check_cut(model: nn.Module, config: Any, first: int, setting: str, advice: str) -> None:
     """Says before anything is changed why tokens cannot leave at a layer, which the user gave as `setting`.
+
+    Where they can leave at no layer, the advice follows.
 
     Raises:
         ValueError: If the layer is none of the model's, has a sliding window, comes before later image features, may be
@@ -242,15 +244,14 @@ def check_cut(model: nn.Module, config: Any, first: int, setting: str = "layer")
     name = type(model).__name__
     if not first < config.num_hidden_layers:
         raise ValueError(f"{setting}={first} is not one of the {config.num_hidden_layers} layers of {name}")
-    advice = "; use place='pre_llm'" if setting == "layer" else ""
     if has_windows(config):
-        raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut{advice}")
+        raise ValueError(f"{name} has layers with sliding windows, whose masks cannot follow a cut; {advice}")
     if getattr(config, "hidden_size_per_layer_input", 0):
-        raise ValueError(f"{name} gives every layer inputs of its own, which cannot follow a cut{advice}")
+        raise ValueError(f"{name} gives every layer inputs of its own, which cannot follow a cut; {advice}")
     if has_recurrences(config):
-        raise ValueError(f"{name} has recurrent layers, whose state has read the tokens that a cut removes{advice}")
+        raise ValueError(f"{name} has recurrent layers, whose state has read the tokens that a cut removes; {advice}")
     if getattr(config, "indexer_types", None):
-        raise ValueError(f"{name} has layers that share which columns they see, which cannot follow a cut{advice}")
+        raise ValueError(f"{name} has layers that share which columns they see, which cannot follow a cut; {advice}")
     stacked = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if first < stacked:
         raise ValueError(f"{name} adds image features up to layer {stacked - 1}; use {setting}={stacked} or later")

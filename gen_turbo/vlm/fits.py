@@ -10,7 +10,7 @@ from gen_turbo.method import TokenReducer
 from gen_turbo.vlm.decoder import check_cut, check_read, has_recurrences, has_windows
 from gen_turbo.vlm.family import Family, tower_facts
 from gen_turbo.vlm.routes import Routing
-from gen_turbo.vlm.settings import Staged, check_settings, inner_of, placement_of
+from gen_turbo.vlm.settings import Staged, check_settings, elsewhere, inner_of, placement_of
 from gen_turbo.vlm.shrink import can_shrink
 from gen_turbo.vlm.text import check_text
 from gen_turbo.vlm.words import check_words
@@ -37,12 +37,13 @@ def check_place(model: nn.Module, family: Family, reducer: TokenReducer) -> None
         return
     reads_patches = facts is not None and bool(facts.projector or facts.is_packed or family.is_cross)
     if tower_needs(reducer) and (placement.place in ("decoder", "projector") or not reads_patches):
+        place = "use place='pre_llm' or " if reads_patches else "use "
         raise ValueError(
             f"at place={placement.place!r} the tokens of {name} are no patches of its vision tower, whose attention "
-            "this method reads; use place='pre_llm' or a method without it, such as divprune"
+            f"this method reads; {place}a method without it, such as divprune"
         )
     if placement.place == "tower" and facts is None:
-        raise ValueError(f"the vision tower of this {name} cannot be reduced; use place='pre_llm' or place='decoder'")
+        raise ValueError(f"the vision tower of this {name} cannot be reduced; {elsewhere(reducer)}")
     _check_decoder(model, family, reducer, name)
 
 
@@ -63,14 +64,14 @@ def _check_decoder(model: nn.Module, family: Family, reducer: TokenReducer, name
     if family.is_cross and (is_staged or hasattr(reducer, "budgets")):
         raise ValueError(f"{name} has no image tokens in its prompt, which {type(reducer).__name__} works on")
     if family.is_cross and placement.place == "decoder":
-        raise ValueError(f"{name} has no image tokens in its prompt; use place='tower' or place='pre_llm'")
+        raise ValueError(f"{name} has no image tokens in its prompt; {elsewhere(reducer)}")
     if not is_staged and placement.place != "decoder":
         return
     config: Any = model.get_submodule(family.text).config
     firsts = reducer.stages(config.num_hidden_layers, 1) if isinstance(reducer, Staged) else (placement.layer,)
     for first in firsts:
         if first:
-            check_cut(model, config, first, "cut" if is_staged else "layer")
+            check_cut(model, config, first, "cut" if is_staged else "layer", elsewhere(reducer))
             if {"last", "next"} & set(inner_of(reducer).needs):
                 check_read(model, model.get_submodule(f"{family.text}.layers.{first}"))
 
@@ -104,7 +105,7 @@ def check_routing(model: nn.Module, config: Any, routing: Routing) -> None:
             f"{routing.num_layers} layers are to run, but {type(model).__name__} has {config.num_hidden_layers}"
         )
     # Before the first layer only sliding windows are in the way.
-    check_cut(model, config, routing.first or config.num_hidden_layers - 1, "first")
+    check_cut(model, config, routing.first or config.num_hidden_layers - 1, "first", "use the method turbo")
     attention = config._attn_implementation
     if routing.mode != "drop" and "flash" in (attention or ""):
         raise ValueError(f"mode={routing.mode!r} hides tokens by a mask, which {attention} does not take; use 'sdpa'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -144,6 +144,18 @@ class Placed(Placement, TokenReducer):
 def inner_of(reducer: TokenReducer) -> TokenReducer:
     """The method itself, without what places it."""
     return reducer.reducer if isinstance(reducer, Placed) else reducer
+
+
+def elsewhere(reducer: TokenReducer) -> str:
+    """What to do where a method does not fit a model: take the place that every model has, or a method that can."""
+    method = inner_of(reducer)
+    can_move = not method.needs and not isinstance(method, Staged)
+    if can_move and isinstance(method, Placement):
+        try:
+            replace(method, place="pre_llm")
+        except ValueError:
+            can_move = False
+    return "use place='pre_llm'" if can_move else "use the method turbo"
 
 
 def may_remove(reducer: TokenReducer) -> bool:

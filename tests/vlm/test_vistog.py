@@ -264,7 +264,7 @@ def test_other_connectors_are_refused(family):
     """Catches groups that are shuffled, tiled or packed as if they were patches."""
     model = VLMS[family].make("sdpa")
     before = model_state(model)
-    with pytest.raises(ValueError, match=r"no projector that reads plain patches; use place='pre_llm'"):
+    with pytest.raises(ValueError, match=r"no projector that reads plain patches; use the method turbo"):
         attach(model, VisToGVisionProcessor(0.5))
     assert differences(before, model_state(model)) == []
 
