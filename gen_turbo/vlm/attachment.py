@@ -216,7 +216,8 @@ def _routed(model: nn.Module, family: Family, reducer: Routed, counts: Counts) -
     """The stages of a method that looks at the whole prompt and chooses tokens and layers."""
     assert isinstance(reducer, TokenReducer)
     if family.is_cross:
-        raise ValueError(f"{type(model).__name__} has no image tokens in its prompt; a router cannot choose among them")
+        chosen = "among which a router chooses; use the method turbo"
+        raise ValueError(f"{type(model).__name__} has no image tokens in its prompt, {chosen}")
     check_settings(reducer, type(model).__name__, family.grids is not None)
     base, text = model.get_submodule(family.base), model.get_submodule(family.text)
     routing = reducer.routing(model, text)

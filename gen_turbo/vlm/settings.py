@@ -148,7 +148,7 @@ def inner_of(reducer: TokenReducer) -> TokenReducer:
 
 def elsewhere(reducer: TokenReducer) -> str:
     """What to do where a method does not fit a model: take the place that every model has, or a method that can."""
-    method = inner_of(reducer)
+    method: Any = inner_of(reducer)
     can_move = not method.needs and not isinstance(method, Staged)
     if can_move and isinstance(method, Placement):
         try:

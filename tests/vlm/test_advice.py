@@ -10,9 +10,12 @@ import gen_turbo.methods  # noqa: F401  registers the methods
 from gen_turbo import attach
 from gen_turbo.registry import METHODS
 from gen_turbo.vlm.settings import PLACES, Placed
+from tests.vlm.test_blip import MODELS
+from tests.vlm.tiny_mllama import mllama
 from tests.vlm.tiny_vlms import VLMS
 
 _ADVISED = re.compile(r"use place='(?P<place>\w+)'|use the method (?P<method>\w+)|, such as (?P<other>\w+)")
+FAMILIES = {**{name: family.make for name, family in VLMS.items()}, **MODELS, "mllama": mllama}
 _ROUTERS = {"par": {"router": "uniform", "tokens": 0.5, "layers": 3}}
 
 
@@ -39,10 +42,10 @@ def _methods():
                 continue
 
 
-@pytest.mark.parametrize("family", VLMS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_refusal_advises_works(family):
     """Catches a place that this method cannot take or this model does not have, and a refusal that leads nowhere."""
-    model, is_refused = VLMS[family].make(), False
+    model, is_refused = FAMILIES[family](), False
     for name, method in _methods():
         try:
             attach(model, method).detach()
