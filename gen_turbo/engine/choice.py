@@ -22,11 +22,11 @@ def layers_of(model: nn.Module, adapter: Adapter, reducer: TokenReducer) -> list
     reducer.check_reach()
     if reducer.scope in ("attention", "auto"):
         return adapter.layers(model)
-    blocks = adapter.blocks(model)
+    blocks, name = adapter.blocks(model), type(model).__name__
     if not blocks:
-        raise ValueError(f"scope={reducer.scope!r} has no blocks to merge in {type(model).__name__}; use 'attention'")
+        raise ValueError(f"scope={reducer.scope!r} has no blocks to merge in {name}; use scope='attention'")
     if reducer.scope == "model" and not adapter.is_transformer:
-        raise ValueError(f"scope='model' needs a transformer, {type(model).__name__} is none; use scope='block'")
+        raise ValueError(f"scope='model' needs a transformer, {name} is none; use scope='block'")
     return blocks
 
 

@@ -77,7 +77,7 @@ class DenoiserPart(OnModel):
         for one in {id(one): one for one in (reducer, self._tokens)}.values():
             _check_needs(one, model)
         self._blocks = sorted({type(model.get_submodule(block.name)).__name__ for block in adapter.blocks(model)})
-        self._check_references(adapter)
+        self._check_references(model, adapter)
         text = self._text_signature(model, adapter)
         self.skipping = self._skipping(model, adapter)
         arranger = Arranger(lambda: self.model, adapter, text, self.skipping.units if self.skipping is not None else {})
@@ -135,10 +135,10 @@ class DenoiserPart(OnModel):
         """What stands in front of layers or blocks now, in the order of the model."""
         return self.arrangement.layers
 
-    def _check_references(self, adapter: Adapter) -> None:
+    def _check_references(self, model: nn.Module, adapter: Adapter) -> None:
         ratio = self._tokens.reference_ratio
         if ratio is not None and not adapter.has_references:
-            raise ValueError(f"reference_ratio={ratio} has no references in {adapter.models[0]}; leave it out")
+            raise ValueError(f"reference_ratio={ratio} has no references in {type(model).__name__}; leave it out")
         if ratio and not self._tokens.removes_any:
             raise ValueError(f"reference_ratio={ratio} reduces nothing beside ratio=0; set a ratio above 0")
 

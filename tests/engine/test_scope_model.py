@@ -157,7 +157,7 @@ def test_it_is_one_span_of_blocks_where_there_is_one_stack(settings):
         ("sd15", "scope='model' needs a transformer, UNet2DConditionModel is none; use scope='block'"),
         ("sdxl", "scope='model' needs a transformer, UNet2DConditionModel is none; use scope='block'"),
         ("controlnet", "scope='model' needs a transformer, ControlNetModel is none; use scope='block'"),
-        ("kandinsky", "scope='model' has no blocks to merge in UNet2DConditionModel; use 'attention'"),
+        ("kandinsky", "scope='model' has no blocks to merge in UNet2DConditionModel; use scope='attention'"),
         ("hunyuan-dit", "the blocks of HunyuanDiT2DModel are linked across spans; use scope='block' with merge_span=1"),
     ],
 )

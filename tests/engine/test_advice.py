@@ -1,0 +1,52 @@
+"""What a refusal advises works: on every family of denoisers, of settings that not every model has."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from gen_turbo import TurboProcessor, attach
+from tests.engine.families import NAMES, family
+
+SETTINGS = (
+    *({"scope": scope, "restore": "copy"} for scope in ("attention", "block", "model", "auto")),
+    *({"scope": "block", "merge_span": length} for length in (0, 2)),
+    {"text_ratio": 0.3},
+    {"reference_ratio": 0.3},
+    {"keep": 32},
+    {"ratios": {1: 0.3, 2: 0.3}},
+    {"layer_ratios": {"blocks.*": 0.2}},
+    {"scope": "block", "text_ratio": 0.3},
+)
+
+
+def _advised(settings, model, said):
+    """The settings as a refusal would have them; fails where it says nothing that could be done."""
+    name = type(model).__name__
+    scope, levels = re.search(r"use scope='(\w+)'", said), re.search(r"attention at (\[.*\])", said)
+    layers = re.search(r"no layer of \w+ that can be reduced; there are: ([\w.]+)", said)
+    if scope:
+        return settings | {"scope": scope[1], "merge_span": 1}
+    if levels and name in said:
+        return settings | {"ratios": {int(level): 0.3 for level in re.findall(r"\d+", levels[1])}}
+    if layers and name in said:
+        return settings | {"layer_ratios": {layers[1]: 0.2}}
+    named = re.match(r"(\w+)=", said)
+    assert named and name in said and re.search(r"leave it out$|use ratio$", said), said
+    return {setting: value for setting, value in settings.items() if setting != named[1]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_refusal_advises_works(name):
+    """Catches a setting that does not help, one that this model does not have either, and the name of another model."""
+    model, _ = family(name)
+    for settings in SETTINGS:
+        # Of several that do not fit the first is refused.
+        for _ in settings:
+            try:
+                attach(model, TurboProcessor(0.4, **settings)).detach()
+                break
+            except ValueError as error:
+                settings = _advised(settings, model, str(error))
+        attach(model, TurboProcessor(0.4, **settings)).detach()
