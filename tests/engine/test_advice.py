@@ -6,8 +6,10 @@ import re
 
 import pytest
 
-from gen_turbo import TurboProcessor, attach
+from gen_turbo import TurboProcessor, attach, report
+from gen_turbo.methods.visionzip import VisionZipProcessor
 from tests.engine.families import NAMES, family
+from tests.snapshots import differences, model_state
 
 SETTINGS = (
     *({"scope": scope, "restore": "copy"} for scope in ("attention", "block", "model", "auto")),
@@ -50,3 +52,17 @@ def test_what_a_refusal_advises_works(name):
             except ValueError as error:
                 settings = _advised(settings, model, str(error))
         attach(model, TurboProcessor(0.4, **settings)).detach()
+
+
+@pytest.mark.parametrize("scope", ["block", "model", "auto"])
+def test_a_method_that_reads_attention_is_refused_where_there_is_none(scope):
+    """Catches an error of a vision tower in the first step, and a refusal of a scope in which it works."""
+    model, run = family("flux")
+    before = model_state(model)
+    with pytest.raises(ValueError, match=f"reads the attention of every layer, which scope='{scope}' does not show"):
+        attach(model, VisionZipProcessor(0.5, scope=scope))
+    assert differences(before, model_state(model)) == []
+    attach(model, VisionZipProcessor(0.0, scope=scope)).detach()
+    with attach(model, VisionZipProcessor(0.5, scope="attention")):
+        run()
+        assert any(layer.num_reduced for layer in report(model).layers)
