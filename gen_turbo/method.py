@@ -229,6 +229,8 @@ class TokenReducer(ABC):
     """What a method reads beside tokens: attention of a tower ("class", "self"), that of a prompt's last token to a
     decoder layer's input ("last") or in it ("next"), or images themselves ("input")."""
 
+    attention_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings of what the attention of a layer shows, and whole blocks do not; a subclass names its own."""
     vlm_settings: ClassVar[tuple[str, ...]] = ("keep", "adaptive", "across_frames")
     """Settings that vision-language models alone read; a subclass names its own."""
 
@@ -237,6 +239,15 @@ class TokenReducer(ABC):
 
     plans_leading: ClassVar[bool] = False
     """Whether a plan is of the class tokens of a vision tower too; they are kept apart from others' plans."""
+
+    @property
+    def reads_attention(self) -> str:
+        """The setting, or method, for which layers must show their attention; empty where none does."""
+        kind = type(self)
+        if {"class", "self"} & set(self.needs):
+            return kind.__name__
+        values = ((name, getattr(self, name)) for name in self.attention_settings)
+        return next((f"{name}={value!r}" for name, value in values if value not in (getattr(kind, name), "none")), "")
 
     @property
     def map_life(self) -> int:

@@ -28,7 +28,6 @@ from gen_turbo.training.generic import Generic
 from gen_turbo.training.schedule import Schedule
 
 _OF_READING = {"last", "next", "input"}
-_OF_ATTENTION = {"class", "self"}
 """What methods need that no denoiser has: the last token of a prompt in a decoder, and images to make smaller."""
 
 
@@ -251,10 +250,9 @@ def _check_needs(reducer: TokenReducer, model: nn.Module) -> None:
             f"{kind.__name__} works on vision-language models alone, and {name} is a denoiser; use another processor, "
             "such as TurboProcessor"
         )
-    if reducer.removes_any and reducer.scope != "attention" and _OF_ATTENTION & set(reducer.needs):
+    if reducer.removes_any and reducer.scope in ("block", "model") and (what := reducer.reads_attention):
         raise ValueError(
-            f"{kind.__name__} reads the attention of every layer, which scope={reducer.scope!r} does not show; use "
-            "scope='attention'"
+            f"{what} needs the attention of layers, which scope={reducer.scope!r} does not show; use scope='attention'"
         )
     for setting in (setting for cls in kind.__mro__ for setting in vars(cls).get("vlm_settings", ())):
         if (value := getattr(reducer, setting)) != getattr(kind, setting):

@@ -43,13 +43,15 @@ class TurboProcessor(ReductionProcessor):
         semantic: Where the semantic value comes from: "self" is the column mean of self-attention; "text" is the
             share of a token's cross-attention that goes to words of the prompt, asked of the block that plans;
             "none" is redundancy alone. "text" raises ValueError in the first planning step of a model that shows no
-            text. A plan without a model, as by `plan_tokens`, knows neither and takes redundancy alone.
+            text. A plan without a model, as by `plan_tokens`, knows neither and takes redundancy alone, as whole
+            blocks of denoisers do; scope "auto" takes no block where this or `value_weight` was changed.
         value_weight: Weight of the semantic value whose mean is 1. Raising it protects attended tokens more.
         tile: Side of the tiles that are matched, in tokens; 0 matches over the whole image. A small image has
             smaller ones, four to its shorter side but of no less than 4 tokens, lest distant places are merged.
     """
 
     map_period = 2
+    attention_settings = ("semantic", "value_weight")
 
     ratio: float = 0.7
     scope: str = "auto"

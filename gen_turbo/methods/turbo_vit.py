@@ -73,6 +73,7 @@ class TurboVisionProcessor(Placement, ReductionProcessor):
     plans_videos = False
     plans_leading = True
     vlm_settings = ("num_merges",)
+    attention_settings = ("semantic", "value_weight", "alpha", "scale", "beta", "gamma")
 
     def __post_init__(self) -> None:
         """Checks every setting; raises ValueError."""

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from gen_turbo import TurboProcessor, attach, report
+from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
 from tests.engine.families import NAMES, family
 from tests.snapshots import differences, model_state
@@ -54,15 +55,24 @@ def test_what_a_refusal_advises_works(name):
         attach(model, TurboProcessor(0.4, **settings)).detach()
 
 
-@pytest.mark.parametrize("scope", ["block", "model", "auto"])
-def test_a_method_that_reads_attention_is_refused_where_there_is_none(scope):
-    """Catches an error of a vision tower in the first step, and a refusal of a scope in which it works."""
+@pytest.mark.parametrize("scope", ["block", "model"])
+@pytest.mark.parametrize(
+    ("method", "settings", "what"),
+    [
+        (VisionZipProcessor, {}, "VisionZipProcessor"),
+        (TurboVisionProcessor, {"alpha": 2.0}, "alpha=2.0"),
+        (TurboProcessor, {"value_weight": 0.05}, "value_weight=0.05"),
+    ],
+)
+def test_what_reads_attention_is_refused_where_none_is_shown(method, settings, what, scope):
+    """Catches an error in the first step, a setting that nobody reads, and a refusal where it would be read."""
     model, run = family("flux")
     before = model_state(model)
-    with pytest.raises(ValueError, match=f"reads the attention of every layer, which scope='{scope}' does not show"):
-        attach(model, VisionZipProcessor(0.5, scope=scope))
+    with pytest.raises(ValueError, match=f"^{what} needs the attention of layers, which scope='{scope}' does not show"):
+        attach(model, method(0.5, scope=scope, **settings))
     assert differences(before, model_state(model)) == []
-    attach(model, VisionZipProcessor(0.0, scope=scope)).detach()
-    with attach(model, VisionZipProcessor(0.5, scope="attention")):
+    attach(model, method(0.0, scope=scope, **settings)).detach()
+    with attach(model, method(0.5, scope="attention", **settings)):
         run()
         assert any(layer.num_reduced for layer in report(model).layers)
+    attach(model, TurboProcessor(0.5, scope=scope, semantic="none")).detach()

@@ -227,6 +227,18 @@ def test_runs_of_other_lengths_are_arranged_anew_and_nothing_stays(on_a_fast_dev
     assert torch.equal(draw(pipe, 4), stock)
 
 
+@pytest.mark.parametrize("settings", [{"semantic": "text"}, {"value_weight": 5.0}])
+def test_what_blocks_do_not_show_keeps_attention(on_a_fast_device, settings):
+    """Catches words that no block shows, an error in the middle of a run, and a weight that nobody reads."""
+    images = []
+    for given in (settings, {}, settings | {"value_weight": 20.0}):
+        pipe = sd_pipeline()
+        pipe.set_attn_processor(TurboProcessor(0.4, **given))
+        images.append(draw(pipe, 12))
+        assert f"scope='{'attention' if given else 'block'}'" in str(report(pipe))
+    assert not torch.equal(images[0], images[2])
+
+
 def test_a_choice_equals_the_same_settings_told(on_a_fast_device):
     """Catches layers that are placed otherwise, or maps made otherwise, than the report says."""
     pipe = sd_pipeline()

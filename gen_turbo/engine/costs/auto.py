@@ -108,7 +108,7 @@ def choose(costs: Costs, reducer: TokenReducer, run: RunFacts) -> Choice:
 
 def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
     """Why no image token is merged and what would gain."""
-    scope = "block" if run.has_blocks and costs.specs("block") else "attention"
+    scope = _scopes(costs, reducer, run)[-1]
     copied = copy.copy(reducer)
     copied.match_every = 0
     found = expected(costs, copied, run, scope, Rhythm(run.steps, "copy", run.steps, 1))
@@ -125,7 +125,7 @@ def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
 
 
 def _scopes(costs: Costs, reducer: TokenReducer, run: RunFacts) -> tuple[str, ...]:
-    is_inside = reducer.kv_only or reducer.proportional_attention
+    is_inside = reducer.kv_only or reducer.proportional_attention or reducer.reads_attention
     with_blocks = run.has_blocks and not is_inside and costs.specs("block")
     return ("attention", "block") if with_blocks else ("attention",)
 
