@@ -74,10 +74,15 @@ def chosen_layers(
     return chosen
 
 
+def unmatched(reducer: TokenReducer, layers: Sequence[LayerSpec]) -> list[str]:
+    """The patterns of `layer_ratios` that name none of the layers which can be reduced."""
+    names = [layer.name for layer in layers if not layer.left_alone]
+    return [pattern for pattern in reducer.layer_ratios if not any(fnmatchcase(name, pattern) for name in names)]
+
+
 def _check_patterns(reducer: TokenReducer, able: list[LayerSpec], model_name: str) -> None:
-    for pattern in reducer.layer_ratios:
-        if not any(fnmatchcase(layer.name, pattern) for layer in able):
-            raise ValueError(
-                f"layer_ratios names {pattern!r}, which is no layer of {model_name} that can be reduced; there are: "
-                f"{', '.join(layer.name for layer in able)}"
-            )
+    for pattern in unmatched(reducer, able):
+        raise ValueError(
+            f"layer_ratios names {pattern!r}, which is no layer of {model_name} that can be reduced; there are: "
+            f"{', '.join(layer.name for layer in able)}"
+        )

@@ -227,9 +227,9 @@ def test_runs_of_other_lengths_are_arranged_anew_and_nothing_stays(on_a_fast_dev
     assert torch.equal(draw(pipe, 4), stock)
 
 
-@pytest.mark.parametrize("settings", [{"semantic": "text"}, {"value_weight": 5.0}])
-def test_what_blocks_do_not_show_keeps_attention(on_a_fast_device, settings):
-    """Catches words that no block shows, an error in the middle of a run, and a weight that nobody reads."""
+@pytest.mark.parametrize("settings", [{"semantic": "text"}, {"value_weight": 5.0}, {"layer_ratios": {"*.attn1": 0.45}}])
+def test_what_blocks_do_not_know_keeps_attention(on_a_fast_device, settings):
+    """Catches words that no block shows, a name that no block has, an error in a run, and a weight nobody reads."""
     images = []
     for given in (settings, {}, settings | {"value_weight": 20.0}):
         pipe = sd_pipeline()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from gen_turbo.engine.base import counted
-from gen_turbo.engine.choice import chosen_layers
+from gen_turbo.engine.choice import chosen_layers, unmatched
 from gen_turbo.engine.costs.expected import Costs, Kinds, Rhythm, RunFacts
 from gen_turbo.method import TokenReducer
 from gen_turbo.models.adapter import LayerSpec
@@ -125,9 +125,10 @@ def advice(costs: Costs, reducer: TokenReducer, run: RunFacts) -> str:
 
 
 def _scopes(costs: Costs, reducer: TokenReducer, run: RunFacts) -> tuple[str, ...]:
+    """Where tokens may be merged: inside attention, and in whole blocks where no setting is of attention alone."""
+    blocks = costs.specs("block") if run.has_blocks else []
     is_inside = reducer.kv_only or reducer.proportional_attention or reducer.reads_attention
-    with_blocks = run.has_blocks and not is_inside and costs.specs("block")
-    return ("attention", "block") if with_blocks else ("attention",)
+    return ("attention", "block") if blocks and not is_inside and not unmatched(reducer, blocks) else ("attention",)
 
 
 def _rhythms(reducer: TokenReducer, run: RunFacts) -> Iterator[Rhythm]:
