@@ -12,6 +12,8 @@ from torch import Tensor
 from gen_turbo.schemas import check_finite, check_kinds
 from gen_turbo.tokens.token_map import TokenMap
 
+OF_RESIDUALS = ("full_every", "extrapolation_order", "warmup_steps", "stagger", "memory_limit_mb")
+"""Settings that copied outputs do not have."""
 Grid = tuple[int, int]
 """(height, width) of the visual tokens, in tokens."""
 
@@ -159,13 +161,7 @@ class TokenReducer(ABC):
             raise ValueError(f"restore must be 'residual', 'copy' or 'auto'; got {self.restore!r}")
         if self.extrapolation_order not in (0, 1):
             raise ValueError(f"extrapolation_order must be 0 (hold) or 1 (linear); got {self.extrapolation_order}")
-        least: dict[str, int] = {
-            "max_downsample": 0,
-            "full_every": 2,
-            "warmup_steps": 1,
-            "match_every": 0,
-            "merge_span": 0,
-        }
+        least = {"max_downsample": 0, "full_every": 2, "warmup_steps": 1, "match_every": 0, "merge_span": 0}
         for setting, minimum in least.items():
             if getattr(self, setting) is not None and getattr(self, setting) < minimum:
                 raise ValueError(f"{setting} must be at least {minimum}; got {getattr(self, setting)}")
@@ -173,7 +169,7 @@ class TokenReducer(ABC):
             raise ValueError(f"keep must be a number of tokens, at least 1; got {self.keep}")
         if self.memory_limit_mb is not None and self.memory_limit_mb < 0:
             raise ValueError(f"memory_limit_mb must not be negative; got {self.memory_limit_mb}")
-        self._check_scope()
+        self._check_together()
 
     def _check_ratios(self) -> None:
         by_level = {f"ratios[{downsample}]": ratio for downsample, ratio in self.ratios.items()}
@@ -210,7 +206,10 @@ class TokenReducer(ABC):
         """Whether any token may leave."""
         return self.keep is not None or self.ratio > 0
 
-    def _check_scope(self) -> None:
+    def _check_together(self) -> None:
+        for setting in OF_RESIDUALS if self.restore == "copy" else ():
+            if (value := getattr(self, setting)) != getattr(type(self), setting):
+                raise ValueError(f"{setting}={value!r} has no effect with restore='copy'; leave it out")
         if self.scope not in ("auto", "attention", "block", "model"):
             raise ValueError(f"scope must be 'auto', 'attention', 'block' or 'model'; got {self.scope!r}")
         if self.scope != "block" and self.merge_span != 1:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from gen_turbo.config import CaptionConfig, ConfigError, PipelineConfig, load_config
-from gen_turbo.method import Grid, LayerInfo, StepInfo, TokenReducer
+from gen_turbo.method import OF_RESIDUALS, Grid, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.overlay import arrows_panel, enlarged, groups_panel, heat_panel, kept_panel, layers_strip, sheet
 from gen_turbo.tokens.score import mean_one
 from gen_turbo.tokens.token_map import TokenMap
@@ -191,7 +191,8 @@ def explain_drawing(pipe: Any, processor: TokenReducer, image: Image.Image, prom
 
     from gen_turbo.api import attach
 
-    processor = replace(processor, restore="copy")
+    defaults = {setting: getattr(type(processor), setting) for setting in OF_RESIDUALS}
+    processor = replace(processor, restore="copy", **defaults)
     recorder = _recorder(processor)
     try:
         drawing = AutoPipelineForImage2Image.from_pipe(pipe)

@@ -71,11 +71,16 @@ class Program:
         self.reducer = reducer
         self.layers = layers
         groups: dict[tuple[float, int, frozenset[str]], Group] = {}
-        for index, layer in enumerate(layers):
-            offset = index % reducer.refresh_every if reducer.stagger else 0
+        # Blocks of one span are one layer: what they share is made, and read, by all of them or by none.
+        numbers: dict[int, int] = {}
+        for layer in layers:
+            number = numbers.setdefault(id(getattr(layer, "span", layer)), len(numbers))
+            offset = number % reducer.refresh_every if reducer.stagger else 0
             inside = frozenset(unit for unit, names in units.items() if layer.name in names)
             groups.setdefault((layer.ratio, offset, inside), Group(layer.ratio, offset, inside)).layers.append(layer)
         self.groups = list(groups.values())
+        if reducer.stagger and len(numbers) == 1 < len(layers):
+            raise ValueError("stagger=True spreads nothing where all blocks share one short sequence; leave it out")
 
     def enter(self, context: Context) -> None:
         """Makes what a new context's layers hold, or empties what they held in an earlier one."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_turbo.method import LayerInfo, StepInfo, TokenReducer
+from gen_turbo.method import OF_RESIDUALS, LayerInfo, StepInfo, TokenReducer
 from gen_turbo.methods.base import ReductionProcessor
 from gen_turbo.methods.identity import IdentityProcessor
 from gen_turbo.registry import METHODS
@@ -108,6 +108,9 @@ class PARProcessor(Routed, ReductionProcessor):
         if name not in METHODS or name == "par":
             known = ", ".join(other for other in METHODS.names() if other != "par")
             raise ValueError(f"inner must name a method that merges tokens; got {name!r}, known: {known}")
+        if (shared | given)["restore"] == "copy":
+            # What is PAR's own default, the merging does not have.
+            shared = {setting: value for setting, value in shared.items() if setting not in OF_RESIDUALS}
         try:
             reducer: TokenReducer = METHODS[name](**shared | given)
         except TypeError as error:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from gen_turbo import TurboProcessor, attach, report
+from gen_turbo import PARProcessor, TurboProcessor, attach, report
 from gen_turbo.methods.turbo_vit import TurboVisionProcessor
 from gen_turbo.methods.visionzip import VisionZipProcessor
 from tests.engine.families import NAMES, family
@@ -76,3 +76,44 @@ def test_what_reads_attention_is_refused_where_none_is_shown(method, settings, w
         run()
         assert any(layer.num_reduced for layer in report(model).layers)
     attach(model, TurboProcessor(0.5, scope=scope, semantic="none")).detach()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("full_every", 4),
+        ("extrapolation_order", 0),
+        ("warmup_steps", 1),
+        ("stagger", True),
+        ("memory_limit_mb", 1.0),
+    ],
+)
+def test_what_copied_outputs_do_not_have_is_refused(setting, value):
+    """Catches a setting of remembered detail that nobody reads, and PAR's own defaults taken for what a user set."""
+    with pytest.raises(ValueError, match=f"{setting}={value} has no effect with restore='copy'; leave it out"):
+        TurboProcessor(0.4, restore="copy", **{setting: value})
+    TurboProcessor(0.4, restore="residual", **{setting: value})
+    model, run = family("sd15")
+    for inner, restore in (({"method": "turbo", "restore": "copy"}, "residual"), ("turbo", "copy")):
+        with attach(model, PARProcessor(budget=0.5, inner=inner, restore=restore)):
+            run()
+
+
+def test_blocks_of_one_span_run_in_full_together():
+    """Catches full steps that are spread over the blocks of one span, in which some would read what others lack."""
+    times = tuple(range(980, 20, -80))
+    for name, settings, is_refused in (
+        ("sd3", {"scope": "model"}, True),
+        ("pixart-sigma", {"scope": "block", "merge_span": 0}, True),
+        ("flux", {"scope": "block", "merge_span": 0}, False),
+    ):
+        model, run = family(name)
+        staggered = TurboProcessor(0.4, stagger=True, full_every=3, **settings)
+        if is_refused:
+            with pytest.raises(ValueError, match="stagger=True spreads nothing where all blocks share one short seq"):
+                attach(model, staggered)
+            continue
+        with attach(model, staggered) as attachment:
+            run(times=times)
+            counts = {(layer.num_full, layer.num_reduced) for layer in report(model).layers}
+            assert all(reduced > 0 for _, reduced in counts) and attachment.layers

@@ -179,8 +179,9 @@ def test_cached_references_keep_their_keys(scope):
     model = _klein_kv()
     stock, whole = _denoised(model)
     inside = [{"kv_only": True}, {"proportional_attention": True, "text_ratio": 0.4}] if scope == "attention" else []
-    for settings in ({"restore": "copy"}, {"text_ratio": 0.4}, *inside):
-        with attach(model, TurboProcessor(0.4, warmup_steps=1, scope=scope, **settings)):
+    warm = [{"warmup_steps": 1} | settings for settings in ({"text_ratio": 0.4}, *inside)]
+    for settings in ({"restore": "copy"}, *warm):
+        with attach(model, TurboProcessor(0.4, scope=scope, **settings)):
             reduced, cache = _denoised(model)
             rows = [row for row in report(model).layers if row.status == "reduced"]
         if "text_ratio" not in settings:

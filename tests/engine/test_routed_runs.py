@@ -27,8 +27,8 @@ def test_skipping_goes_around_runs_of_blocks(name, units, unit):
         return run_unet(model, **unet_inputs()) if is_unet else tiny_transformers.run(name, model)
 
     stock, before = run(), model_state(model)
-    for restore in ("copy", "residual"):
-        inner = TurboProcessor(0.4, scope="block", merge_span=0, restore=restore, warmup_steps=1)
+    for settings in ({"restore": "copy"}, {"restore": "residual", "warmup_steps": 1}):
+        inner = TurboProcessor(0.4, scope="block", merge_span=0, **settings)
         with attach(model, inner):
             merged = run()
         with attach(model, par(model, {skipped: [2]}, inner=inner)):
