@@ -109,8 +109,10 @@ class PARProcessor(Routed, ReductionProcessor):
             known = ", ".join(other for other in METHODS.names() if other != "par")
             raise ValueError(f"inner must name a method that merges tokens; got {name!r}, known: {known}")
         if (shared | given)["restore"] == "copy":
-            # What is PAR's own default, the merging does not have.
-            shared = {setting: value for setting, value in shared.items() if setting not in OF_RESIDUALS}
+            # Defaults of PAR's own are nobody's wish.
+            for setting in OF_RESIDUALS:
+                if shared[setting] == getattr(type(self), setting):
+                    del shared[setting]
         try:
             reducer: TokenReducer = METHODS[name](**shared | given)
         except TypeError as error:

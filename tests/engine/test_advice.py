@@ -94,6 +94,8 @@ def test_what_copied_outputs_do_not_have_is_refused(setting, value):
         TurboProcessor(0.4, restore="copy", **{setting: value})
     TurboProcessor(0.4, restore="residual", **{setting: value})
     model, run = family("sd15")
+    with pytest.raises(ValueError, match="no effect with restore='copy'"):
+        attach(model, PARProcessor(budget=0.5, inner={"method": "turbo", "restore": "copy"}, **{setting: value}))
     for inner, restore in (({"method": "turbo", "restore": "copy"}, "residual"), ("turbo", "copy")):
         with attach(model, PARProcessor(budget=0.5, inner=inner, restore=restore)):
             run()
