@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -206,10 +206,13 @@ class TokenReducer(ABC):
         """Whether any token may leave."""
         return self.keep is not None or self.ratio > 0
 
+    def changed(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of some settings that are not the method's own defaults."""
+        return {name: value for name in names if (value := getattr(self, name)) != getattr(type(self), name)}
+
     def _check_together(self) -> None:
-        for setting in OF_RESIDUALS if self.restore == "copy" else ():
-            if (value := getattr(self, setting)) != getattr(type(self), setting):
-                raise ValueError(f"{setting}={value!r} has no effect with restore='copy'; leave it out")
+        for setting, value in self.changed(OF_RESIDUALS if self.restore == "copy" else ()).items():
+            raise ValueError(f"{setting}={value!r} has no effect with restore='copy'; leave it out")
         if self.scope not in ("auto", "attention", "block", "model"):
             raise ValueError(f"scope must be 'auto', 'attention', 'block' or 'model'; got {self.scope!r}")
         if self.scope != "block" and self.merge_span != 1:
@@ -242,11 +245,10 @@ class TokenReducer(ABC):
     @property
     def reads_attention(self) -> str:
         """The setting, or method, for which layers must show their attention; empty where none does."""
-        kind = type(self)
         if {"class", "self"} & set(self.needs):
-            return kind.__name__
-        values = ((name, getattr(self, name)) for name in self.attention_settings)
-        return next((f"{name}={value!r}" for name, value in values if value not in (getattr(kind, name), "none")), "")
+            return type(self).__name__
+        changed = self.changed(self.attention_settings).items()
+        return next((f"{name}={value!r}" for name, value in changed if value != "none"), "")
 
     @property
     def map_life(self) -> int:

@@ -254,10 +254,10 @@ def _check_needs(reducer: TokenReducer, model: nn.Module) -> None:
         raise ValueError(
             f"{what} needs the attention of layers, which scope={reducer.scope!r} does not show; use scope='attention'"
         )
-    for setting in (setting for cls in kind.__mro__ for setting in vars(cls).get("vlm_settings", ())):
-        if (value := getattr(reducer, setting)) != getattr(kind, setting):
-            instead = "use ratio" if setting == "keep" else "leave it out"
-            raise ValueError(f"{setting}={value!r} is of vision-language models; {name} is a denoiser, {instead}")
+    of_reading = (setting for cls in kind.__mro__ for setting in vars(cls).get("vlm_settings", ()))
+    for setting, value in reducer.changed(of_reading).items():
+        instead = "use ratio" if setting == "keep" else "leave it out"
+        raise ValueError(f"{setting}={value!r} is of vision-language models; {name} is a denoiser, {instead}")
 
 
 def _warn(skipping: Skipping) -> None:

@@ -110,9 +110,8 @@ class PARProcessor(Routed, ReductionProcessor):
             raise ValueError(f"inner must name a method that merges tokens; got {name!r}, known: {known}")
         if (shared | given)["restore"] == "copy":
             # Defaults of PAR's own are nobody's wish.
-            for setting in OF_RESIDUALS:
-                if shared[setting] == getattr(type(self), setting):
-                    del shared[setting]
+            for setting in {*OF_RESIDUALS} - {*self.changed(OF_RESIDUALS)}:
+                del shared[setting]
         try:
             reducer: TokenReducer = METHODS[name](**shared | given)
         except TypeError as error:

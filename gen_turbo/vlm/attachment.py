@@ -26,7 +26,7 @@ from gen_turbo.vlm.planning import Schedule, plan_copies
 from gen_turbo.vlm.routes import Routed
 from gen_turbo.vlm.run import Listener
 from gen_turbo.vlm.running import Running
-from gen_turbo.vlm.settings import check_settings, elsewhere, may_remove, placement_of
+from gen_turbo.vlm.settings import check_settings, may_remove, placement_of
 from gen_turbo.vlm.shrink import Shrink
 from gen_turbo.vlm.sight import Sight
 from gen_turbo.vlm.stage import Stage
@@ -167,7 +167,7 @@ def _tower(
     """The stage on the vision tower, or between it and the projector, where a method needs one."""
     place, facts = placement_of(reducer).place, tower_facts(model, family)
     if place == "projector":
-        facts = grouping_facts(model, family, elsewhere(reducer))
+        facts = grouping_facts(model, family, reducer)
         return Grouping(model, facts, counts, reducer) if reducer.removes else None
     reads = tower_attention(reducer)
     if facts is None or not (reads or place in ("input", "tower")):
@@ -190,7 +190,7 @@ def _beside_text(model: nn.Module, family: Family, reducer: TokenReducer, counts
     check_place(model, family, reducer)
     place = placement_of(reducer).place
     is_merged = placement_of(reducer).combine == "merge"
-    facts = grouping_facts(model, family, elsewhere(reducer)) if place == "projector" else tower_facts(model, family)
+    facts = grouping_facts(model, family, reducer) if place == "projector" else tower_facts(model, family)
     if facts is None and family.pieces is not None:
         text, length = model.get_submodule(family.text), family.pieces(model.get_submodule(family.base))
         return [StatesGate(text, length, counts, family.text, reducer, is_merged)]
@@ -216,8 +216,10 @@ def _routed(model: nn.Module, family: Family, reducer: Routed, counts: Counts) -
     """The stages of a method that looks at the whole prompt and chooses tokens and layers."""
     assert isinstance(reducer, TokenReducer)
     if family.is_cross:
-        chosen = "among which a router chooses; use the method turbo"
-        raise ValueError(f"{type(model).__name__} has no image tokens in its prompt, {chosen}")
+        raise ValueError(
+            f"{type(model).__name__} has no image tokens in its prompt, among which a router chooses; use the method "
+            "turbo"
+        )
     check_settings(reducer, type(model).__name__, family.grids is not None)
     base, text = model.get_submodule(family.base), model.get_submodule(family.text)
     routing = reducer.routing(model, text)

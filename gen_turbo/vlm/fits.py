@@ -62,8 +62,9 @@ def _check_decoder(model: nn.Module, family: Family, reducer: TokenReducer, name
     """Says why tokens cannot leave inside the language model where a method wants that."""
     is_staged, placement = isinstance(reducer, Staged), placement_of(reducer)
     if family.is_cross and (is_staged or hasattr(reducer, "budgets")):
-        works = f"which {type(reducer).__name__} works on; use the method turbo"
-        raise ValueError(f"{name} has no image tokens in its prompt, {works}")
+        raise ValueError(
+            f"{name} has no image tokens in its prompt, which {type(reducer).__name__} works on; use the method turbo"
+        )
     if family.is_cross and placement.place == "decoder":
         raise ValueError(f"{name} has no image tokens in its prompt; {elsewhere(reducer)}")
     if not is_staged and placement.place != "decoder":

@@ -24,7 +24,7 @@ from gen_turbo.vlm.hooks import InstanceMethod
 from gen_turbo.vlm.images import Encoded
 from gen_turbo.vlm.planning import plan_tokens
 from gen_turbo.vlm.semantic import SemanticStream
-from gen_turbo.vlm.settings import Grouped
+from gen_turbo.vlm.settings import Grouped, elsewhere
 from gen_turbo.vlm.stage import Encoder, Handle
 
 
@@ -158,18 +158,18 @@ class Grouping(Encoder):
         return output
 
 
-def grouping_facts(model: nn.Module, family: Family, advice: str) -> TowerFacts:
+def grouping_facts(model: nn.Module, family: Family, reducer: TokenReducer) -> TowerFacts:
     """The facts of a tower whose patches can be grouped before they are read.
 
     Raises:
-        ValueError: If there is none, or something else than patches is read; the advice follows.
+        ValueError: If there is none, or something else than patches is read.
     """
     name, facts, config = type(model).__name__, tower_facts(model, family), model.config
     if facts is None or not (facts.projector or family.is_cross):
-        raise ValueError(f"{name} has no projector that reads plain patches; {advice}")
+        raise ValueError(f"{name} has no projector that reads plain patches; {elsewhere(reducer)}")
     layers: Any = getattr(config, "vision_feature_layer", None)
     if isinstance(layers, (list, tuple)) and len(layers) > 1:
-        raise ValueError(f"the projector of this {name} reads {len(layers)} layers of the tower; {advice}")
+        raise ValueError(f"the projector of this {name} reads {len(layers)} layers of the tower; {elsewhere(reducer)}")
     if getattr(config, "vision_feature_select_strategy", None) == "full" and facts.num_leading(model):
         raise ValueError(f"the projector of this {name} reads the class token; set vision_feature_select_strategy")
     return facts
